@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metadist.algorithms.maml import MAML
+from metadist.core.algorithm import TaskContext, Theta
+from metadist.core.errors import ConfigError
+from metadist.core.model import BoundModel, Model
+from metadist.core.parameters import Layout, Parameters
+from metadist.core.state import Slot
+from metadist.core.task import Examples
+
+
+@dataclass(frozen=True)
+class MetaSGD(MAML):
+    """Meta-SGD (Li et al. 2017, algorithm 1): a learned rate for every parameter, φ = θ − α ∘ ∇L(θ).
+
+    α lives in the slot ``inner_lr``, starts at ``inner_lr`` everywhere (the paper draws it at random) and goes through
+    the outer optimiser with the rate ``lr_of_inner_lr`` (null: the outer one). It may become negative, as in the paper.
+    """
+
+    lr_of_inner_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inner_optimizer != "sgd":
+            raise ConfigError(f"algorithm.inner_optimizer: meta_sgd learns the rates of sgd, not of {self.inner_optimizer}")
+
+    def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
+        rates = parameters.map(lambda p: torch.full_like(p, self.inner_lr))
+        return {"inner_lr": (Slot(Layout.of(rates), lr=self.lr_of_inner_lr, weight_decay=0.0), rates)}
+
+    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Parameters]:
+        def loss(phi: Parameters, step: int) -> Tensor:
+            batch = self.minibatch(support, context.key, step)
+            return context.loss(model(phi, batch.x, step=step), batch)
+
+        steps = self.descend(loss, theta["model"], lr=theta["inner_lr"], first_order=self.first_order)
+        return [phi for phi, _ in steps]

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metadist.core.algorithm import Algorithm, TaskContext, Theta
+from metadist.core.errors import ConfigError
+from metadist.core.inner import InnerLoop, Moments
+from metadist.core.model import BoundModel, Model
+from metadist.core.parameters import Layout, Parameters
+from metadist.core.state import Slot
+from metadist.core.task import Examples
+
+Adapted = tuple[Parameters, Moments]
+
+
+@dataclass(frozen=True)
+class Reptile(InnerLoop, Algorithm):
+    """Reptile (Nichol, Achiam, Schulman 2018, algorithm 2): contributes θ − φ_k; the outer SGD's lr is the paper's ε.
+
+    ``moments: fresh`` starts the inner optimiser anew for every task. ``carried`` hands its moments on from meta-step to
+    meta-step, averaged over the tasks, as the reference code does along its single chain of tasks.
+    """
+
+    moments: str = "fresh"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.moments not in ("fresh", "carried"):
+            raise ConfigError(f"algorithm.moments: '{self.moments}' is not one of fresh, carried")
+        if self.moments == "carried" and self.inner_optimizer == "sgd" and not self.inner_momentum:
+            raise ConfigError("algorithm.moments: plain sgd has none to carry; use inner_optimizer: adam or moments: fresh")
+
+    def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
+        if self.moments == "fresh":
+            return {}
+        zeros, count = parameters.zeros(), Parameters({"count": torch.zeros(1, dtype=next(iter(parameters.values())).dtype)})
+        return {
+            "inner_first": (Slot(Layout.of(zeros), "average"), zeros),
+            "inner_second": (Slot(Layout.of(zeros), "average"), zeros),
+            "inner_count": (Slot(Layout.of(count), "average"), count),
+        }
+
+    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Adapted]:
+        def loss(phi: Parameters, step: int) -> Tensor:
+            batch = self.minibatch(support, context.key, step)
+            return context.loss(model(phi, batch.x, step=step), batch)
+
+        moments = None
+        if self.moments == "carried":
+            moments = Moments(theta["inner_first"], theta["inner_second"], theta["inner_count"]["count"])
+        return self.descend(loss, theta["model"], moments=moments)
+
+    def predict(self, model: BoundModel, phi: Adapted, x: Tensor) -> Tensor:
+        return model(phi[0], x)
+
+    def delta(self, theta: Theta, phi: Adapted) -> dict[str, Parameters]:
+        parameters, moments = phi
+        delta = {"model": theta["model"] - parameters}
+        if self.moments == "carried":
+            count = Parameters({"count": torch.as_tensor(moments.count)})
+            delta |= {"inner_first": moments.first, "inner_second": moments.second, "inner_count": count}
+        return delta

@@ -1,0 +1,275 @@
+"""The command line. Torch, Ray and MLflow are imported inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Distributed, task-parallel meta-training: the same final parameters bit for bit, whatever the number of workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Override config keys: outer.lr=1e-3")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Workers = Annotated[
+    str | None, typer.Option("--workers", metavar="N", help="Number of workers; 0 computes in this process; learners=2 for a role.")
+]
+
+
+@contextmanager
+def _clean_errors() -> Iterator[None]:
+    """A user's mistake is one line on stderr and exit code 2."""
+    from metadist.core.errors import MetadistError
+
+    try:
+        yield
+    except MetadistError as error:
+        _say(f"error: {error}")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        _say("interrupted")
+        raise typer.Exit(130) from None
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _set_up_logging(verbose: bool = False) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("metadist").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+class _Stop:
+    """The first Ctrl-C or SIGTERM asks the loop to stop at the next meta-step; the second interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        # Ray installs handlers of its own when it starts; ours must be the last.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != self._handle and not self.asked:
+                signal.signal(number, self._handle)
+        return self.asked
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _say("\nstopping after this meta-step, with a checkpoint; press Ctrl-C again to stop at once")
+
+
+@app.command(
+    epilog="Examples:  metadist train sinusoid_maml --workers 2   |   metadist train my.yaml outer.lr=3e-4 --seeds 0,1,2   |   "
+    "metadist train omniglot_maml_5w1s --run-dir runs/a --resume"
+)
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config (metadist list configs).")],
+    overrides: Overrides = None,
+    workers: Workers = None,
+    seeds: Annotated[str | None, typer.Option(help="Several seeds, such as 0,1,2: child runs under one parent.")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="Folder or fsspec URL of the run; default: a new one under METADIST_RUNS.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the config with every default and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Meta-train, with validation, checkpoints and tracking; test once at the end."""
+    _set_up_logging()
+    with _clean_errors():
+        from metadist import config as configuration
+
+        document = configuration.override(configuration.read_document(config), overrides or [])
+        if workers is not None:
+            document = configuration.set_workers(document, workers)
+        if print_config:
+            import yaml
+
+            print(yaml.safe_dump(configuration.resolved(configuration.build(document)), sort_keys=False, allow_unicode=True), end="")
+            return
+        if seeds is not None:
+            _train_seeds(document, _numbers("--seeds", seeds), run_dir, resume, as_json)
+        else:
+            _train_one(document, run_dir, resume, as_json)
+
+
+def _train_one(document: dict[str, Any], run_dir: str | None, resume: bool, as_json: bool) -> None:
+    from metadist import config as configuration
+    from metadist.display import live, show_result
+    from metadist.experiment import Experiment
+    from metadist.experiment import train as run_training
+
+    experiment = Experiment.of(configuration.build(document))
+    stop = _Stop()
+    with live(experiment) as display:
+        result = run_training(experiment, run_dir=run_dir, resume=resume, display=display, stop=stop)
+    interrupted = result.outcome.stopped == "interrupted"
+    if interrupted:
+        _say(f"stopped at meta-step {result.outcome.progress.meta_step}; go on with: metadist train … --run-dir {result.run_dir} --resume")
+    show_result(result)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None, resume: bool, as_json: bool) -> None:
+    from metadist.display import live, show_group, show_result
+    from metadist.experiment import train_seeds
+
+    stop = _Stop()
+    group = train_seeds(document, seeds, run_dir=run_dir, resume=resume, live=live, stop=stop, show=show_result)
+    show_group(group)
+    if as_json:
+        print(json.dumps(group.as_dict()))
+    if group.interrupted:
+        _say(f"stopped; go on with: metadist train … --seeds {','.join(map(str, seeds))} --run-dir {group.run_dir} --resume")
+        raise typer.Exit(130)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    from metadist.core.errors import ConfigError
+
+    parts = [p.strip() for p in text.split(",")]
+    if not all(p.isdigit() for p in parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"{option} {text}: expected different whole numbers, such as 0,1,2")
+    return [int(p) for p in parts]
+
+
+@app.command(epilog="Examples:  metadist evaluate runs/a --tasks 1000   |   metadist evaluate runs/a --split validation --inner-steps 10")
+def evaluate(
+    run_dir: Annotated[str, typer.Argument(help="The folder that train printed.")],
+    tasks: Annotated[int | None, typer.Option(help="Number of tasks; default: evaluate.test_tasks.", min=2)] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps; default: evaluate.inner_steps.", min=0)] = None,
+    normalization: Annotated[str | None, typer.Option(help="transductive or inductive; default: the run's.")] = None,
+    workers: Workers = "0",
+    as_json: AsJson = False,
+) -> None:
+    """Judge a run's best parameters, after 0, 1, … adaptation steps."""
+    _set_up_logging()
+    with _clean_errors():
+        from metadist.core.errors import ConfigError, nearest
+        from metadist.display import show_evaluation
+        from metadist.experiment import evaluate_run
+
+        for option, value, allowed in (
+            ("--split", split, ("train", "validation", "test")),
+            ("--normalization", normalization, ("transductive", "inductive")),
+        ):
+            if value is not None and value not in allowed:
+                raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}{nearest(value, allowed)}")
+        result = evaluate_run(
+            run_dir, tasks=tasks, split=split, inner_steps=inner_steps, workers=workers, normalization=normalization
+        )
+        show_evaluation(result.evaluations[0])
+        if as_json:
+            print(json.dumps(result.as_dict()))
+
+
+@app.command(epilog="Example:  metadist verify omniglot_maml_5w1s --workers 0,1,2,4 --meta-steps 20 --kill 3")
+def verify(
+    config: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped config.")],
+    overrides: Overrides = None,
+    workers: Annotated[str, typer.Option(metavar="N,N,…", help="Numbers of workers to compare.")] = "0,1,2",
+    kill: Annotated[int, typer.Option(help="Kill so many workers in every run, each with a shard in flight.", min=0)] = 0,
+    meta_steps: Annotated[int | None, typer.Option(help="Shorter runs.", min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Are the final parameters the same bits for every number of workers? Exit code 1 if not."""
+    _set_up_logging()
+    with _clean_errors():
+        from metadist import config as configuration
+        from metadist.display import plain, show_verification
+        from metadist.verify import verify as compare
+
+        document = configuration.override(configuration.read_document(config), overrides or [])
+        counts = [str(n) for n in _numbers("--workers", workers)]
+        report = compare(document, counts, kill=kill, meta_steps=meta_steps, display=plain())
+        show_verification(report)
+        if as_json:
+            print(json.dumps(report))
+        if not report["ok"]:
+            raise typer.Exit(1)
+
+
+@app.command("list", epilog="Example:  metadist list algorithms")
+def list_(what: Annotated[str, typer.Argument(help="algorithms, tasks, models or configs.")]) -> None:
+    """What there is to choose from, one per line."""
+    with _clean_errors():
+        from metadist.core.errors import ConfigError, nearest
+
+        def configs() -> dict[str, str]:
+            from metadist.config import shipped_configs
+
+            return {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped_configs().items()}
+
+        def described(classes: Callable[[], dict[str, type]]) -> Callable[[], dict[str, str]]:
+            return lambda: {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in sorted(classes().items())}
+
+        def algorithms() -> Any:
+            from metadist.algorithms import ALGORITHMS
+
+            return ALGORITHMS
+
+        def tasks() -> Any:
+            from metadist.tasks import TASKS
+
+            return TASKS
+
+        def models() -> Any:
+            from metadist.models import MODELS
+
+            return MODELS
+
+        kinds = {"algorithms": described(algorithms), "tasks": described(tasks), "models": described(models), "configs": configs}
+        if what not in kinds:
+            raise ConfigError(f"list: '{what}' is not one of {', '.join(kinds)}{nearest(what, kinds)}")
+        entries = kinds[what]()
+        width = max(map(len, entries))
+        for name, description in sorted(entries.items()):
+            print(f"{name:<{width}}  {description}")
+
+
+@app.command(epilog="Example:  metadist export runs/a model.safetensors")
+def export(
+    run_dir: Annotated[str, typer.Argument(help="The folder that train printed.")],
+    path: Annotated[str, typer.Argument(help="The safetensors file to write.")],
+) -> None:
+    """Write a run's best model parameters, under the model's own names."""
+    _set_up_logging()
+    with _clean_errors():
+        from metadist.experiment import load_run
+
+        load_run(run_dir).export(path)
+        print(path)
+
+
+@app.command(epilog="Example:  metadist ui --port 5000")
+def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
+    """The MLflow UI on the store that runs are recorded in."""
+    _set_up_logging()
+    with _clean_errors():
+        from metadist.experiment import runs_root
+        from metadist.tracking.ui import serve_ui
+
+        serve_ui(os.environ.get("MLFLOW_TRACKING_URI"), port, runs_root())
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

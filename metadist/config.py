@@ -1,0 +1,464 @@
+"""The configuration: strict YAML with dotted overrides → typed settings → a Learner. Layers meet here and in ``experiment``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import pydantic
+import torch
+import yaml
+from torch import nn
+
+from metadist.core.algorithm import Algorithm
+from metadist.core.errors import ConfigError, nearest
+from metadist.core.learner import Learner
+from metadist.core.model import Model
+from metadist.core.outer import OuterLoop
+from metadist.core.task import TaskFamily
+from metadist.runtime.groups import WorkerGroup
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Validation every ``every`` meta-steps on ``tasks`` tasks after ``inner_steps`` (null: the algorithm's) adaptation
+    steps; the test split once at the end on ``test_tasks``. ``patience``: stop after so many validations without a better one.
+    """
+
+    every: int = 500
+    tasks: int = 600
+    test_tasks: int = 1000
+    inner_steps: int | None = None
+    normalization: Literal["transductive", "inductive"] = "transductive"
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """``exact`` refuses workers with another numerics fingerprint. ``shard_timeout``: seconds before a worker counts as hung;
+    ``worker_patience``: seconds to wait for workers. ``non_finite``: what becomes of a task that gives NaN or Inf.
+    """
+
+    dtype: Literal["float32", "float64"] = "float32"
+    device: str = "auto"
+    non_finite: Literal["error", "skip"] = "error"
+    exact: bool = True
+    shard_timeout: float = 300.0
+    worker_patience: float = 120.0
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Every ``every`` meta-steps; the newest ``keep`` and the best on validation stay."""
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """``uri``: any MLflow tracking URI, ``auto`` (``MLFLOW_TRACKING_URI``, else a SQLite file beside the runs) or ``none``."""
+
+    uri: str = "auto"
+    experiment: str = "metadist"
+    log_every: int = 10
+
+
+@dataclass(frozen=True)
+class MetricSettings:
+    """A metric of the user's: an import path ``package.module:function`` and which way is better."""
+
+    name: str
+    higher_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole experiment. ``tasks``, ``model`` and ``algorithm`` are built already; ``document`` is what they were built from."""
+
+    name: str
+    seed: int
+    tasks: TaskFamily
+    model: Callable[[], nn.Module]
+    freeze: tuple[str, ...]
+    algorithm: Algorithm
+    outer: OuterLoop
+    evaluate: EvaluateSettings
+    workers: tuple[WorkerGroup, ...]
+    engine: EngineSettings
+    checkpoint: CheckpointSettings
+    tracking: TrackingSettings
+    init_from: str | None
+    document: Document = field(repr=False)
+
+    def learner(self) -> Learner:
+        model = Model(self.model, dtype=getattr(torch, self.engine.dtype), freeze=self.freeze)
+        return Learner(self.algorithm, model, self.tasks, self.outer, self.evaluate.normalization, self.engine.non_finite)
+
+
+KEYS = (
+    "name", "seed", "tasks", "model", "algorithm", "outer", "evaluate", "workers", "engine", "checkpoint", "tracking",
+    "init_from", "loss", "metric",
+)  # fmt: skip
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (1e-3 is a number), and a key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"line {node.start_mark.line + 1}: key '{key}' is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{where}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+
+
+def config_folders() -> list[Path]:
+    here = Path(__file__).parent
+    return [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Config name → file, of those that come with the package."""
+    return {path.stem: path for folder in reversed(config_folders()) for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_document(config: str) -> Document:
+    """The YAML file at a path, or the shipped one of that name."""
+    path = Path(config)
+    if not path.is_file():
+        shipped = shipped_configs()
+        if config not in shipped:
+            raise ConfigError(
+                f"config '{config}' is neither a file nor one of the shipped ones: {', '.join(sorted(shipped))}{nearest(config, shipped)}"
+            )
+        path = shipped[config]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config '{config}' can't be read: {error}") from error
+    document = parse_yaml(text, str(config))
+    if not isinstance(document, dict):
+        raise ConfigError(f"config '{config}': expected keys and values, found {type(document).__name__}")
+    return document
+
+
+def override(document: Document, assignments: Sequence[str]) -> Document:
+    """``a.b=value`` on a copy; values are YAML. Lists are indexed: ``workers.0.cpus=2``."""
+    document = json.loads(json.dumps(document))
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"override '{assignment}': expected KEY=VALUE, such as outer.lr=1e-3")
+        *parents, last = path.split(".")
+        where: Any = document
+        for key in parents:
+            where = _step_into(where, key, path)
+        value = parse_yaml(text, f"override '{assignment}'")
+        if isinstance(where, list):
+            where[_index(where, last, path)] = value
+        elif isinstance(where, dict):
+            where[last] = value
+        else:
+            raise ConfigError(f"override '{path}': '{parents[-1]}' is the value {where!r} and has no key '{last}'")
+    return document
+
+
+def _step_into(where: Any, key: str, path: str) -> Any:
+    if isinstance(where, list):
+        return where[_index(where, key, path)]
+    if not isinstance(where, dict):
+        raise ConfigError(f"override '{path}': {where!r} has no key '{key}'")
+    if where.get(key) is None:
+        where[key] = {}
+    return where[key]
+
+
+def _index(items: list[Any], key: str, path: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise ConfigError(f"override '{path}': '{key}' is not an index below {len(items)}")
+    return int(key)
+
+
+def set_workers(document: Document, workers: str) -> Document:
+    """``--workers N`` or ``learners=N``: exactly N workers of the role; 0 computes in this process."""
+    groups = [dict(g) for g in document.get("workers") or [{"role": "learner"}]]
+    for part in workers.split(","):
+        role, equals, number = part.partition("=")
+        role, number = (role.strip().removesuffix("s"), number) if equals else ("learner", part)
+        if not number.strip().isdigit():
+            raise ConfigError(f"--workers {workers}: expected a number, such as 2, or role=number, such as learners=2")
+        chosen = [g for g in groups if g.get("role", "learner") == role]
+        if not chosen:
+            known = ", ".join(g.get("role", "learner") for g in groups)
+            raise ConfigError(f"--workers {workers}: no worker group has the role '{role}'; there are {known}")
+        for group in chosen:
+            group.update(min=int(number), max=int(number))
+    return {**document, "workers": groups}
+
+
+# Building -------------------------------------------------------------------------------------------------------------
+
+
+def build(document: Document) -> Config:
+    """Every key checked, every part built. Raises ConfigError naming the key, the value and what is allowed."""
+    from metadist.algorithms import ALGORITHMS
+    from metadist.models import MODELS
+    from metadist.tasks import TASKS
+
+    for key in document:
+        if key not in KEYS:
+            raise ConfigError(f"unknown key '{key}'{nearest(str(key), KEYS)}; allowed: {', '.join(KEYS)}")
+    for key in ("tasks", "model", "algorithm"):
+        if key not in document:
+            raise ConfigError(f"key '{key}' is missing; expected {key}: {{name: …}}")
+    tasks = _component("tasks", document["tasks"], TASKS)
+    _judge_by(tasks, document)
+    model_document = dict(_mapping("model", document["model"]))
+    freeze = _typed("model.freeze", model_document.pop("freeze", []), tuple[str, ...])
+    algorithm = _component("algorithm", document["algorithm"], ALGORITHMS)
+    model = _component("model", model_document, MODELS, deferred=True)
+    if not isinstance(tasks, TaskFamily):
+        raise ConfigError(f"tasks.name: {type(tasks).__name__} is not a metadist.TaskFamily")
+    if not isinstance(algorithm, Algorithm):
+        raise ConfigError(f"algorithm.name: {type(algorithm).__name__} is not a metadist.Algorithm")
+    factory = _factory(model, tasks, algorithm)
+    groups = document.get("workers")
+    if groups is not None and not isinstance(groups, list):
+        raise ConfigError(f"workers: expected a list of groups, such as [{{role: learner, max: 2}}], got {groups!r}")
+    config = Config(
+        name=_typed("name", document.get("name", "experiment"), str),
+        seed=_typed("seed", document.get("seed", 0), int),
+        tasks=tasks,
+        model=factory,
+        freeze=freeze,
+        algorithm=algorithm,
+        outer=_settings("outer", document.get("outer"), OuterLoop),
+        evaluate=_settings("evaluate", document.get("evaluate"), EvaluateSettings),
+        workers=tuple(_settings(f"workers.{i}", g, WorkerGroup) for i, g in enumerate(groups or [{}])),
+        engine=_settings("engine", document.get("engine"), EngineSettings),
+        checkpoint=_settings("checkpoint", document.get("checkpoint"), CheckpointSettings),
+        tracking=_settings("tracking", document.get("tracking"), TrackingSettings),
+        init_from=_typed("init_from", document.get("init_from"), Union[str, None]),
+        document=document,
+    )
+    _check_name(config.name)
+    for key, value in (
+        ("evaluate.every", config.evaluate.every),
+        ("evaluate.tasks", config.evaluate.tasks),
+        ("evaluate.test_tasks", config.evaluate.test_tasks),
+        ("checkpoint.every", config.checkpoint.every),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("tracking.log_every", config.tracking.log_every),
+    ):
+        if value < 1:
+            raise ConfigError(f"{key}: {value} is below 1")
+    return config
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", name):
+        raise ConfigError(f"name: '{name}' must be 1 to 80 letters, digits, '.', '_' or '-', since it names a folder")
+
+
+def _mapping(key: str, value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        return {"name": value}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}: expected {{name: …}}, got {value!r}")
+    return value
+
+
+def _component(key: str, value: Any, known: Mapping[str, type], deferred: bool = False) -> Any:
+    """An object named in a dict of ours or by ``package.module:Class``; ``deferred`` gives (class, arguments) for classes not ours."""
+    options = dict(_mapping(key, value))
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"{key}.name is missing; expected one of {', '.join(sorted(known))}, or package.module:Class of your own")
+    if ":" in name:
+        cls = import_path(name, f"{key}.name")
+    elif name in known:
+        cls = known[name]
+    else:
+        raise ConfigError(
+            f"{key}.name: '{name}' is not one of {', '.join(sorted(known))}{nearest(name, known)} (your own: package.module:Class)"
+        )
+    if is_dataclass(cls):
+        return _settings(key, options, cls)
+    if isinstance(cls, (TaskFamily, Algorithm, nn.Module)):
+        return cls
+    _check_arguments(key, cls, options)
+    if deferred:
+        return functools.partial(cls, **options)
+    return cls(**options)
+
+
+def _check_arguments(key: str, callable_: Any, options: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(callable_)
+        signature.bind(**options)
+    except ValueError:
+        return
+    except TypeError as error:
+        raise ConfigError(f"{key}: {getattr(callable_, '__name__', callable_)}{signature}: {error}") from error
+
+
+def import_path(path: str, key: str) -> Any:
+    """``package.module:name``, with the working directory importable."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ConfigError(f"{key}: '{path}': {error}; modules are looked for in the working directory and on PYTHONPATH") from error
+    except AttributeError as error:
+        names = [n for n in vars(importlib.import_module(module)) if not n.startswith("_")]
+        raise ConfigError(f"{key}: module '{module}' has no '{name}'{nearest(name, names)}") from error
+
+
+def _factory(model: Any, tasks: TaskFamily, algorithm: Algorithm) -> Callable[[], nn.Module]:
+    if isinstance(model, nn.Module):
+        return functools.partial(_itself, model)
+    if hasattr(model, "build"):
+        if tasks.input_shape is None:
+            raise ConfigError(f"tasks: {type(tasks).__name__} must state its input_shape for model '{type(model).__name__}'")
+        return functools.partial(model.build, tuple(tasks.input_shape), algorithm.outputs(tasks))
+    return model
+
+
+def _itself(module: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(module)
+
+
+def _judge_by(tasks: Any, document: Document) -> None:
+    """Put the user's own loss and metric in the family's place."""
+    if document.get("loss") is not None:
+        loss = import_path(_typed("loss", document["loss"], str), "loss")
+        object.__setattr__(tasks, "loss", loss)
+    if document.get("metric") is not None:
+        metric = document["metric"]
+        settings = _settings("metric", {"name": metric} if isinstance(metric, str) else metric, MetricSettings)
+        object.__setattr__(tasks, "metric", import_path(settings.name, "metric"))
+        object.__setattr__(tasks, "metric_name", settings.name.partition(":")[2])
+        object.__setattr__(tasks, "higher_is_better", settings.higher_is_better)
+
+
+def _settings(key: str, value: Any, cls: Any) -> Any:
+    """A dataclass from a mapping: unknown keys and wrong types are errors, defaults are the dataclass's."""
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}: expected keys and values ({', '.join(f.name for f in fields(cls) if f.init)}), got {value!r}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls) if f.init}
+    for name in value:
+        if name not in known:
+            raise ConfigError(f"unknown key '{key}.{name}'{nearest(str(name), known)}; allowed: {', '.join(known)}")
+    for name, f in known.items():
+        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"key '{key}.{name}' is missing; expected {_type_name(hints[name])}")
+    return cls(**{name: _typed(f"{key}.{name}", v, hints[name]) for name, v in value.items()})
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """Strictly of the hinted type, except that lists serve as tuples and integers as floats."""
+    try:
+        return pydantic.TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        choices = _choices(hint)
+        hint_text = _type_name(hint)
+        close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1) if choices else []
+        suggestion = f"; did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"{key}: {value!r} is not allowed; expected {hint_text}{suggestion}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {value!r} is not a plain value: {error}") from error
+
+
+def _choices(hint: Any) -> list[Any]:
+    if typing.get_origin(hint) is Literal:
+        return list(typing.get_args(hint))
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return [c for part in typing.get_args(hint) for c in _choices(part)]
+    return []
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    if hint in names:
+        return names[hint]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in arguments)
+    if origin is tuple:
+        inner = [a for a in arguments if a is not Ellipsis]
+        return f"a list of {_type_name(inner[0])}" if Ellipsis in arguments else f"[{', '.join(_type_name(a) for a in inner)}]"
+    return str(hint)
+
+
+def flatten(document: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys → dotted keys."""
+    if isinstance(document, dict):
+        items: Any = document.items()
+    elif isinstance(document, list) and any(isinstance(v, (dict, list)) for v in document):
+        items = enumerate(document)
+    else:
+        return {prefix: document}
+    return {k: v for name, value in items for k, v in flatten(value, f"{prefix}.{name}" if prefix else str(name)).items()}
+
+
+def resolved(config: Config) -> Document:
+    """The document with every default filled in: what ``--print-config`` shows and a run records."""
+    document: Document = {"name": config.name, "seed": config.seed}
+    for key, part in (("tasks", config.tasks), ("model", config.model), ("algorithm", config.algorithm)):
+        given = dict(_mapping(key, config.document[key]))
+        instance = part
+        if key == "model" and isinstance(part, functools.partial) and inspect.ismethod(part.func):
+            instance = part.func.__self__
+        document[key] = {"name": given.get("name"), **(_as_plain(instance) if is_dataclass(instance) else given), **given}
+    document["outer"] = _as_plain(config.outer)
+    document["evaluate"] = _as_plain(config.evaluate)
+    document["workers"] = [_as_plain(g) for g in config.workers]
+    for key in ("engine", "checkpoint", "tracking"):
+        document[key] = _as_plain(getattr(config, key))
+    return {**document, **{k: config.document.get(k) for k in ("init_from", "loss", "metric")}}
+
+
+def _as_plain(instance: Any) -> Document:
+    return json.loads(json.dumps({f.name: getattr(instance, f.name) for f in fields(instance) if f.init}))

@@ -1,0 +1,69 @@
+"""What an algorithm is: how it adapts, how it predicts, and what it contributes to the outer update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from metadist.core.model import BoundModel, Model
+from metadist.core.parameters import Parameters
+from metadist.core.random import TaskKey
+from metadist.core.state import Slot
+from metadist.core.task import Examples, Task, TaskFamily
+
+Theta = Mapping[str, Parameters]
+"""θ by slot. ``theta["model"]`` holds the learned parameters of the model; algorithms may declare more slots."""
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """What an algorithm may know besides θ and the support set."""
+
+    key: TaskKey
+    meta_step: int
+    training: bool
+    family: TaskFamily
+
+    def loss(self, prediction: Tensor, examples: Examples) -> Tensor:
+        """The family's loss, averaged over the real examples: a scalar."""
+        return examples.mean(self.family.loss(prediction, examples.y))
+
+    def metric(self, prediction: Tensor, examples: Examples) -> Tensor:
+        return examples.mean(self.family.metric(prediction, examples.y))
+
+
+class Algorithm:
+    """Subclass as a frozen dataclass (its fields are its config) and write ``adapt`` and ``predict``, for one task.
+
+    Everything here runs under ``torch.func.vmap`` over the tasks of a shard: no data-dependent Python branches.
+    An algorithm that defines ``delta(theta, phi) -> {slot: Parameters}`` contributes that (Reptile: θ − φ); any other
+    contributes the gradient of ``objective`` with respect to every slot whose rule is ``gradient``.
+    """
+
+    def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
+        """Slots beyond ``model``: name → (slot, initial values)."""
+        return {}
+
+    def outputs(self, family: TaskFamily) -> int | None:
+        """What the model must put out: this many values, or None for an embedding."""
+        return family.outputs
+
+    def compatible(self, family: TaskFamily, model: Model) -> str | None:
+        """Why this algorithm can't learn these tasks with this model, or None."""
+        return None
+
+    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Any]:
+        """φ_0 … φ_k, each a pytree that ``predict`` understands; φ_0 is before adaptation where that has a meaning."""
+        raise NotImplementedError
+
+    def predict(self, model: BoundModel, phi: Any, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def objective(self, model: BoundModel, theta: Theta, task: Task, context: TaskContext) -> tuple[Tensor, Tensor]:
+        """(scalar meta-loss, prediction on the query set): by default the loss on the query set at φ_k."""
+        phi = self.adapt(model, theta, task.support, context)[-1]
+        prediction = self.predict(model, phi, task.query.x)
+        return context.loss(prediction, task.query), prediction

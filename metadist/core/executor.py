@@ -1,0 +1,114 @@
+"""The protocol between the scheduler and whatever computes shards. The loop can't tell executors apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Union
+
+from metadist.core.state import Contribution, Records, State
+
+Result = Union[Contribution, Records]
+OutputKey = tuple[int, int, int]
+"""(meta-step, round, shard): names the cached output of a shard that a later round needs."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work, of retry and of reduction: tasks [start, start + count) of one split under one θ."""
+
+    run: str
+    meta_step: int
+    round: int
+    index: int
+    function: str
+    start: int
+    count: int
+    seed: int
+    split: str = "train"
+    #: the meta-step that keys the tasks (validation and test tasks are the same at every evaluation)
+    key_step: int = 0
+    role: str = "learner"
+    needs: tuple[OutputKey, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        last = self.start + self.count - 1
+        tasks = f"task {self.start}" if self.count == 1 else f"tasks {self.start}…{last}"
+        return f"meta-step {self.meta_step}, round {self.round}, shard {self.index} ({self.split} {tasks}, seed {self.seed})"
+
+
+@dataclass(frozen=True)
+class Round:
+    """Shards to be computed under one θ, and what to do with their results.
+
+    ``reduce`` shards return contributions that are summed; otherwise records, concatenated in shard order.
+    """
+
+    index: int
+    parameters: State
+    shards: Sequence[Shard]
+    apply: Callable[[State, Any], State]
+    reduce: bool = True
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A shard's result, as it arrived. ``stats`` are the worker's own measurements (seconds, bytes, memory)."""
+
+    shard: Shard
+    attempt: int
+    worker: str
+    result: Result
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A shard that came to nothing: ``lost`` with its worker, ``rejected`` at the border, or an ``error`` in the task code."""
+
+    shard: Shard
+    attempt: int
+    worker: str
+    kind: Literal["lost", "rejected", "error"]
+    message: str
+    tasks: tuple[int, ...] = ()
+    #: False where the shard was merely queued behind the one that its worker died of
+    guilty: bool = True
+    #: the traceback, for a file; ``message`` is for people
+    detail: str = ""
+
+
+Event = Union[Finished, Failed]
+
+
+class Executor(Protocol):
+    """Runs shards. Never blocks for longer than ``wait``'s timeout, and never raises for a worker's failure."""
+
+    def publish(self, meta_step: int, round: int, state: State) -> int:
+        """Make θ available to every worker; returns the bytes published."""
+        ...
+
+    def capacity(self, role: str) -> int:
+        """How many more shards of ``role`` can be submitted now."""
+        ...
+
+    def submit(self, shard: Shard, attempt: int) -> None: ...
+
+    def cancel(self, shard: Shard, attempt: int) -> None:
+        """Forget an attempt; if it is hanging, its worker is recycled."""
+        ...
+
+    def wait(self, timeout: float) -> list[Event]:
+        """Events since the last call; empty after ``timeout`` seconds without one."""
+        ...
+
+    def shortage(self) -> str:
+        """What was asked for and what there is, for a message when no worker is to be had."""
+        ...
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """Alive workers: name → {role, device, fingerprint, pid, …}."""
+        ...
+
+    def close(self) -> None: ...

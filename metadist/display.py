@@ -1,0 +1,155 @@
+"""What a person sees: live progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from metadist.experiment import Experiment, Group, Result
+from metadist.runtime.evaluation import Evaluation
+from metadist.runtime.train import Display
+
+#: MAML on sinusoids, K = 10, α = .01 after 70,000 meta-steps: query MSE of an independent re-run of the reference
+PUBLISHED_SINUSOID = {0: 3.01, 1: 0.351, 5: 0.123, 10: 0.100}
+
+
+class Plain:
+    """Lines on stderr, one every few seconds, for logs."""
+
+    def __init__(self, meta_steps: int | None = None, every: float = 10.0) -> None:
+        self._meta_steps, self._every, self._last = meta_steps, every, time.monotonic()
+        self._first: tuple[int, float] | None = None
+
+    def step(self, meta_step: int, report: Mapping[str, float], tasks_per_second: float) -> None:
+        now = time.monotonic()
+        self._first = self._first or (meta_step, now)
+        if now - self._last >= self._every and self._meta_steps is not None:
+            self._last = now
+            done, since = meta_step - self._first[0], now - self._first[1]
+            left = f", {_minutes((self._meta_steps - meta_step) * since / done)} left" if done else ""
+            self.note(f"meta-step {meta_step}/{self._meta_steps}  {_report(report)}  {tasks_per_second:.0f} tasks/s{left}")
+
+    def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
+        self.note(f"meta-step {meta_step}  validation {_score(evaluation)}")
+
+    def note(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A progress bar on a terminal."""
+
+    def __init__(self, progress: Progress, meta_steps: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("meta-training", total=meta_steps, report="", rate="", validation="")
+
+    def step(self, meta_step: int, report: Mapping[str, float], tasks_per_second: float) -> None:
+        self._progress.update(self._task, completed=meta_step, report=_report(report), rate=f"{tasks_per_second:.0f} tasks/s")
+
+    def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
+        self._progress.update(self._task, validation=f"validation {_score(evaluation)}")
+
+    def note(self, message: str) -> None:
+        self._progress.console.print(message)
+
+
+def plain() -> Display:
+    return Plain()
+
+
+@contextmanager
+def live(experiment: Experiment) -> Iterator[Display]:
+    """A bar where stderr is a terminal, lines elsewhere."""
+    meta_steps = experiment.learner.outer.meta_steps
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Plain(meta_steps)
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[report]}"), TextColumn("[green]{task.fields[validation]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=False) as progress:
+        yield Bar(progress, meta_steps)
+
+
+def show_result(result: Result) -> None:
+    for evaluation in result.evaluations:
+        show_evaluation(evaluation, published=_published(result.experiment))
+    outcome = result.outcome
+    print(f"meta-steps      {outcome.progress.meta_step}" + (f" ({outcome.stopped})" if outcome.stopped else ""))
+    print(f"best at         {outcome.best_step}")
+    print(f"tasks/s         {outcome.tasks_per_second:.1f}")
+    print(f"parameters      sha256 {result.params_sha256}")
+    print(f"run             {result.run_dir}")
+    if sum(result.retried.values()):
+        print(f"shards retried  {', '.join(f'{n} {cause}' for cause, n in result.retried.items())}")
+    if result.tracking_url:
+        print(f"MLflow          {result.tracking_url}")
+    if result.undelivered:
+        print(f"MLflow          {result.undelivered} records wait in {result.run_dir} for the server; metadist ui or the next run delivers them")
+
+
+def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | None = None) -> None:
+    """A table of scores after each number of steps, and the protocol that they hold for."""
+    table = Table(title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} tasks", title_justify="left")
+    for heading in ("adaptation steps", "mean", "95 % CI", "median", *(("published",) if published else ())):
+        table.add_column(heading, justify="right")
+    for step in range(len(evaluation.mean)):
+        row = [str(step), f"{evaluation.mean[step]:.4f}", f"± {evaluation.ci95[step]:.4f}", f"{evaluation.median[step]:.4f}"]
+        if published:
+            row.append(f"{published[step]:.3f}" if step in published else "")
+        table.add_row(*row)
+    Console(file=sys.stdout, width=100, highlight=False).print(table)
+    print(f"divergence rate {evaluation.divergence_rate:.4f}")
+    print("protocol        " + ", ".join(f"{k}={v}" for k, v in evaluation.protocol.items() if v is not None))
+    if published:
+        print("published       K=10, α=.01 after 70,000 meta-steps: an independent re-run of the reference code")
+
+
+def show_group(group: Group) -> None:
+    table = Table(title=f"{len(group.results)} seeds, mean ± SD", title_justify="left")
+    table.add_column("metric")
+    table.add_column("mean", justify="right")
+    table.add_column("SD", justify="right")
+    for key, value in group.summary.items():
+        if key.endswith("/mean"):
+            deviation = group.summary.get(key.removesuffix("mean") + "sd")
+            table.add_row(key.removesuffix("/mean"), f"{value:.4f}", "" if deviation is None else f"{deviation:.4f}")
+    Console(file=sys.stdout, width=100, highlight=False).print(table)
+    print(f"runs            {group.run_dir}")
+
+
+def show_verification(report: Mapping[str, Any]) -> None:
+    for row in report["rows"]:
+        killed = f"  killed {', '.join(row['killed'])}; {row['retried']} shards given out again" if row["killed"] else ""
+        print(f"workers {row['workers']:>3}  sha256 {row['params_sha256']}  {row['seconds']:.1f} s{killed}")
+        if not row["enough_kills"]:
+            print(f"workers {row['workers']:>3}  too few shards were lost: nothing is proved; use more meta-steps")
+    print("identical parameters" if report["same"] else "DIFFERENT parameters")
+
+
+def _published(experiment: Experiment) -> Mapping[int, float] | None:
+    tasks = experiment.document.get("tasks", {})
+    algorithm = experiment.document.get("algorithm", {})
+    same = tasks.get("name") == "sinusoid" and tasks.get("k_shot") == 10 and algorithm.get("name") == "maml"
+    return PUBLISHED_SINUSOID if same and algorithm.get("inner_lr") == 0.01 and not algorithm.get("first_order") else None
+
+
+def _report(report: Mapping[str, float]) -> str:
+    return "  ".join(f"{k} {v:.4f}" for k, v in report.items() if k not in ("gradient_norm", "lr"))
+
+
+def _score(evaluation: Evaluation) -> str:
+    return f"{evaluation.metric} {evaluation.mean[-1]:.4f} ± {evaluation.ci95[-1]:.4f}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

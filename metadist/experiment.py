@@ -1,0 +1,541 @@
+"""An experiment from beginning to end: fleet, tracker, checkpoints, loop, test score, plots. Used by the command line and from Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import platform
+import secrets
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+import yaml
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor
+
+import metadist
+from metadist import config as configuration
+from metadist.config import CheckpointSettings, Config, EngineSettings, EvaluateSettings, TrackingSettings
+from metadist.core.errors import CheckpointError, ConfigError, MetadistError
+from metadist.core.executor import Executor, Shard
+from metadist.core.learner import Learner
+from metadist.core.state import State
+from metadist.core.task import Examples
+from metadist.runtime.checkpoint import Checkpoints, export_parameters, load_parameters
+from metadist.runtime.evaluation import Evaluation, evaluate
+from metadist.runtime.groups import WorkerGroup
+from metadist.runtime.local_executor import LocalExecutor
+from metadist.runtime.scheduler import Scheduler
+from metadist.runtime.train import Display, Outcome, Progress, Run, evaluation_metrics, meta_train, restore
+
+log = logging.getLogger(__name__)
+
+#: what may differ between a run and its resumption: nothing of it enters θ
+FREE_ON_RESUME = ("workers", "tracking", "checkpoint", "evaluate", "engine.exact", "engine.shard_timeout", "engine.worker_patience")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A learner and everything around it. From YAML by ``Experiment.of(config)``, or made in Python."""
+
+    name: str
+    seed: int
+    learner: Learner
+    evaluate: EvaluateSettings = EvaluateSettings()
+    workers: tuple[WorkerGroup, ...] = (WorkerGroup(max=0, min=0),)
+    engine: EngineSettings = EngineSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    init_from: str | None = None
+    document: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config) -> Experiment:
+        return cls(
+            config.name, config.seed, config.learner(), config.evaluate, config.workers, config.engine, config.checkpoint,
+            config.tracking, config.init_from, configuration.resolved(config),
+        )  # fmt: skip
+
+
+@dataclass
+class Result:
+    """A trained (or loaded) meta-learner: scores, and ``adapt`` / ``predict`` on new support sets."""
+
+    run_id: str
+    run_dir: str
+    experiment: Experiment
+    outcome: Outcome
+    evaluations: list[Evaluation]
+    params_sha256: str
+    retried: dict[str, int]
+    wall_seconds: float
+    undelivered: int = 0
+    tracking_url: str | None = None
+
+    @property
+    def state(self) -> State:
+        """The parameters that validated best."""
+        return self.outcome.best
+
+    def adapt(self, x: Tensor, y: Tensor, inner_steps: int | None = None) -> Any:
+        """φ for a support set x [N, …], y [N, …]; hand it to ``predict``."""
+        learner = self.experiment.learner
+        dtype = learner.model.dtype
+        support = Examples(x.to(dtype), y.to(dtype) if y.is_floating_point() else y)
+        return learner.adapt(self.state, support, inner_steps)
+
+    def predict(self, phi: Any, x: Tensor) -> Tensor:
+        return self.experiment.learner.predict(self.state, phi, x.to(self.experiment.learner.model.dtype))
+
+    def export(self, path: str | Path) -> None:
+        """The model's parameters under their own names, as one safetensors file."""
+        export_parameters(path, self.experiment.learner.parameters(self.state), {"run_id": self.run_id, "format": "metadist"})
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "run_dir": self.run_dir,
+            "meta_step": self.outcome.progress.meta_step,
+            "best_meta_step": self.outcome.best_step,
+            "params_sha256": self.params_sha256,
+            "tasks_per_second": round(self.outcome.tasks_per_second, 2),
+            "evaluation": self.evaluations[-1].as_dict() if self.evaluations else None,
+            "validation": self.outcome.progress.validation[-1:],
+            "shards_retried": self.retried,
+            "stopped": self.outcome.stopped,
+            "wall_seconds": round(self.wall_seconds, 2),
+            "undelivered": self.undelivered,
+            "tracking_url": self.tracking_url,
+        }
+
+
+class Quiet:
+    """A display that shows nothing."""
+
+    def step(self, meta_step: int, report: Mapping[str, float], tasks_per_second: float) -> None: ...
+
+    def evaluated(self, meta_step: int, evaluation: Evaluation) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+
+# Where things lie -----------------------------------------------------------------------------------------------------
+
+
+def runs_root() -> str:
+    return os.environ.get("METADIST_RUNS") or "runs"
+
+
+class RunFolder:
+    """A run's folder: a local path or any fsspec URL. ``scratch`` is a local folder for what can't be remote (spool, plots)."""
+
+    def __init__(self, location: str) -> None:
+        self.url = location.rstrip("/")
+        try:
+            self._fs, self._path = url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"run_dir '{location}': {error}") from error
+        self.local = isinstance(self._fs, LocalFileSystem)
+        if self.local:
+            self.url = self._path
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:12]
+        cache = Path(os.environ.get("METADIST_CACHE") or Path.home() / ".cache" / "metadist")
+        self.scratch = Path(self._path) if self.local else cache / "runs" / f"{self.url.rsplit('/', 1)[-1]}-{digest}"
+
+    def read(self, name: str) -> str | None:
+        try:
+            with fsspec.open(f"{self.url}/{name}", "r", encoding="utf-8") as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"run_dir '{self.url}': {name} can't be read: {error}") from error
+
+    def write(self, name: str, text: str) -> None:
+        try:
+            self._fs.makedirs(f"{self._path}/{name}".rpartition("/")[0], exist_ok=True)
+            with fsspec.open(f"{self.url}/{name}", "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise MetadistError(f"run_dir '{self.url}': {name} can't be written: {error}") from error
+
+    def upload(self, path: Path, name: str) -> None:
+        if not self.local:
+            self._fs.makedirs(f"{self._path}/{name}".rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(str(path), f"{self._path}/{name}")
+
+
+def new_run_id(name: str) -> str:
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def newest_run(name: str) -> str:
+    """The newest run of an experiment under ``METADIST_RUNS``."""
+    fs, root = url_to_fs(runs_root())
+    found = []
+    for path in fs.ls(root, detail=False) if fs.exists(root) else []:
+        text = RunFolder(fs.unstrip_protocol(path)).read("run.json") if fs.isdir(path) else None
+        if text and json.loads(text)["name"] == name:
+            found.append((json.loads(text)["created"], path))
+    if not found:
+        raise ConfigError(f"--resume: there is no run of '{name}' in {runs_root()}; give --run-dir DIR, or start without --resume")
+    return fs.unstrip_protocol(max(found)[1]) if not isinstance(fs, LocalFileSystem) else max(found)[1]
+
+
+# Fleet ----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fleet(
+    experiment: Experiment, run_id: str, *, expected: dict[str, Any] | None = None, watch: Any = None, folder: RunFolder | None = None
+) -> Iterator[Scheduler]:
+    """Workers and their scheduler, closed at the end. Zero workers compute in this process, without Ray."""
+    engine, groups = experiment.engine, experiment.workers
+    executor: Executor
+    if sum(g.max for g in groups) == 0:
+        executor = LocalExecutor(experiment.learner, device=engine.device, threads=groups[0].threads)
+        _refuse_other_numerics(engine, expected, executor)
+    else:
+        executor = _ray_executor(experiment, run_id, expected)
+
+    def failure(detail: str) -> str:
+        if folder is None:
+            return ""
+        folder.write("failure.txt", detail)
+        return f" (traceback in {folder.url}/failure.txt)"
+
+    try:
+        yield Scheduler(
+            executor, experiment.learner, timeout=engine.shard_timeout, patience=engine.worker_patience, watch=watch, on_failure=failure
+        )
+    finally:
+        executor.close()
+
+
+def _ray_executor(experiment: Experiment, run_id: str, expected: dict[str, Any] | None) -> Executor:
+    try:
+        from metadist.runtime.ray_executor import RayExecutor
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"workers: {error.name} is not installed; pip install 'ray[default]', or use --workers 0") from error
+    engine = experiment.engine
+    return RayExecutor(
+        experiment.learner, experiment.workers, run=run_id, device=engine.device, expected=expected, exact=engine.exact,
+        patience=engine.worker_patience,
+    )  # fmt: skip
+
+
+def _refuse_other_numerics(engine: EngineSettings, expected: dict[str, Any] | None, executor: Executor) -> None:
+    mine = next(iter(executor.workers().values()))["fingerprint"]
+    if engine.exact and expected is not None and mine["id"] != expected["id"]:
+        differing = {k: f"{expected.get(k)} → {v}" for k, v in mine.items() if k != "id" and expected.get(k) != v}
+        raise ConfigError(
+            f"this process computes other bits than the run began with ({differing}); resume on a like machine, or with engine.exact=false"
+        )
+
+
+# The main job ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    experiment: Experiment,
+    *,
+    run_dir: str | None = None,
+    resume: bool = False,
+    display: Display | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[Scheduler, Shard], None] | None = None,
+    parent: str | None = None,
+    test: bool = True,
+    plots: bool = True,
+) -> Result:
+    """Meta-train, test once, and record everything under ``run_dir`` (default: a new folder under ``METADIST_RUNS``)."""
+    began = time.perf_counter()
+    display = display or Quiet()
+    learner = experiment.learner
+    if resume and run_dir is None:
+        run_dir = newest_run(experiment.name)
+    run_id = new_run_id(experiment.name)
+    folder = RunFolder(run_dir or f"{runs_root()}/{run_id}")
+    checkpoints = Checkpoints(folder.url, keep=experiment.checkpoint.keep, higher_is_better=learner.tasks.higher_is_better)
+    run_id = _open(folder, experiment, run_id, resume)
+    learner.prepare(torch.device("cpu"))
+    learner.check(experiment.seed)
+    progress = restore(_run(experiment, run_id, {}), checkpoints, _initial(experiment))
+    earlier = checkpoints.latest(learner.slots) if progress.meta_step else None
+    expected = _checked_manifest(experiment, earlier.manifest) if earlier else None
+    _refuse_other_config(folder, experiment, progress.meta_step)
+    tracker = _start_tracker(experiment, folder, run_id, parent, earlier.manifest.get("mlflow_run_id") if earlier else None)
+    status, result = "FAILED", None
+    try:
+        with fleet(experiment, run_id, expected=expected, watch=watch, folder=folder) as workers:
+            run = _run(experiment, run_id, _facts(experiment, workers))
+            if progress.meta_step:
+                display.note(f"resumed at meta-step {progress.meta_step}")
+            outcome = meta_train(run, progress, workers, tracker, checkpoints, display, stop)
+            evaluations = []
+            if test and outcome.stopped != "interrupted":
+                evaluations = [_test(experiment, run_id, workers, outcome)]
+                tracker.metrics(progress.meta_step, evaluation_metrics(evaluations[0]))
+            retried = dict(workers.retried)
+        status = "KILLED" if outcome.stopped == "interrupted" else "FINISHED"
+        result = Result(
+            run_id, folder.url, experiment, outcome, evaluations, progress.state.sha256(), retried, time.perf_counter() - began
+        )
+        _record(folder, result, tracker, plots and status == "FINISHED")
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        left = tracker.finish(status, timeout=60.0 if status == "FINISHED" else 10.0)
+    result.undelivered, result.tracking_url = left, tracker.url()
+    result.wall_seconds = time.perf_counter() - began
+    return result
+
+
+def _run(experiment: Experiment, run_id: str, manifest: dict[str, Any]) -> Run:
+    e = experiment
+    return Run(
+        run_id, e.seed, e.learner, e.evaluate.every, e.evaluate.tasks, e.evaluate.inner_steps, e.evaluate.patience,
+        e.checkpoint.every, e.tracking.log_every, manifest,
+    )  # fmt: skip
+
+
+def _open(folder: RunFolder, experiment: Experiment, run_id: str, resume: bool) -> str:
+    """Claim the folder for a new run, or find out whose it is; returns the run id."""
+    text = folder.read("run.json")
+    if text is not None:
+        if not resume:
+            raise ConfigError(f"run_dir '{folder.url}' holds a run already; go on with it by --resume, or choose another --run-dir")
+        return json.loads(text)["run_id"]
+    if resume:
+        log.warning("run_dir %s holds no run yet; a new one starts", folder.url)
+    folder.write("config.yaml", yaml.safe_dump(experiment.document, sort_keys=False, allow_unicode=True))
+    folder.write("run.json", json.dumps({"run_id": run_id, "name": experiment.name, "created": time.time()}))
+    return run_id
+
+
+def _initial(experiment: Experiment) -> Mapping[str, Tensor] | None:
+    """Parameters to begin with: a safetensors file, or an earlier run's best."""
+    source = experiment.init_from
+    if source is None:
+        return None
+    if source.endswith(".safetensors"):
+        return load_parameters(source)
+    folder = RunFolder(source)
+    if folder.read("run.json") is None:
+        raise ConfigError(f"init_from: '{source}' is neither a .safetensors file nor a run directory")
+    earlier = load_run(source)
+    return earlier.experiment.learner.parameters(earlier.state)
+
+
+def _refuse_other_config(folder: RunFolder, experiment: Experiment, meta_step: int) -> None:
+    """A resumed run must be the run that was begun, in everything that enters θ."""
+    text = folder.read("config.yaml")
+    before = configuration.flatten(configuration.parse_yaml(text or "{}", "config.yaml") or {})
+    now = configuration.flatten(experiment.document)
+    if meta_step:
+        longer = experiment.learner.outer.schedule == "constant"
+        for key in sorted(before.keys() | now.keys()):
+            free = key.startswith(FREE_ON_RESUME) or (key == "outer.meta_steps" and longer)
+            if not free and before.get(key) != now.get(key):
+                raise ConfigError(
+                    f"--resume: {key} is {now.get(key)!r}, the run began with {before.get(key)!r}; only "
+                    f"{', '.join(FREE_ON_RESUME)} (and outer.meta_steps of a constant schedule) may change"
+                )
+    folder.write("config.yaml", yaml.safe_dump(experiment.document, sort_keys=False, allow_unicode=True))
+
+
+def _checked_manifest(experiment: Experiment, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The numerics fingerprint that the run began with, after a look at seed and data."""
+    if manifest["seed"] != experiment.seed:
+        raise CheckpointError(f"--resume: the run's seed is {manifest['seed']}, not {experiment.seed}")
+    data = getattr(experiment.learner.tasks, "data_sha256", None)
+    if manifest["data_sha256"] != data:
+        raise CheckpointError(f"--resume: the run began on other data (sha256 {manifest['data_sha256']}, here {data})")
+    return manifest["fingerprint"]
+
+
+def _facts(experiment: Experiment, workers: Scheduler) -> dict[str, Any]:
+    first = next(iter(workers.executor.workers().values()))
+    return {
+        "config": experiment.document,
+        "fingerprint": first["fingerprint"],
+        "data_sha256": getattr(experiment.learner.tasks, "data_sha256", None),
+        "versions": {"metadist": metadist.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _start_tracker(experiment: Experiment, folder: RunFolder, run_id: str, parent: str | None, mlflow_run_id: str | None) -> Any:
+    from metadist import tracking
+
+    settings = experiment.tracking
+    tracker = tracking.make_tracker(
+        settings.uri, spool=folder.scratch / "tracking", experiment=settings.experiment, runs_root=_tracking_root(folder)
+    )
+    tags = {
+        "metadist.run_id": run_id,
+        "metadist.run_dir": folder.url,
+        "metadist.version": metadist.__version__,
+        "git.revision": _git_revision(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "host": platform.node(),
+        "platform": platform.platform(),
+    }
+    tracker.start(
+        run_id=run_id, name=folder.url.rsplit("/", 1)[-1], params=configuration.flatten(experiment.document),
+        tags={k: v for k, v in tags.items() if v}, parent=parent, mlflow_run_id=mlflow_run_id,
+    )  # fmt: skip
+    if folder.local and (Path(folder.url) / "config.yaml").is_file():
+        tracker.artifact(Path(folder.url) / "config.yaml")
+    return tracker
+
+
+def _tracking_root(folder: RunFolder) -> Path:
+    """Where the default SQLite store lies: METADIST_RUNS, or a local folder where that is remote."""
+    return folder.scratch.parent if "://" in runs_root() else Path(runs_root()).resolve()
+
+
+def _git_revision() -> str:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=5, check=True
+        )
+        return found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _test(experiment: Experiment, run_id: str, workers: Scheduler, outcome: Outcome) -> Evaluation:
+    settings = experiment.evaluate
+    return evaluate(
+        workers, experiment.learner, outcome.best, run=run_id, meta_step=outcome.progress.meta_step, seed=experiment.seed,
+        split="test", tasks=settings.test_tasks, inner_steps=settings.inner_steps,
+    )  # fmt: skip
+
+
+def _record(folder: RunFolder, result: Result, tracker: Any, plots: bool) -> None:
+    """The model, the scores and the plots, in the run's folder and as MLflow artifacts."""
+    result.export(f"{folder.url}/model.safetensors")
+    folder.write("result.json", json.dumps(result.as_dict(), indent=1))
+    if folder.local:
+        tracker.artifact(Path(folder.url) / "model.safetensors")
+    if result.evaluations:
+        folder.write("evaluation.json", json.dumps([e.as_dict() for e in result.evaluations], indent=1))
+    if not plots:
+        return
+    from metadist.pictures import draw
+
+    for path in draw(result, folder.scratch / "plots"):
+        tracker.artifact(path, "plots")
+        folder.upload(path, f"plots/{path.name}")
+
+
+@dataclass
+class Group:
+    """Several seeds of one experiment, with mean and standard deviation of what they reached."""
+
+    group_id: str
+    run_dir: str
+    results: list[Result]
+    summary: dict[str, float]
+    interrupted: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        seeds = [{"seed": r.experiment.seed, **r.as_dict()} for r in self.results]
+        return {"group_id": self.group_id, "run_dir": self.run_dir, "summary": self.summary, "seeds": seeds}
+
+
+def train_seeds(
+    document: dict[str, Any], seeds: list[int], *, run_dir: str | None, resume: bool, live: Callable[[Experiment], Any],
+    stop: Callable[[], bool], show: Callable[[Result], None] = lambda _: None,
+) -> Group:  # fmt: skip
+    """One run per seed, in ``run_dir/seed-N``, as child runs of one parent that gets mean and SD."""
+    from metadist import tracking
+
+    base = Experiment.of(configuration.build(document))
+    group_id = new_run_id(base.name)
+    folder = RunFolder(run_dir or f"{runs_root()}/{group_id}")
+    known = folder.read("group.json")
+    if known is not None:
+        if not resume:
+            raise ConfigError(f"run_dir '{folder.url}' holds runs already; go on with them by --resume, or choose another --run-dir")
+        group_id = json.loads(known)["group_id"]
+    else:
+        folder.write("group.json", json.dumps({"group_id": group_id, "seeds": seeds}))
+    results: list[Result] = []
+    for seed in seeds:
+        experiment = Experiment.of(configuration.build({**document, "seed": seed}))
+        child = f"{folder.url}/seed-{seed}"
+        again = resume and RunFolder(child).read("run.json") is not None
+        with live(experiment) as display:
+            results.append(train(experiment, run_dir=child, resume=again, display=display, stop=stop, parent=group_id))
+        show(results[-1])
+        if stop():
+            break
+    final = [evaluation_metrics(r.evaluations[0]) for r in results if r.evaluations]
+    summary = tracking.mean_sd(final)
+    tracker = tracking.make_tracker(
+        base.tracking.uri, spool=folder.scratch / "tracking", experiment=base.tracking.experiment, runs_root=_tracking_root(folder)
+    )
+    if final:
+        tracking.log_group(tracker, run_id=group_id, name=group_id, results={base.learner.outer.meta_steps: final})
+    return Group(group_id, folder.url, results, summary, interrupted=stop())
+
+
+# Afterwards -----------------------------------------------------------------------------------------------------------
+
+
+def load_run(run_dir: str, workers: tuple[WorkerGroup, ...] | None = None) -> Result:
+    """A run's best parameters with its configuration, ready to ``adapt`` and ``predict``."""
+    folder = RunFolder(run_dir)
+    text, about = folder.read("config.yaml"), folder.read("run.json")
+    if text is None or about is None:
+        raise ConfigError(f"run directory '{run_dir}' has no config.yaml and run.json; is it the folder that train printed?")
+    experiment = Experiment.of(configuration.build(configuration.parse_yaml(text, f"{run_dir}/config.yaml")))
+    if workers is not None:
+        experiment = dataclasses.replace(experiment, workers=workers)
+    learner = experiment.learner
+    checkpoints = Checkpoints(folder.url, higher_is_better=learner.tasks.higher_is_better)
+    loaded = checkpoints.best(learner.slots) or checkpoints.latest(learner.slots)
+    if loaded is None:
+        raise CheckpointError(f"run directory '{run_dir}' has no checkpoint yet")
+    progress = Progress(loaded.meta_step, loaded.state, loaded.manifest["validation"], loaded.manifest["curve"])
+    outcome = Outcome(progress, loaded.state, loaded.meta_step, 0.0)
+    return Result(json.loads(about)["run_id"], folder.url, experiment, outcome, [], loaded.state.sha256(), {}, 0.0)
+
+
+def evaluate_run(
+    run_dir: str, *, tasks: int | None = None, split: str = "test", inner_steps: int | None = None, workers: str | None = None,
+    normalization: str | None = None,
+) -> Result:  # fmt: skip
+    """Judge a run's best parameters again, on as many tasks and steps as wanted."""
+    loaded = load_run(run_dir)
+    experiment = loaded.experiment
+    if workers is not None:
+        groups = configuration.set_workers(experiment.document, workers)
+        experiment = dataclasses.replace(experiment, workers=configuration.build(groups).workers)
+    settings = experiment.evaluate
+    learner = experiment.learner
+    if normalization is not None:
+        learner.normalization = normalization
+    learner.prepare(torch.device("cpu"))
+    steps = settings.inner_steps if inner_steps is None else inner_steps
+    began = time.perf_counter()
+    with fleet(experiment, loaded.run_id) as fleet_:
+        judged = evaluate(
+            fleet_, learner, loaded.state, run=loaded.run_id, meta_step=loaded.outcome.best_step, seed=experiment.seed, split=split,
+            tasks=tasks or settings.test_tasks, inner_steps=steps,
+        )  # fmt: skip
+    return dataclasses.replace(loaded, experiment=experiment, evaluations=[judged], wall_seconds=time.perf_counter() - began)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from metadist.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Conv4:
+    """Four blocks of 3×3 convolution, normalisation and ReLU (Vinyals et al. 2016), then a linear head.
+
+    ``pooling: stride`` halves the image by strided convolutions (MAML's Omniglot network), ``max`` by 2×2 max-pooling.
+    Without outputs it ends in the flattened features.
+    """
+
+    filters: int = 64
+    pooling: Literal["stride", "max"] = "max"
+    norm: Literal["batch", "group", "none"] = "batch"
+    blocks: int = 4
+    dropout: float = 0.0
+
+    def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
+        if len(input_shape) != 3:
+            raise ConfigError(f"model 'conv4' needs images [channels, height, width]; these tasks' inputs are {list(input_shape)}")
+        channels = input_shape[0]
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for block in range(1, self.blocks + 1):
+            stride = 2 if self.pooling == "stride" else 1
+            layers[f"conv{block}"] = nn.Conv2d(channels, self.filters, 3, stride=stride, padding=1)
+            if self.norm == "batch":
+                layers[f"norm{block}"] = nn.BatchNorm2d(self.filters, track_running_stats=False)
+            elif self.norm == "group":
+                layers[f"norm{block}"] = nn.GroupNorm(_groups(self.filters), self.filters)
+            layers[f"relu{block}"] = nn.ReLU()
+            if self.pooling == "max":
+                layers[f"pool{block}"] = nn.MaxPool2d(2)
+            if self.dropout:
+                layers[f"dropout{block}"] = nn.Dropout2d(self.dropout)
+            channels = self.filters
+        layers["flatten"] = nn.Flatten()
+        try:
+            features = nn.Sequential(layers)(torch.zeros(2, *input_shape)).shape[1]
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"model.blocks: {self.blocks} blocks shrink an image of {input_shape[1]}×{input_shape[2]} to nothing"
+            ) from error
+        if outputs is not None:
+            layers["head"] = nn.Linear(features, outputs)
+        return nn.Sequential(layers)
+
+
+def _groups(filters: int) -> int:
+    return next(g for g in (8, 4, 2, 1) if filters % g == 0)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from metadist.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A multilayer perceptron; inputs of any shape are flattened. Without outputs it ends in the last hidden layer.
+
+    ``init: maml`` is the reference code's: weights from a normal of σ = .01 truncated at 2σ, biases zero; ``torch`` is
+    PyTorch's default.
+    """
+
+    hidden: tuple[int, ...] = (40, 40)
+    activation: Literal["relu", "tanh", "gelu"] = "relu"
+    norm: Literal["none", "layer"] = "none"
+    dropout: float = 0.0
+    init: Literal["torch", "maml"] = "torch"
+
+    def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
+        activation = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}[self.activation]
+        if outputs is None and not self.hidden:
+            raise ConfigError("model.hidden: an embedding needs at least one hidden layer")
+        layers: list[nn.Module] = [nn.Flatten()]
+        width = math.prod(input_shape)
+        for size in self.hidden:
+            layers.append(nn.Linear(width, size))
+            if self.norm == "layer":
+                layers.append(nn.LayerNorm(size))
+            layers.append(activation())
+            if self.dropout:
+                layers.append(nn.Dropout(self.dropout))
+            width = size
+        if outputs is not None:
+            layers.append(nn.Linear(width, outputs))
+        module = nn.Sequential(*layers)
+        if self.init == "maml":
+            for layer in module:
+                if isinstance(layer, nn.Linear):
+                    nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
+                    nn.init.zeros_(layer.bias)
+        return module

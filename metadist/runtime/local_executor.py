@@ -1,0 +1,61 @@
+"""The executor that computes in this process, one shard per call of ``wait``."""
+
+from __future__ import annotations
+
+import traceback
+from collections import deque
+from typing import Any
+
+import torch
+
+from metadist.core.errors import NonFiniteError
+from metadist.core.executor import Event, Failed, Finished, Shard
+from metadist.core.learner import Learner
+from metadist.core.state import State
+from metadist.runtime.worker import TaskError, Worker
+
+
+class LocalExecutor:
+    """Needs neither Ray nor Arrow. Restores PyTorch's thread count on ``close``."""
+
+    def __init__(self, learner: Learner, *, device: str = "auto", threads: int = 1) -> None:
+        self._threads = torch.get_num_threads()
+        gpus = 1.0 if torch.cuda.is_available() else 0.0
+        self._worker = Worker(learner, name="local", device=device, gpus=gpus, threads=threads)
+        self._queue: deque[tuple[Shard, int]] = deque()
+        self._theta: dict[str, torch.Tensor] = {}
+
+    def publish(self, meta_step: int, round: int, state: State) -> int:
+        self._theta = {n: v.to(self._worker.device) for n, v in state.slots.items()}
+        return 0
+
+    def capacity(self, role: str) -> int:
+        return 1 - len(self._queue)
+
+    def submit(self, shard: Shard, attempt: int) -> None:
+        self._queue.append((shard, attempt))
+
+    def cancel(self, shard: Shard, attempt: int) -> None:
+        self._queue = deque(item for item in self._queue if item != (shard, attempt))
+
+    def wait(self, timeout: float) -> list[Event]:
+        if not self._queue:
+            return []
+        shard, attempt = self._queue.popleft()
+        try:
+            result, stats = self._worker.compute(shard, self._theta)
+        except NonFiniteError as error:
+            return [Failed(shard, attempt, "local", "rejected", str(error), error.tasks)]
+        except TaskError as error:
+            detail = "".join(traceback.format_exception(error))
+            return [Failed(shard, attempt, "local", "error", str(error), error.tasks, detail=detail)]
+        return [Finished(shard, attempt, "local", result, stats)]
+
+    def shortage(self) -> str:
+        return "this process computes its shards itself"
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        return {"local": {"role": "learner", **self._worker.about()}}
+
+    def close(self) -> None:
+        torch.set_num_threads(self._threads)

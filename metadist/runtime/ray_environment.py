@@ -1,0 +1,19 @@
+"""Ray's settings that must stand in the environment before ray is imported. Imported by ``ray_executor`` alone."""
+
+import os
+import sys
+from pathlib import Path
+
+#: the cluster to join; None starts one on this machine
+ADDRESS = os.environ.get("RAY_ADDRESS") or None
+
+_has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or (Path.home() / ".ray" / "auth_token").exists()
+
+# A cluster of our own always asks for a token (Ray writes one to ~/.ray); somebody else's may know of none. Where ray is
+# imported already, its own default holds: its C++ part has read the mode, and would disagree with its children.
+if "ray" not in sys.modules and (ADDRESS is None or _has_token):
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+# Without it an actor that asked for no GPU may see them all.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")

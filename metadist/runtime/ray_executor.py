@@ -1,0 +1,318 @@
+"""The executor whose workers are Ray actors. The only importer of ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from metadist.runtime import ray_environment  # isort: skip  (must precede ray, which reads its environment on import)
+
+import pyarrow as pa
+import ray
+import ray.exceptions
+from torch import Tensor
+
+from metadist.core.errors import MetadistError, NonFiniteError, WorkerError
+from metadist.core.executor import Event, Failed, Finished, Shard
+from metadist.core.learner import Learner
+from metadist.core.state import State
+from metadist.runtime.groups import WorkerGroup
+from metadist.runtime.worker import TaskError, Worker
+from metadist.wire.codec import RejectedError, decode_result, decode_theta, encode_result, encode_theta
+
+log = logging.getLogger(__name__)
+
+#: shards in flight per actor: one computing, one waiting, so that no actor waits for the driver
+DEPTH = 2
+#: replacements in a row that died before they were ready
+MAX_FAILED_STARTS = 3
+
+
+class _Actor:
+    """A worker inside an actor. θ arrives as a zero-copy view of the object store and is decoded once per version."""
+
+    def __init__(self, learner: Learner, name: str, role: str, device: str, gpus: float, threads: int) -> None:
+        self._arguments = (learner, name, role, device, gpus, threads)
+
+    def start(self) -> dict[str, Any]:
+        learner, name, role, device, gpus, threads = self._arguments
+        self._worker = Worker(learner, name=name, device=device, gpus=gpus, threads=threads)
+        self._version: tuple[str, int, int] | None = None
+        self._theta: dict[str, Tensor] = {}
+        return {"role": role, **self._worker.about()}
+
+    def compute(self, theta: pa.Buffer, shard: Shard, attempt: int) -> pa.Buffer:
+        version = (shard.run, shard.meta_step, shard.round)
+        slots = self._worker.learner.slots
+        if version != self._version:
+            run, meta_step, round = version
+            self._theta = decode_theta(
+                theta, slots, device=self._worker.device, run=run, meta_step=meta_step, round=round
+            )
+            self._version = version
+        result, stats = self._worker.compute(shard, self._theta)
+        return encode_result(result, shard, slots, attempt=attempt, worker=self._worker.name, stats=stats)
+
+
+@dataclass
+class _Member:
+    """One actor as the driver sees it: ``about`` is None until it has started; calls run in submission order."""
+
+    name: str
+    group: WorkerGroup
+    handle: Any
+    starting: Any
+    about: dict[str, Any] | None = None
+    calls: dict[Any, tuple[Shard, int]] = field(default_factory=dict)
+
+
+class RayExecutor:
+    """A group of actors per worker group. A dead actor is replaced at once; nothing here blocks on a starting one.
+
+    ``expected`` is the numerics fingerprint of the run, if known; with ``exact`` a worker with another one is refused.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        groups: Sequence[WorkerGroup],
+        *,
+        run: str,
+        device: str = "auto",
+        expected: dict[str, Any] | None = None,
+        exact: bool = True,
+        patience: float = 60.0,
+    ) -> None:
+        self._learner, self._groups, self._run, self._device = learner, groups, run, device
+        self._expected, self._exact = expected, exact
+        self._owns_cluster = _connect(groups)
+        self._gpus = {g.role: _resolve_gpus(g) for g in groups}
+        self._learner_ref = ray.put(learner)
+        self._theta: Any = None
+        self._members: dict[str, _Member] = {}
+        self._events: list[Event] = []
+        self._serial = 0
+        self._failed_starts = 0
+        self._last_death = ""
+        try:
+            for group in groups:
+                for _ in range(group.max):
+                    self._start(group)
+            self._await_minimum(patience)
+        except BaseException:
+            self.close()
+            raise
+
+    # Members ----------------------------------------------------------------------------------------------------------
+
+    def _start(self, group: WorkerGroup) -> None:
+        name = f"{group.role}-{self._serial}"
+        self._serial += 1
+        options: dict[str, Any] = {"num_cpus": group.cpus, "num_gpus": self._gpus[group.role], "max_restarts": 0, "max_task_retries": 0}
+        threads = str(group.threads)
+        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}}
+        remote = ray.remote(**options)(_Actor)
+        gpus = self._gpus[group.role]
+        handle = remote.remote(self._learner_ref, name, group.role, self._device, gpus, group.threads)
+        self._members[name] = _Member(name, group, handle, handle.start.remote())
+
+    def _await_minimum(self, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while short := [g for g in self._groups if self._ready(g.role) < g.min]:
+            self._poll(0.25)
+            if time.monotonic() > deadline:
+                group = short[0]
+                raise WorkerError(
+                    f"workers: {self._ready(group.role)} of {group.min} {group.role}s were ready after {patience:.0f} s; {self.shortage()}"
+                )
+
+    def _ready(self, role: str) -> int:
+        return sum(m.about is not None and m.group.role == role for m in self._members.values())
+
+    def shortage(self) -> str:
+        wanted = ", ".join(f"{g.max} × {{cpus: {g.cpus}, gpus: {self._gpus[g.role]}}} for role {g.role}" for g in self._groups)
+        total, free = ray.cluster_resources(), ray.available_resources()
+        there = ", ".join(f"{total.get(r, 0):g} {r}s ({free.get(r, 0):g} free)" for r in ("CPU", "GPU"))
+        return f"asked for {wanted}; the cluster has {there}. Ask for fewer with --workers, or add nodes"
+
+    def _joined(self, member: _Member) -> None:
+        try:
+            about = ray.get(member.starting)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(cause, MetadistError):
+                raise cause from None
+            raise WorkerError(f"worker {member.name} can't start: {type(cause).__name__}: {cause}") from error
+        except ray.exceptions.RayError as error:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                raise WorkerError(f"{MAX_FAILED_STARTS} workers in a row died while starting, the last of: {_short(error)}") from error
+            self._replace(member, f"died while starting: {_short(error)}")
+            return
+        self._failed_starts = 0
+        if self._expected is None:
+            self._expected = about["fingerprint"]
+        mine = getattr(self._learner.tasks, "data_sha256", None)
+        if mine and about["data_sha256"] and about["data_sha256"] != mine:
+            raise WorkerError(f"worker {member.name} on {about['host']} has other data: sha256 {about['data_sha256'][:12]}…, the driver {mine[:12]}…")
+        if self._exact and about["fingerprint"]["id"] != self._expected["id"]:
+            differing = {k: (self._expected.get(k), v) for k, v in about["fingerprint"].items() if k != "id" and self._expected.get(k) != v}
+            raise WorkerError(
+                f"worker {member.name} on {about['host']} computes other bits than this run ({differing}, run's first); "
+                "use like machines, or engine.exact: false to give exactness up"
+            )
+        member.about = about
+
+    def _replace(self, member: _Member, reason: str) -> None:
+        """Forget an actor, start another, and report what it had in flight; only the oldest call can have killed it."""
+        self._last_death = f"worker {member.name} {reason}"
+        log.warning("worker %s %s; a replacement starts", member.name, reason)
+        if self._members.pop(member.name, None) is None:
+            return
+        with contextlib.suppress(Exception):
+            ray.kill(member.handle)
+        for position, (shard, attempt) in enumerate(member.calls.values()):
+            self._events.append(Failed(shard, attempt, member.name, "lost", reason, guilty=position == 0))
+        self._start(member.group)
+
+    # The protocol -----------------------------------------------------------------------------------------------------
+
+    def publish(self, meta_step: int, round: int, state: State) -> int:
+        buffer = encode_theta(state.slots, self._learner.slots, run=self._run, meta_step=meta_step, round=round)
+        self._theta = ray.put(buffer)
+        return buffer.size
+
+    def capacity(self, role: str) -> int:
+        return sum(DEPTH - len(m.calls) for m in self._members.values() if m.about is not None and m.group.role == role)
+
+    def submit(self, shard: Shard, attempt: int) -> None:
+        """To the least busy worker of its role."""
+        ready = [m for m in self._members.values() if m.about is not None and m.group.role == shard.role]
+        busy_with = {m.name: [s for s, _ in m.calls.values()] for m in ready}
+        member = min(ready, key=lambda m: (shard in busy_with[m.name], len(m.calls)))
+        member.calls[member.handle.compute.remote(self._theta, shard, attempt)] = (shard, attempt)
+
+    def cancel(self, shard: Shard, attempt: int) -> None:
+        for member in list(self._members.values()):
+            if (shard, attempt) in member.calls.values():
+                self._kill(member)
+                self._replace(member, "was recycled: it did not answer")
+
+    def wait(self, timeout: float) -> list[Event]:
+        if not self._events:
+            self._poll(timeout)
+        events, self._events = self._events, []
+        return events
+
+    def _poll(self, timeout: float) -> None:
+        waiting = {m.starting: m for m in self._members.values() if m.about is None}
+        waiting.update((call, m) for m in self._members.values() for call in m.calls)
+        if not waiting:
+            time.sleep(min(timeout, 0.05))
+            return
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout)
+        if ready:
+            ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        for reference in ready:
+            member = waiting[reference]
+            if reference in member.calls:
+                self._collect(member, reference)
+            elif member.name in self._members:
+                self._joined(member)
+
+    def _collect(self, member: _Member, reference: Any) -> None:
+        shard, attempt = member.calls[reference]
+        try:
+            buffer = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            del member.calls[reference]
+            self._events.append(_failure(error, shard, attempt, member.name))
+            return
+        except ray.exceptions.RayError as error:
+            self._replace(member, f"died: {_short(error)}")
+            return
+        del member.calls[reference]
+        try:
+            result, header = decode_result(buffer, shard, self._learner.slots, finite=False, partial=True, rows=shard.count)
+        except RejectedError as error:
+            self._events.append(Failed(shard, attempt, member.name, "rejected", str(error)))
+            return
+        self._events.append(Finished(shard, attempt, member.name, result, {**header["stats"], "bytes": buffer.size}))
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        return {m.name: m.about for m in self._members.values() if m.about is not None}
+
+    def _kill(self, member: _Member) -> None:
+        if member.about is not None and member.about["host"] == platform.node():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(member.about["pid"], signal.SIGKILL)  # reaches a stopped process too
+
+    def kill_busy(self) -> str | None:
+        """SIGKILL a worker that has a shard in flight, to prove that it doesn't matter; returns its name."""
+        for member in self._members.values():
+            if member.about is not None and member.calls:
+                self._kill(member)
+                return member.name
+        return None
+
+    def close(self) -> None:
+        for member in self._members.values():
+            with contextlib.suppress(Exception):
+                ray.kill(member.handle)
+        self._members.clear()
+        self._theta = self._learner_ref = None
+        if self._owns_cluster:
+            ray.shutdown()
+
+
+def _connect(groups: Sequence[WorkerGroup]) -> bool:
+    """Join the cluster in RAY_ADDRESS, or start one here with as many logical CPUs as are asked for; True if started."""
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    address = ray_environment.ADDRESS
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+            return True
+        cpus = max(os.cpu_count() or 1, sum(int(g.cpus * g.max + 0.999) for g in groups))
+        ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+        return True
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+        where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
+        raise WorkerError(f"can't {where}: {_short(error)}; use --workers 0 to train in this process") from error
+
+
+def _resolve_gpus(group: WorkerGroup) -> float:
+    if group.gpus != "auto":
+        return float(group.gpus)
+    there = ray.cluster_resources().get("GPU", 0.0)
+    if not there:
+        return 0.0
+    share = there / group.max
+    return float(int(share)) if share >= 1 else round(share, 4)
+
+
+def _failure(error: ray.exceptions.RayTaskError, shard: Shard, attempt: int, worker: str) -> Failed:
+    cause = error.cause
+    if isinstance(cause, NonFiniteError):
+        return Failed(shard, attempt, worker, "rejected", str(cause), cause.tasks)
+    if isinstance(cause, MetadistError):
+        raise cause from None
+    if isinstance(cause, RejectedError):
+        return Failed(shard, attempt, worker, "rejected", str(cause))
+    tasks = cause.tasks if isinstance(cause, TaskError) else ()
+    detail = "".join(traceback.format_exception(error))
+    return Failed(shard, attempt, worker, "error", str(cause), tasks, detail=detail)
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

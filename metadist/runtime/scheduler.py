@@ -1,0 +1,206 @@
+"""The scheduler: gives shards to an executor, again where they are lost, and reduces results in the canonical order."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from metadist.core.errors import WorkerError
+from metadist.core.executor import Event, Executor, Failed, Finished, Result, Round, Shard
+from metadist.core.learner import Learner
+from metadist.core.state import Contribution, Records, TreeSum
+
+log = logging.getLogger(__name__)
+
+#: a shard that took this many workers with it is not tried again
+MAX_DEATHS = 3
+
+
+@dataclass
+class Measurements:
+    """Sums since the last reading, and what is known of every worker."""
+
+    seconds: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    workers: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def read(self) -> Measurements:
+        """What was measured since the last call; starts anew."""
+        taken = Measurements(self.seconds.copy(), self.counts.copy(), dict(self.workers))
+        for sums in (self.seconds, self.counts, self.workers):
+            sums.clear()
+        return taken
+
+
+@dataclass
+class _Progress:
+    """One round under way."""
+
+    round: Round
+    pending: deque[Shard]
+    done: set[int] = field(default_factory=set)
+    attempts: Counter[int] = field(default_factory=Counter)
+    deaths: Counter[int] = field(default_factory=Counter)
+    messages: dict[int, str] = field(default_factory=dict)
+    blamed: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+class Scheduler:
+    """``timeout`` seconds after which an attempt counts as hung and its worker is recycled; an idle worker gets a backup
+    attempt long before. ``patience`` seconds without any worker end the run. ``watch`` is called after every submission
+    (tests break things there).
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        learner: Learner,
+        *,
+        timeout: float = 300.0,
+        patience: float = 60.0,
+        watch: Callable[[Scheduler, Shard], None] | None = None,
+        on_failure: Callable[[str], str] | None = None,
+    ) -> None:
+        self.executor, self._learner = executor, learner
+        self._timeout, self._patience, self._watch, self._on_failure = timeout, patience, watch, on_failure
+        self._durations: deque[float] = deque(maxlen=64)
+        # Attempts under way, those of earlier rounds included: a worker that lost to its backup may still hang.
+        self._outstanding: dict[tuple[Shard, int], float] = {}
+        self.measured = Measurements()
+        #: tasks whose contributions were summed since the start
+        self.tasks_done = 0
+        #: shards given out again since the start, by cause
+        self.retried: Counter[str] = Counter()
+
+    def run(self, round: Round) -> Any:
+        """Publish the round's θ, compute its shards, and return their sum (``reduce``) or their records in shard order."""
+        began = time.perf_counter()
+        bytes_out = self.executor.publish(round.shards[0].meta_step, round.index, round.parameters)
+        self.measured.seconds["publish"] += time.perf_counter() - began
+        self.measured.counts["bytes_published"] += bytes_out
+        total: TreeSum[Contribution] = TreeSum(len(round.shards))
+        records: dict[int, Records] = {}
+        progress = _Progress(round, deque(round.shards))
+        began = idle_since = time.monotonic()
+        while len(progress.done) < len(round.shards):
+            self._submit(progress)
+            events = self.executor.wait(0.25)
+            for event in events:
+                result = self._take(progress, event)
+                if isinstance(result, Records):
+                    records[event.shard.index] = result
+                elif result is not None:
+                    reducing = time.perf_counter()
+                    total.add(event.shard.index, result)
+                    self.tasks_done += result.tasks
+                    self.measured.seconds["reduce"] += time.perf_counter() - reducing
+            if events or self._outstanding:
+                idle_since = time.monotonic()
+            elif time.monotonic() - idle_since > self._patience:
+                raise WorkerError(f"no worker for {self._patience:.0f} s: {self.executor.shortage()}")
+            self._second_thoughts(progress)
+        self.measured.seconds["gather"] += time.monotonic() - began
+        return total.result() if round.reduce else Records.concatenate([records[i] for i in range(len(round.shards))])
+
+    def _submit(self, progress: _Progress) -> None:
+        while progress.pending and self.executor.capacity(progress.pending[0].role) > 0:
+            self._give(progress, progress.pending.popleft())
+
+    def _give(self, progress: _Progress, shard: Shard) -> None:
+        progress.attempts[shard.index] += 1
+        attempt = progress.attempts[shard.index]
+        self._outstanding[shard, attempt] = time.monotonic()
+        self.executor.submit(shard, attempt)
+        if self._watch is not None:
+            self._watch(self, shard)
+
+    def _take(self, progress: _Progress, event: Event) -> Result | None:
+        shard = event.shard
+        started = self._outstanding.pop((shard, event.attempt), None)
+        stale = shard.index >= len(progress.round.shards) or shard != progress.round.shards[shard.index]
+        if started is None or stale or shard.index in progress.done:
+            self.measured.counts["duplicates"] += 1
+            return None
+        if isinstance(event, Finished):
+            fault = _fault(event.result, shard, self._learner)
+            if fault is None:
+                progress.done.add(shard.index)
+                self._durations.append(time.monotonic() - started)
+                self._measure(event)
+                return event.result
+            event = Failed(shard, event.attempt, event.worker, "rejected", fault)
+        self._failed(progress, event)
+        return None
+
+    def _measure(self, event: Finished) -> None:
+        self.measured.seconds["compute"] += event.stats.get("seconds", 0.0)
+        self.measured.counts["bytes_received"] += int(event.stats.get("bytes", 0))
+        self.measured.workers[event.worker] = event.stats
+
+    def _failed(self, progress: _Progress, event: Failed) -> None:
+        shard = event.shard
+        log.warning("worker %s: %s %s: %s", event.worker, shard, event.kind, event.message)
+        if event.kind == "lost":
+            if event.guilty:
+                progress.deaths[shard.index] += 1
+                progress.blamed[shard.index].append(event.worker)
+            if progress.deaths[shard.index] >= MAX_DEATHS:
+                raise WorkerError(
+                    f"{shard} killed {MAX_DEATHS} workers ({', '.join(progress.blamed[shard.index])}), the last with: {event.message}; "
+                    f"reproduce it with workers: 0 and seed {shard.seed}"
+                )
+        else:
+            if progress.messages.get(shard.index) == event.message:
+                where = self._on_failure(event.detail or event.message) if self._on_failure else ""
+                tasks = f"task {', '.join(map(str, event.tasks))}: " if event.tasks else ""
+                raise WorkerError(f"{shard} failed alike twice: {tasks}{event.message}{where}")
+            progress.messages[shard.index] = event.message
+        self.retried[event.kind] += 1
+        self.measured.counts["retried"] += 1
+        if shard.index not in progress.done and not any(other == shard for other, _ in self._outstanding):
+            progress.pending.appendleft(shard)
+
+    def _second_thoughts(self, progress: _Progress) -> None:
+        """Give a slow shard to an idle worker as well; recycle the worker of one that hangs. The first result counts."""
+        now = time.monotonic()
+        usual = statistics.median(self._durations) if self._durations else self._timeout
+        for (shard, attempt), started in list(self._outstanding.items()):
+            age = now - started
+            if age > self._timeout:
+                log.warning("%s: no answer for %.0f s; its worker is recycled", shard, age)
+                self.executor.cancel(shard, attempt)
+                self._outstanding[shard, attempt] = now
+            elif age > max(3.0, 8 * usual) and not progress.pending and self._may_back_up(progress, shard, attempt):
+                self.measured.counts["backups"] += 1
+                self._give(progress, shard)
+
+    def _may_back_up(self, progress: _Progress, shard: Shard, attempt: int) -> bool:
+        current = shard in progress.round.shards and shard.index not in progress.done
+        return current and attempt == progress.attempts[shard.index] < 2 and self.executor.capacity(shard.role) > 0
+
+
+def _fault(result: Result, shard: Shard, learner: Learner) -> str | None:
+    """Why a result must not enter the sum. The wire has checked its own; this holds for every executor."""
+    if isinstance(result, Records):
+        return None if result.rows == shard.count else f"{result.rows} rows for {shard.count} tasks"
+    for name, vector in result.slots.items():
+        slot = learner.slots.get(name)
+        if slot is None or slot.rule == "constant":
+            return f"slot '{name}' takes no contributions"
+        if vector.shape != (slot.layout.numel,) or vector.dtype != slot.layout.dtype:
+            return f"slot '{name}' is {tuple(vector.shape)} {vector.dtype}, expected ({slot.layout.numel},) {slot.layout.dtype}"
+        if not bool(torch.isfinite(vector).all()):
+            return f"slot '{name}' has NaN or Inf"
+    expected = {n for n, s in learner.slots.items() if s.rule != "constant"}
+    if set(result.slots) != expected:
+        return f"slots {sorted(result.slots)}, expected {sorted(expected)}"
+    if not 0 < result.weight or result.tasks > shard.count:
+        return f"weight {result.weight} and {result.tasks} tasks for a shard of {shard.count}"
+    return None

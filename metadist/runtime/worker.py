@@ -1,0 +1,125 @@
+"""What runs in every process that computes shards: device, threads, numerics fingerprint, measurements."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from metadist.core.errors import ConfigError, MetadistError, NonFiniteError
+from metadist.core.executor import Result, Shard
+from metadist.core.learner import Learner
+
+
+def resolve_device(wanted: str, gpus: float) -> torch.device:
+    """``auto`` is the first visible GPU where this worker was given one, else the CPU."""
+    if wanted == "auto":
+        return torch.device("cuda:0" if gpus > 0 and torch.cuda.is_available() else "cpu")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device: '{wanted}' was asked for, but PyTorch {torch.__version__} sees no GPU here; use cpu or auto")
+    return torch.device(wanted)
+
+
+def numerics_fingerprint(device: torch.device, threads: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What must be equal for two workers to compute the same bits, and a hash of it under ``id``."""
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "dtype": str(dtype).removeprefix("torch."),
+        "compile": "never",
+        "differentiation": "unrolled",
+    }
+    facts["id"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return facts
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "cpu"
+
+
+class Worker:
+    """Computes shards with one learner on one device. ``threads`` is PyTorch's intra-op count, set for the whole process."""
+
+    def __init__(self, learner: Learner, *, name: str, device: str, gpus: float, threads: int) -> None:
+        self.learner, self.name = learner, name
+        torch.set_num_threads(threads)
+        self.device = resolve_device(device, gpus)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        learner.prepare(self.device)
+        self.fingerprint = numerics_fingerprint(self.device, threads, learner.model.dtype)
+        self._process = psutil.Process()
+        self._process.cpu_percent()
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "device": str(self.device),
+            "fingerprint": self.fingerprint,
+            "data_sha256": getattr(self.learner.tasks, "data_sha256", None),
+        }
+
+    def compute(self, shard: Shard, theta: Mapping[str, Tensor]) -> tuple[Result, dict[str, float]]:
+        """The shard's result and what it took: seconds, resident bytes, CPU %, GPU bytes."""
+        started = time.perf_counter()
+        try:
+            result = self.learner.compute(shard, theta)
+        except (MetadistError, NonFiniteError):
+            raise
+        except Exception as error:
+            raise self._blame(shard, theta, error) from error
+        stats = {
+            "seconds": time.perf_counter() - started,
+            "cpu_percent": self._process.cpu_percent(),
+            "memory_bytes": float(self._process.memory_info().rss),
+        }
+        if self.device.type == "cuda":
+            stats["gpu_memory_bytes"] = float(torch.cuda.memory_allocated(self.device))
+        return result, stats
+
+    def _blame(self, shard: Shard, theta: Mapping[str, Tensor], error: Exception) -> TaskError:
+        """Which task of the shard fails on its own? All of them if none does."""
+        tasks = []
+        for start in range(shard.start, shard.start + shard.count):
+            try:
+                self.learner.compute(_single(shard, start), theta)
+            except Exception:
+                tasks.append(start)
+        return TaskError(f"{type(error).__name__}: {error}", tuple(tasks))
+
+
+class TaskError(Exception):
+    """A task's own code raised. ``tasks`` are the indices of those that fail on their own."""
+
+    def __init__(self, message: str, tasks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.tasks = tasks
+
+    def __reduce__(self) -> Any:
+        return (type(self), (str(self), self.tasks))
+
+
+def _single(shard: Shard, start: int) -> Shard:
+    from dataclasses import replace
+
+    return replace(shard, start=start, count=1)

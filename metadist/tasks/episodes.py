@@ -1,0 +1,230 @@
+"""n-way k-shot episodes from a set of labelled images, a whole shard at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metadist.core.errors import ConfigError, DataError
+from metadist.core.random import SPLITS, TaskKey
+from metadist.core.task import Classification, Examples, Task
+from metadist.tasks.images import ImageSet, on_device
+
+Rotations = Literal["classes", "slot", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """The classes of one split: their names, first image and number of images, the last two int64 [classes]."""
+
+    names: tuple[str, ...]
+    first: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    pixels: Tensor
+    splits: dict[str, _Split]
+    data_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episodes(Classification):
+    """n classes of a split and, of each, k support and q query images, all drawn without replacement.
+
+    A class's label is its place in the ordered draw, so a class has another label in every task. Rows are *shot-major*:
+    row s·n + w is image s of the class labelled w, and the first n·j rows are a balanced j-shot set. x is float32
+    [rows, channels, height, width] in [0, 1], y int64 [rows]. ``train_*`` replace a number in training alone.
+
+    A subclass says how to ``load`` the images and how their classes are split.
+    """
+
+    n_way: int = 5
+    k_shot: int = 1
+    query_shots: int = 1
+    train_n_way: int | None = None
+    train_k_shot: int | None = None
+    train_query_shots: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_way", 2), ("k_shot", 1), ("query_shots", 1)):
+            for key in (name, f"train_{name}"):
+                value = getattr(self, key)
+                if value is not None and value < least:
+                    raise ConfigError(f"tasks.{key} = {value}: must be at least {least}")
+        object.__setattr__(self, "outputs", self.n_way)
+
+    def load(self) -> ImageSet:
+        """The images, from wherever they are."""
+        raise NotImplementedError
+
+    def split_classes(self, images: ImageSet) -> dict[str, list[int]]:
+        """split → indices of its classes in ``images.names``."""
+        raise NotImplementedError
+
+    def rotations_in(self, split: str) -> Rotations:
+        """What turning an image by 90° makes of it in ``split``."""
+        return "none"
+
+    def shape(self, split: str) -> tuple[int, int, int]:
+        """(n_way, k_shot, query_shots) of ``split``."""
+        if split == "train":
+            return (
+                self.train_n_way or self.n_way,
+                self.train_k_shot or self.k_shot,
+                self.train_query_shots or self.query_shots,
+            )
+        return self.n_way, self.k_shot, self.query_shots
+
+    def ways(self, split: str) -> int:
+        return self.shape(split)[0]
+
+    def prepare(self, device: torch.device) -> None:
+        images = self.load()
+        splits = self.split_classes(images)
+        seen: dict[int, str] = {}
+        for split in SPLITS:
+            for c in splits.setdefault(split, []):
+                if c in seen:
+                    raise DataError(
+                        f"class '{images.names[c]}' is in the {seen[c]} split and again in {split}; a class belongs in one"
+                    )
+                seen[c] = split
+        counts = torch.tensor(images.counts)
+        first = counts.cumsum(0) - counts
+        # The splits belong to the fingerprint: a split file that differs on one node must not pass for the same data.
+        described = json.dumps([images.sha256, {s: [images.names[c] for c in splits[s]] for s in SPLITS}])
+        prepared = _Prepared(
+            on_device(images, device),
+            {s: _Split(tuple(images.names[c] for c in splits[s]), first[splits[s]], counts[splits[s]]) for s in SPLITS},
+            hashlib.sha256(described.encode()).hexdigest(),
+        )
+        object.__setattr__(self, "_prepared", prepared)
+
+    def _ready(self) -> _Prepared:
+        if "_prepared" not in self.__dict__:
+            self.prepare(torch.device("cpu"))
+        return self.__dict__["_prepared"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
+    @property
+    def data_sha256(self) -> str:
+        """SHA-256 over the pixels, class names and splits: all that tasks depend on besides the configuration."""
+        return self._ready().data_sha256
+
+    def class_names(self, split: str) -> tuple[str, ...]:
+        """The classes of ``split``, in the order in which they are numbered."""
+        return self._ready().splits[split].names
+
+    def _checked(self, split: str) -> tuple[_Split, int]:
+        """The split and how many classes there are to draw from, once it is known to be able to fill an episode."""
+        part = self._ready().splits[split]
+        n, k, q = self.shape(split)
+        classes = len(part.names) * (4 if self.rotations_in(split) == "classes" else 1)
+
+        def key(name: str) -> str:
+            overridden = split == "train" and getattr(self, f"train_{name}") is not None
+            return f"tasks.train_{name}" if overridden else f"tasks.{name}"
+
+        if n > classes:
+            raise ConfigError(
+                f"{key('n_way')} = {n}: the {split} split has {classes} classes; lower it, or give this split more classes"
+            )
+        fewest = int(part.counts.argmin())
+        if k + q > part.counts[fewest]:
+            raise ConfigError(
+                f"{key('k_shot')} + {key('query_shots')} = {k} + {q}: class '{part.names[fewest]}' of the {split} split "
+                f"has {int(part.counts[fewest])} images; lower one of them, or leave the class out"
+            )
+        return part, classes
+
+    def draw(self, keys: TaskKey, split: str) -> tuple[Tensor, Tensor | None]:
+        """Which images: indices into the set, int64 [T, k + q, n], and quarter turns [T, n] where they are turned."""
+        part, classes = self._checked(split)
+        n, k, q = self.shape(split)
+        chosen, turns = keys.stream("classes").choose(classes, n).squeeze(-2), None
+        if self.rotations_in(split) == "classes":
+            chosen, turns = chosen % len(part.names), chosen // len(part.names)
+        elif self.rotations_in(split) == "slot":
+            turns = keys.stream("rotations").integers(4, n)
+        images = _without_replacement(keys.stream("images").bits(n, k + q), part.counts[chosen])
+        return (part.first[chosen].unsqueeze(-1) + images).transpose(-1, -2), turns
+
+    def sample(self, keys: TaskKey, split: str) -> Task:
+        indices, turns = self.draw(keys.to(torch.device("cpu")), split)
+        n, k, _ = self.shape(split)
+        pixels = self._ready().pixels
+        labels = torch.arange(n, device=pixels.device)
+
+        def examples(index: Tensor) -> Examples:
+            images = pixels.index_select(0, index.flatten().to(pixels.device)).view(*index.shape, *pixels.shape[1:])
+            if turns is not None:
+                images = _turn(images, turns)
+            # A product, not a quotient: CUDA divides by a scalar by multiplying with its inverse, the CPU does not.
+            x = images.to(torch.float32).mul_(1 / 255).flatten(-5, -4)
+            return Examples(x, labels.repeat(*index.shape[:-1]))
+
+        return Task(examples(indices[..., :k, :]), examples(indices[..., k:, :]))
+
+    def sample_task(self, key: TaskKey, split: str) -> Task:
+        return self.sample(key, split)
+
+    def protocol(self, split: str) -> dict[str, Any]:
+        n, k, q = self.shape(split)
+        _, classes = self._checked(split)
+        return {
+            "n_way": n,
+            "k_shot": k,
+            "query_shots": q,
+            "classes": classes,
+            "rotations": self.rotations_in(split),
+            "data_sha256": self.data_sha256,
+        }
+
+    def sizes(self, split: str) -> tuple[int, int]:
+        n, k, q = self.shape(split)
+        return n * k, n * q
+
+
+def _without_replacement(words: Tensor, counts: Tensor) -> Tensor:
+    """Ordered draws of k out of ``counts`` […] each, from 32-bit words […, k]: int64 […, k].
+
+    ``Stream.choose``'s shuffle (and its result, where all counts are equal) for populations of different sizes, without
+    laying out the decks: only the places a draw has disturbed are remembered, O(k²) however large a class is.
+    """
+    k = words.shape[-1]
+    picks, drawn, moved = (torch.empty_like(words) for _ in range(3))
+    order = torch.arange(1, k + 1)
+
+    def card_at(place: Tensor, before: int) -> Tensor:
+        """The card in ``place`` after the first ``before`` swaps: what the last swap with that place put there."""
+        if before == 0:
+            return place
+        last = ((picks[..., :before] == place.unsqueeze(-1)) * order[:before]).amax(-1)
+        put = moved.gather(-1, (last - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(last > 0, put, place)
+
+    for j in range(k):
+        pick = ((words[..., j] * (counts - j)) >> 32) + j
+        drawn[..., j] = card_at(pick, j)
+        moved[..., j] = card_at(torch.full_like(pick, j), j)
+        picks[..., j] = pick
+    return drawn
+
+
+def _turn(images: Tensor, turns: Tensor) -> Tensor:
+    """``torch.rot90`` of square images [T, shots, n, channels, size, size] by quarter turns [T, n]."""
+    size = images.shape[-1]
+    places = torch.arange(size * size, device=images.device).view(size, size)
+    maps = torch.stack([places.rot90(turn).flatten() for turn in range(4)])
+    index = maps[turns.to(images.device)][..., None, :, None, :]
+    flat = images.flatten(-2)
+    return flat.gather(-1, index.expand_as(flat)).view_as(images)

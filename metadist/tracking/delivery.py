@@ -1,0 +1,227 @@
+"""The background thread that brings a spool to MLflow, whatever MLflow is doing.
+
+Delivery is at least once and idempotent: metrics carry their original timestamps (MLflow drops what it has), the rest is
+overwritten by the same value. The position in ``acked.json`` moves only after success.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from metadist.tracking.spool import Steps, parse, read_json, read_lines, write_json
+from metadist.tracking.store import RunStore, without_password
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE_AT_END = 1.0, 60.0, 2.0
+
+
+class Delivery(threading.Thread):
+    """Delivers one spool folder until stopped. Nothing that the driver calls here waits, except ``drain``.
+
+    A failure opens the circuit: no call for 1, 2, 4 … 60 s. Of two deliverers of one folder (the thread of an earlier attempt
+    that hangs in a request, ``metadist ui``) the second waits.
+    """
+
+    def __init__(self, folder: Path, tracking_uri: str, *, identity: Mapping[str, Any], interval: float = 2.0) -> None:
+        super().__init__(name=f"mlflow-delivery-{Path(folder).name}", daemon=True)
+        self.folder = Path(folder)
+        self.uri = tracking_uri
+        self.interval = interval
+        self._spool = self.folder / "spool.jsonl"
+        self._acked = self.folder / "acked.json"
+        self._lock = FileLock(str(self.folder / "delivery.lock"), thread_local=False)
+        self._identity = identity  # what run.json holds
+        self._position = read_json(self._acked)
+        self._store: RunStore | None = None
+        self._opened = False
+        self._tail_considered = False
+        self._on_server: dict[str, Steps] | None = None  # what not to send again, in the rare cases that the position can't tell
+        self._failures = 0
+        self._draining = False
+        self._stopping = False
+        self._wake = threading.Event()
+        self._progress = threading.Condition()
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """The MLflow run, once it is known."""
+        return self._position.get("mlflow_run_id")
+
+    @property
+    def experiment_id(self) -> str | None:
+        """The MLflow experiment, once it is known."""
+        return self._position.get("experiment_id")
+
+    def delivered(self) -> int:
+        """How many records MLflow has."""
+        return self._position.get("records", 0)
+
+    def drain(self, records: int, timeout: float) -> int:
+        """Waits until ``records`` records are delivered, at most ``timeout`` seconds; returns how many are not.
+
+        The thread then ends, as soon as the request in its hands does.
+        """
+        deadline = time.monotonic() + timeout
+        self._draining = True
+        self._wake.set()
+        with self._progress:
+            self._progress.wait_for(lambda: self.delivered() >= records or not self.is_alive(), timeout)
+        self._stopping = True
+        self._wake.set()
+        self.join(max(0.0, deadline - time.monotonic()))  # so that the folder is free for the next one
+        return max(0, records - self.delivered())
+
+    def run(self) -> None:
+        """The thread: deliver, pause, repeat."""
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                self._wait(self._round())
+        finally:
+            self._lock.release()
+            with self._progress:
+                self._progress.notify_all()
+
+    def _wait(self, pause: float) -> None:
+        if not self._stopping and pause > 0:
+            self._wake.wait(pause)
+
+    def _round(self) -> float:
+        """Delivers one chunk; returns for how long to pause."""
+        try:
+            if not self._mine():
+                return 0.5
+            more = self._deliver()
+        except Exception as error:  # whatever a store, a driver, a network or a disk may raise: keep, pause, try again
+            self._opened = False
+            longest = LONGEST_PAUSE_AT_END if self._draining else LONGEST_PAUSE
+            pause = min(longest, FIRST_PAUSE * 2**self._failures)
+            if not self._failures:
+                logger.warning(
+                    "MLflow at %s fails: %s. Training goes on; records wait in %s",
+                    without_password(self.uri), " ".join(str(error).split())[:300] or type(error).__name__, self.folder,
+                )  # fmt: skip
+            self._failures = min(self._failures + 1, 20)
+            return pause
+        if self._failures:
+            logger.warning("MLflow at %s works again", without_password(self.uri))
+        self._failures = 0
+        if more:
+            return 0.0
+        return 0.02 if self._draining else self.interval
+
+    def _mine(self) -> bool:
+        if not self._lock.is_locked:
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                return False
+            self._position = read_json(self._acked)  # the previous deliverer may have moved on
+        return True
+
+    def _deliver(self) -> bool:
+        if not self._opened:
+            self._open()
+        lines = list(read_lines(self._spool, self._position["offset"]))
+        if not lines:
+            return False
+        self._send([record for record in map(parse, lines) if record is not None])
+        self._ack(
+            offset=self._position["offset"] + sum(map(len, lines)),
+            records=self._position["records"] + len(lines),
+        )
+        return True
+
+    def _open(self) -> None:
+        if self._store is None:
+            self._store = RunStore(self.uri, self._identity["experiment"], Path(self._identity["runs_root"]))
+        known = self._position.get("mlflow_run_id")
+        run_id = self._store.open(self._identity, known)
+        position = {"offset": 0, "records": 0, "recheck": False, **self._position}
+        if run_id != known:  # new, or another store: the spool is the truth, deliver all of it
+            position.update(offset=0, records=0, recheck=self._store.adopted)
+        if self._identity.get("tail_lost") and not self._tail_considered:
+            # After a power cut the spool may lack points that MLflow has, and the resumed driver records them anew
+            position.update(offset=0, records=0, recheck=True)
+            self._tail_considered = True
+        if position["recheck"] and self._on_server is None:
+            self._on_server = {}
+            for key, step in self._store.history():
+                self._on_server.setdefault(key, Steps()).add(step)
+        self._ack(**position | {"mlflow_run_id": run_id, "experiment_id": self._store.experiment_id})
+        self._opened = True
+
+    def _ack(self, **changes: Any) -> None:
+        position = self._position | changes
+        write_json(self._acked, position)
+        with self._progress:
+            self._position = position
+            self._progress.notify_all()
+
+    def _send(self, records: list[dict[str, Any]]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        assert self._store is not None
+        if self._on_server is not None:
+            records = [r for r in records if not self._has(r)]
+        batch = [r for r in records if r["kind"] in ("metric", "param", "tag")]
+        try:
+            self._log(batch)
+        except MlflowException as error:
+            if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise
+            self._opened = False
+            self._open()  # a deleted run is reported in the same way as a bad record
+            self._log_what_is_good(batch)
+        for (folder, name), record in {(r["value"], r["key"]): r for r in records if r["kind"] == "artifact"}.items():
+            path = self.folder / "files" / folder / name
+            if path.exists():
+                self._store.log_artifact(path, folder)
+            else:
+                self._reject(record, "its file is gone")
+        for record in [r for r in records if r["kind"] == "status"][-1:]:
+            if record["value"] != "RUNNING":
+                self._store.delete_twins(self._identity["run_id"])
+            self._store.set_status(record["value"], record["timestamp_ms"])
+
+    def _log(self, records: list[dict[str, Any]]) -> None:
+        assert self._store is not None
+        if records:
+            self._store.log(
+                [r for r in records if r["kind"] == "metric"],
+                [(r["key"], r["value"]) for r in records if r["kind"] == "param"],
+                {r["key"]: r["value"] for r in records if r["kind"] == "tag"},
+            )
+
+    def _log_what_is_good(self, records: list[dict[str, Any]]) -> None:
+        """Halves the batch until the record that MLflow refuses stands alone."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._log(records)
+        except MlflowException as error:
+            if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise
+            if len(records) == 1:
+                self._reject(records[0], str(error))
+                return
+            middle = len(records) // 2
+            self._log_what_is_good(records[:middle])
+            self._log_what_is_good(records[middle:])
+
+    def _has(self, record: dict[str, Any]) -> bool:
+        assert self._on_server is not None
+        return record["kind"] == "metric" and record["step"] in self._on_server.get(record["key"], ())
+
+    def _reject(self, record: dict[str, Any], reason: str) -> None:
+        logger.warning("MLflow refuses %s %r for good: %s", record["kind"], record["key"], reason[:300])
+        with open(self.folder / "rejected.jsonl", "a", encoding="utf-8") as file:
+            file.write(f"{record}\n")

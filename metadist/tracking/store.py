@@ -1,0 +1,253 @@
+"""One MLflow run in one MLflow store, as idempotent operations. Imports mlflow when first used, which takes seconds: call it
+from the delivery thread."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from filelock import FileLock
+
+from metadist.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+RUN_TAG = "metadist.run_id"
+PARENT_TAG = "mlflow.parentRunId"
+REQUEST_SECONDS = 10
+
+_INITIALISE = """
+import sys
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+SqlAlchemyStore(sys.argv[1], sys.argv[2]).engine.dispose()
+"""
+
+
+def resolve_uri(uri: str | None, runs_root: Path) -> str:
+    """``uri``, or for ``auto`` the environment's ``MLFLOW_TRACKING_URI``, or else a SQLite file under ``runs_root``."""
+    if uri and uri != "auto":
+        return uri
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs_root).resolve()}/mlflow.db"
+
+
+def require_mlflow() -> None:
+    """ConfigError if MLflow isn't installed."""
+    if importlib.util.find_spec("mlflow") is None:
+        raise ConfigError(
+            "tracking needs MLflow, which isn't installed: `pip install mlflow`, or switch tracking off with tracking.uri=none"
+        )
+
+
+def without_password(uri: str) -> str:
+    """``uri`` fit for logs and files."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    user, _, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user.split(':')[0]}:***@{host}"))
+
+
+def prepare_environment() -> None:
+    """Short timeouts and no retries of MLflow's own (its defaults block a call for minutes); the user's settings stand."""
+    for name, value in (
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS)),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),  # stdout is for results
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file behind a ``sqlite:///`` URI; None for other stores and for an in-memory database."""
+    if not urlsplit(uri).scheme.startswith("sqlite"):
+        return None
+    path = uri.partition("://")[2].partition("?")[0][1:]
+    return Path(path).absolute() if path and path != ":memory:" else None
+
+
+def artifact_location(uri: str, runs_root: Path) -> str | None:
+    """Where the artifacts of a new experiment go: MLflow's default for a database is a folder in the *current directory*."""
+    if urlsplit(uri).scheme.partition("+")[0] not in ("sqlite", "postgresql", "mysql", "mssql"):
+        return None
+    return (Path(runs_root).resolve() / "mlartifacts").as_uri()
+
+
+def prepare_sqlite(uri: str, runs_root: Path) -> None:
+    """Creates the SQLite file if it is missing, complete or not at all.
+
+    Creating takes MLflow seconds of migrations, two processes that do it at once crash, and one that is killed meanwhile leaves a
+    file that never opens again. So: under a lock, in a process of its own (which spares the driver's interpreter), beside the
+    final name.
+    """
+    path = sqlite_path(uri)
+    if path is None or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock", timeout=60):
+        if path.exists():
+            return
+        for stale in path.parent.glob(f"{path.name}.new-*"):
+            stale.unlink(missing_ok=True)
+        new = path.with_name(f"{path.name}.new-{os.getpid()}")
+        root = artifact_location(uri, runs_root) or ""
+        done = subprocess.run(
+            [sys.executable, "-c", _INITIALISE, f"sqlite:///{new}", root],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            start_new_session=True,  # Ctrl-C is the driver's affair
+        )
+        if done.returncode:
+            raise OSError(f"can't create {path}: {done.stderr.strip().splitlines()[-1:]}")
+        os.replace(new, path)
+
+
+class RunStore:
+    """The MLflow run of ``run_id``, found or created; every operation may be repeated without harm."""
+
+    def __init__(self, uri: str, experiment: str, runs_root: Path) -> None:
+        prepare_environment()
+        prepare_sqlite(uri, runs_root)
+        from mlflow.tracking import MlflowClient
+
+        self.uri = uri
+        self.experiment = experiment
+        self.runs_root = Path(runs_root)
+        self.run_id = ""
+        self.experiment_id = ""
+        self.params: dict[str, str] = {}
+        self.adopted = False  # the run had points that our position file doesn't know
+        self._client = MlflowClient(tracking_uri=uri)
+
+    def open(self, identity: Mapping[str, Any], known: str | None) -> str:
+        """Finds the run ``known`` (or the one named in ``identity``, or the one tagged), or creates it; returns its MLflow id."""
+        self.adopted = False
+        run = self._get(known)
+        if run is None:
+            run = self._get(identity.get("mlflow_run_id"))
+            if run is None:
+                self.experiment_id = self._experiment()
+                with self._creating():
+                    run = self._find_or_create(identity["run_id"], identity["name"], identity["start_ms"], identity.get("parent"))
+            self.adopted = bool(run.data.metrics)
+            if run.info.run_name != identity["name"]:  # a parent that a child created, under its id
+                self._client.update_run(run.info.run_id, name=identity["name"])
+        if run.info.lifecycle_stage == "deleted":
+            logger.warning("MLflow run %s was deleted meanwhile and is restored", run.info.run_id)
+            self._client.restore_run(run.info.run_id)
+        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        self.params = dict(run.data.params)
+        return self.run_id
+
+    def log(self, metrics: Sequence[dict[str, Any]], params: Sequence[tuple[str, str]], tags: dict[str, str]) -> None:
+        """Logs one batch with the records' own timestamps: MLflow then drops what it has already."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        tags = dict(tags)
+        new: dict[str, str] = {}
+        for key, value in params:
+            first = self.params.get(key, new.get(key))
+            if first is None:
+                new[key] = value
+            elif first != value:  # params are immutable in MLflow
+                logger.warning("param %s was %r and is now %r: recorded as a tag", key, first, value)
+                tags[f"metadist.changed.{key}"[:250]] = value
+        for chunk in _chunks(list(new.items()), 100):
+            self._log_batch(params=[Param(*item) for item in chunk])
+        for chunk in _chunks(list(tags.items()), 100):
+            self._log_batch(tags=[RunTag(*item) for item in chunk])
+        self.params.update(new)
+        if metrics:
+            self._log_batch(metrics=[Metric(m["key"], float(m["value"]), m["timestamp_ms"], m["step"]) for m in metrics])
+
+    def _log_batch(self, **entities: Any) -> None:
+        self._client.log_batch(self.run_id, **entities)
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        """Uploads a file; a later version replaces an earlier one."""
+        self._client.log_artifact(self.run_id, str(path), folder or None)
+
+    def set_status(self, status: str, timestamp_ms: int) -> None:
+        """Opens the run again (RUNNING) or ends it at ``timestamp_ms``."""
+        if status == "RUNNING":
+            self._client.update_run(self.run_id, status=status)
+        else:
+            self._client.set_terminated(self.run_id, status=status, end_time=timestamp_ms)
+
+    def history(self) -> Iterator[tuple[str, int]]:
+        """Every (key, step) that the run holds."""
+        for key in self._client.get_run(self.run_id).data.metrics:
+            for metric in self._client.get_metric_history(self.run_id, key):
+                yield key, metric.step
+
+    def delete_twins(self, run_id: str) -> None:
+        """Deletes empty runs of the same name tag.
+
+        A ``create_run`` that timed out on a frozen server is carried out when the server wakes up, after ours.
+        """
+        for run in self._tagged(run_id):
+            if run.info.run_id != self.run_id and not run.data.metrics:
+                self._client.delete_run(run.info.run_id)
+
+    def _experiment(self) -> str:
+        found: Any = self._client.get_experiment_by_name(self.experiment)
+        if found is None:
+            from mlflow.exceptions import MlflowException
+
+            location = artifact_location(self.uri, self.runs_root)
+            try:
+                return self._client.create_experiment(self.experiment, artifact_location=location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
+                    raise
+                found = self._client.get_experiment_by_name(self.experiment)
+        if found.lifecycle_stage == "deleted":
+            logger.warning("MLflow experiment %r was deleted and is restored", self.experiment)
+            self._client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def _find_or_create(self, run_id: str, name: str, start_ms: int, parent: str | None) -> Any:
+        found = self._tagged(run_id)
+        if found:
+            return found[0]
+        tags = {RUN_TAG: run_id}
+        if parent:
+            tags[PARENT_TAG] = self._find_or_create(parent, parent, start_ms, None).info.run_id
+        return self._client.create_run(self.experiment_id, start_time=start_ms, tags=tags, run_name=name)
+
+    def _tagged(self, run_id: str) -> list[Any]:
+        order = ["attributes.start_time ASC", "attributes.run_id ASC"]  # every process takes the same one
+        return list(self._client.search_runs([self.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", order_by=order, max_results=100))
+
+    def _get(self, mlflow_run_id: str | None) -> Any:
+        if mlflow_run_id is None:
+            return None
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(mlflow_run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+    @contextlib.contextmanager
+    def _creating(self) -> Iterator[None]:
+        """Drivers of one machine that start together must not both create the parent run."""
+        self.runs_root.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(self.runs_root / ".mlflow-create.lock"), timeout=60):
+            yield
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

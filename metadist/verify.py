@@ -1,0 +1,70 @@
+"""Exactness, tested: the same parameters for any number of workers, whichever are killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from metadist import config as configuration
+from metadist.config import Document
+from metadist.core.errors import ConfigError
+from metadist.core.executor import Shard
+from metadist.experiment import Experiment, train
+from metadist.runtime.scheduler import Scheduler
+from metadist.runtime.train import Display
+
+
+class Killer:
+    """Kills ``kills`` workers with a shard in flight, at meta-steps spread over the run."""
+
+    def __init__(self, kills: int, meta_steps: int) -> None:
+        self._due = [round((i + 0.5) * meta_steps / kills) for i in range(kills)]
+        self.killed: list[str] = []
+        self._lost_before = 0
+
+    def __call__(self, scheduler: Scheduler, shard: Shard) -> None:
+        kill = getattr(scheduler.executor, "kill_busy", None)
+        # The last victim's death must have been noticed, or the same one would be killed twice.
+        noticed = scheduler.retried["lost"] >= len(self.killed)
+        if kill is not None and shard.function == "gradient" and self._due and shard.meta_step >= self._due[0] and noticed:
+            victim = kill()
+            if victim is not None:
+                self._due.pop(0)
+                self.killed.append(victim)
+
+
+def verify(document: Document, workers: Sequence[str], *, kill: int, meta_steps: int | None, display: Display) -> dict[str, Any]:
+    """Train once for every number of workers and compare SHA-256s. ``ok`` is False where they differ or too few shards were lost."""
+    rows = []
+    for count in workers:
+        chosen = configuration.set_workers(document, count)
+        chosen = configuration.override(chosen, [f"outer.meta_steps={meta_steps}"] if meta_steps else [])
+        experiment = Experiment.of(configuration.build(chosen))
+        steps = experiment.learner.outer.meta_steps
+        quiet = dataclasses.replace(experiment.tracking, uri="none")
+        experiment = dataclasses.replace(
+            experiment,
+            tracking=quiet,
+            evaluate=dataclasses.replace(experiment.evaluate, tasks=min(experiment.evaluate.tasks, 32)),
+        )
+        in_process = sum(g.max for g in experiment.workers) == 0
+        killer = Killer(kill, steps) if kill and not in_process else None
+        if killer is not None and kill > steps:
+            raise ConfigError(f"--kill {kill}: more than the {steps} meta-steps there are; raise --meta-steps")
+        display.note(f"workers {count}: {steps} meta-steps" + (f", {kill} kills" if killer else ""))
+        with tempfile.TemporaryDirectory(prefix="metadist-verify-") as folder:
+            result = train(experiment, run_dir=folder, display=display, watch=killer, test=False, plots=False)
+        rows.append(
+            {
+                "workers": count,
+                "params_sha256": result.params_sha256,
+                "seconds": round(result.wall_seconds, 2),
+                "killed": killer.killed if killer else [],
+                "retried": sum(result.retried.values()),
+                "enough_kills": killer is None or result.retried.get("lost", 0) >= kill,
+            }
+        )
+    same = len({row["params_sha256"] for row in rows}) == 1
+    return {"ok": same and all(row["enough_kills"] for row in rows), "same": same, "rows": rows}

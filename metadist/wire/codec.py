@@ -1,0 +1,200 @@
+"""θ and the results of shards as framed Arrow buffers, and the checks at the border.
+
+A vector is a one-row column, so that slots of unequal length share a record batch; records keep their rows. Floats in
+the header are hexadecimal strings: exact, and JSON even where they are not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from metadist.core.executor import Result, Shard
+from metadist.core.state import Contribution, Records, Slot
+from metadist.wire.stream import RejectedError, decode, dtype_name, encode, short
+
+__all__ = ["RejectedError", "decode_result", "decode_theta", "encode_result", "encode_theta"]
+
+_IDENTITY = ("run", "meta_step", "round", "function", "split", "start", "count", "seed", "key_step")
+
+
+def encode_theta(
+    state_slots: Mapping[str, Tensor], slots: Mapping[str, Slot], *, run: str, meta_step: int, round: int
+) -> pa.Buffer:
+    """θ (slot → vector [numel], any device) as one framed buffer, copied once. Pass a part of both to publish a part.
+
+    Raises ``ValueError`` where the vectors are not those that ``slots`` declares.
+    """
+    if state_slots.keys() != slots.keys():
+        raise ValueError(f"slots are {sorted(state_slots)}, declared are {sorted(slots)}")
+    header = {"kind": "theta", "run": run, "meta_step": meta_step, "round": round}
+    return _encode_vectors(header, state_slots, slots)
+
+
+def decode_theta(
+    buffer: Any,
+    slots: Mapping[str, Slot],
+    *,
+    device: torch.device | str = "cpu",
+    run: str | None = None,
+    meta_step: int | None = None,
+    round: int | None = None,
+) -> dict[str, Tensor]:
+    """Slot → vector [numel] in fresh, aligned memory on ``device``: one copy. Writable, independent of ``buffer``.
+
+    Raises ``RejectedError`` for damage, for other slots or layouts than ``slots``, and for another ``run``,
+    ``meta_step`` or ``round`` where these are given.
+    """
+    header, columns = decode(buffer)
+    expected = {"kind": "theta", "run": run, "meta_step": meta_step, "round": round}
+    _check_header(header, {k: v for k, v in expected.items() if v is not None})
+    if columns.keys() != slots.keys():
+        raise RejectedError(f"slots are {short(sorted(columns))}, expected {short(sorted(slots))}")
+    return _vectors(header, columns, slots, device)
+
+
+def encode_result(
+    result: Result,
+    shard: Shard,
+    slots: Mapping[str, Slot],
+    *,
+    attempt: int,
+    worker: str,
+    stats: Mapping[str, float] | None = None,
+) -> pa.Buffer:
+    """A shard's result as one framed buffer, copied once. Records' columns are [rows, …].
+
+    Raises ``ValueError`` where a contribution doesn't fit the declared slots or a dtype doesn't travel.
+    """
+    header: dict[str, Any] = {**_identity(shard), "attempt": attempt, "worker": worker, "stats": _hex(stats or {})}
+    if isinstance(result, Records):
+        return encode({"kind": "records", **header}, result.columns)
+    header |= {"kind": "contribution", "weight": float(result.weight).hex(), "tasks": int(result.tasks)}
+    return _encode_vectors({**header, "metrics": _hex(result.metrics)}, result.slots, slots)
+
+
+def decode_result(
+    buffer: Any,
+    shard: Shard,
+    slots: Mapping[str, Slot],
+    *,
+    reduce: bool | None = None,
+    finite: bool = True,
+    partial: bool = False,
+    rows: int | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Result, dict[str, Any]]:
+    """The result of ``shard``, in fresh memory on ``device``, and ``{kind, attempt, worker, stats}`` of its sender.
+
+    ``reduce``: a contribution (True) or records (False) are expected; None takes either.
+    ``finite``: refuse contributions whose slots hold NaN or Inf. Metrics may hold them: they don't enter θ.
+    ``partial``: a contribution may be of fewer tasks than the shard has (dropped ones), but of at least one.
+    ``rows``: how many rows records must have, if known.
+
+    Raises ``RejectedError`` for damage; another run, meta-step, round, shard, function or task range; slots that are
+    unknown, constant, or of another layout, dtype or length; a weight that isn't finite and positive; a wrong number
+    of tasks.
+    """
+    header, columns = decode(buffer)
+    kind = header.get("kind")
+    allowed = {None: ("contribution", "records"), True: ("contribution",), False: ("records",)}[reduce]
+    if kind not in allowed:
+        raise RejectedError(f"kind is {short(kind)}, expected {' or '.join(allowed)}")
+    _check_header(header, _identity(shard))
+    sender = {
+        "kind": kind,
+        "attempt": _field(header, "attempt", int),
+        "worker": _field(header, "worker", str),
+        "stats": _floats(header, "stats"),
+    }
+    if kind == "records":
+        if rows is not None and any(c.shape[0] != rows for c in columns.values()):
+            raise RejectedError(f"records have {next(iter(columns.values())).shape[0]} rows, expected {rows}")
+        return Records({n: c.to(device, copy=True) for n, c in columns.items()}), sender
+    tasks, weight, metrics = _field(header, "tasks", int), _float(header, "weight"), _floats(header, "metrics")
+    if tasks != shard.count and not (partial and 1 <= tasks < shard.count):
+        raise RejectedError(f"tasks is {tasks}, expected {shard.count}")
+    if not (math.isfinite(weight) and weight > 0):
+        raise RejectedError(f"weight is {weight}, expected a finite positive number")
+    for name in columns:
+        if name not in slots:
+            raise RejectedError(f"unknown slot {short(name)}; there are {', '.join(slots)}")
+        if slots[name].rule == "constant":
+            raise RejectedError(f"slot {name} is constant and takes no contribution")
+    vectors = _vectors(header, columns, slots, device)
+    if finite and (bad := [n for n, v in vectors.items() if not _is_finite(v)]):
+        raise RejectedError(f"NaN or Inf in slot {', '.join(bad)}")
+    return Contribution(vectors, weight, tasks, metrics), sender
+
+
+def _identity(shard: Shard) -> dict[str, Any]:
+    return {"shard": shard.index, **{name: getattr(shard, name) for name in _IDENTITY}}
+
+
+def _encode_vectors(header: dict[str, Any], vectors: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> pa.Buffer:
+    for name, vector in vectors.items():
+        if name not in slots:
+            raise ValueError(f"unknown slot {name!r}; there are {', '.join(slots)}")
+        got, expected = (vector.dtype, tuple(vector.shape)), (slots[name].layout.dtype, (slots[name].layout.numel,))
+        if got != expected:
+            raise ValueError(f"slot {name} is {got[0]} {got[1]}, its layout {expected[0]} {expected[1]}")
+    layouts = {name: slots[name].layout.fingerprint for name in vectors}
+    return encode({**header, "layouts": layouts}, {n: v.unsqueeze(0) for n, v in vectors.items()})
+
+
+def _vectors(
+    header: dict[str, Any], columns: Mapping[str, Tensor], slots: Mapping[str, Slot], device: torch.device | str
+) -> dict[str, Tensor]:
+    layouts = _field(header, "layouts", dict)
+    for name, column in columns.items():
+        layout = slots[name].layout
+        if column.dtype != layout.dtype:
+            raise RejectedError(f"slot {name} is {dtype_name(column.dtype)}, expected {dtype_name(layout.dtype)}")
+        if tuple(column.shape) != (1, layout.numel):
+            raise RejectedError(f"slot {name} has shape {tuple(column.shape)}, expected (1, {layout.numel})")
+        if layouts.get(name) != layout.fingerprint:
+            raise RejectedError(f"slot {name} has layout {short(layouts.get(name))}, expected {layout.fingerprint}")
+    return {n: c[0].to(device, copy=True) for n, c in columns.items()}
+
+
+def _is_finite(vector: Tensor) -> bool:
+    """One pass: NaN and Inf survive a sum, so a finite sum proves finite terms. An overflowing one proves nothing."""
+    if not vector.is_floating_point():
+        return True
+    return bool(torch.isfinite(vector.sum())) or bool(torch.isfinite(vector).all())
+
+
+def _check_header(header: dict[str, Any], expected: Mapping[str, Any]) -> None:
+    for name, value in expected.items():
+        got = header.get(name)
+        if type(got) is not type(value) or got != value:
+            raise RejectedError(f"{name} is {short(got)}, expected {short(value)}")
+
+
+def _field(header: dict[str, Any], name: str, kind: type) -> Any:
+    value = header.get(name)
+    if type(value) is not kind:
+        raise RejectedError(f"{name} is {short(value)}, expected {kind.__name__}")
+    return value
+
+
+def _hex(values: Mapping[str, float]) -> dict[str, str]:
+    return {name: float(value).hex() for name, value in values.items()}
+
+
+def _float(header: dict[str, Any], name: str) -> float:
+    text = _field(header, name, str)
+    try:
+        return float.fromhex(text)
+    except (ValueError, OverflowError):
+        raise RejectedError(f"{name} is {short(text)}, expected a hexadecimal float") from None
+
+
+def _floats(header: dict[str, Any], name: str) -> dict[str, float]:
+    values = _field(header, name, dict)
+    return {key: _float(values, key) for key in values}
