@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -58,6 +61,7 @@ class Worker:
     def __init__(self, learner: Learner, *, name: str, device: str, gpus: float, threads: int) -> None:
         self.learner, self.name = learner, name
         torch.set_num_threads(threads)
+        _keep_freed_memory()
         self.device = resolve_device(device, gpus)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -119,7 +123,14 @@ class TaskError(Exception):
         return (type(self), (str(self), self.tasks))
 
 
-def _single(shard: Shard, start: int) -> Shard:
-    from dataclasses import replace
+def _keep_freed_memory() -> None:
+    """Have glibc reuse freed blocks of up to 32 MB instead of giving each back: page faults cost a tenth of a conv4 step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 512 << 20)
 
+
+def _single(shard: Shard, start: int) -> Shard:
     return replace(shard, start=start, count=1)

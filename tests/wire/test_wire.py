@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metadist.core.executor import Shard
@@ -133,7 +133,6 @@ def test_every_single_bit_flip_is_found():
     assert count_decoded(flipped(data, [bit]) for bit in range(8 * len(data))) == 0
 
 
-@pytest.mark.long
 def test_bit_flips_in_a_megabyte_are_all_found():
     slots, rng = {"theta": Slot(Layout(("w",), ((250_000,),)))}, random.Random(2)
     data = sent(contribution(slots={"theta": torch.randn(250_000)}), slots=slots).to_pybytes()
@@ -404,7 +403,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=150, deadline=None, database=None, derandomize=True)
 
 
 @QUICK
@@ -435,12 +434,12 @@ def test_any_bytes_are_rejected(data):
             decode_result(buffer, SHARD, SLOTS)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_tensors_on_a_device_travel_and_land_on_it():
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_tensors_on_a_device_travel_and_land_on_it(device):
     slots = {"theta": SLOTS["theta"]}
-    vector = torch.randn(18, device="cuda")
-    theta = decode_theta(encode_theta({"theta": vector}, slots, run="r", meta_step=0, round=0), slots, device="cuda")
-    assert theta["theta"].device.type == "cuda" and bitwise(theta["theta"].cpu(), vector.cpu())
+    vector = torch.randn(18, device=device)
+    theta = decode_theta(encode_theta({"theta": vector}, slots, run="r", meta_step=0, round=0), slots, device=device)
+    assert theta["theta"].device.type == device and bitwise(theta["theta"].cpu(), vector.cpu())
 
 
 def test_encode_refuses_a_header_that_is_no_json():
