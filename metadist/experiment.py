@@ -497,15 +497,14 @@ def train_seeds(
 # Afterwards -----------------------------------------------------------------------------------------------------------
 
 
-def load_run(run_dir: str, workers: tuple[WorkerGroup, ...] | None = None) -> Result:
-    """A run's best parameters with its configuration, ready to ``adapt`` and ``predict``."""
+def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
+    """A run's best parameters, ready to ``adapt`` and ``predict``; built from the run's own config unless ``experiment`` is given."""
     folder = RunFolder(run_dir)
     text, about = folder.read("config.yaml"), folder.read("run.json")
     if text is None or about is None:
         raise ConfigError(f"run directory '{run_dir}' has no config.yaml and run.json; is it the folder that train printed?")
-    experiment = Experiment.of(configuration.build(configuration.parse_yaml(text, f"{run_dir}/config.yaml")))
-    if workers is not None:
-        experiment = dataclasses.replace(experiment, workers=workers)
+    if experiment is None:
+        experiment = Experiment.of(configuration.build(configuration.parse_yaml(text, f"{run_dir}/config.yaml")))
     learner = experiment.learner
     checkpoints = Checkpoints(folder.url, higher_is_better=learner.tasks.higher_is_better)
     loaded = checkpoints.best(learner.slots) or checkpoints.latest(learner.slots)

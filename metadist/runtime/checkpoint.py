@@ -140,13 +140,12 @@ class Checkpoints:
                     self._store.remove_tree(directory)
                 elif present is not None and not kept:
                     self._store.remove(f"{directory}/{file}")
-            _warn(f"checkpoint of meta-step {meta_step} not saved in {self._store.root}", error)
+            _log.warning("checkpoint of meta-step %d not saved in %s: %s", meta_step, self._store.root, _why(error))
             return False
-        self._damaged.pop(meta_step, None)
         try:
             self._prune(meta_step, {file, _MANIFEST})
         except Exception as error:
-            _warn(f"old checkpoints not removed from {self._store.root}", error)
+            _log.warning("old checkpoints not removed from %s: %s", self._store.root, _why(error))
         return True
 
     def latest(self, slots: Mapping[str, Slot] | None = None) -> Loaded | None:
@@ -201,6 +200,7 @@ class Checkpoints:
 
     def _prune(self, current: int, files: set[str]) -> None:
         """Remove what is neither among the newest, nor the best, nor ``current``, and what never became whole."""
+        self._damaged.pop(current, None)
         entries = self.list()
         good = [e for e in entries if e.status == "good"]
         keep = {current, *(e.meta_step for e in good[-self.keep :]), *(e.meta_step for e in self._ranked(good)[:1])}
@@ -298,14 +298,12 @@ class _Store:
     """Whole files below one root, on a local disk (synced, renamed into place) or any fsspec file system."""
 
     def __init__(self, root: str | Path, below: str = "") -> None:
-        self.root = os.path.join(os.fspath(root), below) if below else os.fspath(root)
-        if "://" not in self.root:
-            self.fs, path = LocalFileSystem(), os.path.abspath(os.path.expanduser(root))
-        else:
-            try:
-                self.fs, path = url_to_fs(os.fspath(root))
-            except (ValueError, ImportError) as error:
-                raise CheckpointError(f"{root} can't be used: {error}") from error
+        url = os.fspath(root)
+        self.root = os.path.join(url, below) if below else url
+        try:
+            self.fs, path = url_to_fs(url) if "://" in url else (LocalFileSystem(), os.path.abspath(os.path.expanduser(url)))
+        except (ValueError, ImportError) as error:
+            raise CheckpointError(f"{url} can't be used: {error}") from error
         self.local = isinstance(self.fs, LocalFileSystem)
         self._base = "/".join(filter(None, (path.rstrip("/"), below)))
 
@@ -372,12 +370,10 @@ def _directory(meta_step: int) -> str:
     return f"step-{meta_step:08d}"
 
 
-def _warn(message: str, error: Exception) -> None:
-    _log.warning("%s: %s", message, _why(error), exc_info=None if isinstance(error, OSError) else error)
-
-
 def _why(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    """In one line; with the type where the words alone may say little."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if isinstance(error, OSError) and line else f"{type(error).__name__}: {line}"
 
 
 def _about(data: bytes) -> dict[str, Any]:
@@ -416,13 +412,12 @@ def _deserialize(data: bytes) -> dict[str, Tensor]:
 
 
 def _describe(slot: Slot) -> dict[str, Any]:
-    layout = slot.layout
     return {
         "rule": slot.rule,
-        "dtype": str(layout.dtype).removeprefix("torch."),
-        "fingerprint": layout.fingerprint,
-        "numel": layout.numel,
-        "parameters": {name: list(shape) for name, shape in zip(layout.names, layout.shapes)},
+        "dtype": str(slot.layout.dtype).removeprefix("torch."),
+        "fingerprint": slot.layout.fingerprint,
+        "numel": slot.layout.numel,
+        "parameters": {name: list(shape) for name, shape in zip(slot.layout.names, slot.layout.shapes)},
     }
 
 

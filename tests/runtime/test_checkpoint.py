@@ -378,7 +378,9 @@ def test_a_store_without_rename_that_fails_at_any_call_costs_nothing(fail_at, ag
     monkeypatch.undo()
     loaded = Checkpoints(run_dir).latest(SLOTS)
     assert loaded.meta_step == (step if saved else 1) and same(loaded.state, state(7) if saved else state(1))
-    assert saved or sorted(files(run_dir)) == [f"/checkpoints/step-00000001/{n}" for n in ("manifest.json", "state.safetensors")]
+    assert saved or sorted(files(run_dir)) == [
+        f"/checkpoints/step-00000001/{n}" for n in ("manifest.json", "state.safetensors")
+    ]
     save(checkpoints, 3)
     assert len(files(run_dir)) == 2
 
@@ -467,7 +469,8 @@ KILLED = textwrap.dedent("""
             assert Checkpoints(base).save(step + 1, state(step + 1), {"step": step + 1}, slots=slots)
             assert check(base, step + 1) == step + 1
             left = [f for _, _, names in os.walk(base) for f in names]
-            assert len(left) == 4 and not any(f.endswith(".tmp") for f in left), left
+            assert len(left) == 4 or not old and len(left) == 2, left
+            assert {"manifest.json", "state.safetensors"} == set(left), left
             shutil.rmtree(base)
 
     run_dir, what, times = sys.argv[1:]

@@ -55,8 +55,10 @@ def sent(result=None, shard=SHARD, slots=SLOTS) -> pa.Buffer:
 
 
 def bitwise(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().view(-1).view(torch.uint8).equal(
-        b.contiguous().view(-1).view(torch.uint8)
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
     )
 
 
