@@ -448,7 +448,7 @@ def resolved(config: Config) -> Document:
     document: Document = {"name": config.name, "seed": config.seed}
     for key, part in (("tasks", config.tasks), ("model", config.model), ("algorithm", config.algorithm)):
         given = dict(_mapping(key, config.document[key]))
-        instance = part
+        instance: Any = part
         if key == "model" and isinstance(part, functools.partial) and inspect.ismethod(part.func):
             instance = part.func.__self__
         document[key] = {"name": given.get("name"), **(_as_plain(instance) if is_dataclass(instance) else given), **given}

@@ -100,6 +100,6 @@ class InnerLoop:
             raise ConfigError("algorithm.inner_batch_size: tasks of unequal size can't be cut into minibatches; set it to null")
         first, last = step * size, (step + 1) * size
         epochs = range(first // rows, (last - 1) // rows + 1)
-        order = torch.cat([key.stream("minibatch", epoch).bits(rows).argsort(-1, stable=True) for epoch in epochs])
+        order = torch.cat([key.stream("minibatch", epoch).bits(rows).argsort(dim=-1, stable=True) for epoch in epochs])
         chosen = order[first - epochs[0] * rows : last - epochs[0] * rows]
         return Examples(support.x[chosen], support.y[chosen])

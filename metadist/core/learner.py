@@ -126,13 +126,12 @@ class Learner:
         theta = state.theta(self.slots)
         bound = self._bind(theta, None, False)
         classes = self.tasks.kind == "classification"
-        ways = self.tasks.ways(split) if classes else 0  # type: ignore[attr-defined]
-        if needed is not None:
-            if classes and ways != needed:
-                raise ConfigError(
-                    f"tasks: {split} tasks have {ways} ways and the model {needed} outputs; algorithm "
-                    f"'{type(self.algorithm).__name__}' needs them equal (only metric methods can train with more ways)"
-                )
+        ways = self.tasks.ways(split)
+        if needed is not None and classes and ways != needed:
+            raise ConfigError(
+                f"tasks: {split} tasks have {ways} ways and the model {needed} outputs; algorithm "
+                f"'{type(self.algorithm).__name__}' needs them equal (only metric methods can train with more ways)"
+            )
         context = TaskContext(TaskKey.of(0, split, 0, [0]).each()[0].to(self.device), 0, False, self.tasks)
         with torch.no_grad():
             if needed is not None and classes:
@@ -316,7 +315,7 @@ def with_inner_steps(algorithm: Algorithm, inner_steps: int | None) -> Algorithm
     """The same algorithm with another number of inner steps, where it has inner steps at all."""
     if inner_steps is None or not is_dataclass(algorithm) or "inner_steps" not in {f.name for f in fields(algorithm)}:
         return algorithm
-    return replace(algorithm, inner_steps=inner_steps)  # type: ignore[type-var]
+    return replace(algorithm, inner_steps=inner_steps)
 
 
 def _at_most_one_step(algorithm: Algorithm) -> Algorithm:

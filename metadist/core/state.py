@@ -48,7 +48,7 @@ class State:
         for name in sorted(self.slots):
             vector = self.slots[name].detach().cpu().contiguous()
             digest.update(f"{name}:{vector.dtype}:{vector.numel()}:".encode())
-            digest.update(memoryview(vector.view(torch.uint8).numpy()))
+            digest.update(vector.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 

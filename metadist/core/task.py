@@ -127,6 +127,10 @@ class TaskFamily:
         """What a score on ``split`` must be read with (ways, shots, queries, …)."""
         return {}
 
+    def ways(self, split: str) -> int:
+        """Classes of a classification task of ``split``; families that train with more ways than they are judged by override it."""
+        return self.outputs
+
     def sizes(self, split: str) -> tuple[int, int] | None:
         """(support, query) rows of a task where all tasks are alike; None where they differ and are padded."""
         return None
@@ -138,10 +142,6 @@ class Classification(TaskFamily):
     kind: ClassVar[str] = "classification"
     metric_name: str = "accuracy"
     higher_is_better: bool = True
-
-    def ways(self, split: str) -> int:
-        """Classes of a task of ``split``; families that train with more ways than they are judged by override it."""
-        return self.outputs
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(prediction, target, reduction="none")

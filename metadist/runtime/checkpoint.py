@@ -371,7 +371,6 @@ def _directory(meta_step: int) -> str:
 
 
 def _why(error: Exception) -> str:
-    """In one line; with the type where the words alone may say little."""
     line = (str(error).strip().splitlines() or [""])[0]
     return line if isinstance(error, OSError) and line else f"{type(error).__name__}: {line}"
 

@@ -95,7 +95,7 @@ class RayExecutor:
         self._expected, self._exact = expected, exact
         self._owns_cluster = _connect(groups)
         self._gpus = {g.role: _resolve_gpus(g) for g in groups}
-        self._learner_ref = ray.put(learner)
+        self._learner_ref: Any = ray.put(learner)
         self._theta: Any = None
         self._members: dict[str, _Member] = {}
         self._events: list[Event] = []
@@ -121,7 +121,7 @@ class RayExecutor:
         options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}}
         remote = ray.remote(**options)(_Actor)
         gpus = self._gpus[group.role]
-        handle = remote.remote(self._learner_ref, name, group.role, self._device, gpus, group.threads)
+        handle: Any = remote.remote(self._learner_ref, name, group.role, self._device, gpus, group.threads)
         self._members[name] = _Member(name, group, handle, handle.start.remote())
 
     def _await_minimum(self, patience: float) -> None:

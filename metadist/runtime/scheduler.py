@@ -27,7 +27,7 @@ MAX_DEATHS = 3
 class Measurements:
     """Sums since the last reading, and what is known of every worker."""
 
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter[str] = field(default_factory=Counter)
     workers: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -201,6 +201,6 @@ def _fault(result: Result, shard: Shard, learner: Learner) -> str | None:
     expected = {n for n, s in learner.slots.items() if s.rule != "constant"}
     if set(result.slots) != expected:
         return f"slots {sorted(result.slots)}, expected {sorted(expected)}"
-    if not 0 < result.weight or result.tasks > shard.count:
+    if not result.weight > 0 or result.tasks > shard.count:
         return f"weight {result.weight} and {result.tasks} tasks for a shard of {shard.count}"
     return None

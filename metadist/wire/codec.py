@@ -23,9 +23,7 @@ __all__ = ["RejectedError", "decode_result", "decode_theta", "encode_result", "e
 _IDENTITY = ("run", "meta_step", "round", "function", "split", "start", "count", "seed", "key_step")
 
 
-def encode_theta(
-    state_slots: Mapping[str, Tensor], slots: Mapping[str, Slot], *, run: str, meta_step: int, round: int
-) -> pa.Buffer:
+def encode_theta(state_slots: Mapping[str, Tensor], slots: Mapping[str, Slot], *, run: str, meta_step: int, round: int) -> pa.Buffer:
     """θ (slot → vector [numel], any device) as one framed buffer, copied once. Pass a part of both to publish a part.
 
     Raises ``ValueError`` where the vectors are not those that ``slots`` declares.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -44,9 +45,7 @@ SHARD = Shard("run-1", 7, 0, 3, "gradient", 24, 8, seed=0, key_step=7)
 
 def contribution(**changes) -> Contribution:
     generator = torch.Generator().manual_seed(0)
-    vectors = {
-        n: torch.randn(s.layout.numel, generator=generator, dtype=s.layout.dtype) for n, s in SLOTS.items() if n != "frozen"
-    }
+    vectors = {n: torch.randn(s.layout.numel, generator=generator, dtype=s.layout.dtype) for n, s in SLOTS.items() if n != "frozen"}
     return replace(Contribution(vectors, 8.0, 8, {"loss": 0.1 + 0.2, "accuracy": 1 / 3}), **changes)
 
 
@@ -77,7 +76,8 @@ def test_a_frame_holds_its_payload_and_nothing_is_copied():
     buffer = frame([b"abc", np.arange(3), pa.py_buffer(b""), b"d"])
     payload = unframe(buffer)
     assert payload.to_pybytes() == b"abc" + np.arange(3).tobytes() + b"d"
-    assert payload.address == buffer.address + 64 and payload.address % 64 == 0
+    assert payload.address == buffer.address + 64
+    assert payload.address % 64 == 0
     assert unframe(frame([])).size == 0
 
 
@@ -121,7 +121,8 @@ def test_ten_thousand_bit_flips_are_all_found():
     ones = (flipped(data, [rng.randrange(8 * len(data))]) for _ in range(10_000))
     several = (flipped(data, rng.sample(range(8 * len(data)), rng.randint(2, 9))) for _ in range(2_000))
     assert count_decoded([data]) == 1
-    assert count_decoded(ones) == 0 and count_decoded(several) == 0
+    assert count_decoded(ones) == 0
+    assert count_decoded(several) == 0
 
 
 def test_every_truncation_and_extension_is_found():
@@ -155,7 +156,8 @@ def test_theta_comes_back_bit_for_bit_in_fresh_aligned_memory(dtype, numel):
     misplaced = pa.py_buffer(b"x" * 3 + buffer.to_pybytes()).slice(3)
     for source in (buffer, misplaced, buffer.to_pybytes()):
         theta = decode_theta(source, slots, run="r", meta_step=1, round=2)
-        assert theta.keys() == vectors.keys() and all(bitwise(theta[n], v) for n, v in vectors.items())
+        assert theta.keys() == vectors.keys()
+        assert all(bitwise(theta[n], v) for n, v in vectors.items())
         assert all(v.data_ptr() % 64 == 0 for v in theta.values())
     before = buffer.to_pybytes()
     theta["b"] += 1
@@ -181,15 +183,19 @@ def test_a_contribution_comes_back_exactly():
     metrics = {"tiny": 5e-324, "third": 1 / 3, "huge": 1.7e308, "nan": math.nan, "inf": -math.inf, "ü": 0.0}
     result, sender = decode_result(sent(contribution(metrics=metrics, weight=0.1)), SHARD, SLOTS)
     original = contribution()
-    assert all(bitwise(result.slots[n], v) for n, v in original.slots.items()) and list(result.slots) == list(original.slots)
-    assert result.weight == 0.1 and result.tasks == 8 and repr(result.metrics) == repr(metrics)
+    assert all(bitwise(result.slots[n], v) for n, v in original.slots.items())
+    assert list(result.slots) == list(original.slots)
+    assert result.weight == 0.1
+    assert result.tasks == 8
+    assert repr(result.metrics) == repr(metrics)
     assert sender == {"kind": "contribution", "attempt": 1, "worker": "a-1", "stats": {"seconds": 1e-3}}
 
 
 def test_non_contiguous_vectors_and_gradients_travel():
     vector = torch.arange(36.0, requires_grad=True)[::2]
     result, _ = decode_result(sent(contribution(slots={"theta": vector})), SHARD, SLOTS)
-    assert result.slots["theta"].equal(vector) and not result.slots["theta"].requires_grad
+    assert result.slots["theta"].equal(vector)
+    assert not result.slots["theta"].requires_grad
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
@@ -197,8 +203,10 @@ def test_records_of_every_dtype_and_shape_come_back(rows):
     shapes = [(), (3,), (2, 2), (0,), (1, 2, 3)]
     columns = {f"{d}{s}": sample(d, rows, *s) for d in DTYPES for s in shapes}
     result, sender = decode_result(sent(Records(columns)), SHARD, SLOTS, reduce=False, rows=rows)
-    assert isinstance(result, Records) and sender["kind"] == "records"
-    assert list(result.columns) == list(columns) and all(bitwise(result.columns[n], c) for n, c in columns.items())
+    assert isinstance(result, Records)
+    assert sender["kind"] == "records"
+    assert list(result.columns) == list(columns)
+    assert all(bitwise(result.columns[n], c) for n, c in columns.items())
 
 
 def test_nothing_travels_too():
@@ -231,9 +239,7 @@ def test_the_sender_refuses_what_does_not_fit(result):
 # ---- refusals behind a good hash
 
 
-@pytest.mark.parametrize(
-    "field", ["run", "meta_step", "round", "index", "function", "split", "start", "count", "seed", "key_step"]
-)
+@pytest.mark.parametrize("field", ["run", "meta_step", "round", "index", "function", "split", "start", "count", "seed", "key_step"])
 def test_the_result_of_another_shard_is_rejected(field):
     value = getattr(SHARD, field)
     other = replace(SHARD, **{field: value + 1 if isinstance(value, int) else value + "x"})
@@ -263,7 +269,8 @@ def test_bad_values_are_rejected(result, reason):
 def test_non_finite_values_and_partial_shards_pass_where_allowed():
     result = contribution(slots={"theta": torch.tensor([math.inf, -math.inf, *[0.0] * 16])}, tasks=3)
     got, _ = decode_result(sent(result), SHARD, SLOTS, finite=False, partial=True)
-    assert got.tasks == 3 and got.slots["theta"][0] == math.inf
+    assert got.tasks == 3
+    assert got.slots["theta"][0] == math.inf
     for tasks in (0, -1, 9):
         with pytest.raises(RejectedError, match="tasks"):
             decode_result(sent(contribution(tasks=tasks)), SHARD, SLOTS, partial=True)
@@ -337,10 +344,8 @@ def test_random_bytes_in_the_stream_behind_a_good_hash_never_crash():
     payload, rng = unframe(sent()).to_pybytes(), random.Random(1)
     for _ in range(5_000):
         data = flipped(payload, rng.sample(range(8 * len(payload)), rng.randint(1, 6)))
-        try:
-            decode_result(frame([data]), SHARD, SLOTS)  # values may have changed: that is what the hash is for
-        except RejectedError:
-            pass
+        with contextlib.suppress(RejectedError):  # values may have changed: that is what the hash is for
+            decode_result(frame([data]), SHARD, SLOTS)
 
 
 F18 = {"dtype": "float32", "shape": [1, 18]}
@@ -418,7 +423,8 @@ def test_any_other_value_of_any_header_field_is_rejected_or_harmless(field, valu
     except RejectedError:
         return
     assert field in ("stats", "metrics", "attempt", "worker", "weight") or value == header[field]
-    assert result.weight > 0 and result.tasks == 8
+    assert result.weight > 0
+    assert result.tasks == 8
 
 
 @QUICK
@@ -441,7 +447,8 @@ def test_tensors_on_a_device_travel_and_land_on_it(device):
     slots = {"theta": SLOTS["theta"]}
     vector = torch.randn(18, device=device)
     theta = decode_theta(encode_theta({"theta": vector}, slots, run="r", meta_step=0, round=0), slots, device=device)
-    assert theta["theta"].device.type == device and bitwise(theta["theta"].cpu(), vector.cpu())
+    assert theta["theta"].device.type == device
+    assert bitwise(theta["theta"].cpu(), vector.cpu())
 
 
 def test_encode_refuses_a_header_that_is_no_json():
