@@ -256,13 +256,42 @@ def export(
         print(path)
 
 
+@app.command(epilog="Examples:  metadist bench executors omniglot_maml_5w1s   |   metadist bench memory sinusoid_maml --steps 2000")
+def bench(
+    what: Annotated[str, typer.Argument(help="executors, tracking or memory.")],
+    config: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped config.")] = "sinusoid_maml",
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="Measured meta-steps per contestant.", min=10)] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the engine, contestants interleaved. Run it on a machine that does nothing else."""
+    _set_up_logging()
+    logging.getLogger("metadist.tracking").setLevel(logging.ERROR)
+    with _clean_errors():
+        from metadist import config as configuration
+        from metadist.bench import bench as measure
+        from metadist.display import show_benchmark
+
+        report = measure(what, configuration.override(configuration.read_document(config), overrides or []), steps=steps)
+        show_benchmark(report)
+        if as_json:
+            print(json.dumps(report))
+
+
 @app.command(epilog="Example:  metadist ui --port 5000")
 def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
-    """The MLflow UI on the store that runs are recorded in."""
+    """The MLflow UI on the store that runs are recorded in, after delivering what earlier runs could not."""
     _set_up_logging()
     with _clean_errors():
+        from pathlib import Path
+
         from metadist.experiment import runs_root
+        from metadist.tracking import replay, undelivered
         from metadist.tracking.ui import serve_ui
+
+        for spool in sorted(Path(runs_root()).glob("**/tracking/spool.jsonl")):
+            if undelivered(spool.parent):
+                _say(f"delivering what {spool.parent.parent} could not: {replay(spool.parent)} records still wait")
 
         serve_ui(os.environ.get("MLFLOW_TRACKING_URI"), port, runs_root())
 

@@ -94,7 +94,7 @@ def show_result(result: Result) -> None:
     if result.tracking_url:
         print(f"MLflow          {result.tracking_url}")
     if result.undelivered:
-        print(f"MLflow          {result.undelivered} records wait in {result.run_dir} for the server; metadist ui or the next run delivers them")
+        print(f"MLflow          {result.undelivered} records wait in {result.run_dir} for the server; metadist ui delivers them")
 
 
 def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | None = None) -> None:
@@ -134,6 +134,25 @@ def show_verification(report: Mapping[str, Any]) -> None:
         if not row["enough_kills"]:
             print(f"workers {row['workers']:>3}  too few shards were lost: nothing is proved; use more meta-steps")
     print("identical parameters" if report["same"] else "DIFFERENT parameters")
+
+
+def show_benchmark(report: Mapping[str, Any]) -> None:
+    title = f"{report['benchmark']} on {report['config']}, {report['meta_steps']} meta-steps, {report['unit']}"
+    columns = list(dict.fromkeys(column for row in report["contestants"].values() for column in row))
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for name, row in report["contestants"].items():
+        table.add_row(name, *(_cell(row.get(column)) for column in columns))
+    Console(file=sys.stdout, width=120, highlight=False).print(table)
+    if "same_parameters" in report:
+        print(f"same parameters {report['same_parameters']}")
+    print("machine         " + ", ".join(f"{k}={v}" for k, v in report["machine"].items()))
+
+
+def _cell(value: Any) -> str:
+    return " … ".join(map(_cell, value)) if isinstance(value, list) else f"{value:g}"
 
 
 def _published(experiment: Experiment) -> Mapping[int, float] | None:

@@ -517,8 +517,8 @@ def test_sigkill_before_every_line_of_a_save_leaves_a_whole_checkpoint(tmp_path)
 
 
 @pytest.mark.long
-def test_sigkill_at_a_thousand_random_moments(tmp_path):
-    assert kill_loop(tmp_path, "random", 1000)[0] == 1000
+def test_sigkill_at_five_hundred_random_moments(tmp_path):
+    assert kill_loop(tmp_path, "random", 500)[0] == 500
 
 
 # ---- plain parameters
