@@ -36,7 +36,7 @@ def _clean_errors() -> Iterator[None]:
     try:
         yield
     except MetadistError as error:
-        _say(f"error: {error}")
+        _say(f"error: {' '.join(str(error).split())}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         _say("interrupted")
@@ -53,21 +53,25 @@ def _set_up_logging(verbose: bool = False) -> None:
 
 
 class _Stop:
-    """The first Ctrl-C or SIGTERM asks the loop to stop at the next meta-step; the second interrupts at once."""
+    """The first Ctrl-C or SIGTERM asks the loop to stop at the next meta-step; the second interrupts at once, and so does
+    the first one before the loop has begun.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self._looping = False
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def __call__(self) -> bool:
-        # Ray installs handlers of its own when it starts; ours must be the last.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != self._handle and not self.asked:
+        if not self._looping:
+            self._looping = True
+            for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._handle)
         return self.asked
 
     def _handle(self, number: int, frame: Any) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler)
         _say("\nstopping after this meta-step, with a checkpoint; press Ctrl-C again to stop at once")
 
 
@@ -142,7 +146,7 @@ def _numbers(option: str, text: str) -> list[int]:
     from metadist.core.errors import ConfigError
 
     parts = [p.strip() for p in text.split(",")]
-    if not all(p.isdigit() for p in parts) or len(set(parts)) < len(parts):
+    if not all(p.isdecimal() for p in parts) or len(set(parts)) < len(parts):
         raise ConfigError(f"{option} {text}: expected different whole numbers, such as 0,1,2")
     return [int(p) for p in parts]
 

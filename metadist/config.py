@@ -8,11 +8,14 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import re
 import sys
+import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -23,7 +26,7 @@ import yaml
 from torch import nn
 
 from metadist.core.algorithm import Algorithm
-from metadist.core.errors import ConfigError, nearest
+from metadist.core.errors import ConfigError, MetadistError, nearest
 from metadist.core.learner import Learner
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
@@ -106,7 +109,8 @@ class Config:
     document: Document = field(repr=False)
 
     def learner(self) -> Learner:
-        model = Model(self.model, dtype=getattr(torch, self.engine.dtype), freeze=self.freeze)
+        with _explained("model", getattr(self.model, "func", self.model)):
+            model = Model(self.model, dtype=getattr(torch, self.engine.dtype), freeze=self.freeze)
         return Learner(self.algorithm, model, self.tasks, self.outer, self.evaluate.normalization, self.engine.non_finite)
 
 
@@ -135,15 +139,37 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
+# A date would be the one scalar that JSON, and so the rest of the way, has not: it stays a text.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        _check_plain(value, where)
+        return value
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{where}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except (RecursionError, ValueError) as error:  # an alias within itself; an explicit tag on what is none
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+
+
+def _check_plain(value: Any, where: str, key: str = "") -> None:
+    if isinstance(value, (dict, list)):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            path = f"{key}.{name}" if key else str(name)
+            if isinstance(value, dict) and not isinstance(name, str):
+                raise ConfigError(f"{where}: key {path} is not a text; write it in quotes")
+            _check_plain(item, where, path)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {key}: {value} is not a finite number")
+    elif value is not None and not isinstance(value, (str, int, float)):
+        raise ConfigError(f"{where}: {key}: {value!r} is not a plain value")
 
 
 def config_folders() -> list[Path]:
@@ -161,6 +187,8 @@ def read_document(config: str) -> Document:
     path = Path(config)
     if not path.is_file():
         shipped = shipped_configs()
+        if path.exists():
+            raise ConfigError(f"config '{config}' is a folder; expected a YAML file" if path.is_dir() else f"config '{config}' is no file")
         if config not in shipped:
             raise ConfigError(
                 f"config '{config}' is neither a file nor one of the shipped ones: {', '.join(sorted(shipped))}{nearest(config, shipped)}"
@@ -208,18 +236,21 @@ def _step_into(where: Any, key: str, path: str) -> Any:
 
 
 def _index(items: list[Any], key: str, path: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
+    if not key.isdecimal() or int(key) >= len(items):
         raise ConfigError(f"override '{path}': '{key}' is not an index below {len(items)}")
     return int(key)
 
 
 def set_workers(document: Document, workers: str) -> Document:
     """``--workers N`` or ``learners=N``: exactly N workers of the role; 0 computes in this process."""
-    groups = [dict(g) for g in document.get("workers") or [{"role": "learner"}]]
+    groups = document.get("workers") or [{"role": "learner"}]
+    if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
+        raise ConfigError(f"workers: expected a list of groups, such as [{{role: learner, max: 2}}], got {groups!r}")
+    groups = [dict(g) for g in groups]
     for part in workers.split(","):
         role, equals, number = part.partition("=")
         role, number = (role.strip().removesuffix("s"), number) if equals else ("learner", part)
-        if not number.strip().isdigit():
+        if not number.strip().isdecimal():
             raise ConfigError(f"--workers {workers}: expected a number, such as 2, or role=number, such as learners=2")
         chosen = [g for g in groups if g.get("role", "learner") == role]
         if not chosen:
@@ -286,6 +317,15 @@ def build(document: Document) -> Config:
     ):
         if value < 1:
             raise ConfigError(f"{key}: {value} is below 1")
+    for key, limit in (
+        ("evaluate.inner_steps", config.evaluate.inner_steps),
+        ("evaluate.patience", config.evaluate.patience),
+        ("engine.shard_timeout", config.engine.shard_timeout),
+        ("engine.worker_patience", config.engine.worker_patience),
+    ):
+        lowest = 0 if key == "evaluate.inner_steps" else 1
+        if limit is not None and limit < lowest:
+            raise ConfigError(f"{key}: {limit} is below {lowest}")
     return config
 
 
@@ -319,19 +359,37 @@ def _component(key: str, value: Any, known: Mapping[str, type], deferred: bool =
     if is_dataclass(cls):
         return _settings(key, options, cls)
     if isinstance(cls, (TaskFamily, Algorithm, nn.Module)):
+        if options:
+            raise ConfigError(f"{key}: '{name}' is an object already and takes no {', '.join(options)}")
         return cls
+    if not callable(cls):
+        raise ConfigError(f"{key}.name: '{name}' is {cls!r}; expected a class or a function")
     _check_arguments(key, cls, options)
     if deferred:
         return functools.partial(cls, **options)
-    return cls(**options)
+    with _explained(key, cls):
+        return cls(**options)
+
+
+@contextmanager
+def _explained(key: str, maker: Any) -> Iterator[None]:
+    """An error in a user's own constructor names the key that it was called for."""
+    try:
+        yield
+    except MetadistError:
+        raise
+    except Exception as error:
+        what = getattr(maker, "__name__", type(maker).__name__)
+        raise ConfigError(f"{key}: {what} raised {type(error).__name__}: {error}") from error
 
 
 def _check_arguments(key: str, callable_: Any, options: Mapping[str, Any]) -> None:
     try:
         signature = inspect.signature(callable_)
-        signature.bind(**options)
-    except ValueError:
+    except ValueError:  # some built-in ones have none
         return
+    try:
+        signature.bind(**options)
     except TypeError as error:
         raise ConfigError(f"{key}: {getattr(callable_, '__name__', callable_)}{signature}: {error}") from error
 
@@ -342,12 +400,17 @@ def import_path(path: str, key: str) -> Any:
         sys.path.insert(0, str(Path.cwd()))
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(f"{key}: '{path}': {error}; modules are looked for in the working directory and on PYTHONPATH") from error
-    except AttributeError as error:
-        names = [n for n in vars(importlib.import_module(module)) if not n.startswith("_")]
-        raise ConfigError(f"{key}: module '{module}' has no '{name}'{nearest(name, names)}") from error
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, SyntaxError) else f" ({line.filename}, line {line.lineno})"
+        raise ConfigError(f"{key}: '{path}' can't be imported: {type(error).__name__}: {error}{where}") from error
+    if not hasattr(imported, name):
+        names = [n for n in vars(imported) if not n.startswith("_")]
+        raise ConfigError(f"{key}: module '{module}' has no '{name}'{nearest(name, names)}")
+    return getattr(imported, name)
 
 
 def _factory(model: Any, tasks: TaskFamily, algorithm: Algorithm) -> Callable[[], nn.Module]:
@@ -369,14 +432,21 @@ def _itself(module: nn.Module) -> nn.Module:
 def _judge_by(tasks: Any, document: Document) -> None:
     """Put the user's own loss and metric in the family's place."""
     if document.get("loss") is not None:
-        loss = import_path(_typed("loss", document["loss"], str), "loss")
+        loss = _function(_typed("loss", document["loss"], str), "loss")
         object.__setattr__(tasks, "loss", loss)
     if document.get("metric") is not None:
         metric = document["metric"]
         settings = _settings("metric", {"name": metric} if isinstance(metric, str) else metric, MetricSettings)
-        object.__setattr__(tasks, "metric", import_path(settings.name, "metric"))
+        object.__setattr__(tasks, "metric", _function(settings.name, "metric"))
         object.__setattr__(tasks, "metric_name", settings.name.partition(":")[2])
         object.__setattr__(tasks, "higher_is_better", settings.higher_is_better)
+
+
+def _function(path: str, key: str) -> Any:
+    found = import_path(path, key)
+    if not callable(found):
+        raise ConfigError(f"{key}: '{path}' is {found!r}; expected a function (prediction [N, …], target [N, …]) → one value per example [N]")
+    return found
 
 
 def _settings(key: str, value: Any, cls: Any) -> Any:
@@ -392,7 +462,9 @@ def _settings(key: str, value: Any, cls: Any) -> Any:
     for name, f in known.items():
         if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"key '{key}.{name}' is missing; expected {_type_name(hints[name])}")
-    return cls(**{name: _typed(f"{key}.{name}", v, hints[name]) for name, v in value.items()})
+    typed = {name: _typed(f"{key}.{name}", v, hints[name]) for name, v in value.items()}
+    with _explained(key, cls):
+        return cls(**typed)
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:
@@ -461,4 +533,4 @@ def resolved(config: Config) -> Document:
 
 
 def _as_plain(instance: Any) -> Document:
-    return json.loads(json.dumps({f.name: getattr(instance, f.name) for f in fields(instance) if f.init}))
+    return json.loads(json.dumps({f.name: getattr(instance, f.name) for f in fields(instance) if f.init}, default=str))

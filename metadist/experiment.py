@@ -33,11 +33,11 @@ from metadist.core.learner import Learner
 from metadist.core.state import State
 from metadist.core.task import Examples
 from metadist.runtime.checkpoint import Checkpoints, export_parameters, load_parameters
-from metadist.runtime.evaluation import Evaluation, evaluate
+from metadist.runtime.evaluation import Evaluation, as_json, evaluate
 from metadist.runtime.groups import WorkerGroup
 from metadist.runtime.local_executor import LocalExecutor
 from metadist.runtime.scheduler import Scheduler
-from metadist.runtime.train import Display, Outcome, Progress, Run, evaluation_metrics, meta_train, restore
+from metadist.runtime.train import Display, Outcome, Progress, Run, evaluation_metrics, meta_train
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Result:
         export_parameters(path, self.experiment.learner.parameters(self.state), {"run_id": self.run_id, "format": "metadist"})
 
     def as_dict(self) -> dict[str, Any]:
-        return {
+        about = {
             "run_id": self.run_id,
             "run_dir": self.run_dir,
             "meta_step": self.outcome.progress.meta_step,
@@ -118,6 +118,7 @@ class Result:
             "undelivered": self.undelivered,
             "tracking_url": self.tracking_url,
         }
+        return as_json(about)
 
 
 class Quiet:
@@ -162,11 +163,22 @@ class RunFolder:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"run_dir '{self.url}': {name} can't be read: {error}") from error
 
-    def write(self, name: str, text: str) -> None:
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        text = self.read(name)
         try:
-            self._fs.makedirs(f"{self._path}/{name}".rpartition("/")[0], exist_ok=True)
-            with fsspec.open(f"{self.url}/{name}", "w", encoding="utf-8") as file:
-                file.write(text)
+            return None if text is None else dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"run_dir '{self.url}': {name} is damaged: {error}") from error
+
+    def write(self, name: str, text: str) -> None:
+        """On a local disk renamed into place: a run that is killed meanwhile can still be resumed."""
+        target = f"{self._path}/{name}"
+        try:
+            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            written = f"{target}.new" if self.local else target
+            self._fs.pipe_file(written, text.encode())
+            if self.local:
+                os.replace(written, target)
         except OSError as error:
             raise MetadistError(f"run_dir '{self.url}': {name} can't be written: {error}") from error
 
@@ -180,16 +192,16 @@ def new_run_id(name: str) -> str:
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def newest_run(name: str) -> str:
-    """The newest run of an experiment under ``METADIST_RUNS``."""
+def newest_run(name: str, marker: str = "run.json") -> str:
+    """The newest run (or ``group.json``: group of seeds) of an experiment under ``METADIST_RUNS``."""
     fs, root = url_to_fs(runs_root())
     found = []
     for path in fs.ls(root, detail=False) if fs.exists(root) else []:
-        text = RunFolder(fs.unstrip_protocol(path)).read("run.json") if fs.isdir(path) else None
-        if text and json.loads(text)["name"] == name:
-            found.append((json.loads(text)["created"], path))
+        about = RunFolder(fs.unstrip_protocol(path)).read_json(marker) if fs.isdir(path) else None
+        if about is not None and about["name"] == name:
+            found.append((about["created"], path))
     if not found:
-        raise ConfigError(f"--resume: there is no run of '{name}' in {runs_root()}; give --run-dir DIR, or start without --resume")
+        raise ConfigError(f"--resume: there is no {'group of seeds' if marker == 'group.json' else 'run'} of '{name}' in {runs_root()}; give --run-dir DIR, or start without --resume")
     return fs.unstrip_protocol(max(found)[1]) if not isinstance(fs, LocalFileSystem) else max(found)[1]
 
 
@@ -271,8 +283,8 @@ def train(
     run_id = _open(folder, experiment, run_id, resume)
     learner.prepare(torch.device("cpu"))
     learner.check(experiment.seed)
-    progress = restore(_run(experiment, run_id, {}), checkpoints, _initial(experiment))
-    earlier = checkpoints.latest(learner.slots) if progress.meta_step else None
+    earlier = checkpoints.latest(learner.slots)
+    progress = Progress.of(earlier) if earlier else Progress(0, learner.initial(experiment.seed, _initial(experiment)))
     expected = _checked_manifest(experiment, earlier.manifest) if earlier else None
     _refuse_other_config(folder, experiment, progress.meta_step)
     tracker = _start_tracker(experiment, folder, run_id, parent, earlier.manifest.get("mlflow_run_id") if earlier else None)
@@ -313,11 +325,11 @@ def _run(experiment: Experiment, run_id: str, manifest: dict[str, Any]) -> Run:
 
 def _open(folder: RunFolder, experiment: Experiment, run_id: str, resume: bool) -> str:
     """Claim the folder for a new run, or find out whose it is; returns the run id."""
-    text = folder.read("run.json")
-    if text is not None:
+    about = folder.read_json("run.json")
+    if about is not None:
         if not resume:
             raise ConfigError(f"run_dir '{folder.url}' holds a run already; go on with it by --resume, or choose another --run-dir")
-        return json.loads(text)["run_id"]
+        return about["run_id"]
     if resume:
         log.warning("run_dir %s holds no run yet; a new one starts", folder.url)
     folder.write("config.yaml", yaml.safe_dump(experiment.document, sort_keys=False, allow_unicode=True))
@@ -408,19 +420,20 @@ def _tracking_root(folder: RunFolder) -> Path:
 
 
 def _git_revision() -> str:
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=5, check=True
-        )
-        return found.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    """Of the working directory, else of metadist's own checkout, else nothing."""
+    for folder in (Path.cwd(), Path(__file__).parent):
+        try:
+            command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+            return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return ""
 
 
 def _test(experiment: Experiment, run_id: str, workers: Scheduler, outcome: Outcome) -> Evaluation:
     settings = experiment.evaluate
     return evaluate(
-        workers, experiment.learner, outcome.best, run=run_id, meta_step=outcome.progress.meta_step, seed=experiment.seed,
+        workers, experiment.learner, outcome.best, run=run_id, meta_step=outcome.best_step, seed=experiment.seed,
         split="test", tasks=settings.test_tasks, inner_steps=settings.inner_steps,
     )  # fmt: skip
 
@@ -454,7 +467,7 @@ class Group:
 
     def as_dict(self) -> dict[str, Any]:
         seeds = [{"seed": r.experiment.seed, **r.as_dict()} for r in self.results]
-        return {"group_id": self.group_id, "run_dir": self.run_dir, "summary": self.summary, "seeds": seeds}
+        return {"group_id": self.group_id, "run_dir": self.run_dir, "summary": as_json(self.summary), "seeds": seeds}
 
 
 def train_seeds(
@@ -466,14 +479,18 @@ def train_seeds(
 
     base = Experiment.of(configuration.build(document))
     group_id = new_run_id(base.name)
+    if resume and run_dir is None:
+        run_dir = newest_run(base.name, "group.json")
     folder = RunFolder(run_dir or f"{runs_root()}/{group_id}")
-    known = folder.read("group.json")
+    known = folder.read_json("group.json")
     if known is not None:
         if not resume:
             raise ConfigError(f"run_dir '{folder.url}' holds runs already; go on with them by --resume, or choose another --run-dir")
-        group_id = json.loads(known)["group_id"]
+        if sorted(known["seeds"]) != sorted(seeds):
+            raise ConfigError(f"--resume: the group has the seeds {known['seeds']}, not {seeds}; their mean stands for just these")
+        group_id = known["group_id"]
     else:
-        folder.write("group.json", json.dumps({"group_id": group_id, "seeds": seeds}))
+        folder.write("group.json", json.dumps({"group_id": group_id, "name": base.name, "created": time.time(), "seeds": seeds}))
     results: list[Result] = []
     for seed in seeds:
         experiment = Experiment.of(configuration.build({**document, "seed": seed}))
@@ -486,12 +503,12 @@ def train_seeds(
             break
     final = [evaluation_metrics(r.evaluations[0]) for r in results if r.evaluations]
     summary = tracking.mean_sd(final)
-    tracker = tracking.make_tracker(
-        base.tracking.uri, spool=folder.scratch / "tracking", experiment=base.tracking.experiment, runs_root=_tracking_root(folder)
-    )
-    if final:
+    if len(final) == len(seeds):  # what is recorded once stays: no mean of half the seeds
+        tracker = tracking.make_tracker(
+            base.tracking.uri, spool=folder.scratch / "tracking", experiment=base.tracking.experiment, runs_root=_tracking_root(folder)
+        )
         tracking.log_group(tracker, run_id=group_id, name=group_id, results={base.learner.outer.meta_steps: final})
-    return Group(group_id, folder.url, results, summary, interrupted=stop())
+    return Group(group_id, folder.url, results, summary, interrupted=len(final) < len(seeds))
 
 
 # Afterwards -----------------------------------------------------------------------------------------------------------
@@ -500,7 +517,7 @@ def train_seeds(
 def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
     """A run's best parameters, ready to ``adapt`` and ``predict``; built from the run's own config unless ``experiment`` is given."""
     folder = RunFolder(run_dir)
-    text, about = folder.read("config.yaml"), folder.read("run.json")
+    text, about = folder.read("config.yaml"), folder.read_json("run.json")
     if text is None or about is None:
         raise ConfigError(f"run directory '{run_dir}' has no config.yaml and run.json; is it the folder that train printed?")
     if experiment is None:
@@ -510,9 +527,8 @@ def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
     loaded = checkpoints.best(learner.slots) or checkpoints.latest(learner.slots)
     if loaded is None:
         raise CheckpointError(f"run directory '{run_dir}' has no checkpoint yet")
-    progress = Progress(loaded.meta_step, loaded.state, loaded.manifest["validation"], loaded.manifest["curve"])
-    outcome = Outcome(progress, loaded.state, loaded.meta_step, 0.0)
-    return Result(json.loads(about)["run_id"], folder.url, experiment, outcome, [], loaded.state.sha256(), {}, 0.0)
+    outcome = Outcome(Progress.of(loaded), loaded.state, loaded.meta_step, 0.0)
+    return Result(about["run_id"], folder.url, experiment, outcome, [], loaded.state.sha256(), {}, 0.0)
 
 
 def evaluate_run(

@@ -20,7 +20,7 @@ class Killer:
     """Kills ``kills`` workers with a shard in flight, at meta-steps spread over the run."""
 
     def __init__(self, kills: int, meta_steps: int) -> None:
-        self._due = [round((i + 0.5) * meta_steps / kills) for i in range(kills)]
+        self._due = [(2 * i + 1) * meta_steps // (2 * kills) for i in range(kills)]
         self.killed: list[str] = []
         self._lost_before = 0
 

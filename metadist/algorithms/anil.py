@@ -29,9 +29,10 @@ class ANIL(MAML):
         return name in (model.head if isinstance(model, BoundModel) else model.head())
 
     def compatible(self, family: TaskFamily, model: Model) -> str | None:
-        names = [n for n, _ in model.module.named_parameters()]
+        names = [n for n, _ in model.module.named_parameters() if n not in model.frozen]
         if not any(self._adapts(model, n) for n in names):
-            raise ConfigError(f"algorithm.head: '{self.head}' matches no parameter; there are {', '.join(names)}")
+            wanted = f"'{self.head}'" if self.head is not None else f"the last module ({', '.join(model.head()) or 'tied weights'})"
+            raise ConfigError(f"algorithm.head: {wanted} matches no learned parameter; there are {', '.join(names)}")
         return super().compatible(family, model)
 
     def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Parameters]:

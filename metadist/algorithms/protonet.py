@@ -11,6 +11,9 @@ from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
 from metadist.core.task import Examples, TaskFamily
 
+Adapted = tuple[Parameters, Tensor, Tensor]
+"""(θ, prototypes [ways, D], which classes have one [ways, 1])."""
+
 
 @dataclass(frozen=True)
 class ProtoNet(Algorithm):
@@ -22,17 +25,20 @@ class ProtoNet(Algorithm):
     def compatible(self, family: TaskFamily, model: Model) -> str | None:
         return None if family.kind == "classification" else "prototypes are class means, and these tasks have no classes"
 
-    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[tuple[Parameters, Tensor]]:
+    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Adapted]:
         embedded = model(theta["model"], support.x, step=0).flatten(1)
-        ways = context.family.ways(context.key.split)
-        member = torch.nn.functional.one_hot(support.y, ways).to(embedded.dtype)
+        ways = context.family.ways(context.key.split)  # type: ignore[attr-defined]
+        # Not one_hot: it looks at its values, which vmap forbids.
+        member = (support.y.unsqueeze(-1) == torch.arange(ways, device=support.y.device)).to(embedded.dtype)
         if support.mask is not None:
             member = member * support.mask.to(embedded.dtype).unsqueeze(-1)
-        prototypes = (member.T @ embedded) / member.sum(0).unsqueeze(-1)
-        return [(theta["model"], prototypes)]
+        count = member.sum(0).unsqueeze(-1)
+        return [(theta["model"], (member.T @ embedded) / count.clamp(min=1), count > 0)]
 
-    def predict(self, model: BoundModel, phi: tuple[Parameters, Tensor], x: Tensor) -> Tensor:
-        parameters, prototypes = phi
+    def predict(self, model: BoundModel, phi: Adapted, x: Tensor) -> Tensor:
+        parameters, prototypes, present = phi
         embedded = model(parameters, x).flatten(1)
         # ‖a − b‖² expanded: a matrix product in place of a [N, ways, D] difference.
-        return 2 * embedded @ prototypes.T - embedded.square().sum(1, keepdim=True) - prototypes.square().sum(1)
+        logits = 2 * embedded @ prototypes.T - embedded.square().sum(1, keepdim=True) - prototypes.square().sum(1)
+        # A class without support (tasks of fewer ways) can't be chosen.
+        return torch.where(present.squeeze(-1), logits, -torch.inf)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, TaskContext, Theta
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, one_of
 from metadist.core.inner import InnerLoop, Moments
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
@@ -29,15 +29,14 @@ class Reptile(InnerLoop, Algorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.moments not in ("fresh", "carried"):
-            raise ConfigError(f"algorithm.moments: '{self.moments}' is not one of fresh, carried")
+        one_of("algorithm.moments", self.moments, ("fresh", "carried"))
         if self.moments == "carried" and self.inner_optimizer == "sgd" and not self.inner_momentum:
             raise ConfigError("algorithm.moments: plain sgd has none to carry; use inner_optimizer: adam or moments: fresh")
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         if self.moments == "fresh":
             return {}
-        zeros, count = parameters.zeros(), Parameters({"count": torch.zeros(1, dtype=next(iter(parameters.values())).dtype)})
+        zeros, count = parameters.zeros(), Parameters({"count": torch.zeros((), dtype=next(iter(parameters.values())).dtype)})
         return {
             "inner_first": (Slot(Layout.of(zeros), "average"), zeros),
             "inner_second": (Slot(Layout.of(zeros), "average"), zeros),

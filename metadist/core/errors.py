@@ -37,6 +37,12 @@ class NonFiniteError(MetadistError):
         return (type(self), (str(self), self.tasks))
 
 
+def one_of(key: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise ConfigError where ``value`` is none of ``allowed``: what YAML checks by type, for those who write Python."""
+    if value not in (choices := tuple(allowed)):
+        raise ConfigError(f"{key}: '{value}' is not one of {', '.join(choices)}{nearest(str(value), choices)}")
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest spelling in ``allowed``, or an empty string."""
     match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)

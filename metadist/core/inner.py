@@ -9,7 +9,7 @@ from typing import Any, Literal, Union
 import torch
 from torch import Tensor
 
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, one_of
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
 from metadist.core.task import Examples
@@ -50,6 +50,7 @@ class InnerLoop:
     inner_batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        one_of("algorithm.inner_optimizer", self.inner_optimizer, ("sgd", "adam"))
         if self.inner_steps < 0:
             raise ConfigError(f"algorithm.inner_steps: {self.inner_steps} is negative; expected 0 or more")
         if not 0 <= self.inner_momentum < 1:
@@ -74,6 +75,8 @@ class InnerLoop:
         trajectory = [(phi, moments)]
         for step in range(self.inner_steps):
             gradient: Any = torch.func.grad(loss)(phi.detach() if first_order else phi, step)
+            if first_order:  # the loss may hold on to θ besides φ: ANIL's body
+                gradient = gradient.detach()
             phi, moments = self._update(phi, gradient, rate, moments)
             trajectory.append((phi, moments))
         return trajectory

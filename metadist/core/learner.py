@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, TaskContext
-from metadist.core.errors import ConfigError, NonFiniteError
+from metadist.core.errors import ConfigError, NonFiniteError, one_of
 from metadist.core.executor import Result, Round, Shard
 from metadist.core.model import BoundModel, Model
 from metadist.core.outer import OuterLoop
@@ -42,6 +42,10 @@ class Learner:
     non_finite: str = "error"
 
     def __post_init__(self) -> None:
+        one_of("evaluate.normalization", self.normalization, ("transductive", "inductive"))
+        one_of("engine.non_finite", self.non_finite, ("error", "skip"))
+        if self.tasks.metric_name in ("loss", "task"):
+            raise ConfigError(f"metric: '{self.tasks.metric_name}' is taken; give it another name")
         reason = self.algorithm.compatible(self.tasks, self.model)
         if reason:
             raise ConfigError(
@@ -108,20 +112,50 @@ class Learner:
         return {**self.__dict__, "_prepared": False}
 
     def check(self, seed: int) -> None:
-        """Adapt to one task and compare the prediction's shape with the targets', before anything long starts."""
+        """Adapt to one task and compare the prediction's shape with the targets'; see that every learned parameter takes
+        part; before anything long starts."""
         state = self.initial(seed)
         for split in ("train", "validation"):
-            keys = TaskKey.of(seed, split, 0, [0])
-            task = self.sample(keys)
+            # As many as in a shard: one task alone is never padded.
+            task = self.sample(TaskKey.of(seed, split, 0, range(min(self.outer.shard_size, self.outer.meta_batch_size))))
             one = torch.utils._pytree.tree_map(lambda t: t[0], task)
-            self._check_output(state, one, split)
+            try:
+                self._check_output(state, one, split)
+                if split == "train":
+                    self._check_participation(state, one)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ConfigError(
+                    f"model: '{type(self.model.module).__name__}' fails on {split} tasks with inputs {list(one.support.x.shape)} and "
+                    f"targets {list(one.support.y.shape)}: {_first_line(error)}"
+                ) from error
+
+    def _check_participation(self, state: State, task: Task) -> None:
+        """A missing gradient is an error, and so is a buffer that is written. Ordinary autograd tells None from zero; torch.func
+        does not."""
+        theta = {slot: p.map(torch.clone) for slot, p in state.theta(self.slots).items()}
+        key = TaskKey.of(0, "train", 0, [0]).each()[0].to(self.device)
+        context, model = TaskContext(key, 0, True, self.tasks), self._bind(theta, key, True)
+        before = {n: t._version for n, t in model.fixed.items()}
+        if hasattr(self.algorithm, "delta"):
+            self.algorithm.adapt(model, theta, task.support, context)
+        else:
+            learned = {(s, n): t.requires_grad_() for s, p in theta.items() if self.slots[s].rule == "gradient" for n, t in p.items()}
+            loss, _ = self.algorithm.objective(model, theta, task, context)
+            found = torch.autograd.grad(loss, list(learned.values()), allow_unused=True) if loss.requires_grad else [None] * len(learned)
+            missing = [name if slot == "model" else f"{slot}/{name}" for (slot, name), g in zip(learned, found) if g is None]
+            if missing:
+                raise ConfigError(
+                    f"model: the loss does not depend on {', '.join(missing)} (a missing gradient); remove them, name them in "
+                    "model.freeze, or look for a detach or no_grad on their way"
+                )
+        written = [n for n, t in model.fixed.items() if t._version != before[n]]
+        if written:
+            raise ConfigError(
+                f"model: forward writes to {', '.join(written)}, which tasks run side by side can't share; compute it without "
+                "writing, or keep it outside the module"
+            )
 
     def _check_output(self, state: State, task: Task, split: str) -> None:
-        if self.model.normalises_over_batch and (task.support.mask is not None or task.query.mask is not None):
-            raise ConfigError(
-                "model: batch normalisation over padded rows would mix padding into the statistics; these tasks differ in "
-                "size, so use norm: group or layer (or a task family whose tasks are of one size)"
-            )
         needed = self.algorithm.outputs(self.tasks)
         theta = state.theta(self.slots)
         bound = self._bind(theta, None, False)
@@ -135,12 +169,7 @@ class Learner:
         context = TaskContext(TaskKey.of(0, split, 0, [0]).each()[0].to(self.device), 0, False, self.tasks)
         with torch.no_grad():
             if needed is not None and classes:
-                try:
-                    output = tuple(bound(theta["model"], task.query.x).shape)
-                except (RuntimeError, ValueError, TypeError) as error:
-                    raise ConfigError(
-                        f"model: '{type(self.model.module).__name__}' fails on an input of shape {list(task.query.x.shape)}: {error}"
-                    ) from error
+                output = tuple(bound(theta["model"], task.query.x).shape)
                 if output != (task.query.x.shape[0], needed):
                     raise ConfigError(
                         f"model: '{type(self.model.module).__name__}' puts out shape {list(output)} for {task.query.x.shape[0]} "
@@ -185,7 +214,13 @@ class Learner:
 
     def sample(self, keys: TaskKey) -> Task:
         """The shard's tasks, on the learner's device; keys stay on the CPU."""
-        return self.tasks.sample(keys, keys.split).to(self.device, self.model.dtype)
+        task = self.tasks.sample(keys, keys.split).to(self.device, self.model.dtype)
+        if self.model.normalises_over_batch and (task.support.mask is not None or task.query.mask is not None):
+            raise ConfigError(
+                "model: batch normalisation over padded rows would mix padding into the statistics; these tasks differ in "
+                "size, so use norm: group or layer (or a task family whose tasks are of one size)"
+            )
+        return Task(task.support.cleared(), task.query.cleared())
 
     def compute(self, shard: Shard, theta: Mapping[str, Tensor]) -> Result:
         """What a worker does: slot vectors and a shard in, its result out. A pure function."""
@@ -244,9 +279,10 @@ class Learner:
             return total
         finite = self._finite_tasks(values)
         bad = tuple(int(i) for i in keys.tasks[~finite])
-        if self.non_finite == "skip" and bool(finite.any()):
+        if self.non_finite == "skip" and bad and bool(finite.any()):
             return self._sum(values, metrics, finite)
-        raise NonFiniteError(f"tasks {list(bad)} gave NaN or Inf (seed {keys.seed}, meta-step {meta_step})", bad)
+        what = f"tasks {list(bad)} gave NaN or Inf" if bad else f"the sum over tasks {keys.tasks.tolist()} overflows"
+        raise NonFiniteError(f"{what} (seed {keys.seed}, meta-step {meta_step})", bad)
 
     def _metric(self, context: TaskContext, prediction: Tensor, task: Task) -> dict[str, Tensor]:
         return {self.tasks.metric_name: context.metric(prediction, task.query)}
@@ -254,7 +290,7 @@ class Learner:
     @staticmethod
     def _finite_tasks(values: Mapping[str, Parameters]) -> Tensor:
         tensors = [t for p in values.values() for t in p.values()]
-        return torch.stack([torch.isfinite(t).flatten(1).all(1) for t in tensors]).all(0).cpu()
+        return torch.stack([torch.isfinite(t).reshape(len(t), -1).all(1) for t in tensors]).all(0).cpu()
 
     def _sum(self, values: Mapping[str, Parameters], metrics: Mapping[str, Tensor], keep: Tensor | None) -> Contribution:
         """Σ over the leading dimension; only over the tasks in ``keep`` where given."""
@@ -316,6 +352,10 @@ def with_inner_steps(algorithm: Algorithm, inner_steps: int | None) -> Algorithm
     if inner_steps is None or not is_dataclass(algorithm) or "inner_steps" not in {f.name for f in fields(algorithm)}:
         return algorithm
     return replace(algorithm, inner_steps=inner_steps)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _at_most_one_step(algorithm: Algorithm) -> Algorithm:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, one_of
 from metadist.core.state import Contribution, Slot, State
 
 
@@ -44,6 +44,8 @@ class OuterLoop:
     meta_steps: int = 1000
 
     def __post_init__(self) -> None:
+        one_of("outer.optimizer", self.optimizer, ("sgd", "adam", "adamw"))
+        one_of("outer.schedule", self.schedule, ("constant", "linear", "cosine"))
         for name in ("meta_batch_size", "shard_size", "meta_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"outer.{name}: {getattr(self, name)} is below 1")

@@ -62,7 +62,7 @@ class Stream:
         return torch.stack(words, dim=-1).flatten(-2)[..., :count].reshape((*self.tasks.shape, *shape))
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """float32 in [low, high), 24 random bits each."""
+        """float32, 24 random bits each, in [low, high); where the range is narrow beside ``low``, rounding may reach ``high``."""
         return (self.bits(*shape) >> 8).to(torch.float32) * ((high - low) * 2.0**-24) + low
 
     def normal(self, *shape: int) -> Tensor:
@@ -72,8 +72,10 @@ class Stream:
         return ((-2.0 * torch.log1p(-u1)).sqrt() * torch.cos(2.0 * math.pi * u2)).to(torch.float32)
 
     def integers(self, high: int, *shape: int) -> Tensor:
-        """int64 in [0, high); the bias of the multiply-shift is below high / 2³²."""
-        return (self.bits(*shape) * high) >> 32
+        """int64 in [0, high), high ≤ 2³²; the bias of the multiply-shift is below high / 2³²."""
+        if not 0 < high <= 1 << 32:
+            raise ValueError(f"high is {high}; expected 1 to 2**32")
+        return ((self.bits(*shape) * high) >> 32) & _MASK
 
     def choose(self, population: int, k: int, rows: int = 1) -> Tensor:
         """``rows`` independent ordered draws of ``k`` out of ``population`` without replacement: tasks.shape + [rows, k].

@@ -36,8 +36,19 @@ class Examples:
         if self.mask is None:
             return values.mean()
         mask = self.mask.to(values.dtype)
-        # A padded row may hold anything, NaN included: select, don't multiply.
+        # A padded row's value may be anything, NaN included: select, don't multiply.
         return torch.where(self.mask.bool(), values, torch.zeros_like(values)).sum() / mask.sum()
+
+    def cleared(self) -> Examples:
+        """The padded rows as zeros, whatever they held: selecting among losses stops a NaN, but not its gradient."""
+        if self.mask is None:
+            return self
+        real = self.mask.bool()
+
+        def clear(t: Tensor) -> Tensor:
+            return torch.where(real.view(*real.shape, *(1,) * (t.dim() - real.dim())), t, torch.zeros_like(t))
+
+        return Examples(clear(self.x), clear(self.y), self.mask)
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ def _stack_examples(parts: Sequence[Examples]) -> Examples:
     def pad(t: Tensor) -> Tensor:
         return torch.cat([t, t.new_zeros(longest - t.shape[0], *t.shape[1:])]) if t.shape[0] < longest else t
 
-    masks = [p.mask if p.mask is not None else torch.ones(p.x.shape[0]) for p in parts]
+    masks = [(p.mask if p.mask is not None else p.x.new_ones(p.x.shape[0])).bool() for p in parts]
     return Examples(
         torch.stack([pad(p.x) for p in parts]), torch.stack([pad(p.y) for p in parts]), torch.stack([pad(m) for m in masks])
     )
@@ -118,10 +129,10 @@ class TaskFamily:
         return stack([self.sample_task(key, split) for key in keys.each()])
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return (prediction - target).square().flatten(1).mean(1)
+        return _squared_error(prediction, target)
 
     def metric(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return (prediction - target).square().flatten(1).mean(1)
+        return _squared_error(prediction, target)
 
     def protocol(self, split: str) -> dict[str, Any]:
         """What a score on ``split`` must be read with (ways, shots, queries, …)."""
@@ -134,6 +145,11 @@ class TaskFamily:
     def sizes(self, split: str) -> tuple[int, int] | None:
         """(support, query) rows of a task where all tasks are alike; None where they differ and are padded."""
         return None
+
+
+def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Per example [N], averaged over whatever dimensions a target has."""
+    return (prediction - target).square().reshape(target.shape[0], -1).mean(1)
 
 
 class Classification(TaskFamily):

@@ -39,7 +39,16 @@ class Evaluation:
         return self.mean[-1]
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return as_json(asdict(self))
+
+
+def as_json(value: Any) -> Any:
+    """``value`` with null for NaN and Inf, which JSON has not."""
+    if isinstance(value, dict):
+        return {k: as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def evaluate(

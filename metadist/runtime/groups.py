@@ -25,6 +25,10 @@ class WorkerGroup:
     def __post_init__(self) -> None:
         if not 0 <= self.min <= self.max:
             raise ConfigError(f"workers: min {self.min} and max {self.max} of role {self.role}; expected 0 ≤ min ≤ max")
+        for name in ("cpus", "gpus"):
+            value = getattr(self, name)
+            if value != "auto" and value < 0:
+                raise ConfigError(f"workers.{name}: {value} is below 0")
         if self.threads < 1:
             raise ConfigError(f"workers.threads: {self.threads} is below 1")
         if self.role != "learner":

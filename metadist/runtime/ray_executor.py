@@ -6,10 +6,13 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import signal
+import socket
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,17 +48,15 @@ class _Actor:
     def start(self) -> dict[str, Any]:
         learner, name, role, device, gpus, threads = self._arguments
         self._worker = Worker(learner, name=name, device=device, gpus=gpus, threads=threads)
-        self._version: tuple[str, int, int] | None = None
+        self._version = 0
         self._theta: dict[str, Tensor] = {}
         return {"role": role, **self._worker.about()}
 
-    def compute(self, theta: pa.Buffer, shard: Shard, attempt: int) -> pa.Buffer:
-        version = (shard.run, shard.meta_step, shard.round)
+    def compute(self, theta: pa.Buffer, version: int, shard: Shard, attempt: int) -> pa.Buffer:
         slots = self._worker.learner.slots
         if version != self._version:
-            run, meta_step, round = version
             self._theta = decode_theta(
-                theta, slots, device=self._worker.device, run=run, meta_step=meta_step, round=round
+                theta, slots, device=self._worker.device, run=shard.run, meta_step=shard.meta_step, round=shard.round
             )
             self._version = version
         result, stats = self._worker.compute(shard, self._theta)
@@ -97,6 +98,8 @@ class RayExecutor:
         self._gpus = {g.role: _resolve_gpus(g) for g in groups}
         self._learner_ref: Any = ray.put(learner)
         self._theta: Any = None
+        # Counts what was published: one meta-step may see two θs (its last validation, then the test of the best).
+        self._version = 0
         self._members: dict[str, _Member] = {}
         self._events: list[Event] = []
         self._serial = 0
@@ -126,12 +129,12 @@ class RayExecutor:
 
     def _await_minimum(self, patience: float) -> None:
         deadline = time.monotonic() + patience
-        while short := [g for g in self._groups if self._ready(g.role) < g.min]:
+        while short := [g for g in self._groups if self._ready(g.role) < _needed(g)]:
             self._poll(0.25)
             if time.monotonic() > deadline:
                 group = short[0]
                 raise WorkerError(
-                    f"workers: {self._ready(group.role)} of {group.min} {group.role}s were ready after {patience:.0f} s; {self.shortage()}"
+                    f"workers: {self._ready(group.role)} of {_needed(group)} {group.role}s were ready after {patience:.0f} s; {self.shortage()}"
                 )
 
     def _ready(self, role: str) -> int:
@@ -188,6 +191,7 @@ class RayExecutor:
     def publish(self, meta_step: int, round: int, state: State) -> int:
         buffer = encode_theta(state.slots, self._learner.slots, run=self._run, meta_step=meta_step, round=round)
         self._theta = ray.put(buffer)
+        self._version += 1
         return buffer.size
 
     def capacity(self, role: str) -> int:
@@ -198,7 +202,7 @@ class RayExecutor:
         ready = [m for m in self._members.values() if m.about is not None and m.group.role == shard.role]
         busy_with = {m.name: [s for s, _ in m.calls.values()] for m in ready}
         member = min(ready, key=lambda m: (shard in busy_with[m.name], len(m.calls)))
-        member.calls[member.handle.compute.remote(self._theta, shard, attempt)] = (shard, attempt)
+        member.calls[member.handle.compute.remote(self._theta, self._version, shard, attempt)] = (shard, attempt)
 
     def cancel(self, shard: Shard, attempt: int) -> None:
         for member in list(self._members.values()):
@@ -273,22 +277,52 @@ class RayExecutor:
             ray.shutdown()
 
 
+def _needed(group: WorkerGroup) -> int:
+    """How many must be there to begin: nothing can with none."""
+    return max(group.min, min(1, group.max))
+
+
 def _connect(groups: Sequence[WorkerGroup]) -> bool:
-    """Join the cluster in RAY_ADDRESS, or start one here with as many logical CPUs as are asked for; True if started."""
+    """Join the cluster in RAY_ADDRESS, or start one here with as many logical CPUs as are asked for; True if either was done."""
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     address = ray_environment.ADDRESS
     try:
-        if address:
-            ray.init(address=address, **quiet)
-            return True
-        cpus = max(os.cpu_count() or 1, sum(int(g.cpus * g.max + 0.999) for g in groups))
-        ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+        with _own_signals():
+            if address:
+                _reach(address)
+                ray.init(address=address, **quiet)
+            else:
+                cpus = max(os.cpu_count() or 1, sum(int(g.cpus * g.max + 0.999) for g in groups))
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         return True
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+    except (OSError, ValueError, RuntimeError, OverflowError, ray.exceptions.RayError) as error:
         where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
         raise WorkerError(f"can't {where}: {_short(error)}; use --workers 0 to train in this process") from error
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray installs signal handlers when it starts (SIGTERM then raises SystemExit); afterwards the caller's stand again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _reach(address: str, timeout: float = 10.0) -> None:
+    """ConnectionError at once where nothing listens: ray.init itself would try for many minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^\]/]+?)\]?:(\d+)", address)
+    if found is not None:
+        socket.create_connection((found[1], int(found[2])), timeout=timeout).close()
 
 
 def _resolve_gpus(group: WorkerGroup) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections import Counter, defaultdict, deque
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 #: a shard that took this many workers with it is not tried again
 MAX_DEATHS = 3
+#: nor one that failed this many times, each time with other words
+MAX_FAILURES = 5
 
 
 @dataclass
@@ -48,7 +51,7 @@ class _Progress:
     done: set[int] = field(default_factory=set)
     attempts: Counter[int] = field(default_factory=Counter)
     deaths: Counter[int] = field(default_factory=Counter)
-    messages: dict[int, str] = field(default_factory=dict)
+    messages: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     blamed: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -129,7 +132,7 @@ class Scheduler:
             self.measured.counts["duplicates"] += 1
             return None
         if isinstance(event, Finished):
-            fault = _fault(event.result, shard, self._learner)
+            fault = _fault(event.result, shard, self._learner, progress.round.reduce)
             if fault is None:
                 progress.done.add(shard.index)
                 self._durations.append(time.monotonic() - started)
@@ -157,11 +160,14 @@ class Scheduler:
                     f"reproduce it with workers: 0 and seed {shard.seed}"
                 )
         else:
-            if progress.messages.get(shard.index) == event.message:
+            earlier = progress.messages[shard.index]
+            alike = event.message in earlier
+            earlier.append(event.message)
+            if alike or len(earlier) >= MAX_FAILURES:
                 where = self._on_failure(event.detail or event.message) if self._on_failure else ""
                 tasks = f"task {', '.join(map(str, event.tasks))}: " if event.tasks else ""
-                raise WorkerError(f"{shard} failed alike twice: {tasks}{event.message}{where}")
-            progress.messages[shard.index] = event.message
+                times = "alike twice" if alike else f"{MAX_FAILURES} times, the last with"
+                raise WorkerError(f"{shard} failed {times}: {tasks}{event.message}{where}")
         self.retried[event.kind] += 1
         self.measured.counts["retried"] += 1
         if shard.index not in progress.done and not any(other == shard for other, _ in self._outstanding):
@@ -186,8 +192,10 @@ class Scheduler:
         return current and attempt == progress.attempts[shard.index] < 2 and self.executor.capacity(shard.role) > 0
 
 
-def _fault(result: Result, shard: Shard, learner: Learner) -> str | None:
+def _fault(result: Result, shard: Shard, learner: Learner, reduce: bool) -> str | None:
     """Why a result must not enter the sum. The wire has checked its own; this holds for every executor."""
+    if isinstance(result, Records) == reduce:
+        return f"{type(result).__name__.lower()} where {'a contribution' if reduce else 'records'} should be"
     if isinstance(result, Records):
         return None if result.rows == shard.count else f"{result.rows} rows for {shard.count} tasks"
     for name, vector in result.slots.items():
@@ -201,6 +209,6 @@ def _fault(result: Result, shard: Shard, learner: Learner) -> str | None:
     expected = {n for n, s in learner.slots.items() if s.rule != "constant"}
     if set(result.slots) != expected:
         return f"slots {sorted(result.slots)}, expected {sorted(expected)}"
-    if not result.weight > 0 or result.tasks > shard.count:
+    if not (0 < result.weight < math.inf and 1 <= result.tasks <= shard.count):
         return f"weight {result.weight} and {result.tasks} tasks for a shard of {shard.count}"
     return None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from metadist.core.errors import CheckpointError
+from metadist.core.errors import CheckpointError, WorkerError
 from metadist.core.learner import Learner
 from metadist.core.state import State
-from metadist.runtime.checkpoint import Checkpoints
-from metadist.runtime.evaluation import Evaluation, evaluate
+from metadist.runtime.checkpoint import Checkpoints, Loaded
+from metadist.runtime.evaluation import Evaluation, as_json, evaluate
 from metadist.runtime.scheduler import Scheduler
 
 
@@ -67,16 +68,23 @@ class Progress:
     #: one entry per logged meta-step, for the learning curve: meta_step, loss and metric
     curve: list[dict[str, float]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, loaded: Loaded) -> Progress:
+        """Where the run stood at a checkpoint, whose JSON has null for what was not finite."""
+        validation, curve = (
+            [{k: math.nan if v is None else v for k, v in entry.items()} for entry in loaded.manifest[name]]
+            for name in ("validation", "curve")
+        )
+        return cls(loaded.meta_step, loaded.state, validation, curve)
+
     def best(self, higher_is_better: bool) -> dict[str, float] | None:
-        if not self.validation:
-            return None
         choose = max if higher_is_better else min
-        return choose(self.validation, key=lambda v: v["mean"])
+        return choose((v for v in self.validation if math.isfinite(v["mean"])), key=lambda v: v["mean"], default=None)
 
     def stale(self, higher_is_better: bool) -> int:
         """Validations since the best one."""
         best = self.best(higher_is_better)
-        return 0 if best is None else sum(v["meta_step"] > best["meta_step"] for v in self.validation)
+        return sum(best is None or v["meta_step"] > best["meta_step"] for v in self.validation)
 
 
 @dataclass
@@ -90,20 +98,23 @@ class Outcome:
     stopped: str | None = None
 
 
-def restore(run: Run, checkpoints: Checkpoints, start_from: Any = None) -> Progress:
-    """The newest valid checkpoint, or the state before meta-step 0."""
-    loaded = checkpoints.latest(run.learner.slots)
-    if loaded is None:
-        return Progress(0, run.learner.initial(run.seed, start_from))
-    manifest = loaded.manifest
-    return Progress(loaded.meta_step, loaded.state, list(manifest["validation"]), list(manifest["curve"]))
-
-
 def meta_train(
     run: Run, progress: Progress, fleet: Scheduler, tracker: Tracker, checkpoints: Checkpoints, display: Display,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:  # fmt: skip
     """θ ← outer(θ, Σ contributions / Σ weights), ``meta_steps`` times, with validation and checkpoints when due."""
+    began = progress.meta_step
+    try:
+        return _loop(run, progress, fleet, tracker, checkpoints, display, stop)
+    except WorkerError:  # the run ends, but nothing that it learned is lost
+        if progress.meta_step > began:
+            _save(run, progress, tracker, checkpoints)
+        raise
+
+
+def _loop(
+    run: Run, progress: Progress, fleet: Scheduler, tracker: Tracker, checkpoints: Checkpoints, display: Display, stop: Callable[[], bool]
+) -> Outcome:
     learner, higher = run.learner, run.learner.tasks.higher_is_better
     meter, saved = _Meter(fleet), progress.meta_step
     stopped = None
@@ -115,11 +126,12 @@ def meta_train(
             stopped = "interrupted"
             break
         report: dict[str, float] = {}
+        state = progress.state
         with meter:
-            for round in learner.rounds(run.id, progress.meta_step, run.seed, progress.state, report):
+            for round in learner.rounds(run.id, progress.meta_step, run.seed, state, report):
                 total = fleet.run(round)
-                progress.state = round.apply(progress.state, total)
-        progress.meta_step += 1
+                state = round.apply(state, total)
+        progress.state, progress.meta_step = state, progress.meta_step + 1
         step, last = progress.meta_step, progress.meta_step == run.meta_steps
         display.step(step, report, meter.rate)
         if step % run.log_every == 0 or last:
@@ -169,8 +181,8 @@ def _save(run: Run, progress: Progress, tracker: Tracker, checkpoints: Checkpoin
         "run_id": run.id,
         "seed": run.seed,
         "mlflow_run_id": tracker.mlflow_run_id,
-        "validation": progress.validation,
-        "curve": progress.curve,
+        "validation": as_json(progress.validation),
+        "curve": as_json(progress.curve),
     }
     checkpoints.save(progress.meta_step, progress.state, manifest, slots=run.learner.slots, score=here[0] if here else None)
 

@@ -205,7 +205,9 @@ class RunStore:
 
             location = artifact_location(self.uri, self.runs_root)
             try:
-                return self._client.create_experiment(self.experiment, artifact_location=location)
+                # Without the tag the UI takes it for the traces of a language-model application.
+                kind = {"mlflow.experimentKind": "custom_model_development"}
+                return self._client.create_experiment(self.experiment, artifact_location=location, tags=kind)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
                     raise

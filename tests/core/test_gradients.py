@@ -1,0 +1,276 @@
+"""Must show 5: float64 meta-gradients against a plain per-task autograd loop, finite differences, and identities."""
+
+import math
+
+import plain
+import pytest
+import torch
+from toys import Blobs, Curves, Everything, keys, learner, relative_error, somewhere
+
+from metadist.algorithms import ANIL, CNP, MAML, MetaSGD, ProtoNet, Reptile
+from metadist.models import MLP, ConditionalNeuralProcess, Conv4
+
+IMAGES = Blobs(input_shape=(1, 16, 16))
+MODELS = {
+    "mlp": (Curves(), MLP(hidden=(8, 8), activation="tanh")),
+    "conv4-max-batch": (IMAGES, Conv4(filters=4, pooling="max", norm="batch")),
+    "conv4-stride-batch": (IMAGES, Conv4(filters=4, pooling="stride", norm="batch")),
+    "conv4-max-group": (IMAGES, Conv4(filters=4, pooling="max", norm="group", dropout=0.2)),
+    "own": (Blobs(input_shape=(1, 6, 6)), Everything),
+}
+ALGORITHMS = {
+    "maml-1": MAML(inner_lr=0.1),
+    "maml-5": MAML(inner_lr=0.1, inner_steps=5),
+    "fomaml-1": MAML(inner_lr=0.1, first_order=True),
+    "fomaml-3": MAML(inner_lr=0.1, inner_steps=3, first_order=True),
+    "anil": ANIL(inner_lr=0.1, inner_steps=2),
+    "anil-first-order": ANIL(inner_lr=0.1, inner_steps=2, first_order=True),
+    "meta_sgd": MetaSGD(inner_lr=0.1, inner_steps=2),
+    "meta_sgd-first-order": MetaSGD(inner_lr=0.1, inner_steps=2, first_order=True),
+    "protonet": ProtoNet(),
+    "momentum": MAML(inner_lr=0.1, inner_steps=3, inner_momentum=0.9),
+    "adam": MAML(inner_lr=0.01, inner_steps=3, inner_optimizer="adam", inner_eps=1e-6),
+    "minibatches": MAML(inner_lr=0.1, inner_steps=4, inner_batch_size=4),
+}
+#: every model with what the paper's claims rest on; the rest where it is cheap
+CASES = [
+    (a, m)
+    for a in ALGORITHMS
+    for m in MODELS
+    if not (a == "protonet" and m == "mlp")
+    and (a in ("maml-1", "maml-5", "fomaml-1", "anil", "meta_sgd", "protonet") or m in ("mlp", "own"))
+]
+
+
+def make(algorithm, model, **options):
+    family, config = MODELS[model]
+
+    def factory():
+        return config() if config is Everything else config.build(family.input_shape, algorithm.outputs(family))
+
+    return learner(algorithm, factory, family, **options)
+
+
+def plain_objective(learner, theta, key, task):
+    """The query loss of one task, by an ordinary loop; ``theta`` holds leaves that require grad."""
+    algorithm, family = learner.algorithm, learner.tasks
+    model = plain.Plain(learner.model.module, key)
+    fixed = {n: t for slot in theta if slot == "frozen" or slot.startswith("buffers.") for n, t in theta[slot].items()}
+    if isinstance(algorithm, ProtoNet):
+        whole = {**fixed, **theta["model"]}
+        support, query = model(whole, task.support.x, step=0).flatten(1), model(whole, task.query.x).flatten(1)
+        return plain.loss(family, plain.prototypical(support, query, task.support, family.outputs), task.query)
+
+    order = []
+    if algorithm.inner_batch_size:  # shuffled epoch after shuffled epoch, cut into consecutive pieces
+        rows, size = len(task.support.x), algorithm.inner_batch_size
+        for epoch in range(math.ceil(algorithm.inner_steps * size / rows)):
+            words = key.stream("minibatch", epoch).bits(rows).tolist()
+            order += sorted(range(rows), key=words.__getitem__)
+
+    def objective(phi, step):
+        chosen = order[step * algorithm.inner_batch_size :][: algorithm.inner_batch_size] if order else slice(None)
+        examples = type(task.support)(task.support.x[chosen], task.support.y[chosen])
+        body = {**fixed, **{n: t.detach() for n, t in theta["model"].items()}} if first_order else {**fixed, **theta["model"]}
+        return plain.loss(family, model({**body, **phi}, examples.x, step=step), examples)
+
+    first_order = algorithm.first_order
+    adapted = [n for n in theta["model"] if not isinstance(algorithm, ANIL) or n in learner.model.head()]
+    phi = plain.descend(
+        objective,
+        {n: theta["model"][n] for n in adapted},
+        theta["inner_lr"] if "inner_lr" in theta else dict.fromkeys(adapted, algorithm.inner_lr),
+        algorithm.inner_steps,
+        first_order=first_order,
+        momentum=algorithm.inner_momentum,
+        adam=(*algorithm.inner_betas, algorithm.inner_eps) if algorithm.inner_optimizer == "adam" else None,
+    )
+    return plain.loss(family, model({**fixed, **theta["model"], **phi}, task.query.x), task.query)
+
+
+def plain_contribution(learner, theta, shard, objective=plain_objective):
+    """Σ over the shard's tasks of the gradient of ``objective``: slot → vector; and Σ of the losses."""
+    leaves = {
+        s: {n: t.clone().requires_grad_(learner.slots[s].rule == "gradient") for n, t in theta[s].items()} for s in theta
+    }
+    learned = {s: list(leaves[s].values()) for s in leaves if learner.slots[s].rule == "gradient"}
+    sums, total = {}, 0.0
+    for key in shard.each():
+        task = learner.tasks.sample_task(key, key.split).to(torch.device("cpu"), torch.float64)
+        value = objective(learner, leaves, key, task)
+        gradients = iter(torch.autograd.grad(value, [t for ts in learned.values() for t in ts]))
+        for slot, tensors in learned.items():
+            vector = torch.cat([next(gradients).flatten() for _ in tensors])
+            sums[slot] = sums.get(slot, 0.0) + vector
+        total += float(value.detach())
+    return sums, total
+
+
+@pytest.mark.parametrize(("algorithm", "model"), CASES)
+def test_meta_gradient_is_the_plain_loop_s(algorithm, model):
+    subject, shard = make(ALGORITHMS[algorithm], model), keys(0, 1, 5)
+    theta = somewhere(subject)
+    got = subject.contribute(theta, shard, 3)
+    expected, loss = plain_contribution(subject, theta, shard)
+    assert got.slots.keys() == expected.keys()
+    for slot, vector in expected.items():
+        assert relative_error(got.slots[slot], vector) <= 1e-10, slot
+    assert got.metrics["loss"] == pytest.approx(loss, rel=1e-12)
+    assert (got.weight, got.tasks) == (3.0, 3)
+
+
+def test_first_order_differs_from_second_order():
+    """Or the tests above would prove nothing about either."""
+    shard = keys(0, 1)
+    second, first = (make(ALGORITHMS[a], "mlp") for a in ("maml-1", "fomaml-1"))
+    theta = somewhere(second)
+    assert relative_error(first.contribute(theta, shard, 3).slots["model"], second.contribute(theta, shard, 3).slots["model"]) > 1e-2
+
+
+def test_dropout_depends_on_task_and_step_alone():
+    subject = make(ALGORITHMS["maml-5"], "own")
+    theta = somewhere(subject)
+    together = subject.contribute(theta, keys(0, 1), 3).slots["model"]
+    apart = sum(subject.contribute(theta, keys(i), 3).slots["model"] for i in (0, 1))
+    assert relative_error(apart, together) < 1e-12
+    elsewhere = subject.contribute(theta, keys(0, 1, meta_step=4), 4).slots["model"]
+    assert relative_error(elsewhere, together) > 1e-2
+
+
+# A conditional neural process ------------------------------------------------------------------------------------------
+
+
+def plain_cnp(learner, theta, key, task):
+    model = plain.Plain(learner.model.module, key)
+    representation = model(theta["model"], task.support.x, task.support.y, None, method="encode")
+    mean, deviation = model(theta["model"], representation, task.query.x, method="decode")
+    return -torch.distributions.Normal(mean, deviation).log_prob(task.query.y).sum(1).mean()
+
+
+def cnp_learner():
+    family, config = Curves(), ConditionalNeuralProcess(width=8, representation=6)
+    return learner(CNP(), lambda: config.build(family.input_shape, family.outputs), family)
+
+
+def test_cnp_gradient_is_the_plain_loop_s():
+    subject, shard = cnp_learner(), keys(0, 1, 5)
+    theta = somewhere(subject)
+    expected, loss = plain_contribution(subject, theta, shard, plain_cnp)
+    got = subject.contribute(theta, shard, 3)
+    assert relative_error(got.slots["model"], expected["model"]) <= 1e-10
+    assert got.metrics["loss"] == pytest.approx(loss, rel=1e-12)
+
+
+# Finite differences ----------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "maml": (MAML(inner_lr=0.2, inner_steps=3), Curves()),
+    "adam": (MAML(inner_lr=0.05, inner_steps=2, inner_optimizer="adam", inner_eps=1e-3), Curves()),
+    "anil": (ANIL(inner_lr=0.2, inner_steps=2), Curves()),
+    "meta_sgd": (MetaSGD(inner_lr=0.2, inner_steps=2), Curves()),
+    "protonet": (ProtoNet(), Blobs()),
+}
+
+
+@pytest.mark.parametrize("name", [*SMALL, "cnp"])
+def test_finite_differences(name):
+    """Of the loss that ``contribute`` reports, against the gradient that it returns, in every coordinate of every slot."""
+    if name == "cnp":
+        subject = cnp_learner()
+    else:
+        algorithm, family = SMALL[name]
+        config = MLP(hidden=(3,), activation="tanh")
+        subject = learner(algorithm, lambda: config.build(family.input_shape, algorithm.outputs(family)), family)
+    theta, shard, h = somewhere(subject), keys(0, 1), 1e-5
+    gradient = subject.contribute(theta, shard, 0).slots
+    for slot, layout in ((n, s.layout) for n, s in subject.slots.items()):
+        vector = layout.flatten(theta[slot])
+
+        def loss(shift, slot=slot, layout=layout, vector=vector):
+            return subject.contribute({**theta, slot: layout.unflatten(vector + shift)}, shard, 0).metrics["loss"]
+
+        chosen = range(layout.numel) if layout.numel < 40 else range(0, layout.numel, layout.numel // 20)
+        units = torch.eye(layout.numel, dtype=torch.float64)
+        differences = torch.tensor([(loss(h * units[i]) - loss(-h * units[i])) / (2 * h) for i in chosen])
+        assert relative_error(gradient[slot][list(chosen)], differences.double()) < 1e-7, slot
+
+
+# Reptile ---------------------------------------------------------------------------------------------------------------
+
+
+def support_gradients(subject, theta, shard):
+    """Σ over tasks of ∇θ of the loss on the support set."""
+
+    def objective(learner, leaves, key, task):
+        model = plain.Plain(learner.model.module, key)
+        return plain.loss(learner.tasks, model(leaves["model"], task.support.x, step=0), task.support)
+
+    return plain_contribution(subject, theta, shard, objective)[0]["model"]
+
+
+@pytest.mark.parametrize("model", ["mlp", "conv4-stride-batch"])
+def test_reptile_s_one_step_identity(model):
+    """After one step of SGD, θ − φ is the rate times the gradient."""
+    subject, shard = make(Reptile(inner_lr=0.3), model), keys(0, 1, 4)
+    theta = somewhere(subject)
+    delta = subject.contribute(theta, shard, 0).slots["model"]
+    assert relative_error(delta, 0.3 * support_gradients(subject, theta, shard)) <= 1e-10
+
+
+@pytest.mark.parametrize("moments", ["fresh", "carried"])
+@pytest.mark.parametrize(("optimizer", "momentum"), [("adam", 0.0), ("sgd", 0.9)])
+def test_reptile_s_moments_against_an_optimiser_with_state(moments, optimizer, momentum):
+    """Two meta-steps of two tasks; each task's optimiser begins with nothing, or with the mean of the last meta-step's."""
+    betas, eps, lr, steps = (0.5, 0.99), 1e-6, 0.05, 3
+    algorithm = Reptile(
+        inner_lr=lr, inner_steps=steps, inner_optimizer=optimizer, inner_momentum=momentum,
+        inner_betas=betas, inner_eps=eps, moments=moments,
+    )  # fmt: skip
+    from metadist.core.outer import OuterLoop
+
+    subject = make(algorithm, "mlp", outer=OuterLoop(optimizer="sgd", lr=0.7, meta_batch_size=2, shard_size=2))
+    state = subject.initial(0)
+    layout = subject.slots["model"].layout
+    theta = state.slots["model"].clone()
+    first, second, count = torch.zeros_like(theta), torch.zeros_like(theta), 0
+    for meta_step in range(2):
+        total = subject.contribute(state.theta(subject.slots), keys(0, 1, meta_step=meta_step), meta_step)
+        state, _ = subject.outer.update(subject.slots, state, total, meta_step)
+        ends = []
+        for key in keys(0, 1, meta_step=meta_step).each():
+            phi, m, v, t = theta.clone(), first.clone(), second.clone(), count
+            for _ in range(steps):
+                g = support_gradients(subject, {"model": layout.unflatten(phi)}, keys(int(key.tasks), meta_step=meta_step))
+                t += 1
+                if optimizer == "adam":
+                    m.mul_(betas[0]).add_(g, alpha=1 - betas[0])
+                    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+                    phi.sub_(lr * (m / (1 - betas[0] ** t)) / (v / (1 - betas[1] ** t) + eps).sqrt())
+                else:
+                    m.mul_(momentum).add_(g)
+                    phi.sub_(lr * m)
+            ends.append((phi, m, v))
+        if moments == "carried":
+            first, second, count = (ends[0][1] + ends[1][1]) / 2, (ends[0][2] + ends[1][2]) / 2, t
+        theta = theta - 0.7 * sum(theta - phi for phi, _, _ in ends) / 2
+    assert relative_error(state.slots["model"], theta) < 1e-10
+    if moments == "carried":
+        assert relative_error(state.slots["inner_first"], first) < 1e-10
+        assert state.slots["inner_count"].item() == 2 * steps
+
+
+# Frozen and missing parts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["maml-5", "meta_sgd", "anil"])
+def test_frozen_parts_are_neither_adapted_nor_updated(algorithm):
+    subject, shard = make(ALGORITHMS[algorithm], "own", freeze=("stem.*", "first.weight")), keys(0, 1)
+    state = subject.initial(0)
+    assert set(state.theta(subject.slots)["frozen"]) == {"stem.weight", "stem.bias", "first.weight"}
+    total = subject.contribute(state.theta(subject.slots), shard, 3)
+    assert "frozen" not in total.slots
+    expected, _ = plain_contribution(subject, state.theta(subject.slots), shard)
+    assert relative_error(total.slots["model"], expected["model"]) <= 1e-10
+    after, _ = subject.outer.update(subject.slots, state, total, 0)
+    assert after.slots["frozen"].equal(state.slots["frozen"])
+    assert not after.slots["model"].equal(state.slots["model"])

@@ -1,0 +1,148 @@
+"""Philox-4x32-10 against its published answers; streams that depend on nothing but their key."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metadist.core.random import SPLITS, TaskKey, philox, seeded
+
+KNOWN = [  # Random123, kat_vectors: counter, key, result
+    ([0, 0, 0, 0], (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF), [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        (0xA4093822, 0x299F31D0),
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_known_answers(counter, key, expected):
+    words = philox(tuple(torch.tensor(c) for c in counter), key)
+    assert [int(w) for w in words] == expected
+
+
+def in_python(counter, key):
+    """Ten rounds on Python's own integers, which don't wrap."""
+    mask = 0xFFFFFFFF
+    for _ in range(10):
+        p0, p1 = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [p1 >> 32 ^ counter[1] ^ key[0], p1 & mask, p0 >> 32 ^ counter[3] ^ key[1], p0 & mask]
+        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
+    return counter
+
+
+word = st.integers(0, 2**32 - 1)
+
+
+@given(st.lists(word, min_size=4, max_size=4), st.tuples(word, word))
+def test_any_counter_and_key(counter, key):
+    assert [int(w) for w in philox(tuple(torch.tensor(c) for c in counter), key)] == in_python(counter, key)
+
+
+def test_counter_is_block_task_step_and_place():
+    """The layout of the counter is part of what a task is: it may never change."""
+    stream = TaskKey.of(5, "test", 11, [70_000]).stream("x", step=3, call=2)
+    assert stream.key == TaskKey.of(5, "train", 0, [0]).stream("x").key != TaskKey.of(6, "test", 11, [0]).stream("x").key
+    high = SPLITS.index("test") << 28 | 3 << 14 | 2
+    expected = [w for block in range(2) for w in in_python([block, 70_000, 11, high], stream.key)]
+    assert stream.bits(1, 7).flatten().tolist() == expected[:7]
+
+
+KINDS = {
+    "bits": lambda s: s.bits(3, 5),
+    "one word": lambda s: s.bits(),
+    "uniform": lambda s: s.uniform(7, low=-5.0, high=5.0),
+    "normal": lambda s: s.normal(3, 7),
+    "integers": lambda s: s.integers(1000, 9),
+    "choose": lambda s: s.choose(20, 6, rows=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_independent_of_the_shard(kind):
+    """Bitwise: alone, in shards of any size and order, as a scalar key, and under vmap."""
+    draw = KINDS[kind]
+    whole = draw(keys(range(100)).stream("s"))
+    assert draw(keys([]).stream("s")).shape == (0, *whole.shape[1:])
+    for part in (range(3, 4), range(10, 17), range(37, 100), [5, 99, 5, 0]):
+        assert draw(keys(part).stream("s")).equal(whole[list(part)])
+    assert all(draw(key.stream("s")).equal(whole[i]) for i, key in enumerate(keys(range(20)).each()))
+    if kind != "choose":
+        mapped = torch.func.vmap(lambda t: draw(TaskKey(3, "train", 8, t).stream("s")))(torch.arange(100))
+        assert mapped.equal(whole)
+
+
+def keys(tasks):
+    return TaskKey.of(3, "train", 8, tasks)
+
+
+def test_everything_that_keys_a_stream_changes_it():
+    base = dict(seed=3, split="train", meta_step=8, tasks=torch.tensor([4]))
+    variants = [
+        TaskKey(**base).stream("s"),
+        *(TaskKey(**{**base, k: v}).stream("s") for k, v in dict(seed=4, split="test", meta_step=9, tasks=torch.tensor([5])).items()),
+        TaskKey(**base).stream("t"),
+        TaskKey(**base).stream("s", step=1),
+        TaskKey(**base).stream("s", call=1),
+    ]
+    draws = [tuple(s.bits(4).flatten().tolist()) for s in variants]
+    assert len(set(draws)) == len(draws)
+    with pytest.raises(ValueError, match="16384"):
+        TaskKey(**base).stream("s", step=1 << 14)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-5.0, 5.0), (0.1, 5.0)])
+def test_uniform_fills_its_range(low, high):
+    drawn = keys(range(200)).stream("u").uniform(5000, low=low, high=high)
+    assert low <= float(drawn.min()) < low + 1e-4 * (high - low)
+    assert high - 1e-4 * (high - low) < float(drawn.max()) < high
+
+
+def chi_square(counts, expected):
+    return sum((c - e) ** 2 / e for c, e in zip(counts, expected))
+
+
+def test_choose_is_uniform_over_ordered_draws():
+    drawn = keys(range(60_000)).stream("c").choose(5, 3).squeeze(1)
+    assert (drawn.sort(-1).values.diff(dim=-1) > 0).all()
+    codes = drawn @ torch.tensor([25, 5, 1])
+    counts = torch.bincount(codes, minlength=125)[codes.unique()].tolist()
+    assert len(counts) == 60
+    assert chi_square(counts, [1000] * 60) < 59 + 5 * math.sqrt(2 * 59)
+    with pytest.raises(ValueError, match="cannot choose 6 of 5"):
+        keys([0]).stream("c").choose(5, 6)
+
+
+def test_distributions():
+    """Means and variances within five standard errors; neighbouring tasks and streams are uncorrelated."""
+    n = 200_000
+    uniform, normal = keys(range(n // 50)).stream("u").uniform(50), keys(range(n // 50)).stream("n").normal(50)
+    assert abs(float(uniform.mean()) - 0.5) < 5 * math.sqrt(1 / 12 / n)
+    assert abs(float(normal.mean())) < 5 / math.sqrt(n)
+    assert abs(float(normal.double().var()) - 1) < 5 * math.sqrt(2 / n)
+    assert abs(float((normal**4).mean()) - 3) < 5 * math.sqrt(96 / n)
+    assert abs(float((normal[:-1] * normal[1:]).mean())) < 5 / math.sqrt(n)
+    counts = torch.bincount(keys(range(1000)).stream("i").integers(7, 70).flatten(), minlength=7).tolist()
+    assert chi_square(counts, [10_000] * 7) < 6 + 5 * math.sqrt(12)
+    assert math.isfinite(float(normal.abs().max()))
+
+
+def test_integers_of_any_size():
+    large = keys(range(100)).stream("i").integers(2**32, 10)
+    assert 0 <= int(large.min()) and 2**31 < int(large.max()) < 2**32  # noqa: PT018
+    with pytest.raises(ValueError, match="4294967297"):
+        keys([0]).stream("i").integers(2**32 + 1, 1)
+
+
+def test_generators_are_keyed():
+    a, b = (torch.rand(4, generator=keys([0, 1]).each()[i].generator()) for i in (0, 1))
+    assert not a.equal(b)
+    assert a.equal(torch.rand(4, generator=keys([0]).each()[0].generator()))
+    assert seeded(0, "model").initial_seed() != seeded(1, "model").initial_seed()
+    assert statistics.pvariance([seeded(i, "x").initial_seed() % 2 for i in range(64)]) > 0.1

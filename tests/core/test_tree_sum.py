@@ -1,0 +1,86 @@
+"""The canonical sum: a balanced tree over shard indices, by definition and in whatever order leaves arrive."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metadist.core.state import Contribution, TreeSum
+
+
+def by_definition(leaves, add):
+    """Neighbours are added, then their sums; an odd one moves up as it is."""
+    if len(leaves) == 1:
+        return leaves[0]
+    pairs = [add(*leaves[i : i + 2]) if i + 1 < len(leaves) else leaves[i] for i in range(0, len(leaves), 2)]
+    return by_definition(pairs, add)
+
+
+def summed(leaves, order, add):
+    tree = TreeSum(len(leaves), add)
+    for i in order:
+        tree.add(i, leaves[i])
+    return tree.result()
+
+
+@pytest.mark.parametrize(
+    ("count", "shape"),
+    [(1, "0"), (2, "(0+1)"), (3, "((0+1)+2)"), (5, "(((0+1)+(2+3))+4)"), (7, "(((0+1)+(2+3))+((4+5)+6))")],
+)
+def test_shape_is_the_definition(count, shape):
+    leaves = [str(i) for i in range(count)]
+    assert summed(leaves, range(count), lambda a, b: f"({a}+{b})") == shape
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40).flatmap(lambda n: st.permutations(range(n))))
+def test_any_order_gives_the_definition(order):
+    leaves = [str(i) for i in range(len(order))]
+    add = lambda a, b: f"({a}+{b})"  # noqa: E731
+    assert summed(leaves, order, add) == by_definition(leaves, add)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 20).flatmap(lambda n: st.permutations(range(n))), st.integers(0, 2**31))
+def test_contributions_sum_to_the_same_bits(order, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(i):
+        vector = torch.randn(33, generator=generator) * 10.0 ** (i % 7)
+        return Contribution({"model": vector}, 1.0 + i, i, {"loss": float(vector[0])})
+
+    def add(a, b):
+        return Contribution(
+            {"model": a.slots["model"] + b.slots["model"]}, a.weight + b.weight, a.tasks + b.tasks,
+            {"loss": a.metrics["loss"] + b.metrics["loss"]},
+        )  # fmt: skip
+
+    leaves = [leaf(i) for i in range(len(order))]
+    got, expected = summed(leaves, order, lambda a, b: a + b), by_definition(leaves, add)
+    assert got.slots["model"].equal(expected.slots["model"])
+    assert (got.weight, got.tasks, got.metrics) == (expected.weight, expected.tasks, expected.metrics)
+
+
+@given(st.integers(1, 64), st.data())
+def test_a_complete_subtree_may_be_summed_elsewhere(count, data):
+    """What lets a node reduce what it holds before it sends: 2^k leaves from a multiple of 2^k on are one node of the tree."""
+    leaves, add = [str(i) for i in range(count)], lambda a, b: f"({a}+{b})"
+    size = 2 ** data.draw(st.integers(0, count.bit_length() - 1))
+    start = size * data.draw(st.integers(0, count // size - 1))
+    part = summed(leaves[start : start + size], range(size), add)
+    assert part in summed(leaves, range(count), add)
+
+
+def test_misuse_is_an_error():
+    tree = TreeSum(3)
+    tree.add(1, 1.0)
+    for index, message in ((1, "twice"), (3, "not one of 3"), (-1, "not one of 3")):
+        with pytest.raises(ValueError, match=message):
+            tree.add(index, 1.0)
+    with pytest.raises(ValueError, match=r"2 of 3 leaves are missing: \[0, 2\]"):
+        tree.result()
+    with pytest.raises(ValueError, match="at least one"):
+        TreeSum(0)
+    one, other = Contribution({"a": torch.ones(1)}, 1.0, 1), Contribution({"b": torch.ones(1)}, 1.0, 1)
+    with pytest.raises(ValueError, match="differ"):
+        one + other
