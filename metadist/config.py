@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -185,9 +186,9 @@ def shipped_configs() -> dict[str, Path]:
 def read_document(config: str) -> Document:
     """The YAML file at a path, or the shipped one of that name."""
     path = Path(config)
-    if not path.is_file():
+    if not os.path.isfile(config):  # False where even the name is impossible
         shipped = shipped_configs()
-        if path.exists():
+        if os.path.exists(config):
             raise ConfigError(f"config '{config}' is a folder; expected a YAML file" if path.is_dir() else f"config '{config}' is no file")
         if config not in shipped:
             raise ConfigError(
@@ -420,6 +421,8 @@ def _factory(model: Any, tasks: TaskFamily, algorithm: Algorithm) -> Callable[[]
         if tasks.input_shape is None:
             raise ConfigError(f"tasks: {type(tasks).__name__} must state its input_shape for model '{type(model).__name__}'")
         return functools.partial(model.build, tuple(tasks.input_shape), algorithm.outputs(tasks))
+    if not callable(model):
+        raise ConfigError(f"model: expected a torch.nn.Module, a function that builds one, or a class with build(), got {type(model).__name__}")
     return model
 
 

@@ -330,6 +330,8 @@ def _open(folder: RunFolder, experiment: Experiment, run_id: str, resume: bool) 
         if not resume:
             raise ConfigError(f"run_dir '{folder.url}' holds a run already; go on with it by --resume, or choose another --run-dir")
         return about["run_id"]
+    if folder.read("group.json") is not None:
+        raise ConfigError(f"run_dir '{folder.url}' holds a group of seeds; go on with it by --seeds, or choose another --run-dir")
     if resume:
         log.warning("run_dir %s holds no run yet; a new one starts", folder.url)
     folder.write("config.yaml", yaml.safe_dump(experiment.document, sort_keys=False, allow_unicode=True))
@@ -483,6 +485,8 @@ def train_seeds(
         run_dir = newest_run(base.name, "group.json")
     folder = RunFolder(run_dir or f"{runs_root()}/{group_id}")
     known = folder.read_json("group.json")
+    if folder.read("run.json") is not None:
+        raise ConfigError(f"run_dir '{folder.url}' holds a run already, a single run; choose another --run-dir for {len(seeds)} seeds")
     if known is not None:
         if not resume:
             raise ConfigError(f"run_dir '{folder.url}' holds runs already; go on with them by --resume, or choose another --run-dir")

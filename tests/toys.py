@@ -12,6 +12,7 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
+from metadist.core.state import State, TreeSum
 from metadist.core.task import Classification, Examples, Task, TaskFamily
 
 
@@ -131,6 +132,18 @@ def somewhere(learner, seed=1) -> dict[str, Parameters]:
         return p + 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
     return {n: p.map(moved) if learner.slots[n].rule == "gradient" else p for n, p in theta.items()}
+
+
+def train(learner, meta_steps, *, seed=0, report=None) -> State:
+    """The outer loop without a runtime: every round's shards one after the other."""
+    state = learner.initial(seed)
+    for meta_step in range(meta_steps):
+        for round in learner.rounds("run", meta_step, seed, state, report if report is not None else {}):
+            total = TreeSum(len(round.shards))
+            for shard in round.shards:
+                total.add(shard.index, learner.compute(shard, round.parameters.slots))
+            state = round.apply(state, total.result())
+    return state
 
 
 def relative_error(a, b):

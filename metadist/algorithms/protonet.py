@@ -27,7 +27,7 @@ class ProtoNet(Algorithm):
 
     def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Adapted]:
         embedded = model(theta["model"], support.x, step=0).flatten(1)
-        ways = context.family.ways(context.key.split)  # type: ignore[attr-defined]
+        ways = context.family.ways(context.key.split)
         # Not one_hot: it looks at its values, which vmap forbids.
         member = (support.y.unsqueeze(-1) == torch.arange(ways, device=support.y.device)).to(embedded.dtype)
         if support.mask is not None:

@@ -53,7 +53,7 @@ class Algorithm:
 
     def compatible(self, family: TaskFamily, model: Model) -> str | None:
         """Why this algorithm can't learn these tasks with this model, or None."""
-        return None
+        return None if model.has_forward else "the model has no forward(x)"
 
     def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Any]:
         """φ_0 … φ_k, each a pytree that ``predict`` understands; φ_0 is before adaptation where that has a meaning."""

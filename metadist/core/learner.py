@@ -130,29 +130,19 @@ class Learner:
                 ) from error
 
     def _check_participation(self, state: State, task: Task) -> None:
-        """A missing gradient is an error, and so is a buffer that is written. Ordinary autograd tells None from zero; torch.func
-        does not."""
-        theta = {slot: p.map(torch.clone) for slot, p in state.theta(self.slots).items()}
-        key = TaskKey.of(0, "train", 0, [0]).each()[0].to(self.device)
-        context, model = TaskContext(key, 0, True, self.tasks), self._bind(theta, key, True)
-        before = {n: t._version for n, t in model.fixed.items()}
+        """A missing gradient is an error. Ordinary autograd tells None from zero; torch.func does not."""
         if hasattr(self.algorithm, "delta"):
-            self.algorithm.adapt(model, theta, task.support, context)
-        else:
-            learned = {(s, n): t.requires_grad_() for s, p in theta.items() if self.slots[s].rule == "gradient" for n, t in p.items()}
-            loss, _ = self.algorithm.objective(model, theta, task, context)
-            found = torch.autograd.grad(loss, list(learned.values()), allow_unused=True) if loss.requires_grad else [None] * len(learned)
-            missing = [name if slot == "model" else f"{slot}/{name}" for (slot, name), g in zip(learned, found) if g is None]
-            if missing:
-                raise ConfigError(
-                    f"model: the loss does not depend on {', '.join(missing)} (a missing gradient); remove them, name them in "
-                    "model.freeze, or look for a detach or no_grad on their way"
-                )
-        written = [n for n, t in model.fixed.items() if t._version != before[n]]
-        if written:
+            return
+        theta = {slot: p.map(torch.clone) for slot, p in state.theta(self.slots).items()}
+        learned = {(s, n): t.requires_grad_() for s, p in theta.items() if self.slots[s].rule == "gradient" for n, t in p.items()}
+        key = TaskKey.of(0, "train", 0, [0]).each()[0].to(self.device)
+        loss, _ = self.algorithm.objective(self._bind(theta, key, True), theta, task, TaskContext(key, 0, True, self.tasks))
+        found = torch.autograd.grad(loss, list(learned.values()), allow_unused=True) if loss.requires_grad else [None] * len(learned)
+        missing = [name if slot == "model" else f"{slot}/{name}" for (slot, name), g in zip(learned, found) if g is None]
+        if missing:
             raise ConfigError(
-                f"model: forward writes to {', '.join(written)}, which tasks run side by side can't share; compute it without "
-                "writing, or keep it outside the module"
+                f"model: the loss does not depend on {', '.join(missing)} (a missing gradient); remove them, name them in "
+                "model.freeze, or look for a detach or no_grad on their way"
             )
 
     def _check_output(self, state: State, task: Task, split: str) -> None:
@@ -176,12 +166,14 @@ class Learner:
                         f"inputs; tasks.n_way = {needed} needs [{task.query.x.shape[0]}, {needed}]"
                     )
             phi = _at_most_one_step(self.algorithm).adapt(bound, theta, task.support, context)[-1]
-            shape = tuple(self.algorithm.predict(bound, phi, task.query.x).shape)
+            prediction = self.algorithm.predict(bound, phi, task.query.x)
+        shape = tuple(prediction.shape)
         expected = (task.query.x.shape[0], ways) if classes else tuple(task.query.y.shape)
         if shape != expected:
             raise ConfigError(
                 f"model: '{type(self.model.module).__name__}' predicts shape {list(shape)} where the {split} tasks need {list(expected)}"
             )
+        context.loss(prediction, task.query), context.metric(prediction, task.query)
 
     # What a shard is --------------------------------------------------------------------------------------------------
 

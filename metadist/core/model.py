@@ -101,6 +101,10 @@ class Model:
         return self._call.module
 
     @property
+    def has_forward(self) -> bool:
+        return type(self.module).forward is not nn.Module.forward
+
+    @property
     def normalises_over_batch(self) -> bool:
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.module.modules())
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, one_of
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -30,14 +30,22 @@ class Conv4:
     """Four blocks of 3×3 convolution, normalisation and ReLU (Vinyals et al. 2016), then a linear head.
 
     ``pooling: stride`` halves the image by strided convolutions (MAML's Omniglot network), ``max`` by 2×2 max-pooling.
-    Without outputs it ends in the flattened features.
+    ``features: mean`` averages the last block over space, as MAML's reference code does on Omniglot; ``flatten`` keeps
+    every position. Without outputs it ends in the features.
     """
 
     filters: int = 64
     pooling: Literal["stride", "max"] = "max"
     norm: Literal["batch", "group", "none"] = "batch"
     blocks: int = 4
+    features: Literal["flatten", "mean"] = "flatten"
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of("model.pooling", self.pooling, ("stride", "max"))
+        one_of("model.norm", self.norm, ("batch", "group", "none"))
+        if min(self.filters, self.blocks) < 1:
+            raise ConfigError(f"model.filters, model.blocks: {self.filters} and {self.blocks} must each be at least 1")
 
     def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
         if len(input_shape) != 3:
@@ -57,6 +65,8 @@ class Conv4:
             if self.dropout:
                 layers[f"dropout{block}"] = nn.Dropout2d(self.dropout)
             channels = self.filters
+        if self.features == "mean":
+            layers["mean"] = nn.AdaptiveAvgPool2d(1)
         layers["flatten"] = nn.Flatten()
         try:
             features = nn.Sequential(layers)(torch.zeros(2, *input_shape)).shape[1]

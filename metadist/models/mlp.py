@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, one_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,13 @@ class MLP:
     norm: Literal["none", "layer"] = "none"
     dropout: float = 0.0
     init: Literal["torch", "maml"] = "torch"
+
+    def __post_init__(self) -> None:
+        one_of("model.activation", self.activation, ("relu", "tanh", "gelu"))
+        one_of("model.norm", self.norm, ("none", "layer"))
+        one_of("model.init", self.init, ("torch", "maml"))
+        if any(width < 1 for width in self.hidden):
+            raise ConfigError(f"model.hidden: {list(self.hidden)}: every width must be at least 1")
 
     def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
         activation = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}[self.activation]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import re
@@ -95,7 +96,7 @@ class RayExecutor:
         self._learner, self._groups, self._run, self._device = learner, groups, run, device
         self._expected, self._exact = expected, exact
         self._owns_cluster = _connect(groups)
-        self._gpus = {g.role: _resolve_gpus(g) for g in groups}
+        self._gpus = _shared_gpus(groups)
         self._learner_ref: Any = ray.put(learner)
         self._theta: Any = None
         # Counts what was published: one meta-step may see two θs (its last validation, then the test of the best).
@@ -119,29 +120,29 @@ class RayExecutor:
     def _start(self, group: WorkerGroup) -> None:
         name = f"{group.role}-{self._serial}"
         self._serial += 1
-        options: dict[str, Any] = {"num_cpus": group.cpus, "num_gpus": self._gpus[group.role], "max_restarts": 0, "max_task_retries": 0}
+        options: dict[str, Any] = {"num_cpus": group.cpus, "num_gpus": self._gpus[group], "max_restarts": 0, "max_task_retries": 0}
         threads = str(group.threads)
         options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}}
         remote = ray.remote(**options)(_Actor)
-        gpus = self._gpus[group.role]
+        gpus = self._gpus[group]
         handle: Any = remote.remote(self._learner_ref, name, group.role, self._device, gpus, group.threads)
         self._members[name] = _Member(name, group, handle, handle.start.remote())
 
     def _await_minimum(self, patience: float) -> None:
         deadline = time.monotonic() + patience
-        while short := [g for g in self._groups if self._ready(g.role) < _needed(g)]:
+        while short := [g for g in self._groups if self._ready(g) < _needed(g)]:
             self._poll(0.25)
             if time.monotonic() > deadline:
                 group = short[0]
                 raise WorkerError(
-                    f"workers: {self._ready(group.role)} of {_needed(group)} {group.role}s were ready after {patience:.0f} s; {self.shortage()}"
+                    f"workers: {self._ready(group)} of {_needed(group)} {group.role}s were ready after {patience:.0f} s; {self.shortage()}"
                 )
 
-    def _ready(self, role: str) -> int:
-        return sum(m.about is not None and m.group.role == role for m in self._members.values())
+    def _ready(self, group: WorkerGroup) -> int:
+        return sum(m.about is not None and m.group is group for m in self._members.values())
 
     def shortage(self) -> str:
-        wanted = ", ".join(f"{g.max} × {{cpus: {g.cpus}, gpus: {self._gpus[g.role]}}} for role {g.role}" for g in self._groups)
+        wanted = ", ".join(f"{g.max} × {{cpus: {g.cpus}, gpus: {self._gpus[g]}}} for role {g.role}" for g in self._groups)
         total, free = ray.cluster_resources(), ray.available_resources()
         there = ", ".join(f"{total.get(r, 0):g} {r}s ({free.get(r, 0):g} free)" for r in ("CPU", "GPU"))
         return f"asked for {wanted}; the cluster has {there}. Ask for fewer with --workers, or add nodes"
@@ -325,14 +326,12 @@ def _reach(address: str, timeout: float = 10.0) -> None:
         socket.create_connection((found[1], int(found[2])), timeout=timeout).close()
 
 
-def _resolve_gpus(group: WorkerGroup) -> float:
-    if group.gpus != "auto":
-        return float(group.gpus)
-    there = ray.cluster_resources().get("GPU", 0.0)
-    if not there:
-        return 0.0
-    share = there / group.max
-    return float(int(share)) if share >= 1 else round(share, 4)
+def _shared_gpus(groups: Sequence[WorkerGroup]) -> dict[WorkerGroup, float]:
+    """GPUs for each worker of a group; the ``auto`` ones share evenly what the others leave."""
+    left = ray.cluster_resources().get("GPU", 0.0) - sum(g.max * g.gpus for g in groups if g.gpus != "auto")
+    share = max(0.0, left) / max(1, sum(g.max for g in groups if g.gpus == "auto"))
+    share = float(int(share)) if share >= 1 else math.floor(share * 1e4) / 1e4
+    return {g: share if g.gpus == "auto" else float(g.gpus) for g in groups}
 
 
 def _failure(error: ray.exceptions.RayTaskError, shard: Shard, attempt: int, worker: str) -> Failed:
@@ -349,4 +348,6 @@ def _failure(error: ray.exceptions.RayTaskError, shard: Shard, attempt: int, wor
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    """One line: Ray's own words, or what stands at the end of the remote traceback that they quote."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+    return " ".join((lines[-1] if any("Traceback (most recent call last)" in line for line in lines) else " ".join(lines)).split())[:300]

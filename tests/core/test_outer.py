@@ -37,15 +37,15 @@ def run(outer, slots, steps=STEPS, weight=3.0):
 
 
 OPTIMIZERS = {
-    "sgd": (dict(optimizer="sgd", lr=0.1), torch.optim.SGD, dict(lr=0.1)),
+    "sgd": ({"optimizer": "sgd", "lr": 0.1}, torch.optim.SGD, {"lr": 0.1}),
     "sgd-momentum-decay": (
-        dict(optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=0.1),
+        {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
         torch.optim.SGD,
-        dict(lr=0.05, momentum=0.9, weight_decay=0.1),
+        {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
     ),
-    "adam": (dict(optimizer="adam", lr=0.03, betas=(0.8, 0.95)), torch.optim.Adam, dict(lr=0.03, betas=(0.8, 0.95))),
-    "adam-decay": (dict(optimizer="adam", lr=0.03, weight_decay=0.2), torch.optim.Adam, dict(lr=0.03, weight_decay=0.2)),
-    "adamw": (dict(optimizer="adamw", lr=0.03, weight_decay=0.2), torch.optim.AdamW, dict(lr=0.03, weight_decay=0.2)),
+    "adam": ({"optimizer": "adam", "lr": 0.03, "betas": (0.8, 0.95)}, torch.optim.Adam, {"lr": 0.03, "betas": (0.8, 0.95)}),
+    "adam-decay": ({"optimizer": "adam", "lr": 0.03, "weight_decay": 0.2}, torch.optim.Adam, {"lr": 0.03, "weight_decay": 0.2}),
+    "adamw": ({"optimizer": "adamw", "lr": 0.03, "weight_decay": 0.2}, torch.optim.AdamW, {"lr": 0.03, "weight_decay": 0.2}),
 }
 
 
@@ -136,11 +136,11 @@ def test_norm_is_of_every_element():
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        (dict(meta_steps=0), "outer.meta_steps"),
-        (dict(clip_norm=0.0), "outer.clip_norm"),
-        (dict(momentum=0.9), "outer.momentum"),
-        (dict(optimizer="adma"), "'adam'"),
-        (dict(schedule="cosin"), "'cosine'"),
+        ({"meta_steps": 0}, "outer.meta_steps"),
+        ({"clip_norm": 0.0}, "outer.clip_norm"),
+        ({"momentum": 0.9}, "outer.momentum"),
+        ({"optimizer": "adma"}, "'adam'"),
+        ({"schedule": "cosin"}, "'cosine'"),
     ],
 )
 def test_bad_settings_are_named(options, key):

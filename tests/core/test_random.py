@@ -83,10 +83,10 @@ def keys(tasks):
 
 
 def test_everything_that_keys_a_stream_changes_it():
-    base = dict(seed=3, split="train", meta_step=8, tasks=torch.tensor([4]))
+    base = {"seed": 3, "split": "train", "meta_step": 8, "tasks": torch.tensor([4])}
     variants = [
         TaskKey(**base).stream("s"),
-        *(TaskKey(**{**base, k: v}).stream("s") for k, v in dict(seed=4, split="test", meta_step=9, tasks=torch.tensor([5])).items()),
+        *(TaskKey(**{**base, k: v}).stream("s") for k, v in {"seed": 4, "split": "test", "meta_step": 9, "tasks": torch.tensor([5])}.items()),
         TaskKey(**base).stream("t"),
         TaskKey(**base).stream("s", step=1),
         TaskKey(**base).stream("s", call=1),
@@ -135,7 +135,7 @@ def test_distributions():
 
 def test_integers_of_any_size():
     large = keys(range(100)).stream("i").integers(2**32, 10)
-    assert 0 <= int(large.min()) and 2**31 < int(large.max()) < 2**32  # noqa: PT018
+    assert int(large.min()) >= 0 and 2**31 < int(large.max()) < 2**32
     with pytest.raises(ValueError, match="4294967297"):
         keys([0]).stream("i").integers(2**32 + 1, 1)
 

@@ -8,6 +8,7 @@ import torch
 from toys import Blobs, Curves, Everything, keys, learner, relative_error, somewhere
 
 from metadist.algorithms import ANIL, CNP, MAML, MetaSGD, ProtoNet, Reptile
+from metadist.core.outer import OuterLoop
 from metadist.models import MLP, ConditionalNeuralProcess, Conv4
 
 IMAGES = Blobs(input_shape=(1, 16, 16))
@@ -226,8 +227,6 @@ def test_reptile_s_moments_against_an_optimiser_with_state(moments, optimizer, m
         inner_lr=lr, inner_steps=steps, inner_optimizer=optimizer, inner_momentum=momentum,
         inner_betas=betas, inner_eps=eps, moments=moments,
     )  # fmt: skip
-    from metadist.core.outer import OuterLoop
-
     subject = make(algorithm, "mlp", outer=OuterLoop(optimizer="sgd", lr=0.7, meta_batch_size=2, shard_size=2))
     state = subject.initial(0)
     layout = subject.slots["model"].layout

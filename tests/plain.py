@@ -43,6 +43,8 @@ class Plain:
                 owner._parameters.pop(leaf, None)
                 owner._buffers.pop(leaf, None)
         for parent in list(self.module.modules()):
+            if isinstance(parent, nn.BatchNorm2d):
+                parent.__class__ = nn.BatchNorm2d  # PyTorch's own, whatever a model makes of it
             for name, child in parent.named_children():
                 if isinstance(child, (nn.Dropout, nn.Dropout2d)):
                     setattr(parent, name, KeyedDropout(child.p, isinstance(child, nn.Dropout2d), self.counter))
@@ -63,7 +65,7 @@ def loss(family, prediction, examples):
 
 def descend(objective, phi, rates, steps, *, first_order=False, momentum=0.0, adam=None):
     """φ_k by hand. ``objective(phi, step)``; ``adam`` is (β1, β2, ε), ε inside the root."""
-    first, second = {n: 0.0 for n in phi}, {n: 0.0 for n in phi}
+    first, second = dict.fromkeys(phi, 0.0), dict.fromkeys(phi, 0.0)
     for step in range(steps):
         inner = objective(phi, step)
         gradients = dict(zip(phi, torch.autograd.grad(inner, list(phi.values()), create_graph=not first_order)))

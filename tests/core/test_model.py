@@ -1,0 +1,107 @@
+"""Any nn.Module as a pure function: initial values, names, tied weights, dropout by key."""
+
+import cloudpickle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from toys import Everything, keys
+
+from metadist.core.model import Model
+
+KEY = keys(4).each()[0]
+
+
+def test_initial_values_depend_on_the_seed_alone():
+    model = Model(Everything)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = model.initial(3)
+    assert torch.get_rng_state().equal(before)
+    torch.rand(5)
+    again, other = Model(Everything).initial(3), model.initial(4)
+    assert all(t.equal(again[0][n]) for n, t in first[0].items())
+    assert not first[0]["stem.weight"].equal(other[0]["stem.weight"])
+
+
+def test_names_are_the_module_s():
+    model = Model(Everything, dtype=torch.float64, freeze=("stem.*",))
+    learned, frozen, buffers = model.initial(0)
+    assert set(frozen) == {"stem.weight", "stem.bias"}
+    assert set(learned) | set(frozen) == {n for n, _ in Everything().named_parameters()}
+    assert "second.weight" not in learned  # tied: the first name stands for both
+    assert {n: b.dtype for n, b in buffers.items()} == {"offset": torch.float64, "order": torch.int64}
+    assert model.head() == ("head.weight", "head.bias")
+
+
+def test_a_call_is_the_module_s_own():
+    module = Everything().eval()
+    model = Model(lambda: module)
+    learned, _, buffers = model.initial(0)
+    x = torch.randn(5, 1, 6, 6)
+    bound = model.bind(buffers, KEY, training=False)
+    torch.testing.assert_close(bound(learned, x), module(x))
+    state = {n: t + 1 for n, t in learned.items()}
+    other = Everything().eval()
+    other.load_state_dict({**state, **buffers, "second.weight": state["first.weight"]})
+    torch.testing.assert_close(bound(state, x), other(x))
+    torch.testing.assert_close(bound(learned, x), module(x))  # nothing stuck
+
+
+def test_it_travels():
+    model, x = Model(lambda: Everything(outputs=2)), torch.randn(5, 1, 6, 6)
+    learned, _, buffers = model.initial(0)
+    there = cloudpickle.loads(cloudpickle.dumps(model))
+    a, b = (m.bind(buffers, KEY, training=True)(learned, x) for m in (model, there))
+    assert a.equal(b)
+
+
+class Functional(nn.Module):
+    def __init__(self, function, p):
+        super().__init__()
+        self.function, self.p, self.weight = function, p, nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.function(x * self.weight, self.p, self.training)
+
+
+SHAPES = {"dropout": (50, 40, 8), "dropout1d": (50, 40, 8), "dropout2d": (50, 40, 4, 4), "dropout3d": (50, 40, 2, 2, 2)}
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "alpha_dropout"])
+def test_dropout_by_key_has_the_distribution_of_torch_s(name):
+    """Mean and share of dropped units as torch's own; whole channels where torch drops these."""
+    function, p = getattr(F, name), 0.3
+    model = Model(lambda: Functional(function, p))
+    learned, _, _ = model.initial(0)
+    x = torch.ones(SHAPES.get(name, (50, 40, 8))) if name != "alpha_dropout" else torch.randn(50, 40, 64)
+    torch.manual_seed(0)
+    ours, theirs = model.bind({}, KEY, training=True)(learned, x), function(x, p, True)
+    assert ours.equal(model.bind({}, KEY, training=True)(learned, x))
+    assert not ours.equal(model.bind({}, KEY, training=True)(learned, x, step=1))
+    assert not ours.equal(model.bind({}, keys(5).each()[0], training=True)(learned, x))
+    assert model.bind({}, KEY, training=False)(learned, x).equal(x)
+    torch.testing.assert_close(ours.mean(), theirs.mean(), atol=0.1, rtol=0)
+    torch.testing.assert_close(ours.var(), theirs.var(), atol=0.1, rtol=0)
+    if name == "alpha_dropout":
+        assert abs(float(ours.mean())) < 0.02
+        assert abs(float(ours.var()) - 1) < 0.03
+    else:
+        assert abs(float((ours == 0).float().mean()) - p) < 0.05
+        per_channel = (ours == 0).flatten(2).float().mean(2)
+        assert bool(((per_channel == 0) | (per_channel == 1)).all()) == (name != "dropout")
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.0, 1.0), (1.0, 0.0)])
+def test_dropout_of_nothing_and_of_everything(p, expected):
+    model = Model(lambda: nn.Sequential(nn.Linear(2, 2), nn.Dropout(p)))
+    ones = {"0.weight": torch.zeros(2, 2), "0.bias": torch.ones(2)}
+    assert model.bind({}, KEY, training=True)(ones, torch.ones(3, 2)).eq(expected).all()
+
+
+def test_two_dropouts_of_one_pass_draw_different_masks():
+    model = Model(lambda: nn.Sequential(nn.Linear(100, 100), nn.Dropout(0.5), nn.Dropout(0.5)))
+    ones = {"0.weight": torch.zeros(100, 100), "0.bias": torch.ones(100)}
+    out = model.bind({}, KEY, training=True)(ones, torch.ones(10, 100))
+    assert abs(float((out == 0).float().mean()) - 0.75) < 0.05
+    assert set(out.unique().tolist()) == {0.0, 4.0}

@@ -1,0 +1,103 @@
+"""Trajectories that may not change by accident: bit for bit where this machine's numerics are known, closely in float64 anywhere.
+
+After a change that is meant to alter them (or on a machine to be added):
+
+    .venv/bin/python tests/golden/test_golden.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from toys import Blobs, Curves, Everything, learner, train
+
+from metadist.algorithms import ANIL, CNP, MAML, MetaSGD, ProtoNet, Reptile
+from metadist.core.outer import OuterLoop
+from metadist.models import MLP, ConditionalNeuralProcess, Conv4
+from metadist.runtime.worker import numerics_fingerprint
+from metadist.tasks import Sinusoid
+
+GOLDEN = Path(__file__).with_name("golden.json")
+META_STEPS = 4
+IMAGES, PATCHES = Blobs(input_shape=(1, 16, 16)), Blobs(input_shape=(1, 6, 6))
+MOMENTUM = OuterLoop(optimizer="sgd", lr=0.5, momentum=0.9, schedule="linear", meta_batch_size=5, shard_size=2, meta_steps=META_STEPS)
+ADAMW = OuterLoop(optimizer="adamw", weight_decay=0.01, schedule="cosine", clip_norm=1.0, meta_batch_size=6, shard_size=4, meta_steps=META_STEPS)
+
+#: name → algorithm, tasks, model config (or a module's class), outer loop
+CONFIGS = {
+    "maml-sinusoid": (MAML(inner_steps=2), Sinusoid(), MLP(), ADAMW),
+    "fomaml-conv4": (MAML(first_order=True, inner_lr=0.1, inner_steps=3), IMAGES, Conv4(filters=8, pooling="stride"), ADAMW),
+    "maml-conv4": (MAML(inner_lr=0.4), IMAGES, Conv4(filters=8), ADAMW),
+    "maml-everything": (MAML(inner_lr=0.1, inner_steps=2, inner_batch_size=4), PATCHES, Everything, MOMENTUM),
+    "anil-groups": (ANIL(inner_lr=0.1), IMAGES, Conv4(filters=8, norm="group", dropout=0.1), MOMENTUM),
+    "meta_sgd": (MetaSGD(inner_lr=0.1, inner_steps=2), Curves(), MLP(hidden=(16,), activation="tanh"), ADAMW),
+    "reptile-carried": (
+        Reptile(inner_optimizer="adam", inner_lr=0.01, inner_betas=(0.0, 0.99), inner_steps=4, moments="carried"),
+        Sinusoid(), MLP(hidden=(16,)), MOMENTUM,
+    ),
+    "protonet": (ProtoNet(), IMAGES, Conv4(filters=8, pooling="max"), ADAMW),
+    "cnp": (CNP(), Curves(), ConditionalNeuralProcess(16, 16), ADAMW),
+}  # fmt: skip
+
+
+def trajectory(name, dtype):
+    """(the last state, the loss of every meta-step)."""
+    algorithm, family, config, outer = CONFIGS[name]
+    build = config if isinstance(config, type) else lambda: config.build(family.input_shape, algorithm.outputs(family))
+    losses = []
+
+    class Report(dict):
+        def update(self, *values, **named):
+            losses.append(values[0]["loss"])
+
+    return train(learner(algorithm, build, family, dtype=dtype, outer=outer), META_STEPS, report=Report()), losses
+
+
+def fingerprint(dtype=torch.float32):
+    return numerics_fingerprint(torch.device("cpu"), torch.get_num_threads(), dtype)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_bit(name):
+    """The same again; and the same as ever, among like machines."""
+    digest = trajectory(name, torch.float32)[0].sha256()
+    assert trajectory(name, torch.float32)[0].sha256() == digest
+    known = json.loads(GOLDEN.read_text())["bits"].get(fingerprint()["id"])
+    if known is not None:
+        assert digest == known["sha256"][name], f"other bits than on {known['facts']}; if meant so: {__doc__}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_same_values_on_any_machine(name):
+    state, losses = trajectory(name, torch.float64)
+    golden = json.loads(GOLDEN.read_text())["values"][name]
+    assert losses == pytest.approx(golden["loss"], rel=1e-9)
+    assert state.slots.keys() == golden["slots"].keys()
+    for slot, (norm, first, last) in golden["slots"].items():
+        vector = state.slots[slot].double()
+        assert [float(vector.norm()), float(vector[0]), float(vector[-1])] == pytest.approx([norm, first, last], rel=1e-9, abs=1e-9)
+
+
+def regenerate():
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"bits": {}}
+    facts = fingerprint()
+    bits = {name: trajectory(name, torch.float32)[0].sha256() for name in CONFIGS}
+    golden["bits"][facts.pop("id")] = {"facts": facts, "sha256": bits}
+    golden["values"] = {}
+    for name in CONFIGS:
+        state, losses = trajectory(name, torch.float64)
+        vectors = {slot: v.double() for slot, v in state.slots.items()}
+        slots = {slot: [float(v.norm()), float(v[0]), float(v[-1])] for slot, v in vectors.items()}
+        golden["values"][name] = {"loss": losses, "slots": slots}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    regenerate()

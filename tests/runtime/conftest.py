@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Ray in this process, once for all tests."""
+    from metadist.runtime import ray_executor  # sets Ray's environment, so before ray
+
+    ray = ray_executor.ray
+    # Where workers find the tests' families; a user's are in the working directory or beside the script.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    del os.environ["PYTHONPATH"]
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,346 @@
+"""Real actors: killed, stopped, failing; and what the driver makes of it. Two actors serve most tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import families
+import psutil
+import pytest
+import tiny
+
+from metadist.core.errors import ConfigError, WorkerError
+from metadist.core.learner import Learner
+from metadist.runtime.groups import WorkerGroup
+from metadist.runtime.local_executor import LocalExecutor
+from metadist.runtime.scheduler import Scheduler
+
+SEED = 11
+
+
+@pytest.fixture(scope="module")
+def mischief(tmp_path_factory):
+    """A learner, and the function that tells its tasks what to do."""
+    folder = tmp_path_factory.mktemp("mischief")
+    toy = tiny.learner()
+    learner = Learner(toy.algorithm, toy.model, families.Mischief(k_shot=4, query_shots=4, folder=str(folder)), toy.outer)
+
+    def tell(deed):
+        (folder / "deed").write_text(deed) if deed else (folder / "deed").unlink(missing_ok=True)
+
+    return learner, tell
+
+
+def executor(learner, *groups, **options):
+    from metadist.runtime.ray_executor import RayExecutor
+
+    return RayExecutor(learner, groups, run="run", **options)
+
+
+@pytest.fixture(scope="module")
+def actors(cluster, mischief):
+    two = executor(mischief[0], WorkerGroup(min=2, max=2, gpus=0))
+    yield two
+    two.close()
+
+
+@pytest.fixture
+def told(mischief):
+    yield mischief[1]
+    mischief[1](None)
+
+
+def train(executor, learner, steps, first=0, state=None, watch=None, **options):
+    """``steps`` meta-steps; returns the final state and the scheduler."""
+    fleet = Scheduler(executor, learner, watch=watch, **options)
+    state = learner.initial(SEED) if state is None else state
+    for step in range(first, first + steps):
+        for round in learner.rounds("run", step, SEED, state, {}):
+            state = round.apply(state, fleet.run(round))
+    return state, fleet
+
+
+@pytest.fixture(scope="module")
+def expected(mischief):
+    """SHA-256 after so many meta-steps, computed in this process."""
+    learner, _ = mischief
+    known: dict[int, str] = {}
+
+    def compute(steps):
+        if steps not in known:
+            local = LocalExecutor(learner)
+            known[steps] = train(local, learner, steps)[0].sha256()
+            local.close()
+        return known[steps]
+
+    return compute
+
+
+def settle(executor, count, seconds=60.0):
+    """Wait until ``count`` workers are there."""
+    deadline = time.monotonic() + seconds
+    while len(executor.workers()) < count and time.monotonic() < deadline:
+        executor.wait(0.2)
+    assert len(executor.workers()) == count
+
+
+def test_two_actors_give_the_bits_of_this_process(actors, mischief, expected):
+    state, fleet = train(actors, mischief[0], 20)
+    assert state.sha256() == expected(20)
+    assert fleet.retried == Counter()
+    assert fleet.tasks_done == 200
+    taken = fleet.measured.read()
+    assert taken.counts["bytes_published"] > 20 * 4 * mischief[0].slots["model"].layout.numel
+    assert set(taken.workers) <= set(actors.workers())
+    assert len(taken.workers) == 2, "both work"
+
+
+def test_one_actor_gives_the_same_bits(cluster, mischief, expected):
+    one = executor(mischief[0], WorkerGroup(gpus=0))
+    try:
+        assert train(one, mischief[0], 20)[0].sha256() == expected(20)
+    finally:
+        one.close()
+
+
+def test_killing_busy_actors_changes_nothing(actors, mischief, expected):
+    settle(actors, 2)
+    due, killed = [3, 7, 12], []
+
+    def watch(scheduler, shard):
+        if due and shard.meta_step == due[0] and shard.index == 2 and scheduler.retried["lost"] >= len(killed):
+            due.pop(0)
+            killed.append(scheduler.executor.kill_busy())
+
+    state, fleet = train(actors, mischief[0], 20, watch=watch)
+    assert state.sha256() == expected(20)
+    assert len(set(killed)) == 3
+    assert fleet.retried["lost"] >= 3
+    assert fleet.tasks_done == 200
+
+
+def test_killing_all_actors_at_once_changes_nothing(actors, mischief, expected):
+    settle(actors, 2)
+
+    def watch(scheduler, shard):
+        if shard.meta_step == 5 and shard.index == 1 and not scheduler.retried:
+            for about in actors.workers().values():
+                os.kill(about["pid"], signal.SIGKILL)
+
+    state, fleet = train(actors, mischief[0], 10, watch=watch)
+    assert state.sha256() == expected(10)
+    assert fleet.retried["lost"] >= 2
+
+
+def test_a_stopped_actor_is_backed_up_then_recycled(actors, mischief, expected):
+    settle(actors, 2)
+    stopped = []
+
+    def watch(scheduler, shard):
+        if shard.meta_step == 4 and shard.index == 3 and not stopped:
+            busy = next(m for m in actors._members.values() if m.about and m.calls)
+            stopped.append((busy.name, busy.about["pid"]))
+            os.kill(busy.about["pid"], signal.SIGSTOP)
+
+    state, fleet = train(actors, mischief[0], 10, watch=watch, timeout=8)
+    assert state.sha256() == expected(10)
+    [(name, pid)] = stopped
+    more = fleet
+    deadline = time.monotonic() + 60
+    step = 10
+    while name in actors.workers() and time.monotonic() < deadline:
+        for round in mischief[0].rounds("run", step, SEED, state, {}):
+            state = round.apply(state, more.run(round))
+        step += 1
+        time.sleep(0.1)
+    assert name not in actors.workers()
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert state.sha256() == expected(step)
+    settle(actors, 2)
+
+
+def test_an_error_in_task_code_is_named_with_its_task_and_seed(actors, mischief, told):
+    settle(actors, 2)
+    told("raise 5")
+    details = []
+    with pytest.raises(WorkerError) as caught:
+        train(actors, mischief[0], 2, on_failure=lambda d: details.append(d) or "")
+    message = str(caught.value)
+    assert "failed alike twice: task 5: ValueError: the sine of task 5 is gone" in message
+    assert "tasks 4…5" in message
+    assert f"seed {SEED}" in message
+    assert "families.py" in details[0], "the traceback is kept"
+
+
+def test_work_goes_on_after_a_failed_round(actors, mischief, expected):
+    """Calls of the failed round may still be under way: their results must not count."""
+    settle(actors, 2)
+    assert train(actors, mischief[0], 10)[0].sha256() == expected(10)
+
+
+def test_a_nan_is_attributed_to_its_task(actors, mischief, told):
+    settle(actors, 2)
+    told("nan 7")
+    with pytest.raises(WorkerError, match=rf"tasks 6…7, seed {SEED}.*task 7: tasks \[7\] gave NaN or Inf"):
+        train(actors, mischief[0], 1)
+
+
+def test_a_task_that_kills_its_worker_ends_the_run_after_three(actors, mischief, told):
+    settle(actors, 2)
+    told("exit 3")
+    with pytest.raises(WorkerError) as caught:
+        train(actors, mischief[0], 1)
+    message = str(caught.value)
+    assert "killed 3 workers" in message
+    assert "tasks 2…3" in message
+    assert f"seed {SEED}" in message
+    assert message.count("learner-") >= 3
+
+
+def test_a_task_that_kills_once_is_forgiven(actors, mischief, told, expected):
+    settle(actors, 2)
+    told("once 1")
+    state, fleet = train(actors, mischief[0], 10)
+    assert state.sha256() == expected(10)
+    assert fleet.retried["lost"] >= 1
+
+
+def test_theta_is_decoded_once_per_actor_and_version(actors, mischief, cluster):
+    settle(actors, 2)
+
+    def count_decodings(self):
+        import metadist.runtime.ray_executor as module
+
+        original = module.decode_theta
+        module.decodings = 0
+
+        def counting(*arguments, **options):
+            module.decodings += 1
+            return original(*arguments, **options)
+
+        module.decode_theta = counting
+
+    def decodings(self):
+        import metadist.runtime.ray_executor as module
+
+        return module.decodings
+
+    handles = [m.handle for m in actors._members.values()]
+    cluster.get([h.__ray_call__.remote(count_decodings) for h in handles])
+    train(actors, mischief[0], 12)
+    counts = cluster.get([h.__ray_call__.remote(decodings) for h in handles])
+    assert 12 <= sum(counts) <= 24
+    assert max(counts) <= 12, "5 shards a step, one decoding"
+
+
+def test_another_theta_of_the_same_meta_step_is_seen(actors, mischief):
+    """The last validation and the test of the best parameters have one meta-step, but two θ."""
+    settle(actors, 2)
+    learner = mischief[0]
+    fleet, local = Scheduler(actors, learner), Scheduler(LocalExecutor(learner), learner)
+    for seed in (1, 2, 1):
+        state = learner.initial(seed)
+        judged = [f.run(learner.evaluation("run", 6, SEED, state, split="test", tasks=8, inner_steps=2)) for f in (fleet, local)]
+        assert judged[0].columns["loss"].tolist() == judged[1].columns["loss"].tolist()
+
+
+def memory(actors, learner, steps):
+    """How much the driver grew while it took ``steps`` meta-steps, after a warm-up."""
+    state, fleet = train(actors, learner, 50)
+    before = psutil.Process().memory_info().rss
+    state, fleet = train(actors, learner, steps, first=50, state=state)
+    return psutil.Process().memory_info().rss - before, fleet
+
+
+def test_the_drivers_memory_is_flat(actors, mischief):
+    settle(actors, 2)
+    grown, fleet = memory(actors, mischief[0], 150)
+    assert grown < 12 << 20
+    assert not fleet._outstanding
+    assert all(not m.calls for m in actors._members.values())
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_the_drivers_memory_is_flat_over_2000_meta_steps(actors, mischief):
+    settle(actors, 2)
+    assert memory(actors, mischief[0], 2000)[0] < 20 << 20
+
+
+# Starting -------------------------------------------------------------------------------------------------------------
+
+
+def test_gpus_that_are_not_there_are_an_error_after_a_bounded_wait(cluster, mischief):
+    began = time.monotonic()
+    with pytest.raises(WorkerError) as caught:
+        executor(mischief[0], WorkerGroup(gpus=0.5), patience=3)
+    assert time.monotonic() - began < 20
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "0 of 1 learners were ready after 3 s" in message
+    assert "gpus: 0.5" in message
+    assert "0 GPUs" in message
+
+
+def test_too_many_cpus_are_an_error_after_a_bounded_wait(cluster, mischief):
+    with pytest.raises(WorkerError, match=r"0 of 1 learners .* asked for 1 × \{cpus: 99, gpus: 0.0\}.* the cluster has 8 CPUs"):
+        executor(mischief[0], WorkerGroup(cpus=99, gpus=0), patience=2)
+
+
+def test_no_minimum_still_waits_for_one_worker(cluster, mischief):
+    with pytest.raises(WorkerError, match="0 of 1 learners"):
+        executor(mischief[0], WorkerGroup(min=0, max=1, cpus=99, gpus=0), patience=1)
+
+
+def test_another_fingerprint_than_the_runs_is_refused(cluster, mischief, actors):
+    settle(actors, 2)
+    mine = next(iter(actors.workers().values()))["fingerprint"]
+    other = {**mine, "torch": "1.0.0", "id": "0123"}
+    with pytest.raises(WorkerError, match=r"computes other bits than this run.*'torch': \('1.0.0'.*engine.exact: false"):
+        executor(mischief[0], WorkerGroup(gpus=0), expected=other)
+    refused = executor(mischief[0], WorkerGroup(gpus=0), expected=mine)
+    refused.close()
+
+
+def test_groups_with_other_threads_are_refused_unless_inexact(cluster, mischief):
+    groups = (WorkerGroup(gpus=0), WorkerGroup(gpus=0, threads=2))
+    with pytest.raises(WorkerError, match=r"'threads': \("):
+        executor(mischief[0], *groups)
+    loose = executor(mischief[0], *groups, exact=False)
+    try:
+        assert sorted(a["fingerprint"]["threads"] for a in loose.workers().values()) == [1, 2]
+    finally:
+        loose.close()
+
+
+def test_a_family_that_fails_to_prepare_says_so(cluster, mischief):
+    learner = dataclasses.replace(mischief[0], tasks=Unprepared())
+    with pytest.raises(ConfigError, match="the sines are sold out"):
+        executor(learner, WorkerGroup(gpus=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unprepared(families.Sinusoid):
+    def prepare(self, device):
+        if "test_ray" in Path(psutil.Process().cmdline()[-1]).name:
+            return
+        raise ConfigError("the sines are sold out")
+
+
+def test_gpus_are_shared_per_group(monkeypatch):
+    from metadist.runtime import ray_executor
+
+    monkeypatch.setattr(ray_executor.ray, "cluster_resources", lambda: {"GPU": 4.0})
+    share = ray_executor._shared_gpus
+    pair, single, many = WorkerGroup(max=2), WorkerGroup(gpus=1.0), WorkerGroup(max=8)
+    assert share([pair]) == {pair: 2.0}
+    assert share([many]) == {many: 0.5}
+    assert share([pair, single]) == {pair: 1.0, single: 1.0}
+    assert share([WorkerGroup(max=3, gpus=0.25), single]) == {WorkerGroup(max=3, gpus=0.25): 0.25, single: 1.0}
+    assert share([single, WorkerGroup(gpus=9)]) == {single: 1.0, WorkerGroup(gpus=9): 9.0}
+    assert share([pair, WorkerGroup(gpus=9)])[pair] == 0.0
