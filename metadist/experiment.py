@@ -12,7 +12,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,14 +212,11 @@ def newest_run(name: str, marker: str = "run.json") -> str:
 def fleet(
     experiment: Experiment, run_id: str, *, expected: dict[str, Any] | None = None, watch: Any = None, folder: RunFolder | None = None
 ) -> Iterator[Scheduler]:
-    """Workers and their scheduler, closed at the end. Zero workers compute in this process, without Ray."""
+    """Workers and their scheduler, closed at the end. Zero workers compute in this process, without Ray.
+
+    Meanwhile PyTorch has one thread in this process: two that spin at barriers take a core from the workers.
+    """
     engine, groups = experiment.engine, experiment.workers
-    executor: Executor
-    if sum(g.max for g in groups) == 0:
-        executor = LocalExecutor(experiment.learner, device=engine.device, threads=groups[0].threads)
-        _refuse_other_numerics(engine, expected, executor)
-    else:
-        executor = _ray_executor(experiment, run_id, expected)
 
     def failure(detail: str) -> str:
         if folder is None:
@@ -227,12 +224,19 @@ def fleet(
         folder.write("failure.txt", detail)
         return f" (traceback in {folder.url}/failure.txt)"
 
-    try:
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        executor: Executor
+        if sum(g.max for g in groups) == 0:
+            executor = LocalExecutor(experiment.learner, device=engine.device, threads=groups[0].threads)
+            _refuse_other_numerics(engine, expected, executor)
+        else:
+            executor = _ray_executor(experiment, run_id, expected)
+        stack.callback(executor.close)
         yield Scheduler(
             executor, experiment.learner, timeout=engine.shard_timeout, patience=engine.worker_patience, watch=watch, on_failure=failure
         )
-    finally:
-        executor.close()
 
 
 def _ray_executor(experiment: Experiment, run_id: str, expected: dict[str, Any] | None) -> Executor:
@@ -280,9 +284,9 @@ def train(
     run_id = new_run_id(experiment.name)
     folder = RunFolder(run_dir or f"{runs_root()}/{run_id}")
     checkpoints = Checkpoints(folder.url, keep=experiment.checkpoint.keep, higher_is_better=learner.tasks.higher_is_better)
-    run_id = _open(folder, experiment, run_id, resume)
     learner.prepare(torch.device("cpu"))
-    learner.check(experiment.seed)
+    learner.check(experiment.seed)  # before the folder is claimed: a mistake in the config leaves nothing behind
+    run_id = _open(folder, experiment, run_id, resume)
     earlier = checkpoints.latest(learner.slots)
     progress = Progress.of(earlier) if earlier else Progress(0, learner.initial(experiment.seed, _initial(experiment)))
     expected = _checked_manifest(experiment, earlier.manifest) if earlier else None
@@ -300,6 +304,7 @@ def train(
                 evaluations = [_test(experiment, run_id, workers, outcome)]
                 tracker.metrics(progress.meta_step, evaluation_metrics(evaluations[0]))
             retried = dict(workers.retried)
+        learner.prepare(torch.device("cpu"))  # an executor in this process may have moved it to a GPU
         status = "KILLED" if outcome.stopped == "interrupted" else "FINISHED"
         result = Result(
             run_id, folder.url, experiment, outcome, evaluations, progress.state.sha256(), retried, time.perf_counter() - began
@@ -557,4 +562,5 @@ def evaluate_run(
             fleet_, learner, loaded.state, run=loaded.run_id, meta_step=loaded.outcome.best_step, seed=experiment.seed, split=split,
             tasks=tasks or settings.test_tasks, inner_steps=steps,
         )  # fmt: skip
+    learner.prepare(torch.device("cpu"))
     return dataclasses.replace(loaded, experiment=experiment, evaluations=[judged], wall_seconds=time.perf_counter() - began)

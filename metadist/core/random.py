@@ -122,9 +122,11 @@ class TaskKey:
         return replace(self, tasks=self.tasks.to(device))
 
     def generator(self, name: str = "task") -> torch.Generator:
-        """A CPU ``torch.Generator`` seeded by this (single) task's key, for task code that samples sequentially."""
-        low, high = self.stream(name).bits(2).tolist()
-        return torch.Generator().manual_seed(low | (high & 0x7FFFFFFF) << 32)
+        """A CPU ``torch.Generator`` seeded by this (single) task's key, for task code that samples sequentially.
+
+        It takes 32 bits of a seed, so one in 2³² pairs of tasks shares its numbers; streams have no such limit.
+        """
+        return torch.Generator().manual_seed(int(self.stream(name).bits()))
 
 
 def seeded(seed: int, name: str) -> torch.Generator:

@@ -52,6 +52,13 @@ class State:
         return digest.hexdigest()
 
 
+def is_finite(vector: Tensor) -> bool:
+    """One pass: NaN and Inf survive a sum, so a finite sum proves finite terms. An overflowing one proves nothing."""
+    if not vector.is_floating_point():
+        return True
+    return bool(torch.isfinite(vector.sum())) or bool(torch.isfinite(vector).all())
+
+
 @dataclass(frozen=True)
 class Contribution:
     """Sums over the tasks of one or more shards: Σ slot vectors, Σ weight, number of tasks, Σ metrics.
@@ -75,7 +82,7 @@ class Contribution:
         )
 
     def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(v).all()) for v in self.slots.values() if v.is_floating_point())
+        return all(map(is_finite, self.slots.values()))
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Conv4:
     def __post_init__(self) -> None:
         one_of("model.pooling", self.pooling, ("stride", "max"))
         one_of("model.norm", self.norm, ("batch", "group", "none"))
+        one_of("model.features", self.features, ("flatten", "mean"))
         if min(self.filters, self.blocks) < 1:
             raise ConfigError(f"model.filters, model.blocks: {self.filters} and {self.blocks} must each be at least 1")
 

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from metadist.core.errors import WorkerError
 from metadist.core.executor import Event, Executor, Failed, Finished, Result, Round, Shard
 from metadist.core.learner import Learner
-from metadist.core.state import Contribution, Records, TreeSum
+from metadist.core.state import Contribution, Records, TreeSum, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +202,7 @@ def _fault(result: Result, shard: Shard, learner: Learner, reduce: bool) -> str 
             return f"slot '{name}' takes no contributions"
         if vector.shape != (slot.layout.numel,) or vector.dtype != slot.layout.dtype:
             return f"slot '{name}' is {tuple(vector.shape)} {vector.dtype}, expected ({slot.layout.numel},) {slot.layout.dtype}"
-        if not bool(torch.isfinite(vector).all()):
+        if not is_finite(vector):
             return f"slot '{name}' has NaN or Inf"
     expected = {n for n, s in learner.slots.items() if s.rule != "constant"}
     if set(result.slots) != expected:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metadist.core.executor import Result, Shard
-from metadist.core.state import Contribution, Records, Slot
+from metadist.core.state import Contribution, Records, Slot, is_finite
 from metadist.wire.stream import RejectedError, decode, dtype_name, encode, short
 
 __all__ = ["RejectedError", "decode_result", "decode_theta", "encode_result", "encode_theta"]
@@ -125,7 +125,7 @@ def decode_result(
         if slots[name].rule == "constant":
             raise RejectedError(f"slot {name} is constant and takes no contribution")
     vectors = _vectors(header, columns, slots, device)
-    if finite and (bad := [n for n, v in vectors.items() if not _is_finite(v)]):
+    if finite and (bad := [n for n, v in vectors.items() if not is_finite(v)]):
         raise RejectedError(f"NaN or Inf in slot {', '.join(bad)}")
     return Contribution(vectors, weight, tasks, metrics), sender
 
@@ -158,13 +158,6 @@ def _vectors(
         if layouts.get(name) != layout.fingerprint:
             raise RejectedError(f"slot {name} has layout {short(layouts.get(name))}, expected {layout.fingerprint}")
     return {n: c[0].to(device, copy=True) for n, c in columns.items()}
-
-
-def _is_finite(vector: Tensor) -> bool:
-    """One pass: NaN and Inf survive a sum, so a finite sum proves finite terms. An overflowing one proves nothing."""
-    if not vector.is_floating_point():
-        return True
-    return bool(torch.isfinite(vector.sum())) or bool(torch.isfinite(vector).all())
 
 
 def _check_header(header: dict[str, Any], expected: Mapping[str, Any]) -> None:

@@ -10,12 +10,13 @@ from toys import Blobs, Curves, Everything, keys, learner, relative_error, somew
 from metadist.algorithms import ANIL, CNP, MAML, MetaSGD, ProtoNet, Reptile
 from metadist.core.outer import OuterLoop
 from metadist.models import MLP, ConditionalNeuralProcess, Conv4
+from metadist.tasks import Omniglot
 
 IMAGES = Blobs(input_shape=(1, 16, 16))
 MODELS = {
     "mlp": (Curves(), MLP(hidden=(8, 8), activation="tanh")),
     "conv4-max-batch": (IMAGES, Conv4(filters=4, pooling="max", norm="batch")),
-    "conv4-stride-batch": (IMAGES, Conv4(filters=4, pooling="stride", norm="batch")),
+    "conv4-stride-batch": (IMAGES, Conv4(filters=4, pooling="stride", norm="batch", features="mean")),
     "conv4-max-group": (IMAGES, Conv4(filters=4, pooling="max", norm="group", dropout=0.2)),
     "own": (Blobs(input_shape=(1, 6, 6)), Everything),
 }
@@ -118,6 +119,17 @@ def test_meta_gradient_is_the_plain_loop_s(algorithm, model):
         assert relative_error(got.slots[slot], vector) <= 1e-10, slot
     assert got.metrics["loss"] == pytest.approx(loss, rel=1e-12)
     assert (got.weight, got.tasks) == (3.0, 3)
+
+
+@pytest.mark.parametrize("algorithm", ["maml-1", "maml-5", "protonet"])
+@pytest.mark.parametrize("pooling", ["stride", "max"])
+def test_on_the_network_and_the_data_of_the_main_job(algorithm, pooling, data):
+    method, family, config = ALGORITHMS[algorithm], Omniglot(query_shots=2), Conv4(filters=64, pooling=pooling, features="mean" if pooling == "stride" else "flatten")
+    subject = learner(method, lambda: config.build(family.input_shape, method.outputs(family)), family)
+    subject.prepare(torch.device("cpu"))
+    theta = somewhere(subject)
+    expected, _ = plain_contribution(subject, theta, keys(0, 1))
+    assert relative_error(subject.contribute(theta, keys(0, 1), 3).slots["model"], expected["model"]) <= 1e-10
 
 
 def test_first_order_differs_from_second_order():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import plain
 import pytest
 import torch
-from toys import Blobs, Everything, keys, learner, somewhere
+from toys import Blobs, Everything, WithoutDropout, keys, learner, somewhere
 
 from metadist.algorithms import MAML, MetaSGD, ProtoNet, Reptile
 from metadist.models import Conv4
@@ -57,9 +57,9 @@ def test_the_two_agree_exactly_where_nothing_normalises_over_the_batch(algorithm
 
 
 def test_evaluation_has_no_dropout_and_no_shards():
-    subject = learner(ALGORITHM, Everything, Blobs(input_shape=(1, 6, 6)))
+    subject, bare = (learner(ALGORITHM, factory, Blobs(input_shape=(1, 6, 6))) for factory in (Everything, WithoutDropout))
     theta = somewhere(subject)
-    once, again = subject.evaluate(theta, keys(0, 1), 0), subject.evaluate(theta, keys(0, 1), 99)
+    once, again = subject.evaluate(theta, keys(0, 1), 0), bare.evaluate(theta, keys(0, 1), 99)
     assert once.columns["loss"].equal(again.columns["loss"])
     apart = [subject.evaluate(theta, keys(i), 0).columns["loss"] for i in (0, 1)]
     torch.testing.assert_close(torch.cat(apart), once.columns["loss"], rtol=1e-12, atol=0)

@@ -67,6 +67,7 @@ def test_not_a_module():
 def test_freeze_patterns():
     refused(lambda: Model(mlp, freeze=("heda.*",)), "'heda.*' matches no parameter", "1.weight")
     refused(lambda: Model(mlp, freeze=("*",)), "freezes every parameter")
+    refused(lambda: Model(Everything, freeze=("second.weight",)), "matches no parameter", "first.weight")  # tied: the first name counts
     assert Model(mlp, freeze=("*.bias",)).frozen == {"1.bias", "3.bias"}
 
 

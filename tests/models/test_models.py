@@ -1,5 +1,7 @@
 """The networks that come with the package."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,9 @@ def test_conv4_sizes(pooling, image, features):
     x = torch.randn(2, 3, image, image)
     assert config.build((3, image, image), None)(x).shape == (2, features)
     assert config.build((3, image, image), 5)(x).shape == (2, 5)
+    averaged = replace(config, features="mean").build((3, image, image), None)
+    assert averaged(x).shape == (2, 8)
+    torch.testing.assert_close(averaged(x), averaged[:-2](x).mean((2, 3)))
 
 
 def test_conv4_has_the_paper_s_112_thousand_parameters():
@@ -79,6 +84,7 @@ def test_cnp_reads_a_set():
     [
         lambda: Conv4(pooling="avg"),
         lambda: Conv4(norm="bach"),
+        lambda: Conv4(features="means"),
         lambda: Conv4(filters=0),
         lambda: MLP(activation="rleu"),
         lambda: MLP(norm="batch"),

@@ -1,0 +1,49 @@
+"""``metadist verify``: equal for any number of workers and kills, and not equal where something is wrong."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+SHORT = ["evaluate.every=100", "outer.meta_steps=12"]
+
+
+def verify(config, *arguments):
+    from metadist.cli import app
+
+    return CliRunner().invoke(app, ["verify", str(config), *arguments, "--json"])
+
+
+def test_the_same_parameters_for_any_number_of_workers_and_whichever_are_killed(cluster, tmp_path):
+    result = verify(tiny.write(tmp_path, *SHORT), "--workers", "0,1,2,4", "--kill", "3")
+    assert result.exit_code == 0, result.output
+    report = tiny.last_json(result.stdout)
+    assert report["ok"]
+    assert report["same"]
+    assert len({row["params_sha256"] for row in report["rows"]}) == 1
+    by_workers = {row["workers"]: row for row in report["rows"]}
+    assert by_workers["0"]["killed"] == []
+    for workers in ("1", "2", "4"):
+        assert len(set(by_workers[workers]["killed"])) == 3
+        assert by_workers[workers]["retried"] >= 3
+    assert "identical parameters" in result.stdout
+
+
+def test_different_parameters_exit_with_1(cluster, tmp_path):
+    config = tiny.write(tmp_path, *SHORT, f"tasks={{name: '{families.__name__}:ByProcess'}}", "outer.meta_steps=2")
+    result = verify(config, "--workers", "0,1")
+    assert result.exit_code == 1, result.output
+    report = tiny.last_json(result.stdout)
+    assert not report["ok"]
+    assert not report["same"]
+    assert "DIFFERENT parameters" in result.stdout
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_kill_at_every_meta_step(cluster, tmp_path):
+    result = verify(tiny.write(tmp_path, *SHORT), "--workers", "0,2,4", "--kill", "12")
+    assert result.exit_code == 0, result.output
+    assert all(row["workers"] == "0" or len(set(row["killed"])) == 12 for row in tiny.last_json(result.stdout)["rows"])
