@@ -68,6 +68,14 @@ class Experiment:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """φ and the support set that it was adapted to."""
+
+    phi: Any
+    support: Examples
+
+
 @dataclass
 class Result:
     """A trained (or loaded) meta-learner: scores, and ``adapt`` / ``predict`` on new support sets."""
@@ -88,15 +96,17 @@ class Result:
         """The parameters that validated best."""
         return self.outcome.best
 
-    def adapt(self, x: Tensor, y: Tensor, inner_steps: int | None = None) -> Any:
-        """φ for a support set x [N, …], y [N, …]; hand it to ``predict``."""
+    def adapt(self, x: Tensor, y: Tensor, inner_steps: int | None = None) -> Adapted:
+        """Adapt to a support set x [N, …], y [N, …]; hand the result to ``predict``."""
         learner = self.experiment.learner
         dtype = learner.model.dtype
         support = Examples(x.to(dtype), y.to(dtype) if y.is_floating_point() else y)
-        return learner.adapt(self.state, support, inner_steps)
+        return Adapted(learner.adapt(self.state, support, inner_steps), support)
 
-    def predict(self, phi: Any, x: Tensor) -> Tensor:
-        return self.experiment.learner.predict(self.state, phi, x.to(self.experiment.learner.model.dtype))
+    def predict(self, adapted: Adapted, x: Tensor) -> Tensor:
+        """Predictions for x [N, …]: logits or values [N, …]."""
+        learner = self.experiment.learner
+        return learner.predict(self.state, adapted.phi, x.to(learner.model.dtype), adapted.support)
 
     def export(self, path: str | Path) -> None:
         """The model's parameters under their own names, as one safetensors file."""

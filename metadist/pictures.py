@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,11 +11,9 @@ from metadist.core.algorithm import TaskContext
 from metadist.core.learner import with_inner_steps
 from metadist.core.random import TaskKey
 from metadist.core.task import Task
+from metadist.experiment import Adapted, Result
 from metadist.tasks.sinusoid import Sinusoid
 from metadist.tracking import plots
-
-if TYPE_CHECKING:
-    from metadist.experiment import Result
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
@@ -39,7 +37,7 @@ def draw(result: Result, folder: Path) -> list[Path]:
     elif learner.tasks.kind == "classification" and learner.tasks.input_shape and len(learner.tasks.input_shape) == 3:
         drawn.append(folder / "episode.png")
         task, trajectory = _adapted(result, 0)
-        predicted = result.predict(trajectory[-1], task.query.x).argmax(-1)
+        predicted = result.predict(Adapted(trajectory[-1], task.support), task.query.x).argmax(-1)
         episode = {"support": task.support.x, "support_labels": task.support.y, "query": task.query.x, "query_labels": task.query.y}
         plots.episode_sheet(drawn[-1], {**episode, "predicted": predicted, "title": "A held-out episode"})
     return drawn
@@ -67,5 +65,5 @@ def _sinusoid(result: Result, family: Sinusoid, index: int) -> dict[str, Any]:
         "y_support": task.support.y[:, 0],
         "x_curve": x[:, 0],
         "y_true": family.curve(keys, x[:, 0])[0],
-        "predictions": {step: result.predict(trajectory[step], x)[:, 0] for step in steps},
+        "predictions": {step: result.predict(Adapted(trajectory[step], task.support), x)[:, 0] for step in steps},
     }

@@ -271,7 +271,7 @@ class Learner:
             return total
         finite = self._finite_tasks(values)
         bad = tuple(int(i) for i in keys.tasks[~finite])
-        if self.non_finite == "skip" and bad and bool(finite.any()):
+        if self.non_finite == "skip" and bad:
             return self._sum(values, metrics, finite)
         what = f"tasks {list(bad)} gave NaN or Inf" if bad else f"the sum over tasks {keys.tasks.tolist()} overflows"
         raise NonFiniteError(f"{what} (seed {keys.seed}, meta-step {meta_step})", bad)
@@ -304,7 +304,7 @@ class Learner:
             model = self._bind(theta, key, False)
             losses, metrics = [], []
             for phi in algorithm.adapt(model, theta, task.support, context):
-                prediction = self._judge(algorithm, model, phi, task)
+                prediction = self._judge(algorithm, model, phi, task.support.x, task.query.x)
                 losses.append(context.loss(prediction, task.query))
                 metrics.append(context.metric(prediction, task.query))
             return torch.stack(losses), torch.stack(metrics)
@@ -313,14 +313,15 @@ class Learner:
             losses, metrics = self._vmap(single, self.sample(keys), keys)
         return Records({"task": keys.tasks, "loss": losses.double().cpu(), self.tasks.metric_name: metrics.double().cpu()})
 
-    def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Any, task: Task) -> Tensor:
+    def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Any, support: Tensor, x: Tensor) -> Tensor:
+        """Predictions for x [N, …], normalised as ``normalization`` says; ``support`` holds the support set's inputs."""
         if self.normalization == "transductive":
-            return algorithm.predict(model, phi, task.query.x)
+            return algorithm.predict(model, phi, x)
 
-        def beside_support(x: Tensor) -> Tensor:
-            return algorithm.predict(model, phi, torch.cat([task.support.x, x.unsqueeze(0)]))[-1]
+        def beside_support(single: Tensor) -> Tensor:
+            return algorithm.predict(model, phi, torch.cat([support, single.unsqueeze(0)]))[-1]
 
-        return torch.func.vmap(beside_support)(task.query.x)
+        return torch.func.vmap(beside_support)(x)
 
     # For one task, outside a fleet ------------------------------------------------------------------------------------
 
@@ -333,10 +334,10 @@ class Learner:
         with torch.no_grad():
             return algorithm.adapt(self._bind(theta, None, False), theta, support, context)[-1]
 
-    def predict(self, state: State, phi: Any, x: Tensor) -> Tensor:
-        """Predictions for x [N, …] with an adapted φ."""
+    def predict(self, state: State, phi: Any, x: Tensor, support: Examples) -> Tensor:
+        """Predictions for x [N, …] with φ adapted to ``support``, beside which inductive normalisation sees each of them."""
         with torch.no_grad():
-            return self.algorithm.predict(self._bind(state.theta(self.slots), None, False), phi, x)
+            return self._judge(self.algorithm, self._bind(state.theta(self.slots), None, False), phi, support.x, x)
 
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int | None) -> Algorithm:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metadist.core.errors import ConfigError, one_of
+from metadist.core.errors import ConfigError, NonFiniteError, one_of
 from metadist.core.state import Contribution, Slot, State
 
 
@@ -76,11 +76,13 @@ class OuterLoop:
 
     def update(self, slots: Mapping[str, Slot], state: State, total: Contribution, meta_step: int) -> tuple[State, dict[str, float]]:
         """θ ← outer(θ, Σ contributions / Σ weights); returns the new state and what is worth plotting."""
+        if not total.weight:
+            raise NonFiniteError(f"every task of meta-step {meta_step} gave NaN or Inf; lower algorithm.inner_lr or outer.lr")
         means = {n: v / total.weight for n, v in total.slots.items()}
         gradients = [n for n in slots if slots[n].rule == "gradient"]
         norm = math.sqrt(float(torch.stack([squared_norm(means[n]) for n in gradients]).sum()))
         if not math.isfinite(norm):
-            raise ArithmeticError(f"the norm of the mean gradient at meta-step {meta_step} is {norm}")
+            raise NonFiniteError(f"the norm of the mean gradient at meta-step {meta_step} is {norm}; lower outer.lr or algorithm.inner_lr")
         scale = min(1.0, self.clip_norm / norm) if self.clip_norm is not None and norm > 0 else 1.0
         values, outer = dict(state.slots), dict(state.outer)
         for name in gradients:

@@ -207,6 +207,7 @@ def _fault(result: Result, shard: Shard, learner: Learner, reduce: bool) -> str 
     expected = {n for n, s in learner.slots.items() if s.rule != "constant"}
     if set(result.slots) != expected:
         return f"slots {sorted(result.slots)}, expected {sorted(expected)}"
-    if not (0 < result.weight < math.inf and 1 <= result.tasks <= shard.count):
+    skipped = learner.non_finite == "skip" and result.tasks == result.weight == 0
+    if not skipped and not (0 < result.weight < math.inf and 1 <= result.tasks <= shard.count):
         return f"weight {result.weight} and {result.tasks} tasks for a shard of {shard.count}"
     return None

@@ -50,9 +50,13 @@ def numerics_fingerprint(device: torch.device, threads: int, dtype: torch.dtype)
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+            facts = dict(line.split(":", 1) for line in lines.read().partition("\n\n")[0].splitlines() if ":" in line)
+    except OSError:
         return platform.processor() or "cpu"
+    known = {name.strip(): value.strip() for name, value in facts.items()}
+    # Virtual machines give generations of processors one name.
+    numbers = "/".join(known.get(name, "?") for name in ("cpu family", "model", "stepping"))
+    return f"{known.get('model name', platform.machine())} {numbers}"
 
 
 class Worker:

@@ -91,7 +91,7 @@ def decode_result(
 
     ``reduce``: a contribution (True) or records (False) are expected; None takes either.
     ``finite``: refuse contributions whose slots hold NaN or Inf. Metrics may hold them: they don't enter θ.
-    ``partial``: a contribution may be of fewer tasks than the shard has (dropped ones), but of at least one.
+    ``partial``: a contribution may be of fewer tasks than the shard has (dropped ones), even of none, with weight 0.
     ``rows``: how many rows records must have, if known.
 
     Raises ``RejectedError`` for damage; another run, meta-step, round, shard, function or task range; slots that are
@@ -115,10 +115,10 @@ def decode_result(
             raise RejectedError(f"records have {next(iter(columns.values())).shape[0]} rows, expected {rows}")
         return Records({n: c.to(device, copy=True) for n, c in columns.items()}), sender
     tasks, weight, metrics = _field(header, "tasks", int), _float(header, "weight"), _floats(header, "metrics")
-    if tasks != shard.count and not (partial and 1 <= tasks < shard.count):
+    if tasks != shard.count and not (partial and 0 <= tasks < shard.count):
         raise RejectedError(f"tasks is {tasks}, expected {shard.count}")
-    if not (math.isfinite(weight) and weight > 0):
-        raise RejectedError(f"weight is {weight}, expected a finite positive number")
+    if not (math.isfinite(weight) and (weight > 0 if tasks else weight == 0)):
+        raise RejectedError(f"weight is {weight}, expected a finite positive number (0 for no tasks)")
     for name in columns:
         if name not in slots:
             raise RejectedError(f"unknown slot {short(name)}; there are {', '.join(slots)}")

@@ -65,12 +65,14 @@ def test_evaluation_has_no_dropout_and_no_shards():
     torch.testing.assert_close(torch.cat(apart), once.columns["loss"], rtol=1e-12, atol=0)
 
 
-def test_adapting_to_one_s_own_support_set_is_what_is_evaluated():
+@pytest.mark.parametrize("normalization", ["transductive", "inductive"])
+def test_adapting_to_one_s_own_support_set_is_what_is_evaluated(normalization):
     subject = learner(replace(ALGORITHM, inner_steps=3), conv("batch"), FAMILY)
+    subject.normalization = normalization
     state = subject.initial(0)
     task = subject.sample(keys(5, split="test"))
-    phi = subject.adapt(state, type(task.support)(task.support.x[0], task.support.y[0]))
-    logits = subject.predict(state, phi, task.query.x[0])
+    support = type(task.support)(task.support.x[0], task.support.y[0])
+    logits = subject.predict(state, subject.adapt(state, support), task.query.x[0], support)
     loss = torch.nn.functional.cross_entropy(logits, task.query.y[0])
     recorded = subject.evaluate(state.theta(subject.slots), keys(5, split="test"), 0).columns["loss"][0, -1]
     torch.testing.assert_close(loss, recorded, rtol=1e-12, atol=0)
