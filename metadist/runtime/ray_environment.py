@@ -14,6 +14,10 @@ _has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_T
 if "ray" not in sys.modules and (ADDRESS is None or _has_token):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
+# Ray would try for a quarter of an hour to join what listens at the address but is no Ray.
+if ADDRESS is not None:
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
+
 # Without it an actor that asked for no GPU may see them all.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")

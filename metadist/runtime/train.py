@@ -241,6 +241,6 @@ class _Meter:
         for name in ("publish", "gather", "compute", "reduce"):
             values[f"engine/seconds_per_step/{name}"] = taken.seconds[name] / steps
         for worker, stats in sorted(taken.workers.items()):
-            values |= {f"sys/{worker}/{k}": stats[k] for k in ("cpu_percent", "memory_bytes", "gpu_memory_bytes") if k in stats}
+            values |= {f"sys/{worker}/{k}": stats[k] for k in ("cpu_percent", "memory_bytes", "gpu_percent", "gpu_memory_bytes") if k in stats}
         self._window_seconds = self._window_tasks = self._steps = 0.0
         return values

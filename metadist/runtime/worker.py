@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -103,6 +104,8 @@ class Worker:
         }
         if self.device.type == "cuda":
             stats["gpu_memory_bytes"] = float(torch.cuda.memory_allocated(self.device))
+            with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # needs NVIDIA's management library
+                stats["gpu_percent"] = float(torch.cuda.utilization(self.device))
         return result, stats
 
     def _blame(self, shard: Shard, theta: Mapping[str, Tensor], error: Exception) -> TaskError:

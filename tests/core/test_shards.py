@@ -214,8 +214,12 @@ def test_skipping_is_running_without_them(factory):
     assert (got.weight, got.tasks) == (2.0, 2)
     assert relative_error(got.slots["model"], expected.slots["model"]) < 1e-14
     assert got.metrics == pytest.approx(expected.metrics)
-    with pytest.raises(NonFiniteError):
-        poisoned.contribute(theta, keys(12, 14), 3)
+    nothing = poisoned.contribute(theta, keys(12, 14), 3)
+    assert (nothing.weight, nothing.tasks) == (0.0, 0)
+    assert not nothing.slots["model"].any()
+    assert relative_error((got + nothing).slots["model"], expected.slots["model"]) < 1e-14
+    with pytest.raises(NonFiniteError, match="every task of meta-step 3"):
+        poisoned.outer.update(poisoned.slots, poisoned.initial(0), nothing, 3)
 
 
 def test_a_sum_that_overflows_is_not_blamed_on_a_task():
