@@ -15,7 +15,6 @@ from metadist.config import (
     EngineSettings,
     EvaluateSettings,
     TrackingSettings,
-    _as_plain,
     _check_name,
     _factory,
 )
@@ -29,6 +28,7 @@ from metadist.experiment import Experiment, Result
 from metadist.experiment import load_run as _load_run
 from metadist.experiment import train as _train
 from metadist.runtime.groups import WorkerGroup
+from metadist.schema import as_plain
 
 
 def compose(
@@ -63,12 +63,12 @@ def compose(
         "tasks": _described(tasks),
         "model": {**_described(model), "freeze": list(freeze)},
         "algorithm": _described(algorithm),
-        "outer": _as_plain(outer),
-        "evaluate": _as_plain(evaluate),
-        "workers": [_as_plain(group)],
-        "engine": _as_plain(engine),
-        "checkpoint": _as_plain(checkpoint),
-        "tracking": _as_plain(settings),
+        "outer": as_plain(outer),
+        "evaluate": as_plain(evaluate),
+        "workers": [as_plain(group)],
+        "engine": as_plain(engine),
+        "checkpoint": as_plain(checkpoint),
+        "tracking": as_plain(settings),
         "init_from": init_from,
     }
     return Experiment(name, seed, learner, evaluate, (group,), engine, checkpoint, settings, init_from, document)
@@ -90,7 +90,7 @@ def _described(part: Any) -> dict[str, Any]:
         return {**_described(part.func), **part.keywords}
     named = part if inspect.isfunction(part) or inspect.isclass(part) else type(part)
     name = f"{named.__module__}:{named.__qualname__}"
-    return {"name": name, **(_as_plain(part) if hasattr(part, "__dataclass_fields__") and not inspect.isclass(part) else {})}
+    return {"name": name, **(as_plain(part) if hasattr(part, "__dataclass_fields__") and not inspect.isclass(part) else {})}
 
 
 __all__ = ["compose", "load", "train"]

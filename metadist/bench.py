@@ -18,13 +18,13 @@ import psutil
 import torch
 
 from metadist import config as configuration
-from metadist.config import Document
 from metadist.core.errors import ConfigError
 from metadist.core.learner import Learner
 from metadist.core.state import State
 from metadist.experiment import Experiment, fleet
 from metadist.runtime.scheduler import Scheduler
 from metadist.runtime.worker import numerics_fingerprint
+from metadist.schema import Document
 from metadist.tracking import MLflowTracker, NullTracker
 
 BENCHMARKS = {

@@ -289,7 +289,7 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=6
     with _clean_errors():
         from pathlib import Path
 
-        from metadist.experiment import runs_root
+        from metadist.run_folder import runs_root
         from metadist.tracking import replay, undelivered
         from metadist.tracking.ui import serve_ui
 

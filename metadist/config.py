@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
 import json
-import math
 import os
 import re
 import sys
 import traceback
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
-import pydantic
 import torch
-import yaml
 from torch import nn
 
 from metadist.core.algorithm import Algorithm
-from metadist.core.errors import ConfigError, MetadistError, nearest
+from metadist.core.errors import ConfigError, nearest
 from metadist.core.learner import Learner
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.task import TaskFamily
 from metadist.runtime.groups import WorkerGroup
-
-Document = dict[str, Any]
+from metadist.schema import Document, as_plain, explained, parse_yaml, settings, typed
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,7 @@ class Config:
     document: Document = field(repr=False)
 
     def learner(self) -> Learner:
-        with _explained("model", getattr(self.model, "func", self.model)):
+        with explained("model", getattr(self.model, "func", self.model)):
             model = Model(self.model, dtype=getattr(torch, self.engine.dtype), freeze=self.freeze)
         return Learner(self.algorithm, model, self.tasks, self.outer, self.evaluate.normalization, self.engine.non_finite)
 
@@ -122,55 +113,6 @@ KEYS = (
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (1e-3 is a number), and a key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"line {node.start_mark.line + 1}: key '{key}' is given twice")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-# A date would be the one scalar that JSON, and so the rest of the way, has not: it stays a text.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    try:
-        value = yaml.load(text, _Loader)
-        _check_plain(value, where)
-        return value
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{where}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    except (RecursionError, ValueError) as error:  # an alias within itself; an explicit tag on what is none
-        raise ConfigError(f"{where}: not valid YAML: {error}") from error
-
-
-def _check_plain(value: Any, where: str, key: str = "") -> None:
-    if isinstance(value, (dict, list)):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            path = f"{key}.{name}" if key else str(name)
-            if isinstance(value, dict) and not isinstance(name, str):
-                raise ConfigError(f"{where}: key {path} is not a text; write it in quotes")
-            _check_plain(item, where, path)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}: {key}: {value} is not a finite number")
-    elif value is not None and not isinstance(value, (str, int, float)):
-        raise ConfigError(f"{where}: {key}: {value!r} is not a plain value")
 
 
 def config_folders() -> list[Path]:
@@ -280,7 +222,7 @@ def build(document: Document) -> Config:
     tasks = _component("tasks", document["tasks"], TASKS)
     _judge_by(tasks, document)
     model_document = dict(_mapping("model", document["model"]))
-    freeze = _typed("model.freeze", model_document.pop("freeze", []), tuple[str, ...])
+    freeze = typed("model.freeze", model_document.pop("freeze", []), tuple[str, ...])
     algorithm = _component("algorithm", document["algorithm"], ALGORITHMS)
     model = _component("model", model_document, MODELS, deferred=True)
     if not isinstance(tasks, TaskFamily):
@@ -292,19 +234,19 @@ def build(document: Document) -> Config:
     if groups is not None and not isinstance(groups, list):
         raise ConfigError(f"workers: expected a list of groups, such as [{{role: learner, max: 2}}], got {groups!r}")
     config = Config(
-        name=_typed("name", document.get("name", "experiment"), str),
-        seed=_typed("seed", document.get("seed", 0), int),
+        name=typed("name", document.get("name", "experiment"), str),
+        seed=typed("seed", document.get("seed", 0), int),
         tasks=tasks,
         model=factory,
         freeze=freeze,
         algorithm=algorithm,
-        outer=_settings("outer", document.get("outer"), OuterLoop),
-        evaluate=_settings("evaluate", document.get("evaluate"), EvaluateSettings),
-        workers=tuple(_settings(f"workers.{i}", g, WorkerGroup) for i, g in enumerate(groups or [{}])),
-        engine=_settings("engine", document.get("engine"), EngineSettings),
-        checkpoint=_settings("checkpoint", document.get("checkpoint"), CheckpointSettings),
-        tracking=_settings("tracking", document.get("tracking"), TrackingSettings),
-        init_from=_typed("init_from", document.get("init_from"), Union[str, None]),
+        outer=settings("outer", document.get("outer"), OuterLoop),
+        evaluate=settings("evaluate", document.get("evaluate"), EvaluateSettings),
+        workers=tuple(settings(f"workers.{i}", g, WorkerGroup) for i, g in enumerate(groups or [{}])),
+        engine=settings("engine", document.get("engine"), EngineSettings),
+        checkpoint=settings("checkpoint", document.get("checkpoint"), CheckpointSettings),
+        tracking=settings("tracking", document.get("tracking"), TrackingSettings),
+        init_from=typed("init_from", document.get("init_from"), Union[str, None]),
         document=document,
     )
     _check_name(config.name)
@@ -358,7 +300,7 @@ def _component(key: str, value: Any, known: Mapping[str, type], deferred: bool =
             f"{key}.name: '{name}' is not one of {', '.join(sorted(known))}{nearest(name, known)} (your own: package.module:Class)"
         )
     if is_dataclass(cls):
-        return _settings(key, options, cls)
+        return settings(key, options, cls)
     if isinstance(cls, (TaskFamily, Algorithm, nn.Module)):
         if options:
             raise ConfigError(f"{key}: '{name}' is an object already and takes no {', '.join(options)}")
@@ -368,20 +310,8 @@ def _component(key: str, value: Any, known: Mapping[str, type], deferred: bool =
     _check_arguments(key, cls, options)
     if deferred:
         return functools.partial(cls, **options)
-    with _explained(key, cls):
+    with explained(key, cls):
         return cls(**options)
-
-
-@contextmanager
-def _explained(key: str, maker: Any) -> Iterator[None]:
-    """An error in a user's own constructor names the key that it was called for."""
-    try:
-        yield
-    except MetadistError:
-        raise
-    except Exception as error:
-        what = getattr(maker, "__name__", type(maker).__name__)
-        raise ConfigError(f"{key}: {what} raised {type(error).__name__}: {error}") from error
 
 
 def _check_arguments(key: str, callable_: Any, options: Mapping[str, Any]) -> None:
@@ -435,14 +365,14 @@ def _itself(module: nn.Module) -> nn.Module:
 def _judge_by(tasks: Any, document: Document) -> None:
     """Put the user's own loss and metric in the family's place."""
     if document.get("loss") is not None:
-        loss = _function(_typed("loss", document["loss"], str), "loss")
+        loss = _function(typed("loss", document["loss"], str), "loss")
         object.__setattr__(tasks, "loss", loss)
     if document.get("metric") is not None:
         metric = document["metric"]
-        settings = _settings("metric", {"name": metric} if isinstance(metric, str) else metric, MetricSettings)
-        object.__setattr__(tasks, "metric", _function(settings.name, "metric"))
-        object.__setattr__(tasks, "metric_name", settings.name.partition(":")[2])
-        object.__setattr__(tasks, "higher_is_better", settings.higher_is_better)
+        chosen = settings("metric", {"name": metric} if isinstance(metric, str) else metric, MetricSettings)
+        object.__setattr__(tasks, "metric", _function(chosen.name, "metric"))
+        object.__setattr__(tasks, "metric_name", chosen.name.partition(":")[2])
+        object.__setattr__(tasks, "higher_is_better", chosen.higher_is_better)
 
 
 def _function(path: str, key: str) -> Any:
@@ -450,72 +380,6 @@ def _function(path: str, key: str) -> Any:
     if not callable(found):
         raise ConfigError(f"{key}: '{path}' is {found!r}; expected a function (prediction [N, …], target [N, …]) → one value per example [N]")
     return found
-
-
-def _settings(key: str, value: Any, cls: Any) -> Any:
-    """A dataclass from a mapping: unknown keys and wrong types are errors, defaults are the dataclass's."""
-    value = {} if value is None else value
-    if not isinstance(value, dict):
-        raise ConfigError(f"{key}: expected keys and values ({', '.join(f.name for f in fields(cls) if f.init)}), got {value!r}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in fields(cls) if f.init}
-    for name in value:
-        if name not in known:
-            raise ConfigError(f"unknown key '{key}.{name}'{nearest(str(name), known)}; allowed: {', '.join(known)}")
-    for name, f in known.items():
-        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"key '{key}.{name}' is missing; expected {_type_name(hints[name])}")
-    typed = {name: _typed(f"{key}.{name}", v, hints[name]) for name, v in value.items()}
-    with _explained(key, cls):
-        return cls(**typed)
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    """Strictly of the hinted type, except that lists serve as tuples and integers as floats."""
-    try:
-        return pydantic.TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
-    except pydantic.ValidationError as error:
-        choices = _choices(hint)
-        hint_text = _type_name(hint)
-        close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1) if choices else []
-        suggestion = f"; did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"{key}: {value!r} is not allowed; expected {hint_text}{suggestion}") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}: {value!r} is not a plain value: {error}") from error
-
-
-def _choices(hint: Any) -> list[Any]:
-    if typing.get_origin(hint) is Literal:
-        return list(typing.get_args(hint))
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return [c for part in typing.get_args(hint) for c in _choices(part)]
-    return []
-
-
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    if hint in names:
-        return names[hint]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type_name(a) for a in arguments)
-    if origin is tuple:
-        inner = [a for a in arguments if a is not Ellipsis]
-        return f"a list of {_type_name(inner[0])}" if Ellipsis in arguments else f"[{', '.join(_type_name(a) for a in inner)}]"
-    return str(hint)
-
-
-def flatten(document: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested keys → dotted keys."""
-    if isinstance(document, dict):
-        items: Any = document.items()
-    elif isinstance(document, list) and any(isinstance(v, (dict, list)) for v in document):
-        items = enumerate(document)
-    else:
-        return {prefix: document}
-    return {k: v for name, value in items for k, v in flatten(value, f"{prefix}.{name}" if prefix else str(name)).items()}
 
 
 def resolved(config: Config) -> Document:
@@ -526,14 +390,10 @@ def resolved(config: Config) -> Document:
         instance: Any = part
         if key == "model" and isinstance(part, functools.partial) and inspect.ismethod(part.func):
             instance = part.func.__self__
-        document[key] = {"name": given.get("name"), **(_as_plain(instance) if is_dataclass(instance) else given), **given}
-    document["outer"] = _as_plain(config.outer)
-    document["evaluate"] = _as_plain(config.evaluate)
-    document["workers"] = [_as_plain(g) for g in config.workers]
+        document[key] = {"name": given.get("name"), **(as_plain(instance) if is_dataclass(instance) else given), **given}
+    document["outer"] = as_plain(config.outer)
+    document["evaluate"] = as_plain(config.evaluate)
+    document["workers"] = [as_plain(g) for g in config.workers]
     for key in ("engine", "checkpoint", "tracking"):
-        document[key] = _as_plain(getattr(config, key))
+        document[key] = as_plain(getattr(config, key))
     return {**document, **{k: config.document.get(k) for k in ("init_from", "loss", "metric")}}
-
-
-def _as_plain(instance: Any) -> Document:
-    return json.loads(json.dumps({f.name: getattr(instance, f.name) for f in fields(instance) if f.init}, default=str))

@@ -57,7 +57,7 @@ class Bar:
         self._progress.update(self._task, validation=f"validation {_score(evaluation)}")
 
     def note(self, message: str) -> None:
-        self._progress.console.print(message, markup=False, highlight=False)
+        self._progress.console.print(message, markup=False, emoji=False, highlight=False)
 
 
 def plain() -> Display:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 import platform
-import secrets
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,27 +14,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 import yaml
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 import metadist
 from metadist import config as configuration
 from metadist.config import CheckpointSettings, Config, EngineSettings, EvaluateSettings, TrackingSettings
-from metadist.core.errors import CheckpointError, ConfigError, MetadistError
+from metadist.core.errors import CheckpointError, ConfigError
 from metadist.core.executor import Executor, Shard
 from metadist.core.learner import Learner
 from metadist.core.state import State
 from metadist.core.task import Examples
+from metadist.run_folder import RunFolder, new_run_id, newest_run, runs_root
 from metadist.runtime.checkpoint import Checkpoints, export_parameters, load_parameters
 from metadist.runtime.evaluation import Evaluation, as_json, evaluate
 from metadist.runtime.groups import WorkerGroup
 from metadist.runtime.local_executor import LocalExecutor
 from metadist.runtime.scheduler import Scheduler
 from metadist.runtime.train import Display, Outcome, Progress, Run, evaluation_metrics, meta_train
+from metadist.schema import flatten, parse_yaml
 
 log = logging.getLogger(__name__)
 
@@ -139,80 +135,6 @@ class Quiet:
     def evaluated(self, meta_step: int, evaluation: Evaluation) -> None: ...
 
     def note(self, message: str) -> None: ...
-
-
-# Where things lie -----------------------------------------------------------------------------------------------------
-
-
-def runs_root() -> str:
-    return os.environ.get("METADIST_RUNS") or "runs"
-
-
-class RunFolder:
-    """A run's folder: a local path or any fsspec URL. ``scratch`` is a local folder for what can't be remote (spool, plots)."""
-
-    def __init__(self, location: str) -> None:
-        self.url = location.rstrip("/")
-        try:
-            self._fs, self._path = url_to_fs(self.url)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"run_dir '{location}': {error}") from error
-        self.local = isinstance(self._fs, LocalFileSystem)
-        if self.local:
-            self.url = self._path
-        digest = hashlib.sha256(self.url.encode()).hexdigest()[:12]
-        cache = Path(os.environ.get("METADIST_CACHE") or Path.home() / ".cache" / "metadist")
-        self.scratch = Path(self._path) if self.local else cache / "runs" / f"{self.url.rsplit('/', 1)[-1]}-{digest}"
-
-    def read(self, name: str) -> str | None:
-        try:
-            with fsspec.open(f"{self.url}/{name}", "r", encoding="utf-8") as file:
-                return file.read()
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"run_dir '{self.url}': {name} can't be read: {error}") from error
-
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        text = self.read(name)
-        try:
-            return None if text is None else dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"run_dir '{self.url}': {name} is damaged: {error}") from error
-
-    def write(self, name: str, text: str) -> None:
-        """On a local disk renamed into place: a run that is killed meanwhile can still be resumed."""
-        target = f"{self._path}/{name}"
-        try:
-            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-            written = f"{target}.new" if self.local else target
-            self._fs.pipe_file(written, text.encode())
-            if self.local:
-                os.replace(written, target)
-        except OSError as error:
-            raise MetadistError(f"run_dir '{self.url}': {name} can't be written: {error}") from error
-
-    def upload(self, path: Path, name: str) -> None:
-        if not self.local:
-            self._fs.makedirs(f"{self._path}/{name}".rpartition("/")[0], exist_ok=True)
-            self._fs.put_file(str(path), f"{self._path}/{name}")
-
-
-def new_run_id(name: str) -> str:
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-
-
-def newest_run(name: str, marker: str = "run.json") -> str:
-    """The newest run (or ``group.json``: group of seeds) of an experiment under ``METADIST_RUNS``."""
-    fs, root = url_to_fs(runs_root())
-    found = []
-    for path in fs.ls(root, detail=False) if fs.exists(root) else []:
-        about = RunFolder(fs.unstrip_protocol(path)).read_json(marker) if fs.isdir(path) else None
-        if about is not None and about["name"] == name:
-            found.append((about["created"], path))
-    if not found:
-        raise ConfigError(f"--resume: there is no {'group of seeds' if marker == 'group.json' else 'run'} of '{name}' in {runs_root()}; give --run-dir DIR, or start without --resume")
-    return fs.unstrip_protocol(max(found)[1]) if not isinstance(fs, LocalFileSystem) else max(found)[1]
 
 
 # Fleet ----------------------------------------------------------------------------------------------------------------
@@ -371,8 +293,8 @@ def _initial(experiment: Experiment) -> Mapping[str, Tensor] | None:
 def _refuse_other_config(folder: RunFolder, experiment: Experiment, meta_step: int) -> None:
     """A resumed run must be the run that was begun, in everything that enters θ."""
     text = folder.read("config.yaml")
-    before = configuration.flatten(configuration.parse_yaml(text or "{}", "config.yaml") or {})
-    now = configuration.flatten(experiment.document)
+    before = flatten(parse_yaml(text or "{}", "config.yaml") or {})
+    now = flatten(experiment.document)
     if meta_step:
         longer = experiment.learner.outer.schedule == "constant"
         for key in sorted(before.keys() | now.keys()):
@@ -423,7 +345,7 @@ def _start_tracker(experiment: Experiment, folder: RunFolder, run_id: str, paren
         "platform": platform.platform(),
     }
     tracker.start(
-        run_id=run_id, name=folder.url.rsplit("/", 1)[-1], params=configuration.flatten(experiment.document),
+        run_id=run_id, name=folder.url.rsplit("/", 1)[-1], params=flatten(experiment.document),
         tags={k: v for k, v in tags.items() if v}, parent=parent, mlflow_run_id=mlflow_run_id,
     )  # fmt: skip
     if folder.local and (Path(folder.url) / "config.yaml").is_file():
@@ -540,7 +462,7 @@ def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
     if text is None or about is None:
         raise ConfigError(f"run directory '{run_dir}' has no config.yaml and run.json; is it the folder that train printed?")
     if experiment is None:
-        experiment = Experiment.of(configuration.build(configuration.parse_yaml(text, f"{run_dir}/config.yaml")))
+        experiment = Experiment.of(configuration.build(parse_yaml(text, f"{run_dir}/config.yaml")))
     learner = experiment.learner
     checkpoints = Checkpoints(folder.url, higher_is_better=learner.tasks.higher_is_better)
     loaded = checkpoints.best(learner.slots) or checkpoints.latest(learner.slots)

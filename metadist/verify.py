@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from metadist import config as configuration
-from metadist.config import Document
 from metadist.core.errors import ConfigError
 from metadist.core.executor import Shard
 from metadist.experiment import Experiment, train
 from metadist.runtime.scheduler import Scheduler
 from metadist.runtime.train import Display
+from metadist.schema import Document
 
 
 class Killer:

@@ -39,7 +39,7 @@ IMPORTERS = {
     "ray": ("runtime/ray_executor.py",),
     "typer": ("cli.py",),
     "rich": ("cli.py", "display.py", "bench.py", "verify.py"),
-    "pydantic": ("config.py",),
+    "pydantic": ("schema.py",),
     "matplotlib": ("tracking/", "pictures.py"),
 }
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -162,7 +162,7 @@ class Scheduler:
             alike = event.message in earlier
             earlier.append(event.message)
             if alike or len(earlier) >= MAX_FAILURES:
-                where = self._on_failure(event.detail or event.message) if self._on_failure else ""
+                where = self._on_failure(event.detail) if self._on_failure and event.detail else ""
                 tasks = f"task {', '.join(map(str, event.tasks))}: " if event.tasks else ""
                 times = "alike twice" if alike else f"{MAX_FAILURES} times, the last with"
                 raise WorkerError(f"{shard} failed {times}: {tasks}{event.message}{where}")

@@ -344,3 +344,21 @@ def test_gpus_are_shared_per_group(monkeypatch):
     assert share([WorkerGroup(max=3, gpus=0.25), single]) == {WorkerGroup(max=3, gpus=0.25): 0.25, single: 1.0}
     assert share([single, WorkerGroup(gpus=9)]) == {single: 1.0, WorkerGroup(gpus=9): 9.0}
     assert share([pair, WorkerGroup(gpus=9)])[pair] == 0.0
+
+
+def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
+    """Validations, the choice of the best θ (not the last one here) and its test."""
+    from metadist.experiment import evaluate_run
+    from metadist.experiment import train as run_training
+
+    overrides = ["outer.lr=0.3", "evaluate.every=1", "outer.meta_steps=7"]
+    alone, fleet = (
+        run_training(tiny.experiment(*overrides, f"workers=[{{min: {n}, max: {n}, gpus: 0}}]"), run_dir=str(tmp_path / str(n)), plots=False)
+        for n in (0, 2)
+    )
+    assert alone.outcome.best_step < 7
+    assert fleet.params_sha256 == alone.params_sha256
+    assert fleet.outcome.best_step == alone.outcome.best_step
+    assert fleet.outcome.progress.validation == alone.outcome.progress.validation
+    assert fleet.evaluations == alone.evaluations
+    assert evaluate_run(str(tmp_path / "0"), workers="1").evaluations == alone.evaluations

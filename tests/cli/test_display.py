@@ -1,0 +1,71 @@
+"""What a person sees while it runs."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+import tiny
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from metadist import display
+from metadist.runtime.evaluation import Evaluation
+
+JUDGED = Evaluation("validation", "mse", 6, [2.0, 1.0], [0.2, 0.1], [1.5, 0.9], [2.0, 1.0], 0.0, {})
+
+
+def test_plain_lines_say_step_loss_rate_and_what_is_left(capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 20.0, 21.0, 40.0, 41.0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
+    plain = display.Plain(100)
+    plain.step(11, {"loss": 0.5, "gradient_norm": 9.0}, 123.4)
+    plain.step(31, {"loss": 0.25, "mse": 0.25, "lr": 1.0}, 123.4)
+    plain.step(32, {"loss": 0.25}, 123.4)
+    plain.evaluated(32, JUDGED)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "meta-step 31/100  loss 0.2500  mse 0.2500  123 tasks/s, 66 s left",
+        "meta-step 32  validation mse 1.0000 ± 0.1000",
+    ]
+
+
+@pytest.mark.parametrize("message", ["tasks [3, 4] gave [bold]NaN[/x]", "[/]", "run [a/b] :smile:"])
+def test_notes_are_shown_as_they_are(message):
+    shown = io.StringIO()
+    with Progress(TextColumn("{task.description}"), console=Console(file=shown, width=80)) as progress:
+        bar = display.Bar(progress, 10)
+        bar.step(3, {"loss": 0.5}, 12.0)
+        bar.evaluated(3, JUDGED)
+        bar.note(message)
+    assert message in shown.getvalue()
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "metadist.cli", "train", str(tiny.write(tmp_path, "outer.meta_steps=30")), "--json"]
+    environment = {**tiny.environment(tmp_path), "TERM": "xterm-256color", "COLUMNS": "160"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=slave, text=True) as process:
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(master, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not piece:
+                break
+            shown += piece
+        out = process.stdout.read()
+    os.close(master)
+    assert process.returncode == 0
+    text = shown.decode()
+    for part in ("meta-training", "30/30", "tasks/s", "loss", "validation mse"):
+        assert part in text, part
+    assert "Traceback" not in text
+    assert tiny.last_json(out)["meta_step"] == 30
