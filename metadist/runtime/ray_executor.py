@@ -43,11 +43,14 @@ MAX_FAILED_STARTS = 3
 class _Actor:
     """A worker inside an actor. θ arrives as a zero-copy view of the object store and is decoded once per version."""
 
-    def __init__(self, learner: Learner, name: str, role: str, device: str, gpus: float, threads: int) -> None:
+    def __init__(self, learner: Learner, name: str, role: str, device: str, gpus: float, threads: int, places: dict[str, str]) -> None:
         self._arguments = (learner, name, role, device, gpus, threads)
+        self._places = places
 
     def start(self) -> dict[str, Any]:
         learner, name, role, device, gpus, threads = self._arguments
+        for variable, path in self._places.items():
+            os.environ.setdefault(variable, path)  # a node that knows better has its own
         self._worker = Worker(learner, name=name, device=device, gpus=gpus, threads=threads)
         self._version = 0
         self._theta: dict[str, Tensor] = {}
@@ -125,7 +128,8 @@ class RayExecutor:
         options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}}
         remote = ray.remote(**options)(_Actor)
         gpus = self._gpus[group]
-        handle: Any = remote.remote(self._learner_ref, name, group.role, self._device, gpus, group.threads)
+        places = {n: os.path.abspath(os.environ[n]) for n in ("METADIST_DATA", "METADIST_CACHE") if os.environ.get(n)}
+        handle: Any = remote.remote(self._learner_ref, name, group.role, self._device, gpus, group.threads, places)
         self._members[name] = _Member(name, group, handle, handle.start.remote())
 
     def _await_minimum(self, patience: float) -> None:
