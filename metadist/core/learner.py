@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, TaskContext
-from metadist.core.errors import ConfigError, NonFiniteError, one_of
+from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, one_of
 from metadist.core.executor import Result, Round, Shard
 from metadist.core.model import BoundModel, Model
 from metadist.core.outer import OuterLoop
@@ -117,7 +118,15 @@ class Learner:
         state = self.initial(seed)
         for split in ("train", "validation"):
             # As many as in a shard: one task alone is never padded.
-            task = self.sample(TaskKey.of(seed, split, 0, range(min(self.outer.shard_size, self.outer.meta_batch_size))))
+            keys = TaskKey.of(seed, split, 0, range(min(self.outer.shard_size, self.outer.meta_batch_size)))
+            try:
+                task = self.sample(keys)
+            except MetadistError:
+                raise
+            except Exception as error:  # the user's own code
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                name = type(self.tasks).__name__
+                raise ConfigError(f"tasks: '{name}' can't sample {split} tasks: {_first_line(error)} ({last.filename}:{last.lineno})") from error
             one = torch.utils._pytree.tree_map(lambda t: t[0], task)
             try:
                 self._check_output(state, one, split)

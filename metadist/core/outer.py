@@ -49,6 +49,8 @@ class OuterLoop:
         for name in ("meta_batch_size", "shard_size", "meta_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"outer.{name}: {getattr(self, name)} is below 1")
+        if not (0 <= self.lr < math.inf and 0 <= self.final_lr < math.inf):
+            raise ConfigError(f"outer.lr, outer.final_lr: {self.lr}, {self.final_lr}; expected finite rates of 0 or more")
         if self.momentum and self.optimizer != "sgd":
             raise ConfigError(f"outer.momentum goes with optimizer: sgd; {self.optimizer}'s is betas")
         if self.clip_norm is not None and self.clip_norm <= 0:

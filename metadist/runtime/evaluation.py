@@ -76,7 +76,7 @@ def summarise(records: Records, learner: Learner, *, seed: int, split: str, inne
         tasks=records.rows,
         mean=metric.mean(0).tolist(),
         ci95=(1.96 * deviation / math.sqrt(count)).tolist(),
-        median=metric.median(0).values.tolist(),
+        median=metric.quantile(0.5, dim=0).tolist(),
         loss=loss.mean(0).tolist(),
         divergence_rate=float(diverged.double().mean()),
         protocol=protocol,

@@ -10,6 +10,7 @@ from toys import Blobs, Curves, Everything, keys, learner
 from metadist.algorithms import ANIL, CNP, MAML, MetaSGD, ProtoNet, Reptile
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model, use_batch_statistics
+from metadist.core.outer import OuterLoop
 from metadist.core.task import Examples, Task, TaskFamily
 from metadist.models import MLP, Conv4
 
@@ -223,3 +224,19 @@ def test_init_from():
     assert begun["1.weight"].eq(0.5).all()
     assert begun["1.weight"].dtype == torch.float64
     assert begun["3.weight"].equal(whole.parameters(whole.initial(0))["3.weight"])
+
+
+def test_tasks_that_raise_are_named_with_the_line():
+    class Broken(Curves):
+        def sample(self, keys, split):
+            raise KeyError("amplitude")
+
+    subject = learner(MAML(), lambda: nn.Linear(2, 2), Broken())
+    with pytest.raises(ConfigError, match=r"'Broken' can't sample train tasks: KeyError: 'amplitude' \(.*test_messages.py:\d+\)"):
+        subject.check(0)
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
+def test_senseless_outer_rates_are_refused(rate):
+    with pytest.raises(ConfigError, match="expected finite rates"):
+        OuterLoop(lr=rate)
