@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -41,6 +41,11 @@ def _clean_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         _say("interrupted")
         raise typer.Exit(130) from None
+
+
+def _only_results_on_stdout() -> AbstractContextManager[Any]:
+    """Ray reports dead workers on stdout, and so may a user's own code; both belong on stderr."""
+    return redirect_stdout(sys.stderr)
 
 
 def _say(message: str) -> None:
@@ -116,7 +121,7 @@ def _train_one(document: dict[str, Any], run_dir: str | None, resume: bool, as_j
 
     experiment = Experiment.of(configuration.build(document))
     stop = _Stop()
-    with live(experiment) as display:
+    with _only_results_on_stdout(), live(experiment) as display:
         result = run_training(experiment, run_dir=run_dir, resume=resume, display=display, stop=stop)
     interrupted = result.outcome.stopped == "interrupted"
     if interrupted:
@@ -132,8 +137,14 @@ def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None
     from metadist.display import live, show_group, show_result
     from metadist.experiment import train_seeds
 
-    stop = _Stop()
-    group = train_seeds(document, seeds, run_dir=run_dir, resume=resume, live=live, stop=stop, show=show_result)
+    stop, stdout = _Stop(), sys.stdout
+
+    def show(result: Any) -> None:
+        with redirect_stdout(stdout):
+            show_result(result)
+
+    with _only_results_on_stdout():
+        group = train_seeds(document, seeds, run_dir=run_dir, resume=resume, live=live, stop=stop, show=show)
     show_group(group)
     if as_json:
         print(json.dumps(group.as_dict()))
@@ -174,9 +185,10 @@ def evaluate(
         ):
             if value is not None and value not in allowed:
                 raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}{nearest(value, allowed)}")
-        result = evaluate_run(
-            run_dir, tasks=tasks, split=split, inner_steps=inner_steps, workers=workers, normalization=normalization
-        )
+        with _only_results_on_stdout():
+            result = evaluate_run(
+                run_dir, tasks=tasks, split=split, inner_steps=inner_steps, workers=workers, normalization=normalization
+            )
         show_evaluation(result.evaluations[0])
         if as_json:
             print(json.dumps(result.as_dict()))
@@ -200,7 +212,8 @@ def verify(
 
         document = configuration.override(configuration.read_document(config), overrides or [])
         counts = [str(n) for n in _numbers("--workers", workers)]
-        report = compare(document, counts, kill=kill, meta_steps=meta_steps, display=plain())
+        with _only_results_on_stdout():
+            report = compare(document, counts, kill=kill, meta_steps=meta_steps, display=plain())
         show_verification(report)
         if as_json:
             print(json.dumps(report))
@@ -276,7 +289,8 @@ def bench(
         from metadist.bench import bench as measure
         from metadist.display import show_benchmark
 
-        report = measure(what, configuration.override(configuration.read_document(config), overrides or []), steps=steps)
+        with _only_results_on_stdout():
+            report = measure(what, configuration.override(configuration.read_document(config), overrides or []), steps=steps)
         show_benchmark(report)
         if as_json:
             print(json.dumps(report))

@@ -29,6 +29,7 @@ def test_the_same_parameters_for_any_number_of_workers_and_whichever_are_killed(
         assert len(by_workers[workers]["killed"]) == 1
         assert by_workers[workers]["retried"] >= 1
     assert "identical parameters" in result.stdout
+    assert "raylet" not in result.stdout  # Ray's own reports of the dead
 
 
 def test_different_parameters_exit_with_1(cluster, tmp_path):
