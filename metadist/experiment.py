@@ -237,11 +237,12 @@ def train(
                 tracker.metrics(progress.meta_step, evaluation_metrics(evaluations[0]))
             retried = dict(workers.retried)
         learner.prepare(torch.device("cpu"))  # an executor in this process may have moved it to a GPU
-        status = "KILLED" if outcome.stopped == "interrupted" else "FINISHED"
+        ended = "KILLED" if outcome.stopped == "interrupted" else "FINISHED"
         result = Result(
             run_id, folder.url, experiment, outcome, evaluations, progress.state.sha256(), retried, time.perf_counter() - began
         )
-        _record(folder, result, tracker, plots and status == "FINISHED")
+        _record(folder, result, tracker, plots and ended == "FINISHED")
+        status = ended
     except KeyboardInterrupt:
         status = "KILLED"
         raise

