@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
+
+from metadist.bench.commands import app as bench
+from metadist.terminal import AsJson, Overrides, Workers, clean_errors, numbers, only_results_on_stdout, say, set_up_logging
 
 app = typer.Typer(
     help="Distributed, task-parallel meta-training: the same final parameters bit for bit, whatever the number of workers.",
@@ -20,41 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Override config keys: outer.lr=1e-3")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-Workers = Annotated[
-    str | None, typer.Option("--workers", metavar="N", help="Number of workers; 0 computes in this process; learners=2 for a role.")
-]
-
-
-@contextmanager
-def _clean_errors() -> Iterator[None]:
-    """A user's mistake is one line on stderr and exit code 2."""
-    from metadist.core.errors import MetadistError
-
-    try:
-        yield
-    except MetadistError as error:
-        _say(f"error: {' '.join(str(error).split())}")
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        _say("interrupted")
-        raise typer.Exit(130) from None
-
-
-def _only_results_on_stdout() -> AbstractContextManager[Any]:
-    """Ray reports dead workers on stdout, and so may a user's own code; both belong on stderr."""
-    return redirect_stdout(sys.stderr)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def _set_up_logging(verbose: bool = False) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("metadist").setLevel(logging.INFO if verbose else logging.WARNING)
+app.add_typer(bench, name="bench")
 
 
 class _Stop:
@@ -77,7 +45,7 @@ class _Stop:
         self.asked = True
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.default_int_handler)
-        _say("\nstopping after this meta-step, with a checkpoint; press Ctrl-C again to stop at once")
+        say("\nstopping after this meta-step, with a checkpoint; press Ctrl-C again to stop at once")
 
 
 @app.command(
@@ -95,8 +63,8 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Meta-train, with validation, checkpoints and tracking; test once at the end."""
-    _set_up_logging()
-    with _clean_errors():
+    set_up_logging()
+    with clean_errors():
         from metadist import config as configuration
 
         document = configuration.override(configuration.read_document(config), overrides or [])
@@ -108,7 +76,7 @@ def train(
             print(yaml.safe_dump(configuration.resolved(configuration.build(document)), sort_keys=False, allow_unicode=True), end="")
             return
         if seeds is not None:
-            _train_seeds(document, _numbers("--seeds", seeds), run_dir, resume, as_json)
+            _train_seeds(document, numbers("--seeds", seeds), run_dir, resume, as_json)
         else:
             _train_one(document, run_dir, resume, as_json)
 
@@ -121,11 +89,11 @@ def _train_one(document: dict[str, Any], run_dir: str | None, resume: bool, as_j
 
     experiment = Experiment.of(configuration.build(document))
     stop = _Stop()
-    with _only_results_on_stdout(), live(experiment) as display:
+    with only_results_on_stdout(), live(experiment) as display:
         result = run_training(experiment, run_dir=run_dir, resume=resume, display=display, stop=stop)
     interrupted = result.outcome.stopped == "interrupted"
     if interrupted:
-        _say(f"stopped at meta-step {result.outcome.progress.meta_step}; go on with: metadist train … --run-dir {result.run_dir} --resume")
+        say(f"stopped at meta-step {result.outcome.progress.meta_step}; go on with: metadist train … --run-dir {result.run_dir} --resume")
     show_result(result)
     if as_json:
         print(json.dumps(result.as_dict()))
@@ -135,7 +103,7 @@ def _train_one(document: dict[str, Any], run_dir: str | None, resume: bool, as_j
 
 def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None, resume: bool, as_json: bool) -> None:
     from metadist.display import live, show_group, show_result
-    from metadist.experiment import train_seeds
+    from metadist.seeds import train_seeds
 
     stop, stdout = _Stop(), sys.stdout
 
@@ -143,23 +111,14 @@ def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None
         with redirect_stdout(stdout):
             show_result(result)
 
-    with _only_results_on_stdout():
+    with only_results_on_stdout():
         group = train_seeds(document, seeds, run_dir=run_dir, resume=resume, live=live, stop=stop, show=show)
     show_group(group)
     if as_json:
         print(json.dumps(group.as_dict()))
     if group.interrupted:
-        _say(f"stopped; go on with: metadist train … --seeds {','.join(map(str, seeds))} --run-dir {group.run_dir} --resume")
+        say(f"stopped; go on with: metadist train … --seeds {','.join(map(str, seeds))} --run-dir {group.run_dir} --resume")
         raise typer.Exit(130)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    from metadist.core.errors import ConfigError
-
-    parts = [p.strip() for p in text.split(",")]
-    if not all(p.isdecimal() for p in parts) or len(set(parts)) < len(parts):
-        raise ConfigError(f"{option} {text}: expected different whole numbers, such as 0,1,2")
-    return [int(p) for p in parts]
 
 
 @app.command(epilog="Examples:  metadist evaluate runs/a --tasks 1000   |   metadist evaluate runs/a --split validation --inner-steps 10")
@@ -173,8 +132,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Judge a run's best parameters, after 0, 1, … adaptation steps."""
-    _set_up_logging()
-    with _clean_errors():
+    set_up_logging()
+    with clean_errors():
         from metadist.core.errors import ConfigError, nearest
         from metadist.display import show_evaluation
         from metadist.experiment import evaluate_run
@@ -185,7 +144,7 @@ def evaluate(
         ):
             if value is not None and value not in allowed:
                 raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}{nearest(value, allowed)}")
-        with _only_results_on_stdout():
+        with only_results_on_stdout():
             result = evaluate_run(
                 run_dir, tasks=tasks, split=split, inner_steps=inner_steps, workers=workers, normalization=normalization
             )
@@ -204,15 +163,15 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Are the final parameters the same bits for every number of workers? Exit code 1 if not."""
-    _set_up_logging()
-    with _clean_errors():
+    set_up_logging()
+    with clean_errors():
         from metadist import config as configuration
         from metadist.display import plain, show_verification
         from metadist.verify import verify as compare
 
         document = configuration.override(configuration.read_document(config), overrides or [])
-        counts = [str(n) for n in _numbers("--workers", workers)]
-        with _only_results_on_stdout():
+        counts = [str(n) for n in numbers("--workers", workers)]
+        with only_results_on_stdout():
             report = compare(document, counts, kill=kill, meta_steps=meta_steps, display=plain())
         show_verification(report)
         if as_json:
@@ -224,7 +183,7 @@ def verify(
 @app.command("list", epilog="Example:  metadist list algorithms")
 def list_(what: Annotated[str, typer.Argument(help="algorithms, tasks, models or configs.")]) -> None:
     """What there is to choose from, one per line."""
-    with _clean_errors():
+    with clean_errors():
         from metadist.core.errors import ConfigError, nearest
 
         def configs() -> dict[str, str]:
@@ -265,42 +224,19 @@ def export(
     path: Annotated[str, typer.Argument(help="The safetensors file to write.")],
 ) -> None:
     """Write a run's best model parameters, under the model's own names."""
-    _set_up_logging()
-    with _clean_errors():
+    set_up_logging()
+    with clean_errors():
         from metadist.experiment import load_run
 
         load_run(run_dir).export(path)
         print(path)
 
 
-@app.command(epilog="Examples:  metadist bench executors omniglot_maml_5w1s   |   metadist bench memory sinusoid_maml --steps 2000")
-def bench(
-    what: Annotated[str, typer.Argument(help="executors, tracking or memory.")],
-    config: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped config.")] = "sinusoid_maml",
-    overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="Measured meta-steps per contestant.", min=10)] = 200,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the engine, contestants interleaved. Run it on a machine that does nothing else."""
-    _set_up_logging()
-    logging.getLogger("metadist.tracking").setLevel(logging.ERROR)
-    with _clean_errors():
-        from metadist import config as configuration
-        from metadist.bench import bench as measure
-        from metadist.display import show_benchmark
-
-        with _only_results_on_stdout():
-            report = measure(what, configuration.override(configuration.read_document(config), overrides or []), steps=steps)
-        show_benchmark(report)
-        if as_json:
-            print(json.dumps(report))
-
-
 @app.command(epilog="Example:  metadist ui --port 5000")
 def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
     """The MLflow UI on the store that runs are recorded in, after delivering what earlier runs could not."""
-    _set_up_logging()
-    with _clean_errors():
+    set_up_logging()
+    with clean_errors():
         from pathlib import Path
 
         from metadist.run_folder import runs_root
@@ -309,7 +245,7 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=6
 
         for spool in sorted(Path(runs_root()).glob("**/tracking/spool.jsonl")):
             if undelivered(spool.parent):
-                _say(f"delivering what {spool.parent.parent} could not: {replay(spool.parent)} records still wait")
+                say(f"delivering what {spool.parent.parent} could not: {replay(spool.parent)} records still wait")
 
         serve_ui(os.environ.get("MLFLOW_TRACKING_URI"), port, runs_root())
 

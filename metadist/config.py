@@ -25,6 +25,7 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.task import TaskFamily
 from metadist.runtime.groups import WorkerGroup
+from metadist.runtime.plan import EngineSettings
 from metadist.schema import Document, as_plain, explained, parse_yaml, settings, typed
 
 
@@ -40,20 +41,6 @@ class EvaluateSettings:
     inner_steps: int | None = None
     normalization: Literal["transductive", "inductive"] = "transductive"
     patience: int | None = None
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """``exact`` refuses workers with another numerics fingerprint. ``shard_timeout``: seconds before a worker counts as hung;
-    ``worker_patience``: seconds to wait for workers. ``non_finite``: what becomes of a task that gives NaN or Inf.
-    """
-
-    dtype: Literal["float32", "float64"] = "float32"
-    device: str = "auto"
-    non_finite: Literal["error", "skip"] = "error"
-    exact: bool = True
-    shard_timeout: float = 300.0
-    worker_patience: float = 120.0
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from metadist.experiment import Experiment, Group, Result
+from metadist.experiment import Experiment, Result
 from metadist.runtime.evaluation import Evaluation
 from metadist.runtime.train import Display
+from metadist.seeds import Group
 
 #: MAML on sinusoids, K = 10, α = .01 after 70,000 meta-steps: query MSE of an independent re-run of the reference
 PUBLISHED_SINUSOID = {0: 3.01, 1: 0.351, 5: 0.123, 10: 0.100}
@@ -137,22 +139,41 @@ def show_verification(report: Mapping[str, Any]) -> None:
 
 
 def show_benchmark(report: Mapping[str, Any]) -> None:
-    title = f"{report['benchmark']} on {report['config']}, {report['meta_steps']} meta-steps, {report['unit']}"
-    columns = list(dict.fromkeys(column for row in report["contestants"].values() for column in row))
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for name, row in report["contestants"].items():
-        table.add_row(name, *(_cell(row.get(column)) for column in columns))
-    Console(file=sys.stdout, width=120, highlight=False).print(table)
-    if "same_parameters" in report:
-        print(f"same parameters {report['same_parameters']}")
-    print("machine         " + ", ".join(f"{k}={v}" for k, v in report["machine"].items()))
+    """A table per case, one row per contestant; then the case's other facts, the versions and the machine."""
+    print(f"{report['benchmark']}: {_facts(report['settings'])}")
+    console = Console(file=sys.stdout, width=180, highlight=False)
+    for title, case in report["cases"].items():
+        table = Table(title=escape(f"{title} [{case['unit']}]"), title_justify="left")
+        table.add_column("")
+        rows = case["contestants"]
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        for column in columns:
+            table.add_column(column.replace("_", " "), justify="right")
+        for name, row in rows.items():
+            table.add_row(escape(name), *(escape(_cell(row.get(column))) for column in columns))
+        console.print(table)
+        for name, value in case.items():
+            if name not in ("unit", "contestants"):
+                print(f"{name.replace('_', ' '):<15} {_facts(value) if isinstance(value, Mapping) else _cell(value)}")
+    for name in ("versions", "machine"):
+        if name in report:
+            print(f"{name:<15} {_facts(report[name])}")
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={_cell(value)}" for name, value in facts.items())
 
 
 def _cell(value: Any) -> str:
-    return " … ".join(map(_cell, value)) if isinstance(value, list) else f"{value:g}"
+    if isinstance(value, Mapping):
+        return f"({_facts(value)})"
+    if isinstance(value, (list, tuple)):
+        return " … ".join(map(_cell, value))
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+    return str(value)
 
 
 def _published(experiment: Experiment) -> Mapping[int, float] | None:

@@ -8,8 +8,7 @@ import logging
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,18 @@ from torch import Tensor
 import metadist
 from metadist import config as configuration
 from metadist.config import CheckpointSettings, Config, EngineSettings, EvaluateSettings, TrackingSettings
+from metadist.core.check import check
 from metadist.core.errors import CheckpointError, ConfigError
-from metadist.core.executor import Executor, Shard
+from metadist.core.executor import Shard
 from metadist.core.learner import Learner
 from metadist.core.state import State
 from metadist.core.task import Examples
+from metadist.fleet import fleet, planner_for
 from metadist.run_folder import RunFolder, new_run_id, newest_run, runs_root
 from metadist.runtime.checkpoint import Checkpoints, export_parameters, load_parameters
 from metadist.runtime.evaluation import Evaluation, as_json, evaluate
 from metadist.runtime.groups import WorkerGroup
-from metadist.runtime.local_executor import LocalExecutor
+from metadist.runtime.plan import as_it_is, obey
 from metadist.runtime.scheduler import Scheduler
 from metadist.runtime.train import Display, Outcome, Progress, Run, evaluation_metrics, meta_train
 from metadist.schema import flatten, parse_yaml
@@ -38,7 +39,9 @@ from metadist.schema import flatten, parse_yaml
 log = logging.getLogger(__name__)
 
 #: what may differ between a run and its resumption: nothing of it enters θ
-FREE_ON_RESUME = ("workers", "tracking", "checkpoint", "evaluate", "engine.exact", "engine.shard_timeout", "engine.worker_patience")
+FREE_ON_RESUME = (
+    "workers", "tracking", "checkpoint", "evaluate", "engine.exact", "engine.shard_timeout", "engine.worker_patience", "engine.chunk",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,61 +140,6 @@ class Quiet:
     def note(self, message: str) -> None: ...
 
 
-# Fleet ----------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def fleet(
-    experiment: Experiment, run_id: str, *, expected: dict[str, Any] | None = None, watch: Any = None, folder: RunFolder | None = None
-) -> Iterator[Scheduler]:
-    """Workers and their scheduler, closed at the end. Zero workers compute in this process, without Ray.
-
-    Meanwhile PyTorch has one thread in this process: two that spin at barriers take a core from the workers.
-    """
-    engine, groups = experiment.engine, experiment.workers
-
-    def failure(detail: str) -> str:
-        if folder is None:
-            return ""
-        folder.write("failure.txt", detail)
-        return f" (traceback in {folder.url}/failure.txt)"
-
-    with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
-        executor: Executor
-        if sum(g.max for g in groups) == 0:
-            executor = LocalExecutor(experiment.learner, device=engine.device, threads=groups[0].threads)
-            _refuse_other_numerics(engine, expected, executor)
-        else:
-            executor = _ray_executor(experiment, run_id, expected)
-        stack.callback(executor.close)
-        yield Scheduler(
-            executor, experiment.learner, timeout=engine.shard_timeout, patience=engine.worker_patience, watch=watch, on_failure=failure
-        )
-
-
-def _ray_executor(experiment: Experiment, run_id: str, expected: dict[str, Any] | None) -> Executor:
-    try:
-        from metadist.runtime.ray_executor import RayExecutor
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"workers: {error.name} is not installed; pip install 'ray[default]', or use --workers 0") from error
-    engine = experiment.engine
-    return RayExecutor(
-        experiment.learner, experiment.workers, run=run_id, device=engine.device, expected=expected, exact=engine.exact,
-        patience=engine.worker_patience,
-    )  # fmt: skip
-
-
-def _refuse_other_numerics(engine: EngineSettings, expected: dict[str, Any] | None, executor: Executor) -> None:
-    mine = next(iter(executor.workers().values()))["fingerprint"]
-    if engine.exact and expected is not None and mine["id"] != expected["id"]:
-        differing = {k: f"{expected.get(k)} → {v}" for k, v in mine.items() if k != "id" and expected.get(k) != v}
-        raise ConfigError(
-            f"this process computes other bits than the run began with ({differing}); resume on a like machine, or with engine.exact=false"
-        )
-
-
 # The main job ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +165,7 @@ def train(
     folder = RunFolder(run_dir or f"{runs_root()}/{run_id}")
     checkpoints = Checkpoints(folder.url, keep=experiment.checkpoint.keep, higher_is_better=learner.tasks.higher_is_better)
     learner.prepare(torch.device("cpu"))
-    learner.check(experiment.seed)  # before the folder is claimed: a mistake in the config leaves nothing behind
+    check(learner, experiment.seed)  # before the folder is claimed: a mistake in the config leaves nothing behind
     run_id = _open(folder, experiment, run_id, resume)
     earlier = checkpoints.latest(learner.slots)
     progress = Progress.of(earlier) if earlier else Progress(0, learner.initial(experiment.seed, _initial(experiment)))
@@ -226,7 +174,8 @@ def train(
     tracker = _start_tracker(experiment, folder, run_id, parent, earlier.manifest.get("mlflow_run_id") if earlier else None)
     status, result = "FAILED", None
     try:
-        with fleet(experiment, run_id, expected=expected, watch=watch, folder=folder) as workers:
+        planner = obey(earlier.manifest.get("engine", {}), experiment.engine.chunk) if earlier else planner_for(experiment)
+        with fleet(experiment, run_id, planner, expected=expected, watch=watch, folder=folder, note=display.note) as workers:
             run = _run(experiment, run_id, _facts(experiment, workers))
             if progress.meta_step:
                 display.note(f"resumed at meta-step {progress.meta_step}")
@@ -323,6 +272,7 @@ def _facts(experiment: Experiment, workers: Scheduler) -> dict[str, Any]:
     return {
         "config": experiment.document,
         "fingerprint": first["fingerprint"],
+        "engine": dataclasses.asdict(workers.executor.plan.engine),
         "data_sha256": getattr(experiment.learner.tasks, "data_sha256", None),
         "versions": {"metadist": metadist.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
@@ -333,7 +283,7 @@ def _start_tracker(experiment: Experiment, folder: RunFolder, run_id: str, paren
 
     settings = experiment.tracking
     tracker = tracking.make_tracker(
-        settings.uri, spool=folder.scratch / "tracking", experiment=settings.experiment, runs_root=_tracking_root(folder)
+        settings.uri, spool=folder.scratch / "tracking", experiment=settings.experiment, runs_root=tracking_root(folder)
     )
     tags = {
         "metadist.run_id": run_id,
@@ -354,7 +304,7 @@ def _start_tracker(experiment: Experiment, folder: RunFolder, run_id: str, paren
     return tracker
 
 
-def _tracking_root(folder: RunFolder) -> Path:
+def tracking_root(folder: RunFolder) -> Path:
     """Where the default SQLite store lies: METADIST_RUNS, or a local folder where that is remote."""
     return folder.scratch.parent if "://" in runs_root() else Path(runs_root()).resolve()
 
@@ -395,64 +345,6 @@ def _record(folder: RunFolder, result: Result, tracker: Any, plots: bool) -> Non
         folder.upload(path, f"plots/{path.name}")
 
 
-@dataclass
-class Group:
-    """Several seeds of one experiment, with mean and standard deviation of what they reached."""
-
-    group_id: str
-    run_dir: str
-    results: list[Result]
-    summary: dict[str, float]
-    interrupted: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        seeds = [{"seed": r.experiment.seed, **r.as_dict()} for r in self.results]
-        return {"group_id": self.group_id, "run_dir": self.run_dir, "summary": as_json(self.summary), "seeds": seeds}
-
-
-def train_seeds(
-    document: dict[str, Any], seeds: list[int], *, run_dir: str | None, resume: bool, live: Callable[[Experiment], Any],
-    stop: Callable[[], bool], show: Callable[[Result], None] = lambda _: None,
-) -> Group:  # fmt: skip
-    """One run per seed, in ``run_dir/seed-N``, as child runs of one parent that gets mean and SD."""
-    from metadist import tracking
-
-    base = Experiment.of(configuration.build(document))
-    group_id = new_run_id(base.name)
-    if resume and run_dir is None:
-        run_dir = newest_run(base.name, "group.json")
-    folder = RunFolder(run_dir or f"{runs_root()}/{group_id}")
-    known = folder.read_json("group.json")
-    if folder.read("run.json") is not None:
-        raise ConfigError(f"run_dir '{folder.url}' holds a run already, a single run; choose another --run-dir for {len(seeds)} seeds")
-    if known is not None:
-        if not resume:
-            raise ConfigError(f"run_dir '{folder.url}' holds runs already; go on with them by --resume, or choose another --run-dir")
-        if sorted(known["seeds"]) != sorted(seeds):
-            raise ConfigError(f"--resume: the group has the seeds {known['seeds']}, not {seeds}; their mean stands for just these")
-        group_id = known["group_id"]
-    else:
-        folder.write("group.json", json.dumps({"group_id": group_id, "name": base.name, "created": time.time(), "seeds": seeds}))
-    results: list[Result] = []
-    for seed in seeds:
-        experiment = Experiment.of(configuration.build({**document, "seed": seed}))
-        child = f"{folder.url}/seed-{seed}"
-        again = resume and RunFolder(child).read("run.json") is not None
-        with live(experiment) as display:
-            results.append(train(experiment, run_dir=child, resume=again, display=display, stop=stop, parent=group_id))
-        show(results[-1])
-        if stop():
-            break
-    final = [evaluation_metrics(r.evaluations[0]) for r in results if r.evaluations]
-    summary = tracking.mean_sd(final)
-    if len(final) == len(seeds):  # what is recorded once stays: no mean of half the seeds
-        tracker = tracking.make_tracker(
-            base.tracking.uri, spool=folder.scratch / "tracking", experiment=base.tracking.experiment, runs_root=_tracking_root(folder)
-        )
-        tracking.log_group(tracker, run_id=group_id, name=group_id, results={base.learner.outer.meta_steps: final})
-    return Group(group_id, folder.url, results, summary, interrupted=len(final) < len(seeds))
-
-
 # Afterwards -----------------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +382,7 @@ def evaluate_run(
     learner.prepare(torch.device("cpu"))
     steps = settings.inner_steps if inner_steps is None else inner_steps
     began = time.perf_counter()
-    with fleet(experiment, loaded.run_id) as fleet_:
+    with fleet(experiment, loaded.run_id, as_it_is) as fleet_:
         judged = evaluate(
             fleet_, learner, loaded.state, run=loaded.run_id, meta_step=loaded.outcome.best_step, seed=experiment.seed, split=split,
             tasks=tasks or settings.test_tasks, inner_steps=steps,

@@ -52,7 +52,7 @@ def _adapted(result: Result, index: int) -> tuple[Task, Any]:
     theta = result.state.theta(learner.slots)
     with torch.no_grad():
         context = TaskContext(keys.each()[0], 0, False, learner.tasks)
-        return task, algorithm.adapt(learner._bind(theta, None, False), theta, task.support, context)
+        return task, algorithm.adapt(learner.bind(theta, None, False), theta, task.support, context)
 
 
 def _sinusoid(result: Result, family: Sinusoid, index: int) -> dict[str, Any]:

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from metadist.algorithms.maml import MAML
 from metadist.core.algorithm import TaskContext, Theta
 from metadist.core.errors import ConfigError
+from metadist.core.inner import Descent
 from metadist.core.model import BoundModel, Model
-from metadist.core.parameters import Parameters
 from metadist.core.task import Examples, TaskFamily
 
 
@@ -35,12 +32,8 @@ class ANIL(MAML):
             raise ConfigError(f"algorithm.head: {wanted} matches no learned parameter; there are {', '.join(names)}")
         return super().compatible(family, model)
 
-    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Parameters]:
+    def descent(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Descent:
         body = theta["model"]
-
-        def loss(head: Parameters, step: int) -> Tensor:
-            batch = self.minibatch(support, context.key, step)
-            return context.loss(model(body.replace(head), batch.x, step=step), batch)
-
         head = body.select(lambda name: self._adapts(model, name))
-        return [body.replace(phi) for phi, _ in self.descend(loss, head, first_order=self.first_order)]
+        loss = self.support_loss(model, support, context, whole=body.replace)
+        return Descent(loss, head, self.inner_lr, self.fresh(head), self.first_order, lambda phi, _: body.replace(phi))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -41,8 +42,9 @@ class CNP(Algorithm):
         parameters, representation = phi
         return model(parameters, representation, x, method="decode")
 
-    def objective(self, model: BoundModel, theta: Theta, task: Task, context: TaskContext) -> tuple[Tensor, Tensor]:
-        phi = self.adapt(model, theta, task.support, context)[-1]
-        mean, deviation = self._decode(model, phi, task.query.x)
+    def objective(
+        self, model: BoundModel, theta: Theta, trajectory: Sequence[Any], task: Task, context: TaskContext
+    ) -> tuple[Tensor, Tensor]:
+        mean, deviation = self._decode(model, trajectory[-1], task.query.x)
         nll = ((task.query.y - mean) / deviation).square() / 2 + deviation.log() + math.log(2 * math.pi) / 2
         return task.query.mean(nll.flatten(1).sum(1)), mean

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from metadist.algorithms.maml import MAML
 from metadist.core.algorithm import TaskContext, Theta
 from metadist.core.errors import ConfigError
+from metadist.core.inner import Descent
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.state import Slot
@@ -34,10 +33,5 @@ class MetaSGD(MAML):
         rates = parameters.map(lambda p: torch.full_like(p, self.inner_lr))
         return {"inner_lr": (Slot(Layout.of(rates), lr=self.lr_of_inner_lr, weight_decay=0.0), rates)}
 
-    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Parameters]:
-        def loss(phi: Parameters, step: int) -> Tensor:
-            batch = self.minibatch(support, context.key, step)
-            return context.loss(model(phi, batch.x, step=step), batch)
-
-        steps = self.descend(loss, theta["model"], lr=theta["inner_lr"], first_order=self.first_order)
-        return [phi for phi, _ in steps]
+    def descent(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Descent:
+        return replace(super().descent(model, theta, support, context), rate=theta["inner_lr"])

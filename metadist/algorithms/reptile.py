@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from metadist.core.algorithm import Algorithm, TaskContext, Theta
+from metadist.core.algorithm import TaskContext, Theta
 from metadist.core.errors import ConfigError, one_of
-from metadist.core.inner import InnerLoop, Moments
+from metadist.core.inner import Descent, InnerLoop, Moments
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.state import Slot
@@ -18,7 +17,7 @@ Adapted = tuple[Parameters, Moments]
 
 
 @dataclass(frozen=True)
-class Reptile(InnerLoop, Algorithm):
+class Reptile(InnerLoop):
     """Reptile (Nichol, Achiam, Schulman 2018, algorithm 2): contributes θ − φ_k; the outer SGD's lr is the paper's ε.
 
     ``moments: fresh`` starts the inner optimiser anew for every task. ``carried`` hands its moments on from meta-step to
@@ -43,15 +42,13 @@ class Reptile(InnerLoop, Algorithm):
             "inner_count": (Slot(Layout.of(count), "average"), count),
         }
 
-    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Adapted]:
-        def loss(phi: Parameters, step: int) -> Tensor:
-            batch = self.minibatch(support, context.key, step)
-            return context.loss(model(phi, batch.x, step=step), batch)
-
-        moments = None
+    def descent(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Descent:
+        phi = theta["model"]
+        moments = self.fresh(phi)
         if self.moments == "carried":
             moments = Moments(theta["inner_first"], theta["inner_second"], theta["inner_count"]["count"])
-        return self.descend(loss, theta["model"], moments=moments)
+        loss = self.support_loss(model, support, context)
+        return Descent(loss, phi, self.inner_lr, moments, finish=lambda phi, moments: (phi, moments))
 
     def predict(self, model: BoundModel, phi: Adapted, x: Tensor) -> Tensor:
         return model(phi[0], x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Union
 
 from torch import Tensor
 
@@ -20,10 +20,10 @@ Theta = Mapping[str, Parameters]
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What an algorithm may know besides θ and the support set."""
+    """What an algorithm may know besides θ and the support set. ``meta_step`` is a 0-d tensor in compiled shards."""
 
     key: TaskKey
-    meta_step: int
+    meta_step: Union[int, Tensor]
     training: bool
     family: TaskFamily
 
@@ -42,6 +42,9 @@ class Algorithm:
     An algorithm that defines ``delta(theta, phi) -> {slot: Parameters}`` contributes that (Reptile: θ − φ); any other
     contributes the gradient of ``objective`` with respect to every slot whose rule is ``gradient``.
     """
+
+    #: whether ``objective`` needs φ_0 … φ_{k-1} too (their cotangents are then kept in memory)
+    whole_trajectory: ClassVar[bool] = False
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         """Slots beyond ``model``: name → (slot, initial values)."""
@@ -62,8 +65,12 @@ class Algorithm:
     def predict(self, model: BoundModel, phi: Any, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def objective(self, model: BoundModel, theta: Theta, task: Task, context: TaskContext) -> tuple[Tensor, Tensor]:
-        """(scalar meta-loss, prediction on the query set): by default the loss on the query set at φ_k."""
-        phi = self.adapt(model, theta, task.support, context)[-1]
-        prediction = self.predict(model, phi, task.query.x)
+    def objective(
+        self, model: BoundModel, theta: Theta, trajectory: Sequence[Any], task: Task, context: TaskContext
+    ) -> tuple[Tensor, Tensor]:
+        """(scalar meta-loss, prediction on the query set): by default the loss on the query set at φ_k.
+
+        ``trajectory`` is φ_0 … φ_k; whoever looks at more of it than its end says so by ``whole_trajectory``.
+        """
+        prediction = self.predict(model, trajectory[-1], task.query.x)
         return context.loss(prediction, task.query), prediction

@@ -54,7 +54,8 @@ class Round:
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard's result, as it arrived. ``stats`` are the worker's own measurements (seconds, bytes, memory)."""
+    """A shard's result, as it arrived, in memory that is the receiver's to spend. ``stats`` are the worker's own measurements
+    (seconds, bytes, memory)."""
 
     shard: Shard
     attempt: int
@@ -83,7 +84,12 @@ Event = Union[Finished, Failed]
 
 
 class Executor(Protocol):
-    """Runs shards. Never blocks for longer than ``wait``'s timeout, and never raises for a worker's failure."""
+    """Runs shards. Never blocks for longer than ``wait``'s timeout, and never raises for a worker's failure.
+
+    ``plan.engine`` is the engine that every worker computes with.
+    """
+
+    plan: Any
 
     def publish(self, meta_step: int, round: int, state: State) -> int:
         """Make θ available to every worker; returns the bytes published."""

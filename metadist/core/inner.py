@@ -2,39 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
+from metadist.core.algorithm import Algorithm, TaskContext, Theta
 from metadist.core.errors import ConfigError, one_of
+from metadist.core.model import BoundModel
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
 from metadist.core.task import Examples
 
-InnerLoss = Callable[[Parameters, int], Tensor]
-"""(φ, inner step) → scalar loss."""
+InnerLoss = Callable[[Parameters, Any], Tensor]
+"""(φ, inner step) → scalar loss. The step is an int, or a 0-d int64 tensor where one graph serves every step."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Inner-optimiser state: first and second moments like φ, and the number of steps behind them."""
+    """Inner-optimiser state: first and second moments like φ (empty where the optimiser keeps none), and the steps behind
+    them. ``counted``: the count is a tensor, and part of the tree; a number is the same for all tasks and is not."""
 
     first: Parameters
     second: Parameters
-    count: Union[int, Tensor]
+    count: Union[int, Tensor] = 0
+    counted: bool = False
 
-    @classmethod
-    def fresh(cls, phi: Parameters) -> Moments:
-        zeros = phi.zeros()
-        return cls(zeros, zeros, 0)
+
+def _moments(values: Any, count: int | None) -> Moments:
+    first, second, *counted = values
+    return Moments(first, second, counted[0], counted=True) if counted else Moments(first, second, count or 0)
+
+
+pytree.register_pytree_node(
+    Moments,
+    lambda m: ([m.first, m.second, m.count], None) if m.counted else ([m.first, m.second], m.count),
+    _moments,
+    serialized_type_name="metadist.core.Moments",
+)
+
+InnerState = tuple[Parameters, Moments]
 
 
 @dataclass(frozen=True)
-class InnerLoop:
-    """Fields and descent shared by every algorithm that adapts by gradient steps.
+class Descent:
+    """One task's inner loop, stated and not yet run: minimise ``loss`` from ``phi`` at ``rate``.
+
+    ``first_order`` takes the inner gradients as constants. ``finish`` makes of (φ, moments) what ``predict`` takes.
+    """
+
+    loss: InnerLoss
+    phi: Parameters
+    rate: float | Parameters
+    moments: Moments
+    first_order: bool = False
+    finish: Callable[[Parameters, Moments], Any] = lambda phi, moments: phi
+
+    @property
+    def start(self) -> InnerState:
+        return self.phi, self.moments
+
+
+@dataclass(frozen=True)
+class InnerLoop(Algorithm):
+    """Fields and descent shared by every algorithm that adapts by gradient steps. Subclasses state their ``descent``.
 
     ``inner_lr`` multiplies the gradient of the *mean* loss over the support set. Adam's ε stands inside the root,
     φ ← φ − α m̂ / √(v̂ + ε), so that the step is differentiable at zero.
@@ -60,41 +94,57 @@ class InnerLoop:
         if self.inner_batch_size is not None and self.inner_batch_size < 1:
             raise ConfigError(f"algorithm.inner_batch_size: {self.inner_batch_size} is below 1; use null for the whole set")
 
-    def descend(
-        self,
-        loss: InnerLoss,
-        phi: Parameters,
-        *,
-        lr: float | Parameters | None = None,
-        first_order: bool = False,
-        moments: Moments | None = None,
-    ) -> list[tuple[Parameters, Moments]]:
-        """φ_0 … φ_k with the optimiser's moments. ``first_order`` takes the inner gradients as constants."""
-        rate = self.inner_lr if lr is None else lr
-        moments = moments or Moments.fresh(phi)
-        trajectory = [(phi, moments)]
-        for step in range(self.inner_steps):
-            gradient: Any = torch.func.grad(loss)(phi.detach() if first_order else phi, step)
-            if first_order:  # the loss may hold on to θ besides φ: ANIL's body
-                gradient = gradient.detach()
-            phi, moments = self._update(phi, gradient, rate, moments)
-            trajectory.append((phi, moments))
-        return trajectory
+    def descent(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Descent:
+        raise NotImplementedError
 
-    def _update(self, phi: Parameters, gradient: Parameters, rate: Any, moments: Moments) -> tuple[Parameters, Moments]:
+    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Any]:
+        """φ_0 … φ_k as ``predict`` takes them."""
+        descent = self.descent(model, theta, support, context)
+        states = [descent.start]
+        for step in range(self.inner_steps):
+            states.append(self.step(descent, states[-1], step))
+        return [descent.finish(*state) for state in states]
+
+    def step(self, descent: Descent, state: InnerState, step: Any) -> InnerState:
+        """One optimiser step from ``state``."""
+        phi, moments = state
+        gradient: Any = torch.func.grad(descent.loss)(phi.detach() if descent.first_order else phi, step)
+        if descent.first_order:  # the loss may hold on to θ besides φ: ANIL's body
+            gradient = gradient.detach()
+        return self.update(phi, gradient, descent.rate, moments)
+
+    def update(self, phi: Parameters, gradient: Parameters, rate: Any, moments: Moments) -> InnerState:
+        """The optimiser's own arithmetic."""
         if self.inner_optimizer == "adam":
             beta1, beta2 = self.inner_betas
             count = moments.count + 1
             first = moments.first * beta1 + gradient * (1 - beta1)
             second = moments.second * beta2 + gradient.square() * (1 - beta2)
             step = (first / (1 - beta1**count)) / (second / (1 - beta2**count) + self.inner_eps).sqrt()
-            return phi - step * rate, Moments(first, second, count)
+            return phi - step * rate, Moments(first, second, count, moments.counted)
         if self.inner_momentum:
             first = moments.first * self.inner_momentum + gradient
-            return phi - first * rate, Moments(first, moments.second, moments.count + 1)
+            return phi - first * rate, Moments(first, moments.second, moments.count + 1, moments.counted)
         return phi - gradient * rate, moments
 
-    def minibatch(self, support: Examples, key: TaskKey, step: int) -> Examples:
+    def fresh(self, phi: Parameters) -> Moments:
+        """The moments before the first step."""
+        none = Parameters({})
+        first = phi.zeros() if self.inner_optimizer == "adam" or self.inner_momentum else none
+        return Moments(first, phi.zeros() if self.inner_optimizer == "adam" else none)
+
+    def support_loss(
+        self, model: BoundModel, support: Examples, context: TaskContext, whole: Callable[[Parameters], Parameters] = lambda phi: phi
+    ) -> InnerLoss:
+        """The task's loss on the support set, or on its minibatches; ``whole`` completes φ to all that the model needs."""
+
+        def loss(phi: Parameters, step: Any) -> Tensor:
+            batch = self.minibatch(support, context.key, step)
+            return context.loss(model(whole(phi), batch.x, step=step), batch)
+
+        return loss
+
+    def minibatch(self, support: Examples, key: TaskKey, step: Any) -> Examples:
         """The examples of inner step ``step``: all, or the next ``inner_batch_size`` of an endless shuffled sequence."""
         rows, size = support.x.shape[0], self.inner_batch_size
         if size is None or size >= rows:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import logging
-import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, TaskContext
-from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, one_of
+from metadist.core.compiled import Compiled
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError, NonFiniteError, one_of
 from metadist.core.executor import Result, Round, Shard
+from metadist.core.metagradient import BUFFERS, MetaGradient, Run, directly, fixed, held_by_steps
 from metadist.core.model import BoundModel, Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import TaskKey
-from metadist.core.state import Contribution, Records, Slot, State
+from metadist.core.state import Contribution, Records, Slot, State, TreeSum
 from metadist.core.task import Examples, Task, TaskFamily
 
 log = logging.getLogger(__name__)
-
-BUFFERS = "buffers."
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Learner:
     outer: OuterLoop
     normalization: str = "transductive"
     non_finite: str = "error"
+    engine: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
         one_of("evaluate.normalization", self.normalization, ("transductive", "inductive"))
@@ -56,6 +59,7 @@ class Learner:
         self.slots = {name: slot for name, (slot, _) in self._declare(0).items()}
         self.device = torch.device("cpu")
         self._prepared = False
+        self.set_engine(self.engine)
 
     def _declare(self, seed: int) -> dict[str, tuple[Slot, Parameters]]:
         learned, frozen, buffers = self.model.initial(seed)
@@ -108,81 +112,21 @@ class Learner:
             self.tasks.prepare(device)
             self.model.to(device)
             self.device, self._prepared = device, True
+            self.set_engine(self.engine)
+
+    def prepared_like(self, other: Learner) -> None:
+        """Compute where ``other`` does, with the data that it has loaded."""
+        self.model.to(other.device)
+        self.device, self._prepared = other.device, True
+
+    def set_engine(self, engine: Engine, around: Callable[[str], Any] | None = None) -> None:
+        """Compute shards as ``engine`` says from now on; ``around(name)`` surrounds each compilation."""
+        self.engine = engine
+        self._meta: MetaGradient | None = None
+        self._compiled = Compiled(self.device, around or (lambda name: nullcontext()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": False}
-
-    def check(self, seed: int) -> None:
-        """Adapt to one task and compare the prediction's shape with the targets'; see that every learned parameter takes
-        part; before anything long starts."""
-        state = self.initial(seed)
-        for split in ("train", "validation"):
-            # As many as in a shard: one task alone is never padded.
-            keys = TaskKey.of(seed, split, 0, range(min(self.outer.shard_size, self.outer.meta_batch_size)))
-            try:
-                task = self.sample(keys)
-            except MetadistError:
-                raise
-            except Exception as error:  # the user's own code
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                name = type(self.tasks).__name__
-                raise ConfigError(f"tasks: '{name}' can't sample {split} tasks: {_first_line(error)} ({last.filename}:{last.lineno})") from error
-            one = torch.utils._pytree.tree_map(lambda t: t[0], task)
-            try:
-                self._check_output(state, one, split)
-                if split == "train":
-                    self._check_participation(state, one)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise ConfigError(
-                    f"model: '{type(self.model.module).__name__}' fails on {split} tasks with inputs {list(one.support.x.shape)} and "
-                    f"targets {list(one.support.y.shape)}: {_first_line(error)}"
-                ) from error
-
-    def _check_participation(self, state: State, task: Task) -> None:
-        """A missing gradient is an error. Ordinary autograd tells None from zero; torch.func does not."""
-        if hasattr(self.algorithm, "delta"):
-            return
-        theta = {slot: p.map(torch.clone) for slot, p in state.theta(self.slots).items()}
-        learned = {(s, n): t.requires_grad_() for s, p in theta.items() if self.slots[s].rule == "gradient" for n, t in p.items()}
-        key = TaskKey.of(0, "train", 0, [0]).each()[0].to(self.device)
-        loss, _ = self.algorithm.objective(self._bind(theta, key, True), theta, task, TaskContext(key, 0, True, self.tasks))
-        found = torch.autograd.grad(loss, list(learned.values()), allow_unused=True) if loss.requires_grad else [None] * len(learned)
-        missing = [name if slot == "model" else f"{slot}/{name}" for (slot, name), g in zip(learned, found) if g is None]
-        if missing:
-            raise ConfigError(
-                f"model: the loss does not depend on {', '.join(missing)} (a missing gradient); remove them, name them in "
-                "model.freeze, or look for a detach or no_grad on their way"
-            )
-
-    def _check_output(self, state: State, task: Task, split: str) -> None:
-        needed = self.algorithm.outputs(self.tasks)
-        theta = state.theta(self.slots)
-        bound = self._bind(theta, None, False)
-        classes = self.tasks.kind == "classification"
-        ways = self.tasks.ways(split)
-        if needed is not None and classes and ways != needed:
-            raise ConfigError(
-                f"tasks: {split} tasks have {ways} ways and the model {needed} outputs; algorithm "
-                f"'{type(self.algorithm).__name__}' needs them equal (only metric methods can train with more ways)"
-            )
-        context = TaskContext(TaskKey.of(0, split, 0, [0]).each()[0].to(self.device), 0, False, self.tasks)
-        with torch.no_grad():
-            if needed is not None and classes:
-                output = tuple(bound(theta["model"], task.query.x).shape)
-                if output != (task.query.x.shape[0], needed):
-                    raise ConfigError(
-                        f"model: '{type(self.model.module).__name__}' puts out shape {list(output)} for {task.query.x.shape[0]} "
-                        f"inputs; tasks.n_way = {needed} needs [{task.query.x.shape[0]}, {needed}]"
-                    )
-            phi = _at_most_one_step(self.algorithm).adapt(bound, theta, task.support, context)[-1]
-            prediction = self.algorithm.predict(bound, phi, task.query.x)
-        shape = tuple(prediction.shape)
-        expected = (task.query.x.shape[0], ways) if classes else tuple(task.query.y.shape)
-        if shape != expected:
-            raise ConfigError(
-                f"model: '{type(self.model.module).__name__}' predicts shape {list(shape)} where the {split} tasks need {list(expected)}"
-            )
-        context.loss(prediction, task.query), context.metric(prediction, task.query)
+        return {**self.__dict__, "_prepared": False, "_meta": None, "_compiled": None}
 
     # What a shard is --------------------------------------------------------------------------------------------------
 
@@ -213,10 +157,24 @@ class Learner:
         shards = self.shards(run, meta_step, seed, function="evaluate", split=split, tasks=tasks, inner_steps=inner_steps)
         return Round(0, state, shards, lambda state, _: state, reduce=False)
 
+    def warm_up(self, seed: int) -> float:
+        """Compile what a shard needs, by computing one; the seconds that compiling took."""
+        theta = {n: p.map(lambda t: t.to(self.device)) for n, p in self.initial(seed).theta(self.slots).items()}
+        with suppress(NonFiniteError):
+            self.contribute(theta, TaskKey.of(seed, "train", 0, range(self.outer.shard_size)), 0)
+        return self._compiled.seconds
+
+    def tasks_alike(self) -> bool:
+        """Whether training tasks have one size (seen on two shards), so that one graph can serve them."""
+        size = self.outer.shard_size
+        first, second = (self.sample(TaskKey.of(0, "train", 0, range(i * size, i * size + size))) for i in (0, 1))
+        shapes = [[t.shape for t in torch.utils._pytree.tree_leaves(task)] for task in (first, second)]
+        return shapes[0] == shapes[1] and first.support.mask is None and first.query.mask is None
+
     def sample(self, keys: TaskKey) -> Task:
         """The shard's tasks, on the learner's device; keys stay on the CPU."""
         task = self.tasks.sample(keys, keys.split).to(self.device, self.model.dtype)
-        if self.model.normalises_over_batch and (task.support.mask is not None or task.query.mask is not None):
+        if (task.support.mask is not None or task.query.mask is not None) and self.model.normalises_over_batch:
             raise ConfigError(
                 "model: batch normalisation over padded rows would mix padding into the statistics; these tasks differ in "
                 "size, so use norm: group or layer (or a task family whose tasks are of one size)"
@@ -235,13 +193,76 @@ class Learner:
 
     # The mathematics --------------------------------------------------------------------------------------------------
 
-    def _bind(self, theta: Mapping[str, Parameters], key: TaskKey | None, training: bool) -> BoundModel:
-        fixed = {n: t for slot in theta if slot == "frozen" or slot.startswith(BUFFERS) for n, t in theta[slot].items()}
-        return self.model.bind(fixed, key, training)
+    def bind(self, theta: Mapping[str, Parameters], key: TaskKey | None, training: bool) -> BoundModel:
+        return self.model.bind(fixed(theta), key, training)
 
-    def _vmap(self, single: Any, tasks: Task, keys: TaskKey) -> Any:
+    @property
+    def meta_gradient(self) -> MetaGradient:
+        if self._meta is None:
+            self._meta = self._make_meta_gradient()
+        return self._meta
+
+    def _make_meta_gradient(self) -> MetaGradient:
+        learned = tuple(n for n, slot in self.slots.items() if slot.rule == "gradient")
+        layouts = {n: slot.layout for n, slot in self.slots.items()}
+        gradient = MetaGradient(self.algorithm, self.model, self.tasks, learned, layouts, self.engine)
+        if self.engine.differentiation == "unrolled":
+            return gradient
+        keys = TaskKey.of(0, "train", 0, [0])
+        task = torch.utils._pytree.tree_map(lambda t: t[0], self.sample(keys))
+        theta = {n: p.map(lambda t: t.to(self.device)) for n, p in self.initial(0).theta(self.slots).items()}
+        return replace(gradient, held=held_by_steps(gradient, theta, task, keys.each()[0].to(self.device)))
+
+    def contribute(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int) -> Contribution:
+        """Σ over the shard's tasks of each one's gradient (or delta), with loss and metric on the query set; ``engine.chunk``
+        tasks at a time."""
+        size = min(self.engine.chunk or len(keys.tasks), len(keys.tasks))
+        starts = range(0, len(keys.tasks), size)
+        total = TreeSum[Contribution](len(starts))
+        for index, start in enumerate(starts):
+            chunk = replace(keys, tasks=keys.tasks[start : start + size])
+            total.add(index, self.contribute_tasks(theta, self.sample(chunk), chunk, meta_step))
+        return total.result()
+
+    def contribute_tasks(self, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int) -> Contribution:
+        """``contribute`` of tasks that were sampled already, all at once."""
+        keys = keys.to(self.device)
+        tasks, keys, keep = self._padded(tasks, keys)
+        run = self._compiled.runner(keys.seed, keys.split) if self.engine.compile else directly
+        total = self._explained(lambda: self._sum(run, theta, tasks, keys, meta_step, keep))
+        if total.is_finite():
+            return total
+        values, _ = self.meta_gradient.values(directly, theta, tasks, keys, meta_step)
+        finite = self._finite_tasks(values) | ~keep.cpu()
+        bad = tuple(int(i) for i in keys.tasks.cpu()[~finite])
+        if self.non_finite == "skip" and bad:
+            # Not by the compiled graph: what one task spoils in it need not be what it spoils here.
+            return self._sum(directly, theta, tasks, keys, meta_step, keep & finite.to(keep.device))
+        indices = keys.tasks[keep].tolist()
+        what = f"tasks {list(bad)} gave NaN or Inf" if bad else f"the sum over tasks {indices} overflows"
+        raise NonFiniteError(f"{what} (seed {keys.seed}, meta-step {meta_step})", bad)
+
+    def _sum(self, run: Run, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor) -> Contribution:
+        slots, metrics = self.meta_gradient.sums(run, theta, tasks, keys, meta_step, keep)
+        count, names = int(keep.sum()), ("loss", self.tasks.metric_name)
+        return Contribution({n: v.cpu() for n, v in slots.items()}, float(count), count, dict(zip(names, metrics.tolist())))
+
+    def _padded(self, tasks: Task, keys: TaskKey) -> tuple[Task, TaskKey, Tensor]:
+        """To the size of a full chunk by repeating the last task, where shards are compiled: one graph then serves them all."""
+        count = len(keys.tasks)
+        keep = torch.ones(count, dtype=torch.bool, device=self.device)
+        missing = (self.engine.chunk or self.outer.shard_size) - count if self.engine.compile else 0
+        if missing <= 0:
+            return tasks, keys, keep
+
+        def pad(t: Tensor) -> Tensor:
+            return torch.cat([t, t[-1:].expand(missing, *t.shape[1:])])
+
+        return torch.utils._pytree.tree_map(pad, tasks), replace(keys, tasks=pad(keys.tasks)), torch.cat([keep, keep.new_zeros(missing)])
+
+    def _explained(self, compute: Callable[[], T]) -> T:
         try:
-            return torch.func.vmap(single)(tasks, keys.tasks.to(self.device))
+            return compute()
         except RuntimeError as error:
             if "randomness" in str(error):
                 raise ConfigError(
@@ -250,58 +271,10 @@ class Learner:
                 ) from error
             raise
 
-    def contribute(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int) -> Contribution:
-        """Σ over the shard's tasks of each one's gradient (or delta), with loss and metric on the query set.
-
-        vmap of the *per-task* gradient: differentiating through a vmapped loss is wrong for batch norm's second order.
-        """
-        trainable = {n: p for n, p in theta.items() if self.slots[n].rule == "gradient"}
-
-        def single(task: Task, index: Tensor) -> tuple[dict[str, Parameters], dict[str, Tensor]]:
-            key = replace(keys, tasks=index)
-            context = TaskContext(key, meta_step, True, self.tasks)
-            model = self._bind(theta, key, True)
-            delta = getattr(self.algorithm, "delta", None)
-            if delta is not None:
-                phi = self.algorithm.adapt(model, theta, task.support, context)[-1]
-                prediction = self.algorithm.predict(model, phi, task.query.x)
-                return delta(theta, phi), {"loss": context.loss(prediction, task.query), **self._metric(context, prediction, task)}
-
-            def objective(learned: dict[str, Parameters]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-                loss, prediction = self.algorithm.objective(model, {**theta, **learned}, task, context)
-                return loss, (loss.detach(), prediction.detach())
-
-            gradient, (loss, prediction) = torch.func.grad(objective, has_aux=True)(trainable)
-            return gradient, {"loss": loss, **self._metric(context, prediction, task)}
-
-        values, metrics = self._vmap(single, self.sample(keys), keys)
-        total = self._sum(values, metrics, None)
-        if total.is_finite():
-            return total
-        finite = self._finite_tasks(values)
-        bad = tuple(int(i) for i in keys.tasks[~finite])
-        if self.non_finite == "skip" and bad:
-            return self._sum(values, metrics, finite)
-        what = f"tasks {list(bad)} gave NaN or Inf" if bad else f"the sum over tasks {keys.tasks.tolist()} overflows"
-        raise NonFiniteError(f"{what} (seed {keys.seed}, meta-step {meta_step})", bad)
-
-    def _metric(self, context: TaskContext, prediction: Tensor, task: Task) -> dict[str, Tensor]:
-        return {self.tasks.metric_name: context.metric(prediction, task.query)}
-
     @staticmethod
     def _finite_tasks(values: Mapping[str, Parameters]) -> Tensor:
         tensors = [t for p in values.values() for t in p.values()]
         return torch.stack([torch.isfinite(t).reshape(len(t), -1).all(1) for t in tensors]).all(0).cpu()
-
-    def _sum(self, values: Mapping[str, Parameters], metrics: Mapping[str, Tensor], keep: Tensor | None) -> Contribution:
-        """Σ over the leading dimension; only over the tasks in ``keep`` where given."""
-
-        def total(t: Tensor) -> Tensor:
-            return t.sum(0) if keep is None else t[keep.to(t.device)].sum(0)
-
-        count = len(next(iter(metrics.values()))) if keep is None else int(keep.sum())
-        slots = {n: self.slots[n].layout.flatten(p.map(total)).cpu() for n, p in values.items()}
-        return Contribution(slots, float(count), count, {n: float(total(v.double())) for n, v in metrics.items()})
 
     def evaluate(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int, inner_steps: int | None = None) -> Records:
         """Loss and metric of every task after 0, 1, …, k adaptation steps: columns [T, k+1] in float64, and the index [T]."""
@@ -310,7 +283,7 @@ class Learner:
         def single(task: Task, index: Tensor) -> tuple[Tensor, Tensor]:
             key = replace(keys, tasks=index)
             context = TaskContext(key, meta_step, False, self.tasks)
-            model = self._bind(theta, key, False)
+            model = self.bind(theta, key, False)
             losses, metrics = [], []
             for phi in algorithm.adapt(model, theta, task.support, context):
                 prediction = self._judge(algorithm, model, phi, task.support.x, task.query.x)
@@ -319,7 +292,7 @@ class Learner:
             return torch.stack(losses), torch.stack(metrics)
 
         with torch.no_grad():
-            losses, metrics = self._vmap(single, self.sample(keys), keys)
+            losses, metrics = self._explained(lambda: torch.func.vmap(single)(self.sample(keys), keys.tasks.to(self.device)))
         return Records({"task": keys.tasks, "loss": losses.double().cpu(), self.tasks.metric_name: metrics.double().cpu()})
 
     def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Any, support: Tensor, x: Tensor) -> Tensor:
@@ -341,12 +314,12 @@ class Learner:
         context = TaskContext(key, 0, False, self.tasks)
         theta = state.theta(self.slots)
         with torch.no_grad():
-            return algorithm.adapt(self._bind(theta, None, False), theta, support, context)[-1]
+            return algorithm.adapt(self.bind(theta, None, False), theta, support, context)[-1]
 
     def predict(self, state: State, phi: Any, x: Tensor, support: Examples) -> Tensor:
         """Predictions for x [N, …] with φ adapted to ``support``, beside which inductive normalisation sees each of them."""
         with torch.no_grad():
-            return self._judge(self.algorithm, self._bind(state.theta(self.slots), None, False), phi, support.x, x)
+            return self._judge(self.algorithm, self.bind(state.theta(self.slots), None, False), phi, support.x, x)
 
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int | None) -> Algorithm:
@@ -354,11 +327,3 @@ def with_inner_steps(algorithm: Algorithm, inner_steps: int | None) -> Algorithm
     if inner_steps is None or not is_dataclass(algorithm) or "inner_steps" not in {f.name for f in fields(algorithm)}:
         return algorithm
     return replace(algorithm, inner_steps=inner_steps)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def _at_most_one_step(algorithm: Algorithm) -> Algorithm:
-    return with_inner_steps(algorithm, min(1, getattr(algorithm, "inner_steps", 0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from metadist.core.convolution import conv2d
+from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey, seeded
@@ -32,21 +35,27 @@ def use_batch_statistics(module: nn.Module) -> nn.Module:
     return module
 
 
-class _KeyedDropout(TorchFunctionMode):
-    """Replaces the masks of ``F.dropout`` & co. by ones drawn from the task's key; everything else passes."""
+class _Replaced(TorchFunctionMode):
+    """Replaces the masks of ``F.dropout`` & co. by ones drawn from the task's key, and convolutions by matrix products
+    where shards are compiled; everything else passes."""
 
-    def __init__(self, key: TaskKey, step: int) -> None:
+    def __init__(self, key: TaskKey | None, step: Any, convolutions: bool) -> None:
         super().__init__()
-        self.key, self.step, self.calls = key, step, 0
+        self.key, self.step, self.calls, self.convolutions = key, step, 0, convolutions
 
     def _mask(self, like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
         self.calls += 1
+        assert self.key is not None
         uniform = self.key.stream("dropout", self.step, self.calls).uniform(*shape)
         return (uniform >= p).to(like.dtype)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout):
+        if self.key is not None and func in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout):
             return self._dropout(func, *args, **(kwargs or {}))
+        if self.convolutions and func is F.conv2d:
+            return conv2d(*args, **(kwargs or {}))
+        if self.convolutions and func is F.group_norm:  # whose derivatives take its input's memory to be contiguous
+            return func(args[0].contiguous(), *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _dropout(self, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -88,6 +97,7 @@ class Model:
         self._call = _Call(self._build(0))
         self.device = torch.device("cpu")
         self._refuse_running_statistics()
+        self._refuse_unkeyed_dropout()
         names = [n for n, _ in self.module.named_parameters()]
         for pattern in freeze:
             if not any(fnmatch.fnmatch(n, pattern) for n in names):
@@ -127,6 +137,15 @@ class Model:
                     "with track_running_stats=False, or pass the model through metadist.use_batch_statistics(model)"
                 )
 
+    def _refuse_unkeyed_dropout(self) -> None:
+        for name, attention in self.module.named_modules():
+            if isinstance(attention, nn.MultiheadAttention) and attention.dropout > 0:
+                raise ConfigError(
+                    f"model: '{name or type(attention).__name__}' is a MultiheadAttention with dropout = {attention.dropout}, which is "
+                    "drawn inside torch, where the task can't key it; set its dropout to 0 and put torch.nn.Dropout modules around "
+                    "it, or use model 'transformer'"
+                )
+
     def initial(self, seed: int) -> tuple[Parameters, Parameters, Parameters]:
         """(learned parameters, frozen parameters, buffers) of a freshly seeded module."""
         module = self._build(seed)
@@ -147,8 +166,8 @@ class Model:
         prefix = f"{owners[-1]}." if owners[-1] else ""
         return tuple(n for n, _ in self.module.named_parameters() if n.startswith(prefix) and "." not in n[len(prefix) :])
 
-    def bind(self, fixed: Mapping[str, Tensor], key: TaskKey | None, training: bool) -> BoundModel:
-        return BoundModel(self, dict(fixed), key, training)
+    def bind(self, fixed: Mapping[str, Tensor], key: TaskKey | None, training: bool, engine: Engine = Engine()) -> BoundModel:  # noqa: B008
+        return BoundModel(self, dict(fixed), key, training, engine)
 
 
 @dataclass(frozen=True)
@@ -163,17 +182,20 @@ class BoundModel:
     fixed: Mapping[str, Tensor]
     key: TaskKey | None
     training: bool
+    engine: Engine = Engine()
 
-    def __call__(self, parameters: Mapping[str, Tensor], *args: Any, method: str | None = None, step: int = QUERY) -> Any:
+    def __call__(self, parameters: Mapping[str, Tensor], *args: Any, method: str | None = None, step: Any = QUERY) -> Any:
         call = self.model._call
         if call.training != self.training:
             call.train(self.training)
         tensors = {f"module.{n}": t for n, t in self.fixed.items()}
         tensors.update((f"module.{n}", t) for n, t in parameters.items())
-        if self.training and self.key is not None:
-            with _KeyedDropout(self.key, step):
-                return functional_call(call, tensors, (method, *args))
-        return functional_call(call, tensors, (method, *args))
+        with ExitStack() as stack:
+            if self.training and (self.key is not None or self.engine.compile):
+                stack.enter_context(_Replaced(self.key, step, self.engine.compile))
+            if self.engine.precision == "bfloat16" and step is not QUERY:
+                stack.enter_context(torch.autocast(self.model.device.type, torch.bfloat16, cache_enabled=False))
+            return functional_call(call, tensors, (method, *args))
 
     @property
     def head(self) -> tuple[str, ...]:

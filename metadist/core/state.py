@@ -72,10 +72,17 @@ class Contribution:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Contribution) -> Contribution:
+        return self._plus(other, torch.add)
+
+    def absorb(self, other: Contribution) -> Contribution:
+        """``self + other``, the same bits, in the memory of ``self``, which is spent: for a sum that owns its terms."""
+        return self._plus(other, Tensor.add_)
+
+    def _plus(self, other: Contribution, add: Callable[[Tensor, Tensor], Tensor]) -> Contribution:
         if self.slots.keys() != other.slots.keys() or self.metrics.keys() != other.metrics.keys():
             raise ValueError(f"contributions differ: {sorted(self.slots)} {sorted(self.metrics)} and {sorted(other.slots)}")
         return Contribution(
-            {n: v + other.slots[n] for n, v in self.slots.items()},
+            {n: add(v, other.slots[n]) for n, v in self.slots.items()},
             self.weight + other.weight,
             self.tasks + other.tasks,
             {n: v + other.metrics[n] for n, v in self.metrics.items()},

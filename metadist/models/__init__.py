@@ -9,6 +9,7 @@ from torch import nn
 from metadist.models.cnp import ConditionalNeuralProcess
 from metadist.models.conv4 import Conv4
 from metadist.models.mlp import MLP
+from metadist.models.transformer import Transformer
 
 
 class ModelConfig(Protocol):
@@ -19,4 +20,5 @@ MODELS: dict[str, type[ModelConfig]] = {
     "cnp": ConditionalNeuralProcess,
     "conv4": Conv4,
     "mlp": MLP,
+    "transformer": Transformer,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,16 +13,26 @@ from metadist.core.errors import NonFiniteError
 from metadist.core.executor import Event, Failed, Finished, Shard
 from metadist.core.learner import Learner
 from metadist.core.state import State
+from metadist.runtime.plan import Planner, as_it_is
 from metadist.runtime.worker import TaskError, Worker
 
 
 class LocalExecutor:
     """Needs neither Ray nor Arrow. Restores PyTorch's thread count on ``close``."""
 
-    def __init__(self, learner: Learner, *, device: str = "auto", threads: int = 1) -> None:
+    def __init__(
+        self, learner: Learner, *, device: str = "auto", threads: int = 1, planner: Planner = as_it_is, seed: int = 0,
+        note: Callable[[str], None] = lambda message: None,
+    ) -> None:  # fmt: skip
         self._threads = torch.get_num_threads()
         gpus = 1.0 if torch.cuda.is_available() else 0.0
         self._worker = Worker(learner, name="local", device=device, gpus=gpus, threads=threads)
+        self.plan = planner(self._worker.describe())
+        if self.plan.engine.compile:
+            note("compiling…")
+        about = self._worker.configure(self.plan.engine, seed)
+        if self.plan.engine.compile:
+            note(f"compiled in {about['compile_seconds']:.1f} s")
         self._queue: deque[tuple[Shard, int]] = deque()
         self._theta: dict[str, torch.Tensor] = {}
 

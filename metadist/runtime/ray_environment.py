@@ -18,6 +18,10 @@ if "ray" not in sys.modules and (ADDRESS is None or _has_token):
 if ADDRESS is not None:
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
 
+#: what travels with a call or its answer, not through the object store, whose round trips take a millisecond
+INLINE_BYTES = 4 << 20
+os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES + (64 << 10)))
+
 # Without it an actor that asked for no GPU may see them all.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,18 +24,23 @@ import ray
 import ray.exceptions
 from torch import Tensor
 
-from metadist.core.errors import MetadistError, NonFiniteError, WorkerError
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, WorkerError, one_of
 from metadist.core.executor import Event, Failed, Finished, Shard
 from metadist.core.learner import Learner
-from metadist.core.state import State
+from metadist.core.state import Contribution, State
 from metadist.runtime.groups import WorkerGroup
+from metadist.runtime.plan import Plan, Planner, as_it_is
 from metadist.runtime.worker import TaskError, Worker
-from metadist.wire.codec import RejectedError, decode_result, decode_theta, encode_result, encode_theta
+from metadist.wire.codec import RejectedError, decode_result, decode_theta, result_parts, theta_parts
+from metadist.wire.feedback import WIRES, ErrorFeedback
 
 log = logging.getLogger(__name__)
 
 #: shards in flight per actor: one computing, one waiting, so that no actor waits for the driver
 DEPTH = 2
+#: (shard, attempt) of contributions, and whether they were summed
+Settled = list[tuple[tuple[Shard, int], bool]]
 #: replacements in a row that died before they were ready
 MAX_FAILED_STARTS = 3
 
@@ -54,35 +59,58 @@ class _Actor:
         self._worker = Worker(learner, name=name, device=device, gpus=gpus, threads=threads)
         self._version = 0
         self._theta: dict[str, Tensor] = {}
-        return {"role": role, **self._worker.about()}
+        self._feedback = ErrorFeedback(learner.slots)
+        return {"role": role, "describes": self._worker.describe(), **self._worker.about()}
 
-    def compute(self, theta: pa.Buffer, version: int, shard: Shard, attempt: int) -> pa.Buffer:
+    def configure(self, engine: Engine, seed: int) -> dict[str, Any]:
+        return {"role": self._arguments[2], **self._worker.configure(engine, seed)}
+
+    def compute(
+        self, theta: list[pa.Buffer] | None, version: int, shard: Shard, attempt: int, settled: Settled | None
+    ) -> list[pa.Buffer]:
+        """``theta`` is None where an earlier call brought it. ``settled``: what became of earlier contributions, where they
+        travel in half precision; None where they don't."""
         slots = self._worker.learner.slots
+        for key, counted in settled or ():
+            self._feedback.settle(key, counted)
         if version != self._version:
+            if theta is None:
+                raise RejectedError(f"theta {version} did not arrive")
             self._theta = decode_theta(
                 theta, slots, device=self._worker.device, run=shard.run, meta_step=shard.meta_step, round=shard.round
             )
             self._version = version
         result, stats = self._worker.compute(shard, self._theta)
-        return encode_result(result, shard, slots, attempt=attempt, worker=self._worker.name, stats=stats)
+        if settled is not None and isinstance(result, Contribution):
+            result = self._feedback.round((shard, attempt), result)
+        wire = "exact" if settled is None else "bfloat16"
+        return result_parts(result, shard, slots, attempt=attempt, worker=self._worker.name, stats=stats, wire=wire)
 
 
 @dataclass
 class _Member:
-    """One actor as the driver sees it: ``about`` is None until it has started; calls run in submission order."""
+    """One actor as the driver sees it: ``about`` is None until it has started and is configured (``starting`` is the one, then
+    the other); calls run in submission order."""
 
     name: str
     group: WorkerGroup
     handle: Any
     starting: Any
+    configured: bool = False
     about: dict[str, Any] | None = None
     calls: dict[Any, tuple[Shard, int]] = field(default_factory=dict)
+    #: the θ that it was sent
+    version: int = 0
+    #: what it is to be told of its rounded contributions
+    settled: Settled = field(default_factory=list)
 
 
 class RayExecutor:
     """A group of actors per worker group. A dead actor is replaced at once; nothing here blocks on a starting one.
 
     ``expected`` is the numerics fingerprint of the run, if known; with ``exact`` a worker with another one is refused.
+    ``planner`` makes the run's plan from the device of the first worker that is there; all must comply with it.
+    ``note`` shows a message to the user. ``wire`` is how contributions travel; with ``bfloat16`` the result depends on who computed what, so not with ``exact``.
     """
 
     def __init__(
@@ -95,7 +123,19 @@ class RayExecutor:
         expected: dict[str, Any] | None = None,
         exact: bool = True,
         patience: float = 60.0,
+        wire: str = "exact",
+        planner: Planner = as_it_is,
+        seed: int = 0,
+        note: Callable[[str], None] = lambda message: None,
     ) -> None:
+        one_of("engine.wire", wire, WIRES)
+        if exact and wire != "exact":
+            raise ConfigError(f"engine.wire: {wire} rounds by worker, so results depend on who computed what; it goes with engine.exact: false")
+        self._wire = wire
+        self._planner, self._seed, self._note = planner, seed, note
+        self.plan: Plan | None = None
+        # Shards of the published θ whose contribution was not yet counted: the first one that arrives is.
+        self._open: set[Shard] = set()
         self._learner, self._groups, self._run, self._device = learner, groups, run, device
         self._expected, self._exact = expected, exact
         self._owns_cluster = _connect(groups)
@@ -133,9 +173,15 @@ class RayExecutor:
         self._members[name] = _Member(name, group, handle, handle.start.remote())
 
     def _await_minimum(self, patience: float) -> None:
-        deadline = time.monotonic() + patience
+        """``patience`` is for workers that aren't there; compiling takes as long as it takes."""
+        deadline, told = time.monotonic() + patience, False
         while short := [g for g in self._groups if self._ready(g) < _needed(g)]:
             self._poll(0.25)
+            if self.plan is not None and self.plan.engine.compile and not told:
+                told = True
+                self._note("compiling…")
+            if any(m.configured for m in self._members.values()):
+                deadline = time.monotonic() + patience
             if time.monotonic() > deadline:
                 group = short[0]
                 raise WorkerError(
@@ -165,7 +211,15 @@ class RayExecutor:
                 raise WorkerError(f"{MAX_FAILED_STARTS} workers in a row died while starting, the last of: {_short(error)}") from error
             self._replace(member, f"died while starting: {_short(error)}")
             return
+        if not member.configured:
+            if self.plan is None:
+                self.plan = self._planner(about["describes"])
+            member.configured = True
+            member.starting = member.handle.configure.remote(self.plan.engine, self._seed)
+            return
         self._failed_starts = 0
+        if about["compile_seconds"]:
+            self._note(f"{member.name} compiled in {about['compile_seconds']:.1f} s")
         if self._expected is None:
             self._expected = about["fingerprint"]
         mine = getattr(self._learner.tasks, "data_sha256", None)
@@ -194,10 +248,13 @@ class RayExecutor:
     # The protocol -----------------------------------------------------------------------------------------------------
 
     def publish(self, meta_step: int, round: int, state: State) -> int:
-        buffer = encode_theta(state.slots, self._learner.slots, run=self._run, meta_step=meta_step, round=round)
-        self._theta = ray.put(buffer)
+        parts = theta_parts(state.slots, self._learner.slots, run=self._run, meta_step=meta_step, round=round)
+        size = sum(p.size for p in parts)
+        # A small one goes along with the first call: its way through the object store takes longer than the copies.
+        self._theta = ray.put(parts) if size > ray_environment.INLINE_BYTES else [pa.py_buffer(p.to_pybytes()) for p in parts]
         self._version += 1
-        return buffer.size
+        self._open.clear()
+        return size
 
     def capacity(self, role: str) -> int:
         return sum(DEPTH - len(m.calls) for m in self._members.values() if m.about is not None and m.group.role == role)
@@ -207,7 +264,10 @@ class RayExecutor:
         ready = [m for m in self._members.values() if m.about is not None and m.group.role == shard.role]
         busy_with = {m.name: [s for s, _ in m.calls.values()] for m in ready}
         member = min(ready, key=lambda m: (shard in busy_with[m.name], len(m.calls)))
-        member.calls[member.handle.compute.remote(self._theta, self._version, shard, attempt)] = (shard, attempt)
+        settled, member.settled = (None if self._wire == "exact" else member.settled), []
+        self._open.add(shard)
+        theta, member.version = (None if member.version == self._version else self._theta), self._version
+        member.calls[member.handle.compute.remote(theta, self._version, shard, attempt, settled)] = (shard, attempt)
 
     def cancel(self, shard: Shard, attempt: int) -> None:
         for member in list(self._members.values()):
@@ -240,9 +300,10 @@ class RayExecutor:
     def _collect(self, member: _Member, reference: Any) -> None:
         shard, attempt = member.calls[reference]
         try:
-            buffer = ray.get(reference)
+            parts = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             del member.calls[reference]
+            member.version = 0  # it may be θ that did not arrive whole
             self._events.append(_failure(error, shard, attempt, member.name))
             return
         except ray.exceptions.RayError as error:
@@ -250,11 +311,14 @@ class RayExecutor:
             return
         del member.calls[reference]
         try:
-            result, header = decode_result(buffer, shard, self._learner.slots, finite=False, partial=True, rows=shard.count)
+            result, header = decode_result(parts, shard, self._learner.slots, finite=False, partial=True, rows=shard.count, wire=self._wire)
         except RejectedError as error:
+            member.settled.append(((shard, attempt), False))
             self._events.append(Failed(shard, attempt, member.name, "rejected", str(error)))
             return
-        self._events.append(Finished(shard, attempt, member.name, result, {**header["stats"], "bytes": buffer.size}))
+        member.settled.append(((shard, attempt), shard in self._open))
+        self._open.discard(shard)
+        self._events.append(Finished(shard, attempt, member.name, result, {**header["stats"], "bytes": sum(p.size for p in parts)}))
 
     def workers(self) -> dict[str, dict[str, Any]]:
         return {m.name: m.about for m in self._members.values() if m.about is not None}

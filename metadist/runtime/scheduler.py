@@ -86,7 +86,7 @@ class Scheduler:
         bytes_out = self.executor.publish(round.shards[0].meta_step, round.index, round.parameters)
         self.measured.seconds["publish"] += time.perf_counter() - began
         self.measured.counts["bytes_published"] += bytes_out
-        total: TreeSum[Contribution] = TreeSum(len(round.shards))
+        total: TreeSum[Contribution] = TreeSum(len(round.shards), Contribution.absorb)
         records: dict[int, Records] = {}
         progress = _Progress(round, deque(round.shards))
         began = idle_since = time.monotonic()
@@ -130,7 +130,7 @@ class Scheduler:
             self.measured.counts["duplicates"] += 1
             return None
         if isinstance(event, Finished):
-            fault = _fault(event.result, shard, self._learner, progress.round.reduce)
+            fault = fault_of(event.result, shard, self._learner, progress.round.reduce)
             if fault is None:
                 progress.done.add(shard.index)
                 self._durations.append(time.monotonic() - started)
@@ -190,7 +190,7 @@ class Scheduler:
         return current and attempt == progress.attempts[shard.index] < 2 and self.executor.capacity(shard.role) > 0
 
 
-def _fault(result: Result, shard: Shard, learner: Learner, reduce: bool) -> str | None:
+def fault_of(result: Result, shard: Shard, learner: Learner, reduce: bool) -> str | None:
     """Why a result must not enter the sum. The wire has checked its own; this holds for every executor."""
     if isinstance(result, Records) == reduce:
         return f"{type(result).__name__.lower()} where {'a contribution' if reduce else 'records'} should be"

@@ -10,17 +10,20 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import filelock
 import psutil
 import torch
 from torch import Tensor
 
-from metadist.core.errors import ConfigError, MetadistError, NonFiniteError
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, WorkerError
 from metadist.core.executor import Result, Shard
 from metadist.core.learner import Learner
+from metadist.runtime.plan import Device
 
 
 def resolve_device(wanted: str, gpus: float) -> torch.device:
@@ -32,7 +35,7 @@ def resolve_device(wanted: str, gpus: float) -> torch.device:
     return torch.device(wanted)
 
 
-def numerics_fingerprint(device: torch.device, threads: int, dtype: torch.dtype) -> dict[str, Any]:
+def numerics_fingerprint(device: torch.device, threads: int, dtype: torch.dtype, engine: Engine = Engine()) -> dict[str, Any]:  # noqa: B008
     """What must be equal for two workers to compute the same bits, and a hash of it under ``id``."""
     facts: dict[str, Any] = {
         "torch": torch.__version__,
@@ -41,8 +44,9 @@ def numerics_fingerprint(device: torch.device, threads: int, dtype: torch.dtype)
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
         "dtype": str(dtype).removeprefix("torch."),
-        "compile": "never",
-        "differentiation": "unrolled",
+        "compile": engine.compile,
+        "differentiation": engine.differentiation if engine.differentiation == "unrolled" else f"mixed, {engine.hessian}",
+        "precision": engine.precision,
     }
     facts["id"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return facts
@@ -64,19 +68,46 @@ class Worker:
     """Computes shards with one learner on one device. ``threads`` is PyTorch's intra-op count, set for the whole process."""
 
     def __init__(self, learner: Learner, *, name: str, device: str, gpus: float, threads: int) -> None:
-        self.learner, self.name = learner, name
+        self.learner, self.name, self.threads = learner, name, threads
         torch.set_num_threads(threads)
         _keep_freed_memory()
         self.device = resolve_device(device, gpus)
         if self.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic ones are
             torch.cuda.set_device(self.device)
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         learner.prepare(self.device)
         self.fingerprint = numerics_fingerprint(self.device, threads, learner.model.dtype)
+        self.compile_seconds = 0.0
         self._process = psutil.Process()
         self._process.cpu_percent()
+
+    def describe(self) -> Device:
+        """What a plan must know of it."""
+        return Device.of(self.device, self.fingerprint["device"])
+
+    def configure(self, engine: Engine, seed: int) -> dict[str, Any]:
+        """Compute as ``engine`` says, and compile what it says before the first shard waits for it; what ``about`` says then."""
+        reason = self.describe().no_compiler if engine.compile else None
+        if reason:
+            raise WorkerError(f"worker {self.name} can't comply with engine.compile: on '{self.fingerprint['device']}' {reason}")
+        if self.device.type == "cuda":
+            torch.use_deterministic_algorithms(engine.deterministic)
+            torch.backends.cudnn.benchmark = not engine.deterministic
+            tf32 = engine.precision == "tf32"
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        self.learner.set_engine(engine, one_at_a_time)
+        self.fingerprint = numerics_fingerprint(self.device, self.threads, self.learner.model.dtype, engine)
+        if engine.compile:
+            try:
+                self.compile_seconds = self.learner.warm_up(seed)
+            except MetadistError:
+                raise
+            except Exception as error:  # whatever a compiler may fail with
+                what = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise WorkerError(
+                    f"worker {self.name} can't comply with engine.compile: {what[:400]}; engine.compile=never does without"
+                ) from error
+        return self.about()
 
     def about(self) -> dict[str, Any]:
         return {
@@ -85,6 +116,7 @@ class Worker:
             "host": platform.node(),
             "device": str(self.device),
             "fingerprint": self.fingerprint,
+            "compile_seconds": self.compile_seconds,
             "data_sha256": getattr(self.learner.tasks, "data_sha256", None),
         }
 
@@ -96,6 +128,11 @@ class Worker:
         except (MetadistError, NonFiniteError):
             raise
         except Exception as error:
+            if "deterministic" in str(error) and self.device.type == "cuda":
+                raise ConfigError(
+                    f"this model has no deterministic kernel on a GPU ({str(error).partition(chr(10))[0]}); replace the operator, or give "
+                    "exactness up by engine.deterministic=false engine.exact=false"
+                ) from error
             raise self._blame(shard, theta, error) from error
         stats = {
             "seconds": time.perf_counter() - started,
@@ -128,6 +165,16 @@ class TaskError(Exception):
 
     def __reduce__(self) -> Any:
         return (type(self), (str(self), self.tasks))
+
+
+@contextlib.contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Holds this node's lock on the compiler: the first process compiles, the others then find its kernels in the cache."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    os.makedirs(cache_dir(), exist_ok=True)
+    with filelock.FileLock(os.path.join(cache_dir(), "metadist.lock")):
+        yield
 
 
 def _keep_freed_memory() -> None:

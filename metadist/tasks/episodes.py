@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from metadist.core.errors import ConfigError, DataError
-from metadist.core.random import SPLITS, TaskKey
+from metadist.core.random import SPLITS, TaskKey, choose, integers
 from metadist.core.task import Classification, Examples, Task
-from metadist.tasks.images import ImageSet, on_device
+from metadist.tasks.images import ImageSet, on_device, turned
 
 Rotations = Literal["classes", "slot", "none"]
 
@@ -26,10 +27,18 @@ class _Split:
     first: Tensor
     counts: Tensor
 
+    @cached_property
+    def fewest(self) -> tuple[int, str]:
+        """The smallest number of images, and the class that has it."""
+        return min(zip(self.counts.tolist(), self.names))
+
 
 @dataclass(frozen=True, eq=False)
 class _Prepared:
+    """``pixels`` holds the ``images`` of the set; where any are turned, four times as many (see ``images.turned``)."""
+
     pixels: Tensor
+    images: int
     splits: dict[str, _Split]
     data_sha256: str
 
@@ -101,7 +110,8 @@ class Episodes(Classification):
         # The splits belong to the fingerprint: a split file that differs on one node must not pass for the same data.
         described = json.dumps([images.sha256, {s: [images.names[c] for c in splits[s]] for s in SPLITS}])
         prepared = _Prepared(
-            on_device(images, device),
+            on_device(turned(images) if any(self.rotations_in(s) != "none" for s in SPLITS) else images, device),
+            len(images.pixels),
             {s: _Split(tuple(images.names[c] for c in splits[s]), first[splits[s]], counts[splits[s]]) for s in SPLITS},
             hashlib.sha256(described.encode()).hexdigest(),
         )
@@ -119,6 +129,11 @@ class Episodes(Classification):
     def data_sha256(self) -> str:
         """SHA-256 over the pixels, class names and splits: all that tasks depend on besides the configuration."""
         return self._ready().data_sha256
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images that ``draw`` numbers, u8 [N, channels, height, width], on the device that they were prepared for."""
+        return self._ready().pixels
 
     def class_names(self, split: str) -> tuple[str, ...]:
         """The classes of ``split``, in the order in which they are numbered."""
@@ -138,41 +153,46 @@ class Episodes(Classification):
             raise ConfigError(
                 f"{key('n_way')} = {n}: the {split} split has {classes} classes; lower it, or give this split more classes"
             )
-        fewest = int(part.counts.argmin())
-        if k + q > part.counts[fewest]:
+        fewest, name = part.fewest
+        if k + q > fewest:
             raise ConfigError(
-                f"{key('k_shot')} + {key('query_shots')} = {k} + {q}: class '{part.names[fewest]}' of the {split} split "
-                f"has {int(part.counts[fewest])} images; lower one of them, or leave the class out"
+                f"{key('k_shot')} + {key('query_shots')} = {k} + {q}: class '{name}' of the {split} split has {fewest} images; "
+                "lower one of them, or leave the class out"
             )
         return part, classes
 
-    def draw(self, keys: TaskKey, split: str) -> tuple[Tensor, Tensor | None]:
-        """Which images: indices into the set, int64 [T, k + q, n], and quarter turns [T, n] where they are turned."""
+    def draw(self, keys: TaskKey, split: str) -> Tensor:
+        """Which of the prepared pixels: int64 [T, k + q, n]."""
         part, classes = self._checked(split)
         n, k, q = self.shape(split)
-        chosen, turns = keys.stream("classes").choose(classes, n).squeeze(-2), None
-        if self.rotations_in(split) == "classes":
+        rotations = self.rotations_in(split)
+        # All streams at once; a stream that is not asked for its words costs nothing.
+        slots, words, quarters = keys.words(classes=n, images=n * (k + q), rotations=n if rotations == "slot" else 0)
+        chosen = choose(slots, classes)
+        turns = integers(quarters, 4) if rotations == "slot" else None
+        if rotations == "classes":
             chosen, turns = chosen % len(part.names), chosen // len(part.names)
-        elif self.rotations_in(split) == "slot":
-            turns = keys.stream("rotations").integers(4, n)
-        images = _without_replacement(keys.stream("images").bits(n, k + q), part.counts[chosen])
-        return (part.first[chosen].unsqueeze(-1) + images).transpose(-1, -2), turns
+        first = part.first[chosen]
+        if turns is not None:
+            first += turns * self._ready().images
+        images = choose(words.unflatten(-1, (n, k + q)), part.counts[chosen])
+        return (first.unsqueeze(-1) + images).transpose(-1, -2)
 
     def sample(self, keys: TaskKey, split: str) -> Task:
-        indices, turns = self.draw(keys.to(torch.device("cpu")), split)
-        n, k, _ = self.shape(split)
-        pixels = self._ready().pixels
+        index = self.draw(keys.to(torch.device("cpu")), split)
+        n, k, q = self.shape(split)
+        pixels = self.pixels
+        # One block of indices to the device, one gather there for each set.
+        index = index.to(pixels.device)
         labels = torch.arange(n, device=pixels.device)
 
-        def examples(index: Tensor) -> Examples:
-            images = pixels.index_select(0, index.flatten().to(pixels.device)).view(*index.shape, *pixels.shape[1:])
-            if turns is not None:
-                images = _turn(images, turns)
+        def examples(index: Tensor, shots: int) -> Examples:
+            tasks = index.shape[:-2]
+            images = pixels.index_select(0, index.flatten()).view(*tasks, shots * n, *pixels.shape[1:])
             # A product, not a quotient: CUDA divides by a scalar by multiplying with its inverse, the CPU does not.
-            x = images.to(torch.float32).mul_(1 / 255).flatten(-5, -4)
-            return Examples(x, labels.repeat(*index.shape[:-1]))
+            return Examples(images.to(torch.float32).mul_(1 / 255), labels.repeat(*tasks, shots))
 
-        return Task(examples(indices[..., :k, :]), examples(indices[..., k:, :]))
+        return Task(examples(index[..., :k, :], k), examples(index[..., k:, :], q))
 
     def sample_task(self, key: TaskKey, split: str) -> Task:
         return self.sample(key, split)
@@ -192,39 +212,3 @@ class Episodes(Classification):
     def sizes(self, split: str) -> tuple[int, int]:
         n, k, q = self.shape(split)
         return n * k, n * q
-
-
-def _without_replacement(words: Tensor, counts: Tensor) -> Tensor:
-    """Ordered draws of k out of ``counts`` […] each, from 32-bit words […, k]: int64 […, k].
-
-    ``Stream.choose``'s shuffle (and its result, where all counts are equal) for populations of different sizes, without
-    laying out the decks: only the places a draw has disturbed are remembered, O(k²) however large a class is.
-    """
-    k = words.shape[-1]
-    picks, drawn, moved = (torch.empty_like(words) for _ in range(3))
-    order = torch.arange(1, k + 1)
-
-    def card_at(place: Tensor, before: int) -> Tensor:
-        """The card in ``place`` after the first ``before`` swaps: what the last swap with that place put there."""
-        if before == 0:
-            return place
-        last = ((picks[..., :before] == place.unsqueeze(-1)) * order[:before]).amax(-1)
-        put = moved.gather(-1, (last - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return torch.where(last > 0, put, place)
-
-    for j in range(k):
-        pick = ((words[..., j] * (counts - j)) >> 32) + j
-        drawn[..., j] = card_at(pick, j)
-        moved[..., j] = card_at(torch.full_like(pick, j), j)
-        picks[..., j] = pick
-    return drawn
-
-
-def _turn(images: Tensor, turns: Tensor) -> Tensor:
-    """``torch.rot90`` of square images [T, shots, n, channels, size, size] by quarter turns [T, n]."""
-    size = images.shape[-1]
-    places = torch.arange(size * size, device=images.device).view(size, size)
-    maps = torch.stack([places.rot90(turn).flatten() for turn in range(4)])
-    index = maps[turns.to(images.device)][..., None, :, None, :]
-    flat = images.flatten(-2)
-    return flat.gather(-1, index.expand_as(flat)).view_as(images)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metadist.core.errors import ConfigError
-from metadist.core.random import TaskKey
+from metadist.core.random import TaskKey, uniform
 from metadist.core.task import Examples, Task, TaskFamily
 
 
@@ -38,26 +38,21 @@ class Sinusoid(TaskFamily):
 
     def amplitude_and_phase(self, keys: TaskKey) -> tuple[Tensor, Tensor]:
         """The tasks' A and φ, each of the shape of ``keys.tasks``."""
-        (a_low, a_high), (p_low, p_high) = self.amplitude, self.phase
-        return (
-            keys.stream("amplitude").uniform(1, low=a_low, high=a_high).squeeze(-1),
-            keys.stream("phase").uniform(1, low=p_low, high=p_high).squeeze(-1),
-        )
+        amplitude, phase = keys.words(amplitude=1, phase=1)
+        return uniform(amplitude, *self.amplitude).squeeze(-1), uniform(phase, *self.phase).squeeze(-1)
 
     def curve(self, keys: TaskKey, x: Tensor) -> Tensor:
         """The tasks' true curves at x [P]: float32 [T, P]. Or each at its own x [T, P]."""
-        amplitude, phase = (v.unsqueeze(-1).double() for v in self.amplitude_and_phase(keys))
-        # In float64, then rounded: a float32 sine's last bit depends on where in the vector (so in which shard) it stands.
-        return (amplitude * torch.sin(x.double() - phase)).float()
+        amplitude, phase = self.amplitude_and_phase(keys)
+        return _curve(amplitude.unsqueeze(-1), phase.unsqueeze(-1), x)
 
     def sample(self, keys: TaskKey, split: str) -> Task:
-        low, high = self.x_range
-
-        def examples(name: str, rows: int) -> Examples:
-            x = keys.stream(name).uniform(rows, low=low, high=high)
-            return Examples(x.unsqueeze(-1), self.curve(keys, x).unsqueeze(-1))
-
-        return Task(examples("support", self.k_shot), examples("query", self.query_shots))
+        k, q = self.k_shot, self.query_shots
+        amplitude, phase, support, query = keys.words(amplitude=1, phase=1, support=k, query=q)
+        x = uniform(torch.cat((support, query), dim=-1), *self.x_range)
+        y = _curve(uniform(amplitude, *self.amplitude), uniform(phase, *self.phase), x)
+        parts = zip(x.split_with_sizes((k, q), dim=-1), y.split_with_sizes((k, q), dim=-1))
+        return Task(*(Examples(x.contiguous().unsqueeze(-1), y.contiguous().unsqueeze(-1)) for x, y in parts))
 
     def sample_task(self, key: TaskKey, split: str) -> Task:
         return self.sample(key, split)
@@ -73,3 +68,8 @@ class Sinusoid(TaskFamily):
 
     def sizes(self, split: str) -> tuple[int, int]:
         return self.k_shot, self.query_shots
+
+
+def _curve(amplitude: Tensor, phase: Tensor, x: Tensor) -> Tensor:
+    # In float64, then rounded: a float32 sine's last bit depends on where in the vector (so in which shard) it stands.
+    return (amplitude.double() * torch.sin(x.double() - phase.double())).float()

@@ -19,15 +19,19 @@ signature: who may send is for the transport to decide, and what is inside a goo
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
 import xxhash
 
+from metadist.wire.memory import fresh
+
 MAGIC = b"METADIST"
 VERSION = 1
 HEADER_BYTES = 64
+#: bytes that are hashed while the cache still holds what was copied
+BLOCK = 256 << 10
 
 _FIELDS = struct.Struct("<8sI4xQ24x")
 _HASHED = _FIELDS.size
@@ -37,28 +41,43 @@ class FrameError(Exception):
     """The bytes are not one whole, undamaged frame of this version. The message says why."""
 
 
-def allocate(payload_bytes: int) -> pa.Buffer:
-    """A mutable buffer for a payload of so many bytes at offset ``HEADER_BYTES``: write it there, then ``seal``."""
-    return pa.allocate_buffer(HEADER_BYTES + payload_bytes)
-
-
-def seal(buffer: pa.Buffer) -> pa.Buffer:
-    """Write the header in front of the payload that lies in ``buffer``, in place; returns ``buffer``."""
+def frame(payload_buffers: Iterable[Any]) -> pa.Buffer:
+    """The concatenation of ``payload_buffers`` (anything with the buffer protocol) in one frame, copied once."""
+    parts = [_bytes(b) for b in payload_buffers]
+    buffer = pa.allocate_buffer(HEADER_BYTES + sum(map(len, parts)))
     view = memoryview(buffer).cast("B")
     _FIELDS.pack_into(view, 0, MAGIC, VERSION, len(view) - HEADER_BYTES)
-    view[_HASHED:HEADER_BYTES] = _digest(view)
+    view[_HASHED:HEADER_BYTES] = _copy_and_hash(view[:_HASHED], parts, view[HEADER_BYTES:])
     return buffer
 
 
-def frame(payload_buffers: Iterable[Any]) -> pa.Buffer:
-    """The concatenation of ``payload_buffers`` (anything with the buffer protocol) in one frame, copied once."""
-    parts = [memoryview(pa.py_buffer(b)).cast("B") for b in payload_buffers]
-    buffer = allocate(sum(len(p) for p in parts))
-    view, position = memoryview(buffer).cast("B"), HEADER_BYTES
+def scatter(payload_buffers: Iterable[Any]) -> list[pa.Buffer]:
+    """The same frame in parts that one after another are its bytes: large buffers as they are, not copied."""
+    parts = [_bytes(b) for b in payload_buffers]
+    header = bytearray(HEADER_BYTES)
+    _FIELDS.pack_into(header, 0, MAGIC, VERSION, sum(map(len, parts)))
+    digest = xxhash.xxh3_128(header[:_HASHED])
+    scattered: list[Any] = [header]
     for part in parts:
-        view[position : position + len(part)] = part
-        position += len(part)
-    return seal(buffer)
+        digest.update(part)
+        if len(part) < BLOCK and isinstance(scattered[-1], bytearray):
+            scattered[-1] += part
+        else:
+            scattered.append(bytearray(part) if len(part) < BLOCK else part)
+    header[_HASHED:HEADER_BYTES] = digest.digest()
+    return [pa.py_buffer(p) for p in scattered]
+
+
+def join(parts: Sequence[pa.Buffer]) -> pa.Buffer:
+    """One buffer of the ``parts`` of a frame; they are copied if there are several."""
+    if len(parts) == 1:
+        return parts[0]
+    buffer = pa.py_buffer(fresh(sum(p.size for p in parts)).numpy())
+    view, position = _bytes(buffer), 0
+    for part in parts:
+        view[position : position + part.size] = _bytes(part)
+        position += part.size
+    return buffer
 
 
 def unframe(buffer: Any) -> pa.Buffer:
@@ -67,24 +86,60 @@ def unframe(buffer: Any) -> pa.Buffer:
     ``buffer``: a ``pa.Buffer``, ``bytes`` or anything with the buffer protocol. Raises ``FrameError``.
     """
     buffer = buffer if isinstance(buffer, pa.Buffer) else pa.py_buffer(buffer)
-    if buffer.size < HEADER_BYTES:
-        raise FrameError(f"{buffer.size} bytes are too few for a header of {HEADER_BYTES}")
     view = memoryview(buffer).cast("B")
+    _check_header(view[:HEADER_BYTES], len(view))
+    digest = xxhash.xxh3_128(view[:_HASHED])
+    digest.update(view[HEADER_BYTES:])
+    _check_digest(digest.digest(), view)
+    return buffer.slice(HEADER_BYTES)
+
+
+def gather(parts: Sequence[Any]) -> pa.Buffer:
+    """The payload of a frame that came in ``parts``, in fresh memory aligned to 64 bytes; checked as by ``unframe``.
+
+    One pass: every block is copied and, while the cache still holds it, the copy is hashed.
+    """
+    views = [_bytes(p) for p in parts]
+    size = sum(map(len, views))
+    head = views[0][:HEADER_BYTES] if views else memoryview(b"")
+    _check_header(head, size)
+    views[0] = views[0][HEADER_BYTES:]
+    payload = pa.py_buffer(fresh(size - HEADER_BYTES).numpy())
+    _check_digest(_copy_and_hash(head[:_HASHED], views, _bytes(payload)), head)
+    return payload
+
+
+def _bytes(buffer: Any) -> memoryview:
+    return memoryview(pa.py_buffer(buffer)).cast("B")
+
+
+def _copy_and_hash(fields: memoryview, parts: Iterable[memoryview], target: memoryview) -> bytes:
+    """Copy ``parts`` one behind another into ``target``; the digest of ``fields`` and of what is there then."""
+    digest, position = xxhash.xxh3_128(fields), 0
+    for part in parts:
+        for start in range(0, len(part), BLOCK):
+            block = part[start : start + BLOCK]
+            end = position + len(block)
+            target[position:end] = block
+            digest.update(target[position:end])
+            position = end
+    return digest.digest()
+
+
+def _check_header(view: memoryview, size: int) -> None:
+    if len(view) < HEADER_BYTES:
+        raise FrameError(f"{len(view)} bytes are too few for a header of {HEADER_BYTES}")
     magic, version, length = _FIELDS.unpack_from(view)
     if magic != MAGIC:
         raise FrameError(f"bad magic {magic!r}, expected {MAGIC!r}")
     if version != VERSION:
         raise FrameError(f"version {version}, expected {VERSION}")
-    present = buffer.size - HEADER_BYTES
+    present = size - HEADER_BYTES
     if present != length:
         what = "truncated" if present < length else "trailing bytes"
         raise FrameError(f"{what}: {present} payload bytes, the header says {length}")
-    if _digest(view) != view[_HASHED:HEADER_BYTES]:
+
+
+def _check_digest(digest: bytes, view: memoryview) -> None:
+    if digest != view[_HASHED:HEADER_BYTES]:
         raise FrameError("hash mismatch: the bytes were damaged on the way")
-    return buffer.slice(HEADER_BYTES)
-
-
-def _digest(view: memoryview) -> bytes:
-    digest = xxhash.xxh3_128(view[:_HASHED])
-    digest.update(view[HEADER_BYTES:])
-    return digest.digest()

@@ -18,7 +18,7 @@ import pyarrow.ipc as ipc
 import torch
 from torch import Tensor
 
-from metadist.wire.frame import HEADER_BYTES, FrameError, allocate, seal, unframe
+from metadist.wire.frame import FrameError, frame, gather, scatter, unframe
 
 _KEY = b"metadist"
 #: torch dtype → (the dtype its bits travel as, Arrow's name for that)
@@ -62,30 +62,24 @@ def encode(header: Mapping[str, Any], columns: Mapping[str, Tensor]) -> pa.Buffe
     ``header`` must be strict JSON and not use the key ``columns``. Contiguous CPU tensors are copied once, into the
     frame. Raises ``ValueError`` for a dtype, shape or header that can't travel.
     """
-    shapes = {n: tuple(t.shape) for n, t in columns.items()}
-    if not all(shapes.values()) or len({s[0] for s in shapes.values()}) > 1:
-        raise ValueError(f"columns need one common number of rows, got {shapes}")
-    about = {n: {"dtype": dtype_name(t.dtype), "shape": list(t.shape)} for n, t in columns.items()}
-    text = json.dumps({**header, "columns": about}, allow_nan=False)
-    arrays = [_to_arrow(t) for t in columns.values()]
-    fields = [pa.field(n, a.type, nullable=False) for n, a in zip(columns, arrays)]
-    batch = pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields, metadata={_KEY: text.encode()}))
-    measure = pa.MockOutputStream()
-    _write(measure, batch)
-    buffer = allocate(measure.size())
-    with pa.FixedSizeBufferWriter(buffer) as sink:
-        sink.write(bytes(HEADER_BYTES))
-        _write(sink, batch)
-    return seal(buffer)
+    return frame(_stream(header, columns))
 
 
-def decode(buffer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A framed buffer → its header and its tensors [rows, …], as read-only, perhaps misaligned views of the buffer.
+def encode_parts(header: Mapping[str, Any], columns: Mapping[str, Tensor]) -> list[pa.Buffer]:
+    """The frame that ``encode`` makes, in parts; those of large contiguous CPU tensors are the tensors' own memory."""
+    return scatter(_stream(header, columns))
 
-    Every tensor has the dtype and shape that ``header["columns"]`` states, and lies inside the buffer. Raises
-    ``RejectedError``, and nothing else, whatever the bytes are.
+
+def decode(buffer: Any, *, own: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A framed buffer, or the list of its parts → its header and its tensors [rows, …].
+
+    The tensors are read-only, perhaps misaligned views of the buffer; with ``own`` (and of parts, always) they are
+    views of a fresh copy. Every one has the dtype and shape that ``header["columns"]`` states, and lies inside the
+    buffer. Raises ``RejectedError``, and nothing else, whatever the bytes are.
     """
     try:
+        if own or isinstance(buffer, list):
+            return _decode(gather(buffer if isinstance(buffer, list) else [buffer]))
         return _decode(unframe(buffer))
     except RejectedError:
         raise
@@ -93,6 +87,49 @@ def decode(buffer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise RejectedError(f"damaged frame: {error}") from error
     except Exception as error:  # behind a good hash anything can lie, and Arrow, JSON and struct each raise their own
         raise RejectedError(f"unreadable content: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+class _Pieces:
+    """A file for Arrow to write to. It keeps what is written in pieces: tensors as the buffers that they lie in."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.pieces: list[Any] = []
+
+    def write(self, piece: Any) -> int:
+        self.pieces.append(piece)
+        return len(piece) if isinstance(piece, bytes) else piece.size
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _stream(header: Mapping[str, Any], columns: Mapping[str, Tensor]) -> list[Any]:
+    """An Arrow stream in pieces, its body at a multiple of 64 bytes: the header ends in as many blanks as that takes."""
+    shapes = {n: tuple(t.shape) for n, t in columns.items()}
+    if not all(shapes.values()) or len({s[0] for s in shapes.values()}) > 1:
+        raise ValueError(f"columns need one common number of rows, got {shapes}")
+    about = {n: {"dtype": dtype_name(t.dtype), "shape": list(t.shape)} for n, t in columns.items()}
+    text = json.dumps({**header, "columns": about}, allow_nan=False)
+    arrays = [_to_arrow(t) for t in columns.values()]
+    fields = [pa.field(n, a.type, nullable=False) for n, a in zip(columns, arrays)]
+    pieces = _pieces(arrays, pa.schema(fields, metadata={_KEY: text.encode()}))
+    before = 0
+    for piece in pieces:
+        if not isinstance(piece, bytes):  # the body begins
+            blanks = " " * (-before % 64)
+            return _pieces(arrays, pa.schema(fields, metadata={_KEY: (text + blanks).encode()})) if blanks else pieces
+        before += len(piece)
+    return pieces
+
+
+def _pieces(arrays: list[pa.Array], schema: pa.Schema) -> list[Any]:
+    sink = _Pieces()
+    with ipc.new_stream(pa.PythonFile(sink, mode="w"), schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    return sink.pieces
 
 
 def _to_arrow(tensor: Tensor) -> pa.Array:
@@ -105,11 +142,6 @@ def _to_arrow(tensor: Tensor) -> pa.Array:
     if width > _MAX_LIST:
         raise ValueError(f"a row of {width} elements does not travel: at most {_MAX_LIST}")
     return pa.Array.from_buffers(pa.list_(kind, width), tensor.shape[0], [None], children=[values])
-
-
-def _write(sink: Any, batch: pa.RecordBatch) -> None:
-    with ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
 
 
 def _decode(payload: pa.Buffer) -> tuple[dict[str, Any], dict[str, Tensor]]:

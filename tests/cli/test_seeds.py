@@ -12,7 +12,8 @@ import pytest
 import tiny
 
 from metadist.core.errors import ConfigError
-from metadist.experiment import Quiet, train, train_seeds
+from metadist.experiment import Quiet, train
+from metadist.seeds import train_seeds
 
 
 def go(document, seeds, run_dir, resume=False, stop=lambda: False):

@@ -19,6 +19,7 @@ from PIL import Image
 from toys import train
 
 from metadist.algorithms import ALGORITHMS
+from metadist.core.check import check
 from metadist.core.errors import ConfigError
 from metadist.core.learner import Learner
 from metadist.core.model import Model
@@ -127,7 +128,7 @@ def test_refused_in_one_line(triple):
 
 
 def test_it_can_begin(subject):
-    subject.check(0)
+    check(subject, 0)
 
 
 def test_a_contribution_fits_the_slots(subject):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from toys import Everything, keys
 
+from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 
 KEY = keys(4).each()[0]
@@ -105,3 +106,12 @@ def test_two_dropouts_of_one_pass_draw_different_masks():
     out = model.bind({}, KEY, training=True)(ones, torch.ones(10, 100))
     assert abs(float((out == 0).float().mean()) - 0.75) < 0.05
     assert set(out.unique().tolist()) == {0.0, 4.0}
+
+
+def test_attention_with_dropout_of_its_own_is_refused():
+    """Torch draws it inside one function, past our masks: two runs of one task would differ."""
+    with pytest.raises(ConfigError, match=r"'0\.self_attn' is a MultiheadAttention with dropout = 0\.1.*; set its dropout to 0"):
+        Model(lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1)))
+    with pytest.raises(ConfigError, match="'MultiheadAttention' is a MultiheadAttention"):
+        Model(lambda: nn.MultiheadAttention(8, 2, dropout=0.2))
+    assert Model(lambda: nn.Sequential(nn.MultiheadAttention(8, 2), nn.Dropout(0.1))).module[0].dropout == 0

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from metadist.core.random import SPLITS, TaskKey, philox, seeded
+from metadist.core.random import SPLITS, TaskKey, _words_at_once, choose, integers, philox, seeded, uniform
 
 KNOWN = [  # Random123, kat_vectors: counter, key, result
     ([0, 0, 0, 0], (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
@@ -25,6 +26,17 @@ KNOWN = [  # Random123, kat_vectors: counter, key, result
 def test_known_answers(counter, key, expected):
     words = philox(tuple(torch.tensor(c) for c in counter), key)
     assert [int(w) for w in words] == expected
+
+
+@pytest.mark.parametrize("count", [1, 17, 20])
+def test_known_answers_of_a_whole_shard(count):
+    """The quick form counts its blocks from 0, so that only those answers are its own; it must agree on the others too."""
+    wanted, tasks = ((KNOWN[0][1], count), (KNOWN[1][1], 8), (KNOWN[2][1], 0)), torch.tensor([0, 0xFFFFFFFF, 70_000])
+    for meta_step, high_word in ((0, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0x13198A2E, 0x03707344)):
+        for (key, n), words in zip(wanted, _words_at_once(wanted, tasks, meta_step, high_word), strict=True):
+            blocks = [[in_python([b, t, meta_step, high_word], key) for b in range(5)] for t in tasks.tolist()]
+            assert words.tolist() == [[w for block in row for w in block][:n] for row in blocks]
+    assert _words_at_once(((KNOWN[0][1], 4),), tasks[0], 0, 0)[0].tolist() == KNOWN[0][2]
 
 
 def in_python(counter, key):
@@ -73,9 +85,66 @@ def test_independent_of_the_shard(kind):
     for part in (range(3, 4), range(10, 17), range(37, 100), [5, 99, 5, 0]):
         assert draw(keys(part).stream("s")).equal(whole[list(part)])
     assert all(draw(key.stream("s")).equal(whole[i]) for i, key in enumerate(keys(range(20)).each()))
-    if kind != "choose":
-        mapped = torch.func.vmap(lambda t: draw(TaskKey(3, "train", 8, t).stream("s")))(torch.arange(100))
-        assert mapped.equal(whole)
+    mapped = torch.func.vmap(lambda t: draw(TaskKey(3, "train", 8, t).stream("s")))(torch.arange(100))
+    assert mapped.equal(whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_steps_may_be_tensors_of_a_traced_graph(kind, mode):
+    """The same bits from ints, from scalars, under vmap, and from a graph that was traced at other values."""
+
+    def drawn(tasks, meta_step, step, call):
+        return KINDS[kind](TaskKey(3, "test", meta_step, tasks).stream("s", step, call))
+
+    def batched(tasks, *numbers):
+        return torch.func.vmap(lambda task: drawn(task, *numbers))(tasks)
+
+    tasks, numbers = torch.arange(5), (8, 2**14 - 1, 3)
+    scalars = tuple(map(torch.tensor, numbers))
+    expected = drawn(tasks, *numbers)
+    assert drawn(tasks, *scalars).equal(expected) and batched(tasks, *scalars).equal(expected)
+    for function in (drawn, batched):
+        graph = make_fx(function, tracing_mode=mode)(torch.arange(7, 12), *map(torch.tensor, (0, 0, 0)))
+        assert graph(tasks, *scalars).equal(expected)
+    assert drawn(tasks, *numbers).equal(expected), "nothing of a trace is left behind"
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_draw_may_be_traced_first(mode):
+    """Constants are not kept from a trace, nor given to one."""
+    key = TaskKey.of(hash(mode) % 1000, "train", 4, range(3))
+    graph = make_fx(lambda tasks: torch.cat(TaskKey(key.seed, "train", 4, tasks).words(a=5, b=2), -1), tracing_mode=mode)(key.tasks)
+    words = torch.cat(key.words(a=5, b=2), -1)
+    assert type(words) is torch.Tensor and words.equal(graph(key.tasks))
+
+
+def test_streams_drawn_together_are_those_drawn_alone():
+    counts = {"a": 1, "b": 9, "none": 0, "c": 4, "images": 50}
+    for part in (keys(range(20)), keys([]), keys([7]).each()[0]):
+        for (name, count), words in zip(counts.items(), part.words(**counts), strict=True):
+            assert words.equal(part.stream(name).bits(count)), name
+    words = keys(range(20)).words(a=6)[0]
+    assert uniform(words, -5.0, 5.0).equal(keys(range(20)).stream("a").uniform(6, low=-5.0, high=5.0))
+    assert integers(words, 7).equal(keys(range(20)).stream("a").integers(7, 6))
+
+
+def shuffled(words, population):
+    """A partial Fisher–Yates shuffle as in a book."""
+    deck = list(range(population))
+    for j, word in enumerate(words):
+        pick = j + (word * (population - j) >> 32)
+        deck[j], deck[pick] = deck[pick], deck[j]
+    return deck[: len(words)]
+
+
+@pytest.mark.parametrize(("population", "k"), [(1, 1), (2, 2), (3, 3), (3, 2), (5, 4), (9, 9), (20, 10), (64, 64), (1000, 7)])
+def test_choose_is_a_shuffle_s_beginning(population, k):
+    words = keys(range(200)).stream("c").bits(k)
+    expected = [shuffled(row, population) for row in words.tolist()]
+    assert choose(words, population).tolist() == expected
+    assert choose(words, torch.full((200,), population)).tolist() == expected
+    assert choose(words[:, :0], population).shape == (200, 0)
 
 
 def keys(tasks):

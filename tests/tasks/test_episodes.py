@@ -1,5 +1,6 @@
 """Episodes over a set in which every image says in its pixels which class and which image it is."""
 
+import hashlib
 import pickle
 from dataclasses import dataclass, replace
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 from metadist.core.errors import ConfigError, DataError
-from metadist.core.random import TaskKey
-from metadist.tasks.episodes import Episodes, Rotations, _turn, _without_replacement
-from metadist.tasks.images import ImageSet
+from metadist.core.random import TaskKey, choose
+from metadist.tasks.episodes import Episodes, Rotations
+from metadist.tasks.images import ImageSet, turned
 
 COUNTS = (7, 9, 30, 7, 8, 12, 7, 7, 11, 20, 7, 7)
 TRAIN, VALIDATION, TEST = [0, 2, 4, 5, 6, 8, 9], [1, 3], [7, 10, 11]
@@ -105,22 +106,38 @@ def test_classes_labels_and_images_are_uniform():
     assert (pairs > 0).sum() == 42, "every ordered pair of classes occurs"
 
 
-def test_unequal_populations_draw_as_choose_does():
+def test_unequal_populations_draw_as_equal_ones_do():
     stream = keys(range(16)).stream("images")
-    for population, k in ((20, 20), (5000, 30), (3, 1)):
-        expected = stream.choose(population, k, 4)
-        assert torch.equal(_without_replacement(stream.bits(4, k), torch.full((16, 4), population)), expected)
-    whole = _without_replacement(stream.bits(4, 6), torch.tensor([6, 7, 40, 6]).expand(16, 4))
+    whole = choose(stream.bits(4, 6), torch.tensor([6, 7, 40, 6]))
+    assert all(whole[:, i].equal(choose(stream.bits(4, 6), population)[:, i]) for i, population in enumerate((6, 7, 40, 6)))
     assert (whole[:, 0].sort(-1).values == torch.arange(6)).all() and all(len(set(r.tolist())) == 6 for r in whole[:, 2])
 
 
-def test_turns():
-    images = torch.arange(2 * 3 * 4 * 2 * 9).view(2, 3, 4, 2, 3, 3).to(torch.uint8)
-    turns = torch.tensor([[0, 1, 2, 3], [3, 3, 1, 0]])
-    turned = _turn(images, turns)
-    for t in range(2):
-        for w in range(4):
-            assert torch.equal(turned[t, :, w], torch.rot90(images[t, :, w], int(turns[t, w]), (-2, -1)))
+def test_turned_images_follow_those_that_are_not():
+    pixels = np.arange(4 * 3 * 3 * 3).astype(np.uint8).reshape(4, 3, 3, 3)
+    images = ImageSet.of(pixels, ["a", "b"], [3, 1], ["", ""])
+    for again in range(2):  # the second time from the cache
+        found = torch.from_numpy(turned(images).pixels)
+        for turn in range(4):
+            assert found[4 * turn :][:4].equal(torch.rot90(torch.from_numpy(pixels), turn, (-2, -1))), again
+
+
+@pytest.mark.parametrize(
+    ("rotations", "expected"),
+    [
+        ("none", "775b6161facc775d"),
+        ("classes", "f45556de780c932c"),
+        ("slot", "0243fc339d4d2c47"),
+    ],
+)
+def test_tasks_are_the_same_as_ever(rotations, expected):
+    """What a task is made of is public: these may never change."""
+    digest = hashlib.sha256()
+    for shape in ({}, {"train_n_way": 6, "train_k_shot": 3, "train_query_shots": 4}):
+        task = Toy(n_way=3, k_shot=2, query_shots=3, rotations=rotations, **shape).sample(keys(range(20), seed=7, step=11), "train")
+        for t in (task.support.x, task.support.y, task.query.x, task.query.y):
+            digest.update(t.contiguous().numpy().tobytes())
+    assert digest.hexdigest()[:16] == expected
 
 
 @pytest.mark.parametrize(("rotations", "classes"), [("none", 7), ("classes", 28), ("slot", 7)])

@@ -1,3 +1,4 @@
+import hashlib
 import math
 
 import pytest
@@ -35,6 +36,19 @@ def test_a_task_is_the_same_in_any_shard():
             assert torch.equal(a, b[list(tasks)])
     single = family.sample_task(TaskKey.of(1, "train", 9, range(40)).each()[17], "train")
     assert torch.equal(single.query.y, whole.query.y[17])
+
+
+def test_tasks_are_the_same_as_ever():
+    """What a task is made of is public: these may never change."""
+    keys = TaskKey.of(7, "test", 11, range(3, 20))
+    task = Sinusoid(k_shot=5, query_shots=7).sample(keys, "test")
+    digest = hashlib.sha256()
+    for t in (*Sinusoid().amplitude_and_phase(keys), task.support.x, task.query.x):
+        digest.update(t.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "a9aaaf23e7f77a9c"
+    for examples in (task.support, task.query):
+        assert examples.x.is_contiguous() and examples.y.is_contiguous()
+        assert torch.equal(examples.y.squeeze(-1), Sinusoid().curve(keys, examples.x.squeeze(-1)))
 
 
 def test_impossible_settings_are_named():

@@ -1,0 +1,207 @@
+"""One shard's second-order MAML gradient, Σ over tasks of ∇θ L_query(φ_k), the way the users of each library write it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metadist.core.errors import ConfigError, one_of
+from metadist.core.learner import Learner
+from metadist.core.random import TaskKey
+from metadist.core.state import State
+from metadist.core.task import Task
+
+Gradient = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """θ and a shard of sampled tasks, the same for all; on the learner's device and in its dtype."""
+
+    learner: Learner
+    state: State
+    tasks: Task
+    keys: TaskKey
+    inner_lr: float
+    inner_steps: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.learner.device
+
+    @property
+    def classification(self) -> bool:
+        return self.learner.tasks.kind == "classification"
+
+    def parameters(self) -> Gradient:
+        """θ by name: copies that are leaves of autograd's graph."""
+        theta = self.learner.parameters(self.state)
+        return {n: t.to(self.device, copy=True).requires_grad_() for n, t in theta.items()}
+
+    def module(self) -> nn.Module:
+        """The network at θ out of PyTorch's own layers, whatever ours make of them."""
+        module = copy.deepcopy(self.learner.model.module).train()
+        module.load_state_dict(self.parameters())
+        for layer in module.modules():
+            for ordinary in (nn.BatchNorm2d, nn.Conv2d, nn.Linear):
+                if isinstance(layer, ordinary):
+                    layer.__class__ = ordinary
+        return module.to(self.device)
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(prediction, target) if self.classification else F.mse_loss(prediction, target)
+
+    def each(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(support x, support y, query x, query y) of each task."""
+        yield from zip(self.tasks.support.x, self.tasks.support.y, self.tasks.query.x, self.tasks.query.y)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """``call`` computes and waits for the result, which ``read`` turns into the gradient by parameter name."""
+
+    call: Callable[[], Any]
+    read: Callable[[Any], Gradient]
+
+
+def loop(problem: Problem) -> Contestant:
+    """PyTorch alone: one task after the other, ``torch.autograd.grad(create_graph=True)``."""
+    module, theta = problem.module(), problem.parameters()
+
+    def compute() -> Gradient:
+        total = [torch.zeros_like(t) for t in theta.values()]
+        for support_x, support_y, query_x, query_y in problem.each():
+            phi = theta
+            for _ in range(problem.inner_steps):
+                inner = problem.loss(functional_call(module, phi, (support_x,)), support_y)
+                gradients = torch.autograd.grad(inner, list(phi.values()), create_graph=True)
+                phi = {n: p - problem.inner_lr * g for (n, p), g in zip(phi.items(), gradients)}
+            outer = problem.loss(functional_call(module, phi, (query_x,)), query_y)
+            torch._foreach_add_(total, torch.autograd.grad(outer, list(theta.values())))
+        return dict(zip(theta, total))
+
+    return Contestant(waiting(compute, problem.device), dict)
+
+
+def higher(problem: Problem) -> Contestant:
+    """``higher.innerloop_ctx``, as in its Omniglot example."""
+    import higher as library
+
+    module = problem.module()
+    inner = torch.optim.SGD(module.parameters(), lr=problem.inner_lr)
+
+    def compute() -> Gradient:
+        module.zero_grad()
+        for support_x, support_y, query_x, query_y in problem.each():
+            with library.innerloop_ctx(module, inner, copy_initial_weights=False) as (functional, optimizer):
+                for _ in range(problem.inner_steps):
+                    optimizer.step(problem.loss(functional(support_x), support_y))
+                problem.loss(functional(query_x), query_y).backward()
+        return _grads(module)
+
+    return Contestant(waiting(compute, problem.device), dict)
+
+
+def torchopt(problem: Problem) -> Contestant:
+    """``torchopt.MetaSGD`` with the state extracted before and recovered after each task, as in its MAML example."""
+    import torchopt as library
+
+    module = problem.module()
+    inner = library.MetaSGD(module, lr=problem.inner_lr)
+    initial = library.extract_state_dict(module, by="reference", detach_buffers=True)
+    initial_inner = library.extract_state_dict(inner, by="reference")
+    theta = dict(module.named_parameters())
+
+    def compute() -> Gradient:
+        for parameter in theta.values():
+            parameter.grad = None
+        for support_x, support_y, query_x, query_y in problem.each():
+            for _ in range(problem.inner_steps):
+                inner.step(problem.loss(module(support_x), support_y))
+            problem.loss(module(query_x), query_y).backward()
+            library.recover_state_dict(module, initial)
+            library.recover_state_dict(inner, initial_inner)
+        return {n: p.grad for n, p in theta.items() if p.grad is not None}
+
+    return Contestant(waiting(compute, problem.device), dict)
+
+
+def jax(problem: Problem) -> Contestant:
+    from metadist.bench.jax_contestant import contestant
+
+    return contestant(problem)
+
+
+def metadist(problem: Problem) -> Contestant:
+    return _ours(problem, compiled=False)
+
+
+def metadist_compiled(problem: Problem) -> Contestant:
+    return _ours(problem, compiled=True)
+
+
+def _ours(problem: Problem, compiled: bool) -> Contestant:
+    """The one place that knows how a Learner is told to compile, and how it takes tasks that are sampled already."""
+    from metadist.core.engine import Engine
+
+    learner = copy.copy(problem.learner)
+    learner.set_engine(Engine(compile=compiled))
+    theta = {n: p.map(lambda t: t.to(problem.device)) for n, p in problem.state.theta(learner.slots).items()}
+    return Contestant(
+        lambda: learner.contribute_tasks(theta, problem.tasks, problem.keys, 0),
+        lambda contribution: dict(learner.slots["model"].layout.unflatten(contribution.slots["model"])),
+    )
+
+
+def waiting(compute: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    if device.type != "cuda":
+        return compute
+
+    def compute_and_wait() -> Any:
+        result = compute()
+        torch.cuda.synchronize()
+        return result
+
+    return compute_and_wait
+
+
+def _grads(module: nn.Module) -> Gradient:
+    return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+#: ours, and what stands for the peers' distributions on PyPI
+OURS: dict[str, Callable[[Problem], Contestant]] = {"metadist": metadist, "metadist compiled": metadist_compiled}
+PEERS: dict[str, Callable[[Problem], Contestant]] = {"loop": loop, "higher": higher, "torchopt": torchopt, "jax": jax}
+
+
+def chosen_peers(names: str) -> list[str]:
+    """``loop,jax`` as a list, each of them installed; the loop is always among them, since all are compared with it."""
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
+        one_of("--against", name, PEERS)
+        if name != "loop" and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--against {name}: {name} is not installed; pip install 'metadist[bench]' brings it")
+    return list(dict.fromkeys(["loop", *chosen]))
+
+
+def versions(peers: list[str]) -> dict[str, str]:
+    return {name: version(name) for name in ("metadist", "torch", *peers) if name != "loop"}
+
+
+def relative_error(gradient: Gradient, reference: Gradient) -> float:
+    """‖g − r‖ / ‖r‖ over all parameters, in float64; a missing parameter makes it infinite."""
+    if gradient.keys() != reference.keys():
+        return math.inf
+    difference = sum(float((gradient[n].double().cpu() - r.double().cpu()).square().sum()) for n, r in reference.items())
+    error = math.sqrt(difference / sum(float(r.double().square().sum()) for r in reference.values()))
+    return math.inf if math.isnan(error) else error

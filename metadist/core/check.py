@@ -1,0 +1,124 @@
+"""What is tried out before anything long starts: one task of each split, on the driver."""
+
+from __future__ import annotations
+
+import traceback
+
+import torch
+
+from metadist.core.algorithm import Algorithm, TaskContext
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError, MetadistError
+from metadist.core.learner import Learner, with_inner_steps
+from metadist.core.model import Model
+from metadist.core.random import TaskKey
+from metadist.core.state import State
+from metadist.core.task import Task
+
+
+def check(learner: Learner, seed: int) -> None:
+    """Adapt to one task and compare the prediction's shape with the targets'; see that every learned parameter takes
+    part; before anything long starts."""
+    state = learner.initial(seed)
+    for split in ("train", "validation"):
+        # As many as in a shard: one task alone is never padded.
+        keys = TaskKey.of(seed, split, 0, range(min(learner.outer.shard_size, learner.outer.meta_batch_size)))
+        try:
+            task = learner.sample(keys)
+        except MetadistError:
+            raise
+        except Exception as error:  # the user's own code
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            name = type(learner.tasks).__name__
+            raise ConfigError(f"tasks: '{name}' can't sample {split} tasks: {_first_line(error)} ({last.filename}:{last.lineno})") from error
+        one = torch.utils._pytree.tree_map(lambda t: t[0], task)
+        try:
+            _check_output(learner, state, one, split)
+            if split == "train":
+                _check_participation(learner, state, one)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ConfigError(
+                f"model: '{type(learner.model.module).__name__}' fails on {split} tasks with inputs {list(one.support.x.shape)} and "
+                f"targets {list(one.support.y.shape)}: {_first_line(error)}"
+            ) from error
+
+
+def _check_participation(learner: Learner, state: State, task: Task) -> None:
+    """A missing gradient is an error. Ordinary autograd tells None from zero; torch.func does not."""
+    if hasattr(learner.algorithm, "delta"):
+        return
+    theta = {slot: p.map(torch.clone) for slot, p in state.theta(learner.slots).items()}
+    learned = {(s, n): t.requires_grad_() for s, p in theta.items() if learner.slots[s].rule == "gradient" for n, t in p.items()}
+    key = TaskKey.of(0, "train", 0, [0]).each()[0].to(learner.device)
+    model, context = learner.bind(theta, key, True), TaskContext(key, 0, True, learner.tasks)
+    trajectory = learner.algorithm.adapt(model, theta, task.support, context)
+    loss, _ = learner.algorithm.objective(model, theta, trajectory, task, context)
+    found = torch.autograd.grad(loss, list(learned.values()), allow_unused=True) if loss.requires_grad else [None] * len(learned)
+    missing = [name if slot == "model" else f"{slot}/{name}" for (slot, name), g in zip(learned, found) if g is None]
+    if missing:
+        raise ConfigError(
+            f"model: the loss does not depend on {', '.join(missing)} (a missing gradient); remove them, name them in "
+            "model.freeze, or look for a detach or no_grad on their way"
+        )
+
+
+def _check_output(learner: Learner, state: State, task: Task, split: str) -> None:
+    needed = learner.algorithm.outputs(learner.tasks)
+    theta = state.theta(learner.slots)
+    bound = learner.bind(theta, None, False)
+    classes = learner.tasks.kind == "classification"
+    ways = learner.tasks.ways(split)
+    if needed is not None and classes and ways != needed:
+        raise ConfigError(
+            f"tasks: {split} tasks have {ways} ways and the model {needed} outputs; algorithm "
+            f"'{type(learner.algorithm).__name__}' needs them equal (only metric methods can train with more ways)"
+        )
+    context = TaskContext(TaskKey.of(0, split, 0, [0]).each()[0].to(learner.device), 0, False, learner.tasks)
+    with torch.no_grad():
+        if needed is not None and classes:
+            output = tuple(bound(theta["model"], task.query.x).shape)
+            if output != (task.query.x.shape[0], needed):
+                raise ConfigError(
+                    f"model: '{type(learner.model.module).__name__}' puts out shape {list(output)} for {task.query.x.shape[0]} "
+                    f"inputs; tasks.n_way = {needed} needs [{task.query.x.shape[0]}, {needed}]"
+                )
+        phi = _at_most_one_step(learner.algorithm).adapt(bound, theta, task.support, context)[-1]
+        prediction = learner.algorithm.predict(bound, phi, task.query.x)
+    shape = tuple(prediction.shape)
+    expected = (task.query.x.shape[0], ways) if classes else tuple(task.query.y.shape)
+    if shape != expected:
+        raise ConfigError(
+            f"model: '{type(learner.model.module).__name__}' predicts shape {list(shape)} where the {split} tasks need {list(expected)}"
+        )
+    context.loss(prediction, task.query), context.metric(prediction, task.query)
+
+
+def mixed_disagrees(learner: Learner, engine: Engine, tolerance: float = 1e-8) -> str | None:
+    """How the gradient of one task under ``engine`` differs in float64 from the unrolled one, or None: an operator's forward
+    derivative may be missing, or wrong without a word (batch norm's second order: pytorch#196699)."""
+    steps = min(2, getattr(learner.algorithm, "inner_steps", 0))
+    subject = Learner(
+        with_inner_steps(learner.algorithm, steps), Model(learner.model.factory, dtype=torch.float64, freeze=learner.model.freeze),
+        learner.tasks, learner.outer,
+    )  # fmt: skip
+    subject.prepared_like(learner)
+    theta, keys = subject.initial(0).theta(subject.slots), TaskKey.of(0, "train", 0, [0])
+    expected = subject.contribute(theta, keys, 0)
+    subject.set_engine(engine)
+    try:
+        got = subject.contribute(theta, keys, 0)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"fails: {_first_line(error)}"
+    for name, vector in expected.slots.items():
+        off = float((got.slots[name] - vector).norm() / vector.norm().clamp(min=1e-300))
+        if not off <= tolerance:
+            return f"is off by {off:.0e} in slot {name}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _at_most_one_step(algorithm: Algorithm) -> Algorithm:
+    return with_inner_steps(algorithm, min(1, getattr(algorithm, "inner_steps", 0)))

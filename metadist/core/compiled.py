@@ -1,0 +1,87 @@
+"""Functions of tensors as compiled graphs, each traced once per signature.
+
+``make_fx`` runs the Python once and records what reaches the dispatcher, so that ``vmap``, ``grad``, dataclasses, function
+modes and a user's own code need nothing but to be functions of tensors. Inductor then compiles the recorded graph whole;
+its cache on disk lets the other processes of a node load what the first one compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from metadist.core.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+#: shards of more shapes than this are no case for compiling
+MAX_SIGNATURES = 16
+
+
+class Compiled:
+    """``run(name, function, *arguments)``, compiled once for every (name, shapes of the arguments' tensors).
+
+    Whole numbers among the arguments become 0-d tensors, so that one graph serves every meta-step and inner step.
+    ``around(name)`` surrounds each compilation: a node's lock, a message.
+    """
+
+    def __init__(self, device: torch.device, around: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()) -> None:
+        self.device, self.around = device, around
+        self.seconds = 0.0
+        self._functions: dict[tuple[Any, ...], tuple[Callable[..., Any], Any]] = {}
+
+    def runner(self, *static: Any) -> Callable[..., Any]:
+        """A run function whose functions also depend on ``static`` (hashable)."""
+
+        def run(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+            leaves, spec = pytree.tree_flatten(arguments)
+            tensors = [t if isinstance(t, Tensor) else torch.tensor(t, device=self.device) for t in leaves]
+            key = (name, *static, *((t.shape, t.dtype) for t in tensors))
+            if key not in self._functions:
+                self._functions[key] = self._compile(name, function, spec, tensors)
+            compiled, returned = self._functions[key]
+            results = compiled(*(t.contiguous() for t in tensors))
+            if self.device.type == "cuda":  # a replayed CUDA graph writes its results where it wrote the last ones
+                results = [t.clone() for t in results]
+            return pytree.tree_unflatten(list(results), returned)
+
+        return run
+
+    def _compile(self, name: str, function: Callable[..., Any], spec: Any, tensors: list[Tensor]) -> tuple[Callable[..., Any], Any]:
+        if len(self._functions) >= MAX_SIGNATURES:
+            raise ConfigError(
+                f"engine.compile: this run has more than {MAX_SIGNATURES} different shapes of shards (tasks of unequal size?), each "
+                "of which would be compiled; use engine.compile=never"
+            )
+        examples: list[Any] = [t.contiguous() for t in tensors]
+        began = time.perf_counter()
+        with self.around(name):
+            graph, returned = trace(function, spec, examples)
+            with torch.no_grad():
+                options = {"triton.cudagraphs": True} if self.device.type == "cuda" else {}
+                compiled = torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_example_inputs", options=options)
+                compiled(*examples)  # the kernels are compiled in the background and awaited here
+        self.seconds += time.perf_counter() - began
+        return compiled, returned
+
+
+def trace(function: Callable[..., Any], spec: Any, examples: list[Tensor]) -> tuple[torch.fx.GraphModule, Any]:
+    """``function`` of the flattened arguments as a graph of ATen operators, and the structure of what it returns."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    returned = None
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        nonlocal returned
+        leaves, returned = pytree.tree_flatten(function(*pytree.tree_unflatten(list(tensors), spec)))
+        return leaves
+
+    graph = make_fx(flat)(*examples)
+    return graph, returned

@@ -1,0 +1,261 @@
+"""Which engine a run gets: everything that says ``auto`` is resolved here, once, from the configuration and the workers' device.
+
+The memory plan is read off graphs: one task's meta-gradient is traced for one and for two inner steps, the bytes that are
+alive at each operator are counted, and the peak goes on in proportion to steps and tasks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Union
+
+import psutil
+import torch
+
+from metadist.core.check import mixed_disagrees
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError, nearest
+from metadist.core.footprint import Footprint, allocated_bytes, footprint
+from metadist.core.learner import Learner
+from metadist.runtime.groups import WorkerGroup
+
+#: under ``auto``, shorter runs than this many inner and outer passes over a task are over before a compiler is
+WORTH_COMPILING = 50_000
+#: under ``auto``, a graph of more inner steps than this takes minutes to compile; the pieces of mixed don't grow with them
+MAX_COMPILED_STEPS = 5
+#: share of a device's memory that a plan may fill
+USABLE = 0.6
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How shards are computed. ``compile``, ``differentiation`` and ``chunk`` (tasks of a shard in memory at once) say ``auto``
+    where metadist is to choose; `metadist plan` shows what and why. ``precision``: ``tf32`` for a GPU's matrix products,
+    ``bfloat16`` for autocast in the inner loop. ``deterministic: false`` lets a GPU use kernels whose bits vary, which
+    ``exact`` forbids. ``wire: bfloat16`` halves what workers send, with error feedback.
+
+    ``exact`` refuses workers with another numerics fingerprint. ``shard_timeout``: seconds before a worker counts as hung;
+    ``worker_patience``: seconds to wait for workers. ``non_finite``: what becomes of a task that gives NaN or Inf.
+    """
+
+    dtype: Literal["float32", "float64"] = "float32"
+    device: str = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"
+    differentiation: Literal["auto", "unrolled", "mixed"] = "auto"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    chunk: Union[int, Literal["auto"]] = "auto"
+    deterministic: bool = True
+    wire: Literal["exact", "bfloat16"] = "exact"
+    non_finite: Literal["error", "skip"] = "error"
+    exact: bool = True
+    shard_timeout: float = 300.0
+    worker_patience: float = 120.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chunk, int):
+            Engine(chunk=self.chunk)
+        if self.dtype == "float64" and self.precision != "float32":
+            raise ConfigError(f"engine.precision: {self.precision} rounds what engine.dtype: float64 is for; choose one of them")
+        if self.exact and not self.deterministic:
+            raise ConfigError("engine.deterministic: false needs engine.exact: false: kernels whose bits vary can't give the same parameters twice")
+        if self.wire == "bfloat16" and self.exact:
+            raise ConfigError(
+                "engine.wire: bfloat16 with error feedback makes a contribution depend on what its worker sent before; it needs engine.exact: false"
+            )
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan must know of the device that a worker computes on: plain data that travels."""
+
+    kind: str
+    name: str
+    memory_bytes: int
+    #: why nothing can be compiled for it there, or None
+    no_compiler: str | None
+    cores: int = 1
+
+    @classmethod
+    def of(cls, device: torch.device, name: str) -> Device:
+        if device.type == "cuda":
+            try:
+                import triton  # noqa: F401
+
+                reason = None
+            except ImportError:
+                reason = "triton is not installed"
+            return cls("cuda", name, torch.cuda.get_device_properties(device).total_memory, reason, os.cpu_count() or 1)
+        compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+        reason = None if compiler else "no C++ compiler (g++ or clang++) is on its PATH"
+        return cls(device.type, name, _host_memory(), reason, os.cpu_count() or 1)
+
+
+def _host_memory() -> int:
+    """Physical memory, or the container's limit."""
+    total = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path) as file:
+                return min(total, int(file.read()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The engine that a run gets, and why."""
+
+    engine: Engine
+    device: Device
+    reasons: dict[str, str] = field(default_factory=dict)
+    memory: Any = None
+
+
+def sharing(device: Device, groups: Sequence[WorkerGroup]) -> float:
+    """How many workers may have to share the memory of one device."""
+    if device.kind == "cuda":
+        return max((1 / g.gpus for g in groups if isinstance(g.gpus, float) and 0 < g.gpus < 1), default=1.0)
+    cpus = min((g.cpus for g in groups if g.cpus > 0), default=1.0)
+    return max(1.0, min(sum(g.max for g in groups), device.cores // cpus))
+
+
+def make_plan(learner: Learner, settings: EngineSettings, device: Device, groups: Sequence[WorkerGroup] = ()) -> Plan:
+    """Resolve ``settings`` for ``learner`` on workers of ``groups`` that compute on ``device``.
+
+    Raises ConfigError where what is asked for can't be had.
+    """
+    reasons: dict[str, str] = {}
+    if settings.precision == "tf32" and device.kind != "cuda":
+        raise ConfigError(f"engine.precision: tf32 is a format of NVIDIA GPUs; these workers compute on '{device.name}'. Use float32")
+    engine = Engine(
+        compile=_compile(learner, settings, device, reasons), precision=settings.precision, deterministic=settings.deterministic
+    )
+    memory = _Memory(learner, settings, int(device.memory_bytes * USABLE / sharing(device, groups)))
+    engine = _differentiation(learner, settings, engine, memory, reasons)
+    engine = _chunk(settings, engine, memory, reasons)
+    return Plan(engine, device, reasons, memory)
+
+
+class _Memory:
+    """What a plan knows of memory, found out only as far as it is asked."""
+
+    def __init__(self, learner: Learner, settings: EngineSettings, budget: int) -> None:
+        self.budget, self._learner, self._precision = budget, learner, settings.precision
+        self.shard = min(learner.outer.shard_size, learner.outer.meta_batch_size)
+        self.chunk = min(self.shard, settings.chunk) if isinstance(settings.chunk, int) else self.shard
+        self._footprints: dict[str, Footprint] = {}
+
+    def fits_anyhow(self, tasks: int) -> bool:
+        """Without a look at the order of things: all that is ever allocated is less than there may be at once."""
+        return tasks * allocated_bytes(self._learner) <= self.budget
+
+    def peak(self, differentiation: str, tasks: int) -> int:
+        if differentiation not in self._footprints:
+            engine = Engine(differentiation=differentiation, precision=self._precision)  # type: ignore[arg-type]
+            self._footprints[differentiation] = footprint(self._learner, engine)
+        return self._footprints[differentiation].peak(tasks)
+
+
+def _compile(learner: Learner, settings: EngineSettings, device: Device, reasons: dict[str, str]) -> bool:
+    algorithm, outer = learner.algorithm, learner.outer
+    if settings.compile == "never":
+        reasons["compile"] = "as asked for"
+        return False
+    if settings.compile == "always":
+        if device.no_compiler:
+            raise ConfigError(f"engine.compile: always, but on '{device.name}' {device.no_compiler}; install one, or use never")
+        reasons["compile"] = "as asked for"
+        return True
+    passes = outer.meta_steps * outer.meta_batch_size * (getattr(algorithm, "inner_steps", 0) + 1)
+    if device.no_compiler:
+        reasons["compile"] = f"not: {device.no_compiler}"
+    elif not learner.tasks_alike():
+        reasons["compile"] = "not: tasks differ in size, and each size would be compiled"
+    elif passes < WORTH_COMPILING:
+        reasons["compile"] = f"not: {passes} passes over tasks are fewer than {WORTH_COMPILING} and over before a compiler is"
+    else:
+        reasons["compile"] = f"{passes} passes over tasks repay it"
+        return True
+    return False
+
+
+def _differentiation(learner: Learner, settings: EngineSettings, engine: Engine, memory: _Memory, reasons: dict[str, str]) -> Engine:
+    impossible = learner.meta_gradient.cannot_walk_back
+    steps = getattr(learner.algorithm, "inner_steps", 0)
+    chosen = settings.differentiation
+    tasks, budget = memory.chunk, memory.budget
+    if chosen == "mixed" and impossible:
+        raise ConfigError(f"engine.differentiation: mixed, but {impossible}; use unrolled or auto")
+    if chosen != "auto":
+        why = "as asked for"
+    elif impossible:
+        chosen, why = "unrolled", impossible
+    elif getattr(learner.algorithm, "first_order", False) or steps < 2:
+        chosen, why = "unrolled", f"{steps} inner steps" + (", first order" if steps > 1 else "") + ": nothing to save"
+    elif not memory.fits_anyhow(tasks) and memory.peak("unrolled", tasks) > budget:
+        chosen, why = "mixed", f"unrolled would take {size(memory.peak('unrolled', tasks))} of the {size(budget)} that a worker may use"
+    elif engine.compile and steps > MAX_COMPILED_STEPS:
+        chosen, why = "mixed", f"a graph of {steps} inner steps takes minutes to compile; these graphs don't grow with them"
+    else:
+        chosen, why = "unrolled", f"it fits in the {size(budget)} that a worker may use"
+    reasons["differentiation"] = why
+    engine = replace(engine, differentiation=chosen)
+    if chosen == "unrolled":
+        return engine
+    reason = mixed_disagrees(learner, replace(engine, compile=False, precision="float32", hessian="forward"))
+    if reason is None:
+        reasons["hessian"] = "forward over reverse, found right in float64"
+        return engine
+    other = mixed_disagrees(learner, replace(engine, compile=False, precision="float32", hessian="reverse"))
+    if other is not None:
+        raise ConfigError(f"engine.differentiation: mixed is wrong for this model and algorithm in float64: {other}; use unrolled")
+    reasons["hessian"] = f"reverse over reverse, because forward over reverse {reason}"
+    return replace(engine, hessian="reverse")
+
+
+def _chunk(settings: EngineSettings, engine: Engine, memory: _Memory, reasons: dict[str, str]) -> Engine:
+    shard, budget = memory.shard, memory.budget
+    if isinstance(settings.chunk, int):
+        reasons["chunk"] = "as asked for"
+        return replace(engine, chunk=None if settings.chunk >= shard else settings.chunk)
+    if memory.fits_anyhow(shard) or memory.peak(engine.differentiation, shard) <= budget:
+        reasons["chunk"] = f"the whole shard of {shard} tasks fits"
+        return engine
+    chunk = 1 << (shard - 1).bit_length() >> 1
+    while chunk > 1 and memory.peak(engine.differentiation, chunk) > budget:
+        chunk //= 2
+    need = memory.peak(engine.differentiation, chunk)
+    fits = "" if need <= budget else f"; even so {size(need)} are predicted, more than there may be"
+    reasons["chunk"] = f"{shard} tasks would take {size(memory.peak(engine.differentiation, shard))} of the {size(budget)} that a worker may use{fits}"
+    return replace(engine, chunk=chunk)
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+Planner = Callable[[Device], Plan]
+
+
+def as_it_is(device: Device) -> Plan:
+    """Eager and unrolled, without a look at anything."""
+    return Plan(Engine(), device)
+
+
+def obey(recorded: dict[str, Any], chunk: int | str) -> Planner:
+    """The engine of a run that began before: only ``chunk`` may have changed since."""
+    try:
+        engine = Engine(**recorded)
+    except TypeError as error:
+        raise ConfigError(f"the run's manifest states an engine that this version doesn't know: {error}{nearest('engine', recorded)}") from error
+    if isinstance(chunk, int):
+        engine = replace(engine, chunk=chunk)
+    return lambda device: Plan(engine, device, {"engine": "as the run began"})
