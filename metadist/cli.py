@@ -180,6 +180,31 @@ def verify(
             raise typer.Exit(1)
 
 
+@app.command(epilog="Example:  metadist plan omniglot_maml_5w1s algorithm.inner_steps=20")
+def plan(
+    config: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped config.")],
+    overrides: Overrides = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """How a new run would compute its shards on workers like this machine, why, and the memory that it would take."""
+    set_up_logging()
+    with clean_errors():
+        from metadist import config as configuration
+        from metadist.display import show_plan
+        from metadist.experiment import Experiment
+        from metadist.fleet import local_plan
+
+        document = configuration.override(configuration.read_document(config), overrides or [])
+        if workers is not None:
+            document = configuration.set_workers(document, workers)
+        with only_results_on_stdout():
+            report = local_plan(Experiment.of(configuration.build(document))).as_dict()
+        show_plan(report)
+        if as_json:
+            print(json.dumps(report))
+
+
 @app.command("list", epilog="Example:  metadist list algorithms")
 def list_(what: Annotated[str, typer.Argument(help="algorithms, tasks, models or configs.")]) -> None:
     """What there is to choose from, one per line."""

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from metadist.experiment import Experiment, Result
 from metadist.runtime.evaluation import Evaluation
+from metadist.runtime.plan import size
 from metadist.runtime.train import Display
 from metadist.seeds import Group
 
@@ -136,6 +137,26 @@ def show_verification(report: Mapping[str, Any]) -> None:
         if not row["enough_kills"]:
             print(f"workers {row['workers']:>3}  too few shards were lost: nothing is proved; use more meta-steps")
     print("identical parameters" if report["same"] else "DIFFERENT parameters")
+
+
+def show_plan(report: Mapping[str, Any]) -> None:
+    """The engine, line by line with its reasons, and predicted against usable memory."""
+    table = Table(title=f"on {report['device']['name']}", title_justify="left")
+    for column in ("engine", "", "because"):
+        table.add_column(column)
+    reasons = report["reasons"]
+    for key, value in report["engine"].items():
+        if key in reasons:
+            shown = "whole shard" if value is None else ("yes" if value else "no") if isinstance(value, bool) else str(value)
+            table.add_row(key, shown, reasons[key])
+    Console(file=sys.stdout, width=120, highlight=False).print(table)
+    table = Table(title=f"memory of one worker, {report['tasks_at_once']} of a shard's {report['shard_size']} tasks at once", title_justify="left")
+    table.add_column("differentiation")
+    table.add_column("predicted peak", justify="right")
+    for kind, count in report["predicted_peak_bytes"].items():
+        table.add_row(kind, size(count))
+    table.add_row("usable", size(report["usable_bytes"]))
+    Console(file=sys.stdout, width=120, highlight=False).print(table)
 
 
 def show_benchmark(report: Mapping[str, Any]) -> None:

@@ -12,8 +12,9 @@ from metadist.core.errors import ConfigError
 from metadist.core.executor import Executor
 from metadist.run_folder import RunFolder
 from metadist.runtime.local_executor import LocalExecutor
-from metadist.runtime.plan import EngineSettings, Planner, make_plan
+from metadist.runtime.plan import Device, EngineSettings, Plan, Planner, make_plan
 from metadist.runtime.scheduler import Scheduler
+from metadist.runtime.worker import numerics_fingerprint, resolve_device
 
 if TYPE_CHECKING:
     from metadist.experiment import Experiment
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 def planner_for(experiment: Experiment) -> Planner:
     """How a new run resolves what its configuration leaves open."""
     return lambda device: make_plan(experiment.learner, experiment.engine, device, experiment.workers)
+
+
+def local_plan(experiment: Experiment) -> Plan:
+    """The plan that a new run would get from workers on this machine."""
+    device = resolve_device(experiment.engine.device, 1.0 if torch.cuda.is_available() else 0.0)
+    experiment.learner.prepare(torch.device("cpu"))
+    return planner_for(experiment)(Device.of(device, numerics_fingerprint(device, 1, experiment.learner.model.dtype)["device"]))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from metadist import config as configuration
+from metadist.core.engine import Engine
 from metadist.core.random import TaskKey
 from metadist.experiment import Experiment, train
 from metadist.runtime.worker import Worker
@@ -19,15 +20,48 @@ def experiment(name: str, *overrides: str) -> Experiment:
     return Experiment.of(configuration.build(configuration.set_workers(document, "0")))
 
 
-def test_gradient_on_the_gpu_is_the_cpus() -> None:
-    sums = {}
-    for device in ("cpu", "cuda"):
-        learner = experiment("sinusoid_maml", "engine.dtype=float64").learner
-        worker = Worker(learner, name="w", device=device, gpus=1, threads=1)
-        theta = {n: v.to(worker.device) for n, v in learner.initial(0).slots.items()}
-        named = {n: learner.slots[n].layout.unflatten(v) for n, v in theta.items()}
-        sums[device] = learner.contribute(named, TaskKey.of(0, "train", 0, range(8)), 0).slots["model"]
-    assert torch.allclose(sums["cpu"], sums["cuda"], rtol=1e-10, atol=1e-12)
+def contribution(name: str, device: str, engine: Engine, *overrides: str) -> torch.Tensor:
+    learner = experiment(name, *overrides).learner
+    worker = Worker(learner, name="w", device=device, gpus=1, threads=1)
+    worker.configure(engine, 0)
+    theta = {n: learner.slots[n].layout.unflatten(v.to(worker.device)) for n, v in learner.initial(0).slots.items()}
+    return learner.contribute(theta, TaskKey.of(0, "train", 0, range(8)), 0).slots["model"]
+
+
+ENGINES = [
+    Engine(),
+    Engine(differentiation="mixed"),
+    Engine(differentiation="mixed", hessian="reverse"),
+    Engine(chunk=2),
+    Engine(compile=True),
+    Engine(compile=True, differentiation="mixed", chunk=4),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_gradient_on_the_gpu_is_the_cpus(engine) -> None:
+    shape = ("engine.dtype=float64", "algorithm.inner_steps=3", "outer.shard_size=8")
+    expected, got = contribution("sinusoid_maml", "cpu", Engine(), *shape), contribution("sinusoid_maml", "cuda", engine, *shape)
+    assert torch.allclose(expected, got, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_conv4_on_the_gpu_is_the_cpus_and_repeats(engine) -> None:
+    shape = ("engine.dtype=float64", "algorithm.inner_steps=2")
+    expected = contribution("omniglot_maml_5w1s", "cpu", Engine(), *shape)
+    once, again = (contribution("omniglot_maml_5w1s", "cuda", engine, *shape) for _ in range(2))
+    assert once.equal(again)
+    assert float((once - expected).norm() / expected.norm()) < 1e-8
+
+
+@pytest.mark.data
+def test_tf32_is_asked_for() -> None:
+    """Products that round their inputs differ from those that don't, and only where that was asked for."""
+    exact, explicit, rounded = (
+        contribution("omniglot_maml_5w1s", "cuda", Engine(precision=p)) for p in ("float32", "float32", "tf32")
+    )
+    assert exact.equal(explicit) and not exact.equal(rounded)
 
 
 @pytest.mark.data

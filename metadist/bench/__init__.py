@@ -12,6 +12,7 @@ from typing import Any
 #: name → what it measures. Its module is imported when it is asked for.
 BENCHMARKS = {
     "inner-loop": "one shard's meta-gradient against the plain loop, higher, TorchOpt and JAX",
+    "memory": "peak memory and time over the number of inner steps: unrolled against mixed",
     "tasks": "the task samplers alone: a shard at once, task by task, and image by image as usually written",
     "tracking": "seconds per meta-step with a dead and with a frozen MLflow server against none",
     "transport": "θ out and contributions back through one Ray actor against a memcpy of the same bytes",

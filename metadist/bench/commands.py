@@ -73,6 +73,25 @@ def inner_loop(
     )  # fmt: skip
 
 
+@app.command(epilog="Examples:  metadist bench memory   |   metadist bench memory --model transformer --inner-steps 1,50")
+def memory(
+    model: Annotated[str, typer.Option(help="conv4 or transformer, on Omniglot 5-way 1-shot.")] = "conv4",
+    inner_steps: Annotated[str, typer.Option(metavar="N,N,…", help="Numbers of inner steps, two rows each.")] = "1,5,20,50",
+    tasks: Annotated[int | None, typer.Option(help="Tasks per shard; default: the shipped config's.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Turns of timed shards per table row.", min=1)] = 3,
+    compiled: Annotated[bool, typer.Option("--compiled/--eager", help="Compile mixed; unrolled stays eager, its graph takes minutes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Peak memory of a shard's meta-gradient, a fresh process each, beside the predicted one; then time, in turn."""
+    with clean_errors():
+        steps = numbers("--inner-steps", inner_steps)
+    measure(
+        "memory", as_json, model=model, inner_steps=steps, tasks=tasks, device=device, threads=threads, rounds=rounds, compiled=compiled
+    )
+
+
 @app.command(epilog="Examples:  metadist bench tasks   |   metadist bench tasks --config omniglot_maml_5w1s --shard-sizes 8,32")
 def tasks(
     config: Annotated[str | None, typer.Option(help="Only this config's tasks; default: every shipped family.")] = None,

@@ -38,13 +38,24 @@ def run(document: Document, *, workers: Sequence[int], steps: int, sizes: Sequen
     """``steps`` meta-steps per contestant and number of workers; ``sizes`` in megabytes for the driver's part."""
     if not workers or min(workers) < 1:
         raise ConfigError(f"--workers: {list(workers)}; expected numbers of workers, such as 1,2")
-    cases, turns = {}, max(2, -(-steps // TURN))
+    threads, turns = torch.get_num_threads(), max(2, -(-steps // TURN))
+    torch.set_num_threads(1)
+    try:
+        cases = _cases(document, workers, turns, sizes)
+    finally:
+        torch.set_num_threads(threads)
+    return {"settings": {"config": document.get("name"), "meta_steps": turns * TURN, "turn": TURN}, "cases": cases}
+
+
+def _cases(document: Document, workers: Sequence[int], turns: int, sizes: Sequence[float]) -> dict[str, Any]:
+    cases = {}
     for count in workers:
         cases[f"{count} worker{'s' * (count > 1)}"] = _efficiency(document, count, turns)
     for count in workers:
         cases[f"empty meta-steps, {count} worker{'s' * (count > 1)}"] = _empty(document, count, turns)
-    cases["the driver's time for one contribution"] = _driver(sizes)
-    return {"settings": {"config": document.get("name"), "meta_steps": turns * TURN, "turn": TURN}, "cases": cases}
+    for size in sizes:
+        cases[f"the driver's time for a contribution of {size:g} MB"] = _driver(size)
+    return cases
 
 
 # Efficiency -----------------------------------------------------------------------------------------------------------
@@ -61,10 +72,8 @@ def _efficiency(document: Document, count: int, turns: int) -> dict[str, Any]:
         seconds = scheduler.measured.read().seconds
     rates = {name: [tasks / s for s in values] for name, values in measured.items()}
     step = sum(measured["actors"]) / len(measured["actors"]) / TURN
-    compared = compare(
-        {f"{count} processes alone": rates["alone"], f"{count} Ray actors": rates["actors"]}, f"{count} processes alone", block=1
-    )
-    row = compared[f"{count} Ray actors"]
+    compared = compare(rates, "alone", block=1)
+    row = compared["actors"]
     return {
         "unit": "tasks/s",
         "contestants": compared,
@@ -105,6 +114,7 @@ def _processes(document: Document, count: int, threads: int, nice: int) -> Itera
             process = context.Process(target=_alone, args=(theirs, document, index, count, nice), daemon=True)
             with _environment(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads)):
                 process.start()
+            theirs.close()  # so that a process that dies is an EOFError here
             stack.callback(process.join, 10.0)
             stack.callback(_dismiss, ours)
             connections.append(ours)
@@ -193,25 +203,20 @@ def _empty(document: Document, count: int, turns: int) -> dict[str, Any]:
     }
 
 
-def _driver(sizes: Sequence[float]) -> dict[str, Any]:
-    contestants: dict[str, Callable[[], Any]] = {}
-    for size in sizes:
-        echo = Echo.of(int(size * 250_000))
-        shard = Shard("bench", 0, 0, 0, "gradient", 0, 1, seed=0)
-        vector = torch.randn(int(size * 250_000))
-        parts = result_parts(Contribution({"model": vector}, 1.0, 1), shard, echo.slots, attempt=1, worker="w")
-        total = Contribution({"model": torch.zeros_like(vector)}, 0.0, 0)
+def _driver(size: float) -> dict[str, Any]:
+    """Decode, check and add ``size`` megabytes that have arrived, by the functions that training uses."""
+    echo, shard = Echo.of(int(size * 250_000)), Shard("bench", 0, 0, 0, "gradient", 0, 1, seed=0)
+    vector = echo.initial(0).slots["model"]
+    target, total = torch.zeros_like(vector), Contribution({"model": torch.zeros_like(vector)}, 0.0, 0)
+    parts = result_parts(Contribution({"model": vector}, 1.0, 1), shard, echo.slots, attempt=1, worker="w")
 
-        def take(parts: Any = parts, shard: Shard = shard, echo: Echo = echo, total: Contribution = total) -> None:
-            result, _ = decode_result(parts, shard, echo.slots, finite=False, partial=True, rows=1)
-            assert isinstance(result, Contribution)
-            if reason := fault_of(result, shard, echo, True):
-                raise AssertionError(reason)
-            total.absorb(result)
+    def take() -> None:
+        result, _ = decode_result(parts, shard, echo.slots, finite=False, partial=True, rows=1)
+        if not isinstance(result, Contribution) or (reason := fault_of(result, shard, echo, True)):
+            raise WorkerError(f"what came is not what was sent: {reason}")
+        total.absorb(result)
 
-        target = torch.zeros_like(vector)
-        contestants[f"memcpy of {size:g} MB"] = lambda target=target, vector=vector: target.copy_(vector)  # type: ignore[misc]
-        contestants[f"decode, check and add {size:g} MB"] = take
-    measured = interleaved(contestants, rounds=7, block=3)
+    contestants = {"memcpy": lambda: target.copy_(vector), "decode, check and add": take}
+    measured = interleaved(contestants, rounds=10, block=3)
     milliseconds = {name: [1e3 * s for s in values] for name, values in measured.items()}
-    return {"unit": "ms", "contestants": compare(milliseconds, next(iter(contestants)), block=3)}
+    return {"unit": "ms", "contestants": compare(milliseconds, "memcpy", block=3)}

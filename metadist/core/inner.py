@@ -56,7 +56,7 @@ class Descent:
 
     loss: InnerLoss
     phi: Parameters
-    rate: float | Parameters
+    rate: float | Tensor | Parameters
     moments: Moments
     first_order: bool = False
     finish: Callable[[Parameters, Moments], Any] = lambda phi, moments: phi
@@ -151,8 +151,8 @@ class InnerLoop(Algorithm):
             return support
         if support.mask is not None:
             raise ConfigError("algorithm.inner_batch_size: tasks of unequal size can't be cut into minibatches; set it to null")
-        first, last = step * size, (step + 1) * size
-        epochs = range(first // rows, (last - 1) // rows + 1)
-        order = torch.cat([key.stream("minibatch", epoch).bits(rows).argsort(dim=-1, stable=True) for epoch in epochs])
-        chosen = order[first - epochs[0] * rows : last - epochs[0] * rows]
+        epoch, first = step * size // rows, step * size % rows
+        epochs = (epoch, epoch + 1) if isinstance(step, Tensor) or first + size > rows else (epoch,)
+        order = torch.cat([key.stream("minibatch", e).bits(rows).argsort(dim=-1, stable=True) for e in epochs])
+        chosen = order[first + torch.arange(size, device=order.device)]
         return Examples(support.x[chosen], support.y[chosen])

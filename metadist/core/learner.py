@@ -206,7 +206,7 @@ class Learner:
         learned = tuple(n for n, slot in self.slots.items() if slot.rule == "gradient")
         layouts = {n: slot.layout for n, slot in self.slots.items()}
         gradient = MetaGradient(self.algorithm, self.model, self.tasks, learned, layouts, self.engine)
-        if self.engine.differentiation == "unrolled":
+        if not gradient.walks_back:
             return gradient
         keys = TaskKey.of(0, "train", 0, [0])
         task = torch.utils._pytree.tree_map(lambda t: t[0], self.sample(keys))
@@ -244,7 +244,7 @@ class Learner:
 
     def _sum(self, run: Run, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor) -> Contribution:
         slots, metrics = self.meta_gradient.sums(run, theta, tasks, keys, meta_step, keep)
-        count, names = int(keep.sum()), ("loss", self.tasks.metric_name)
+        count, names = sum(keep.tolist()), ("loss", self.tasks.metric_name)
         return Contribution({n: v.cpu() for n, v in slots.items()}, float(count), count, dict(zip(names, metrics.tolist())))
 
     def _padded(self, tasks: Task, keys: TaskKey) -> tuple[Task, TaskKey, Tensor]:

@@ -51,11 +51,10 @@ def directly(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
 def tree_sum(stacked: Tensor) -> Tensor:
     """The sum over the leading dimension as a balanced binary tree, like ``TreeSum``: the sums of complete subtrees
     (chunks of a power of two) can be summed on without changing a bit."""
-    while stacked.shape[0] > 1:
-        paired = stacked.shape[0] // 2 * 2
-        pairs = stacked[0:paired:2] + stacked[1:paired:2]
-        stacked = torch.cat([pairs, stacked[paired:]]) if paired < stacked.shape[0] else pairs
-    return stacked[0]
+    terms = list(stacked.unbind(0))
+    while len(terms) > 1:
+        terms = [torch.add(*terms[i : i + 2]) if i + 1 < len(terms) else terms[i] for i in range(0, len(terms), 2)]
+    return terms[0]
 
 
 def kept_sum(keep: Tensor, tree: Any) -> Any:
@@ -85,7 +84,7 @@ class MetaGradient:
 
     def values(self, run: Run, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
         """Every task's gradient (or delta), and its loss and metric on the query set, stacked [T, …]."""
-        if self._walks_back:
+        if self.walks_back:
             return self._mixed(run, theta, tasks, keys, meta_step)
         return run("shard", vmap(self._single(theta, keys, meta_step)), tasks, keys.tasks)
 
@@ -98,15 +97,15 @@ class MetaGradient:
             slots = {n: self.layouts[n].flatten(p) for n, p in kept_sum(keep, values).items()}
             return slots, torch.stack([kept_sum(keep, v.double()) for v in metrics.values()])
 
-        if self._walks_back:
+        if self.walks_back:
             values, metrics = self._mixed(run, theta, tasks, keys, meta_step)
             return run("sum", reduce, values, metrics, keep)
 
-        def whole(theta: Theta, tasks: Task, indices: Tensor, key_step: Any, meta_step: Any, keep: Tensor) -> Any:
-            single = self._single(theta, replace(keys, meta_step=key_step), meta_step)
+        def whole(vectors: dict[str, Tensor], tasks: Task, indices: Tensor, key_step: Any, meta_step: Any, keep: Tensor) -> Any:
+            single = self._single(self._named(vectors), replace(keys, meta_step=key_step), meta_step)
             return reduce(*vmap(single)(tasks, indices), keep)
 
-        return run("shard", whole, theta, tasks, keys.tasks, keys.meta_step, meta_step, keep)
+        return run("shard", whole, self._flat(theta), tasks, keys.tasks, keys.meta_step, meta_step, keep)
 
     @property
     def cannot_walk_back(self) -> str | None:
@@ -118,11 +117,18 @@ class MetaGradient:
         return None
 
     @property
-    def _walks_back(self) -> bool:
+    def walks_back(self) -> bool:
         return self.engine.differentiation == "mixed" and self.cannot_walk_back is None
 
     def context(self, keys: TaskKey, index: Tensor, meta_step: Any) -> TaskContext:
         return TaskContext(replace(keys, tasks=index), meta_step, True, self.family)
+
+    def _flat(self, theta: Theta) -> dict[str, Tensor]:
+        """θ as few tensors: what a compiled graph takes to be called depends on the number of its arguments."""
+        return {n: self.layouts[n].flatten(p) for n, p in theta.items()}
+
+    def _named(self, vectors: Mapping[str, Tensor]) -> dict[str, Parameters]:
+        return {n: self.layouts[n].unflatten(v) for n, v in vectors.items()}
 
     def _learned(self, theta: Theta) -> Values:
         return {n: theta[n] for n in self.learned}
@@ -162,24 +168,24 @@ class MetaGradient:
         its own, so that compiling takes as long for fifty steps as for one.
         """
         algorithm: Any = self.algorithm
-        steps = algorithm.inner_steps
+        steps, vectors = algorithm.inner_steps, self._flat(theta)
 
         def over_tasks(single: Callable[..., Any], batched: int) -> Callable[..., Any]:
             """``single(context, theta, task, *batched, *shared)`` over the tasks of a shard."""
 
-            def whole(theta: Theta, tasks: Task, indices: Tensor, key_step: Any, meta_step: Any, *rest: Any) -> Any:
-                here = replace(keys, meta_step=key_step)
+            def whole(vectors: dict[str, Tensor], tasks: Task, indices: Tensor, key_step: Any, meta_step: Any, *rest: Any) -> Any:
+                here, theta = replace(keys, meta_step=key_step), self._named(vectors)
                 each, shared = rest[:batched], rest[batched:]
 
                 def one(task: Task, index: Tensor, *each: Any) -> Any:
                     return single(self.context(here, index, meta_step), theta, task, *each, *shared)
 
-                return vmap(one)(tasks, indices, *each)
+                return pytree.tree_map(_apart, vmap(one)(tasks, indices, *each))
 
             return whole
 
         def piece(name: str, single: Callable[..., Any], each: tuple[Any, ...] = (), shared: tuple[Any, ...] = ()) -> Any:
-            return run(name, over_tasks(single, len(each)), theta, tasks, keys.tasks, keys.meta_step, meta_step, *each, *shared)
+            return run(name, over_tasks(single, len(each)), vectors, tasks, keys.tasks, keys.meta_step, meta_step, *each, *shared)
 
         states = [piece("start", self._start)]
         for step in range(steps):
@@ -255,7 +261,7 @@ class MetaGradient:
         algorithm: Any = self.algorithm
         here, (phi, moments) = descent(held), state
         # The update of plain SGD is linear in the gradient: its derivative doesn't need to know it.
-        linear = algorithm.inner_optimizer == "sgd" and not isinstance(here.rate, Parameters)
+        linear = algorithm.inner_optimizer == "sgd" and not isinstance(here.rate, (Parameters, Tensor))
         gradient = phi.zeros() if linear else grad(here.loss)(phi, step)
 
         def update(phi: Parameters, moments: Any, gradient: Parameters, held: Values) -> InnerState:
@@ -283,6 +289,12 @@ class MetaGradient:
         return total
 
 
+def _apart(t: Tensor) -> Tensor:
+    """With memory for every task, also where all have one value: forward mode makes tangents as φ lies in memory, the vector
+    that it may be a view of included."""
+    return t if t.stride(0) else t.clone(memory_format=torch.contiguous_format)
+
+
 def _add(a: Any, b: Any) -> Any:
     return pytree.tree_map(torch.add, a, b)
 
@@ -297,8 +309,7 @@ def held_by_steps(gradient: MetaGradient, theta: Theta, task: Task, key: TaskKey
         descent = gradient.descent(context, given, task)
         phi = descent.phi.map(lambda t: t.detach().clone().requires_grad_())
         outputs = [descent.loss(phi, step) for step in range(algorithm.inner_steps)]
-        if isinstance(descent.rate, Parameters):
-            outputs += [t.sum() for t in descent.rate.values()]
+        outputs += [t.sum() for t in pytree.tree_leaves(descent.rate) if isinstance(t, Tensor)]
         outputs = [o for o in outputs if o.requires_grad]
         found = torch.autograd.grad(sum(outputs), list(leaves.values()), allow_unused=True) if outputs else []
     return frozenset(name for name, g in zip(leaves, found) if g is not None)

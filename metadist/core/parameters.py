@@ -19,10 +19,12 @@ Scalar = Union[float, Tensor]
 class Parameters(Mapping[str, Tensor]):
     """Named tensors that add, subtract and scale: ``phi = theta - lr * gradient``. A pytree node for ``torch.func``."""
 
-    __slots__ = ("_tensors",)
+    __slots__ = ("_tensors", "flat")
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], flat: Tensor | None = None) -> None:
         self._tensors = dict(tensors)
+        #: the vector that the tensors are views of, where there is one
+        self.flat = flat
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -119,7 +121,10 @@ class Layout:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Tensors → vector [numel]. A missing tensor is an error: a missing gradient must never pass as zero."""
+        """Tensors → vector [numel], the same one where they are views of it. A missing tensor is an error: a missing gradient
+        must never pass as zero."""
+        if isinstance(tensors, Parameters) and tensors.flat is not None and tuple(tensors) == self.names:
+            return tensors.flat
         if not self.names:
             return torch.empty(0, dtype=self.dtype)
         return torch.cat([tensors[n].reshape(-1) for n in self.names])
@@ -129,4 +134,4 @@ class Layout:
         if vector.numel() != self.numel:
             raise ValueError(f"expected a vector of {self.numel} elements, got {tuple(vector.shape)}")
         parts = vector.split(self.sizes)
-        return Parameters({n: p.view(s) for n, s, p in zip(self.names, self.shapes, parts)})
+        return Parameters({n: p.view(s) for n, s, p in zip(self.names, self.shapes, parts)}, flat=vector)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, Union
 
 import psutil
@@ -77,6 +78,8 @@ class Device:
     #: why nothing can be compiled for it there, or None
     no_compiler: str | None
     cores: int = 1
+    #: the cache that belongs to one core, where it is known
+    cache_bytes: int | None = None
 
     @classmethod
     def of(cls, device: torch.device, name: str) -> Device:
@@ -90,7 +93,7 @@ class Device:
             return cls("cuda", name, torch.cuda.get_device_properties(device).total_memory, reason, os.cpu_count() or 1)
         compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
         reason = None if compiler else "no C++ compiler (g++ or clang++) is on its PATH"
-        return cls(device.type, name, _host_memory(), reason, os.cpu_count() or 1)
+        return cls(device.type, name, _host_memory(), reason, os.cpu_count() or 1, _cache_of_a_core())
 
 
 def _host_memory() -> int:
@@ -105,6 +108,18 @@ def _host_memory() -> int:
     return total
 
 
+def _cache_of_a_core() -> int | None:
+    """The level-2 cache of the first core, in bytes."""
+    for index in range(8):
+        folder = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}")
+        try:
+            if (folder / "level").read_text().strip() == "2":
+                return int((folder / "size").read_text().strip().removesuffix("K")) << 10
+        except (OSError, ValueError):
+            return None
+    return None
+
+
 @dataclass(frozen=True)
 class Plan:
     """The engine that a run gets, and why."""
@@ -112,7 +127,23 @@ class Plan:
     engine: Engine
     device: Device
     reasons: dict[str, str] = field(default_factory=dict)
-    memory: Any = None
+    memory: _Memory | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """With the predicted peaks of a chunk, in bytes."""
+        memory = self.memory
+        assert memory is not None
+        tasks = self.engine.chunk or memory.shard
+        peaks = {kind: memory.peak(kind, tasks) for kind in memory.kinds}
+        return {
+            "engine": asdict(self.engine),
+            "reasons": self.reasons,
+            "device": asdict(self.device),
+            "shard_size": memory.shard,
+            "tasks_at_once": tasks,
+            "predicted_peak_bytes": peaks,
+            "usable_bytes": memory.budget,
+        }
 
 
 def sharing(device: Device, groups: Sequence[WorkerGroup]) -> float:
@@ -136,7 +167,7 @@ def make_plan(learner: Learner, settings: EngineSettings, device: Device, groups
     )
     memory = _Memory(learner, settings, int(device.memory_bytes * USABLE / sharing(device, groups)))
     engine = _differentiation(learner, settings, engine, memory, reasons)
-    engine = _chunk(settings, engine, memory, reasons)
+    engine = _chunk(settings, engine, memory, device.cache_bytes, reasons)
     return Plan(engine, device, reasons, memory)
 
 
@@ -147,11 +178,15 @@ class _Memory:
         self.budget, self._learner, self._precision = budget, learner, settings.precision
         self.shard = min(learner.outer.shard_size, learner.outer.meta_batch_size)
         self.chunk = min(self.shard, settings.chunk) if isinstance(settings.chunk, int) else self.shard
+        self.kinds = ("unrolled", "mixed") if learner.meta_gradient.cannot_walk_back is None else ("unrolled",)
         self._footprints: dict[str, Footprint] = {}
+        self._allocated: int | None = None
 
-    def fits_anyhow(self, tasks: int) -> bool:
+    def fits_anyhow(self, tasks: int, budget: int) -> bool:
         """Without a look at the order of things: all that is ever allocated is less than there may be at once."""
-        return tasks * allocated_bytes(self._learner) <= self.budget
+        if self._allocated is None:
+            self._allocated = allocated_bytes(self._learner)
+        return tasks * self._allocated <= budget
 
     def peak(self, differentiation: str, tasks: int) -> int:
         if differentiation not in self._footprints:
@@ -196,7 +231,7 @@ def _differentiation(learner: Learner, settings: EngineSettings, engine: Engine,
         chosen, why = "unrolled", impossible
     elif getattr(learner.algorithm, "first_order", False) or steps < 2:
         chosen, why = "unrolled", f"{steps} inner steps" + (", first order" if steps > 1 else "") + ": nothing to save"
-    elif not memory.fits_anyhow(tasks) and memory.peak("unrolled", tasks) > budget:
+    elif not memory.fits_anyhow(tasks, budget) and memory.peak("unrolled", tasks) > budget:
         chosen, why = "mixed", f"unrolled would take {size(memory.peak('unrolled', tasks))} of the {size(budget)} that a worker may use"
     elif engine.compile and steps > MAX_COMPILED_STEPS:
         chosen, why = "mixed", f"a graph of {steps} inner steps takes minutes to compile; these graphs don't grow with them"
@@ -217,20 +252,23 @@ def _differentiation(learner: Learner, settings: EngineSettings, engine: Engine,
     return replace(engine, hessian="reverse")
 
 
-def _chunk(settings: EngineSettings, engine: Engine, memory: _Memory, reasons: dict[str, str]) -> Engine:
-    shard, budget = memory.shard, memory.budget
+def _chunk(settings: EngineSettings, engine: Engine, memory: _Memory, cache: int | None, reasons: dict[str, str]) -> Engine:
+    shard, budget, place = memory.shard, memory.budget, "the memory that a worker may use, "
     if isinstance(settings.chunk, int):
         reasons["chunk"] = "as asked for"
         return replace(engine, chunk=None if settings.chunk >= shard else settings.chunk)
-    if memory.fits_anyhow(shard) or memory.peak(engine.differentiation, shard) <= budget:
+    if engine.compile and cache and shard > 1:
+        # Without a launch to save, tasks are computed together only for as long as they stay in the cache together.
+        budget, place = cache, "a core's cache of "
+    if memory.fits_anyhow(shard, budget) or memory.peak(engine.differentiation, shard) <= budget:
         reasons["chunk"] = f"the whole shard of {shard} tasks fits"
         return engine
     chunk = 1 << (shard - 1).bit_length() >> 1
     while chunk > 1 and memory.peak(engine.differentiation, chunk) > budget:
         chunk //= 2
     need = memory.peak(engine.differentiation, chunk)
-    fits = "" if need <= budget else f"; even so {size(need)} are predicted, more than there may be"
-    reasons["chunk"] = f"{shard} tasks would take {size(memory.peak(engine.differentiation, shard))} of the {size(budget)} that a worker may use{fits}"
+    over = f"; even so {size(need)} are predicted, more than there may be" if need > memory.budget else ""
+    reasons["chunk"] = f"{shard} tasks take {size(memory.peak(engine.differentiation, shard))}, {place}{size(budget)}{over}"
     return replace(engine, chunk=chunk)
 
 

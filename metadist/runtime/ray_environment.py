@@ -19,7 +19,7 @@ if ADDRESS is not None:
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
 
 #: what travels with a call or its answer, not through the object store, whose round trips take a millisecond
-INLINE_BYTES = 4 << 20
+INLINE_BYTES = 1 << 20
 os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES + (64 << 10)))
 
 # Without it an actor that asked for no GPU may see them all.

@@ -70,7 +70,7 @@ class Worker:
     def __init__(self, learner: Learner, *, name: str, device: str, gpus: float, threads: int) -> None:
         self.learner, self.name, self.threads = learner, name, threads
         torch.set_num_threads(threads)
-        _keep_freed_memory()
+        keep_freed_memory()
         self.device = resolve_device(device, gpus)
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic ones are
@@ -177,7 +177,7 @@ def one_at_a_time(name: str) -> Iterator[None]:
         yield
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc reuse freed blocks of up to 32 MB instead of giving each back: page faults cost a tenth of a conv4 step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

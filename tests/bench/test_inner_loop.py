@@ -79,6 +79,26 @@ def test_theta_is_the_same_numbers_in_both_precisions_and_off_the_kinks():
     assert 0.05 < double["norm1.bias"].abs().max() < 0.5
 
 
+def test_a_theta_on_a_kink_is_left(monkeypatch):
+    """Where changes as small as rounding turn the loop's gradient, the next θ is tried."""
+    tried, right = [], inner_loop.problem_of
+
+    def noted(document, dtype, device, offset):
+        tried.append((dtype, offset))
+        return right(document, dtype, device, offset)
+
+    def fickle(problem):
+        contestant = right_loop(problem)
+        spoilt = 1.01 if tried[-1] == ("float32", 0) and problem.learner.model.dtype == torch.float32 else 1.0
+        return contestants.Contestant(contestant.call, lambda gradient: {n: spoilt * g for n, g in gradient.items()})
+
+    right_loop = contestants.loop
+    monkeypatch.setattr(inner_loop, "problem_of", noted)
+    monkeypatch.setattr(contestants, "loop", fickle)
+    inner_loop.steady(document("stride mean", 1), CPU)
+    assert tried == [("float64", 0), ("float32", 0), ("float64", 1), ("float32", 1)]
+
+
 def test_operations_are_those_of_the_products():
     problem = inner_loop.problem_of(document("mlp", 0), "float32", CPU)
     # 3 query rows through 1→40→40→1: forward, gradient to the weights, and to the inputs of all but the first layer

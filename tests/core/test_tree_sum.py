@@ -84,3 +84,24 @@ def test_misuse_is_an_error():
     one, other = Contribution({"a": torch.ones(1)}, 1.0, 1), Contribution({"b": torch.ones(1)}, 1.0, 1)
     with pytest.raises(ValueError, match="differ"):
         one + other
+
+
+def test_a_sum_that_spends_its_terms_has_the_same_bits():
+    def terms():
+        generator = torch.Generator().manual_seed(0)
+        return [Contribution({"a": torch.randn(1000, generator=generator)}, 1.0, 1, {"loss": float(i)}) for i in range(7)]
+
+    kept, spent = TreeSum(7), TreeSum(7, Contribution.absorb)
+    for index in (3, 0, 6, 1, 2, 5, 4):
+        kept.add(index, terms()[index])
+        spent.add(index, terms()[index])
+    assert spent.result().slots["a"].equal(kept.result().slots["a"])
+    assert spent.result().metrics == kept.result().metrics
+    assert (spent.result().weight, spent.result().tasks) == (7.0, 7)
+
+
+def test_terms_that_do_not_fit_are_not_spent():
+    one, other = Contribution({"a": torch.ones(2)}, 1.0, 1), Contribution({"b": torch.ones(2)}, 1.0, 1)
+    with pytest.raises(ValueError, match="contributions differ"):
+        one.absorb(other)
+    assert one.slots["a"].equal(torch.ones(2))

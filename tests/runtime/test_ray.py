@@ -16,6 +16,7 @@ import tiny
 
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.learner import Learner
+from metadist.runtime.evaluation import evaluate
 from metadist.runtime.groups import WorkerGroup
 from metadist.runtime.local_executor import LocalExecutor
 from metadist.runtime.scheduler import Scheduler
@@ -362,3 +363,41 @@ def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
     assert fleet.outcome.progress.validation == alone.outcome.progress.validation
     assert fleet.evaluations == alone.evaluations
     assert evaluate_run(str(tmp_path / "0"), workers="1").evaluations == alone.evaluations
+
+
+# ---- contributions in half precision
+
+
+def test_rounded_contributions_train_about_as_well_and_survive_a_kill(cluster, mischief):
+    learner = mischief[0]
+
+    def trained(watch=None, **options):
+        workers = executor(learner, WorkerGroup(min=2, max=2, gpus=0), **options)
+        try:
+            state, fleet = train(workers, learner, 60, watch=watch)
+            losses = evaluate(fleet, learner, state, run="run", meta_step=60, seed=SEED, split="validation", tasks=100, inner_steps=None).loss
+            return losses[-1], fleet, state
+        finally:
+            workers.close()
+
+    killed = []
+
+    def watch(scheduler, shard):
+        if shard.meta_step == 30 and shard.index == 1 and not killed:
+            killed.append(scheduler.executor.kill_busy())
+
+    exact, measured, state = trained()
+    rounded, fleet, other = trained(watch, exact=False, wire="bfloat16")
+    assert killed
+    assert fleet.retried["lost"] >= 1
+    assert fleet.tasks_done == 600
+    assert other.sha256() != state.sha256()
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert fleet.measured.read().counts["bytes_received"] < measured.measured.read().counts["bytes_received"]
+
+
+def test_rounded_contributions_go_with_exactness_given_up(mischief):
+    with pytest.raises(ConfigError, match=r"engine.wire: bfloat16 .* engine.exact: false"):
+        executor(mischief[0], WorkerGroup(gpus=0), wire="bfloat16")
+    with pytest.raises(ConfigError, match=r"engine.wire: 'float8' is not one of exact, bfloat16"):
+        executor(mischief[0], WorkerGroup(gpus=0), wire="float8")

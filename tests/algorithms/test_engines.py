@@ -1,0 +1,349 @@
+"""Every way of computing a shard against the plain autograd loop, in float64: eager and compiled, unrolled and mixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+import pytest
+import test_gradients as spine
+import torch
+import torch.nn.functional as F
+from test_gradients import ALGORITHMS, CASES, MODELS, make, plain_cnp, plain_contribution
+from toys import Blobs, Curves, Everything, Ragged, keys, learner, relative_error, somewhere, train
+
+import metadist.core.compiled as compiled_module
+from metadist.algorithms import ANIL, MAML, CNP, Reptile
+from metadist.core.convolution import conv2d
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError, NonFiniteError
+from metadist.core.inner import InnerLoop
+from metadist.core.outer import OuterLoop
+from metadist.core.parameters import Layout, Parameters
+from metadist.core.state import Slot
+from metadist.core.task import Examples, Task
+from metadist.models import MLP, Transformer
+
+HESSIANS = ("forward", "reverse")
+SHARD = OuterLoop(meta_batch_size=6, shard_size=4, meta_steps=4)
+PICTURES = (Blobs(input_shape=(1, 8, 8)), Transformer(patch=4, width=8, heads=2, dropout=0.1))
+
+
+@pytest.fixture(autouse=True)
+def transformer(monkeypatch):
+    monkeypatch.setitem(MODELS, "transformer", PICTURES)
+
+
+def check(subject, engine, shard, meta_step=3, tolerance=1e-10, objective=spine.plain_objective):
+    theta = somewhere(subject)
+    expected, loss = plain_contribution(subject, theta, shard, objective)
+    subject.set_engine(engine)
+    got = subject.contribute(theta, shard, meta_step)
+    assert got.slots.keys() == expected.keys()
+    for slot, vector in expected.items():
+        assert relative_error(got.slots[slot], vector) <= tolerance, slot
+    assert got.metrics["loss"] == pytest.approx(loss, rel=1e-12)
+    return got
+
+
+# Mixed ----------------------------------------------------------------------------------------------------------------
+
+WALKING = [(a, m) for a, m in CASES if isinstance(ALGORITHMS[a], InnerLoop)]
+
+
+@pytest.mark.parametrize("hessian", HESSIANS)
+@pytest.mark.parametrize(
+    ("algorithm", "model"), [*WALKING, *((a, "transformer") for a in ("maml-5", "anil", "meta_sgd", "momentum", "adam", "minibatches"))]
+)
+def test_mixed(algorithm, model, hessian):
+    check(make(ALGORITHMS[algorithm], model), Engine(differentiation="mixed", hessian=hessian), keys(0, 1, 5))
+
+
+@pytest.mark.parametrize("hessian", HESSIANS)
+def test_mixed_on_the_network_and_the_data_of_the_main_job(hessian, data):
+    """θ as it begins, too: φ_0 is then the same memory for all tasks, and forward mode may not write into it."""
+    from metadist import config as configuration
+
+    document = configuration.override(
+        configuration.read_document("omniglot_maml_5w1s"), ["algorithm.inner_steps=3", "engine.dtype=float64", "outer.shard_size=2"]
+    )
+    subject = configuration.build(document).learner()
+    subject.prepare(torch.device("cpu"))
+    theta, shard = subject.initial(0).theta(subject.slots), keys(0, 1)
+    expected, _ = plain_contribution(subject, theta, shard)
+    subject.set_engine(Engine(differentiation="mixed", hessian=hessian))
+    assert relative_error(subject.contribute(theta, shard, 3).slots["model"], expected["model"]) <= 1e-10
+
+
+@pytest.mark.parametrize("algorithm", ["maml-5", "meta_sgd", "anil"])
+@pytest.mark.parametrize("hessian", HESSIANS)
+def test_mixed_with_frozen_parts(algorithm, hessian):
+    subject = make(ALGORITHMS[algorithm], "own", freeze=("stem.*", "first.weight"))
+    theta = subject.initial(0).theta(subject.slots)
+    expected, _ = plain_contribution(subject, theta, keys(0, 1))
+    subject.set_engine(Engine(differentiation="mixed", hessian=hessian))
+    assert relative_error(subject.contribute(theta, keys(0, 1), 3).slots["model"], expected["model"]) <= 1e-10
+
+
+@dataclass(frozen=True)
+class EveryStep(MAML):
+    """Judges φ after every step, is held to θ by its inner loss, and learns its rate (one number)."""
+
+    whole_trajectory: ClassVar[bool] = True
+
+    def slots(self, model, parameters):
+        rate = Parameters({"alpha": torch.tensor(self.inner_lr, dtype=next(iter(parameters.values())).dtype)})
+        return {"rate": (Slot(Layout.of(rate)), rate)}
+
+    def descent(self, model, theta, support, context):
+        plain = super().descent(model, theta, support, context)
+
+        def loss(phi, step):
+            return plain.loss(phi, step) + 0.3 * sum((p - t).square().sum() for p, t in zip(phi.values(), theta["model"].values()))
+
+        return replace(plain, loss=loss, rate=theta["rate"]["alpha"])
+
+    def objective(self, model, theta, trajectory, task, context):
+        losses = [context.loss(prediction := self.predict(model, phi, task.query.x), task.query) for phi in trajectory]
+        return sum(loss * (i + 1) for i, loss in enumerate(losses)), prediction
+
+
+@pytest.mark.parametrize("hessian", HESSIANS)
+@pytest.mark.parametrize("optimizer", [{}, {"inner_momentum": 0.9}, {"inner_optimizer": "adam", "inner_eps": 1e-3}])
+def test_mixed_follows_every_path_on_which_theta_comes_in(hessian, optimizer):
+    subject = make(EveryStep(inner_lr=0.1, inner_steps=3, **optimizer), "mlp")
+    theta, shard = somewhere(subject), keys(0, 1, 5)
+    expected = subject.contribute(theta, shard, 3)
+    subject.set_engine(Engine(differentiation="mixed", hessian=hessian))
+    got = subject.contribute(theta, shard, 3)
+    for slot in ("model", "rate"):
+        assert relative_error(got.slots[slot], expected.slots[slot]) <= 1e-10, slot
+
+
+def test_what_has_no_inner_steps_is_computed_as_ever():
+    for subject in (make(ALGORITHMS["protonet"], "conv4-max-batch"), spine.cnp_learner(), make(Reptile(inner_lr=0.1, inner_steps=2), "mlp")):
+        theta = somewhere(subject)
+        expected = subject.contribute(theta, keys(0, 1), 3)
+        subject.set_engine(Engine(differentiation="mixed"))
+        assert subject.contribute(theta, keys(0, 1), 3).slots["model"].equal(expected.slots["model"])
+
+
+# Compiled -------------------------------------------------------------------------------------------------------------
+
+UNROLLED, MIXED = Engine(compile=True), Engine(compile=True, differentiation="mixed")
+SOON = [
+    ("adam", "mlp", MIXED),
+    ("minibatches", "mlp", MIXED),
+    ("meta_sgd", "own", MIXED),
+    ("anil", "conv4-max-group", UNROLLED),
+    ("protonet", "conv4-stride-batch", UNROLLED),
+]
+LATE = [
+    *((a, m, e) for a, m in WALKING for e in (UNROLLED, MIXED, replace(MIXED, hessian="reverse")) if (a, m, e) not in SOON and a != "maml-1"),
+    *((a, "transformer", e) for a in ("maml-5", "anil", "meta_sgd") for e in (UNROLLED, MIXED)),
+    ("protonet", "conv4-max-batch", UNROLLED),
+    ("protonet", "own", UNROLLED),
+]
+
+
+def name_of(value):
+    return f"{value.differentiation}-{value.hessian}" if isinstance(value, Engine) else None
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("algorithm", "model", "engine"), [*SOON, *(pytest.param(*case, marks=pytest.mark.long) for case in LATE)], ids=name_of
+)
+def test_compiled(algorithm, model, engine):
+    """Three tasks in a graph of four."""
+    check(make(ALGORITHMS[algorithm], model, outer=SHARD), engine, keys(0, 1, 5))
+
+
+def test_compiled_cnp():
+    subject = replace(spine.cnp_learner(), outer=SHARD)
+    assert isinstance(subject.algorithm, CNP)
+    check(subject, UNROLLED, keys(0, 1, 5), objective=plain_cnp)
+
+
+@pytest.mark.parametrize("engine", [UNROLLED, MIXED], ids=name_of)
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_compiled_follows_every_path_on_which_theta_comes_in(engine):
+    subject = make(EveryStep(inner_lr=0.1, inner_steps=3, inner_momentum=0.9), "mlp", outer=SHARD)
+    theta, shard = somewhere(subject), keys(0, 1, 5)
+    expected = subject.contribute(theta, shard, 3)
+    subject.set_engine(engine)
+    got = subject.contribute(theta, shard, 3)
+    for slot in ("model", "rate"):
+        assert relative_error(got.slots[slot], expected.slots[slot]) <= 1e-10, slot
+
+
+def test_compiled_reptile():
+    """Its eager deltas are compared with an optimiser's elsewhere."""
+    subject = make(Reptile(inner_lr=0.05, inner_steps=2, inner_optimizer="adam", moments="carried"), "mlp", outer=SHARD)
+    theta, shard = somewhere(subject), keys(0, 1, 5)
+    expected = subject.contribute(theta, shard, 3)
+    subject.set_engine(UNROLLED)
+    got = subject.contribute(theta, shard, 3)
+    assert got.slots.keys() == expected.slots.keys() >= {"model", "inner_first", "inner_second", "inner_count"}
+    for slot, vector in expected.slots.items():
+        assert relative_error(got.slots[slot], vector) <= 1e-12, slot
+
+
+@lru_cache
+def compiled_everything(differentiation="unrolled"):
+    """Compiled once for all tests of it: keyed dropout, batch norm, a layer norm, buffers of two dtypes, a scalar."""
+    subject = make(MAML(inner_lr=0.1, inner_steps=2), "own", outer=SHARD)
+    subject.set_engine(Engine(compile=True, differentiation=differentiation))
+    return subject
+
+
+def eager_everything():
+    return make(MAML(inner_lr=0.1, inner_steps=2), "own", outer=SHARD)
+
+
+@pytest.mark.parametrize("differentiation", ["unrolled", pytest.param("mixed", marks=pytest.mark.long)])
+@pytest.mark.timeout(900)
+def test_one_graph_serves_every_meta_step_task_and_short_shard(differentiation):
+    """Four meta-steps of two shards, the second short; dropout's masks differ in each."""
+    ours, eager = compiled_everything(differentiation), eager_everything()
+    got, expected = train(ours, 4), train(eager, 4)
+    graphs = len(ours._compiled._functions)
+    assert relative_error(got.slots["model"], expected.slots["model"]) <= 1e-12
+    theta = somewhere(ours)
+    for meta_step, tasks in ((3, (0, 1, 5)), (9, (2, 7, 8, 11)), (3, (4,))):
+        shard = keys(*tasks, seed=0, meta_step=meta_step)
+        one, other = ours.contribute(theta, shard, meta_step), eager.contribute(theta, shard, meta_step)
+        assert relative_error(one.slots["model"], other.slots["model"]) <= 1e-12
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-12)
+        assert (one.weight, one.tasks) == (len(tasks), len(tasks))
+    assert len(ours._compiled._functions) == graphs
+
+
+def test_what_fills_up_a_short_shard_leaves_no_trace():
+    ours = compiled_everything()
+    theta, four = somewhere(ours), keys(0, 1, 5, 9, seed=0)
+    tasks, keep = ours.sample(four), torch.tensor([True, True, True, False])
+    run, sums = ours._compiled.runner(four.seed, four.split), []
+    nan = torch.utils._pytree.tree_map(lambda t: torch.cat([t[:3], torch.full_like(t[3:], float("nan"))]) if t.is_floating_point() else t, tasks)
+    for filled in (tasks, nan):
+        sums.append(ours._sum(run, theta, filled, four, 3, keep))
+    sums.append(ours.contribute(theta, keys(0, 1, 5, seed=0), 3))
+    assert all(s.slots["model"].equal(sums[0].slots["model"]) for s in sums)
+    assert all(s.metrics == sums[0].metrics for s in sums)
+
+
+def test_another_seed_and_split_are_not_served_by_the_same_graph():
+    """They are numbers in it: those of dropout."""
+    algorithm, config = MAML(inner_lr=0.1), MLP(hidden=(4,))
+    def factory():
+        return torch.nn.Sequential(config.build((2,), 2), torch.nn.Dropout(0.5))
+
+    ours, eager = (learner(algorithm, factory, Curves(), outer=SHARD) for _ in range(2))
+    ours.set_engine(UNROLLED)
+    theta, sums = somewhere(ours), []
+    for seed in (7, 8):
+        shard = keys(0, 1, 2, 3, seed=seed)
+        sums.append(ours.contribute(theta, shard, 3).slots["model"])
+        assert relative_error(sums[-1], eager.contribute(theta, shard, 3).slots["model"]) <= 1e-12
+    assert relative_error(sums[0], sums[1]) > 1e-2
+
+
+@dataclass(frozen=True)
+class Poisoned(Curves):
+    poisoned: tuple[int, ...] = (12, 14)
+
+    def sample(self, keys, split):
+        task = super().sample(keys, split)
+        bad = torch.isin(keys.tasks, torch.tensor(self.poisoned))
+        return Task(task.support, Examples(task.query.x, torch.where(bad[..., None, None], float("nan"), task.query.y)))
+
+
+@pytest.mark.parametrize("differentiation", ["unrolled", "mixed"])
+def test_a_nan_in_a_compiled_shard(differentiation):
+    def factory():
+        return MLP(hidden=(4,)).build((2,), 2)
+
+    def subject(family, **options):
+        return learner(MAML(inner_steps=2), factory, family, outer=SHARD, **options)
+
+    engine = Engine(compile=True, differentiation=differentiation)
+    strict, lenient, healthy = subject(Poisoned()), subject(Poisoned(), non_finite="skip"), subject(Curves())
+    strict.set_engine(engine), lenient.set_engine(engine)
+    theta, shard = somewhere(strict), keys(11, 12, 13, 14)
+    with pytest.raises(NonFiniteError, match=r"tasks \[12, 14\] gave NaN or Inf \(seed 7, meta-step 3\)") as caught:
+        strict.contribute(theta, shard, 3)
+    assert caught.value.tasks == (12, 14)
+    got, expected = lenient.contribute(theta, shard, 3), healthy.contribute(theta, keys(11, 13), 3)
+    assert (got.weight, got.tasks) == (2.0, 2)
+    assert relative_error(got.slots["model"], expected.slots["model"]) < 1e-13
+    short = lenient.contribute(theta, keys(11, 12), 3)
+    assert (short.weight, short.tasks) == (1.0, 1)
+    assert relative_error(short.slots["model"], healthy.contribute(theta, keys(11), 3).slots["model"]) < 1e-13
+
+
+def test_tasks_of_many_sizes_are_refused(monkeypatch):
+    monkeypatch.setattr(compiled_module, "MAX_SIGNATURES", 1)
+    subject = learner(ANIL(), lambda: MLP(hidden=(4,)).build((2,), 2), Ragged(Curves()), outer=OuterLoop(shard_size=1))
+    subject.set_engine(UNROLLED)
+    theta = somewhere(subject)
+    subject.contribute(theta, keys(0), 3)
+    with pytest.raises(ConfigError, match=r"engine.compile: .* more than 1 different shapes .* engine.compile=never"):
+        subject.contribute(theta, keys(1), 3)
+
+
+# Convolution as a matrix product ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2, (2, 1)])
+@pytest.mark.parametrize("padding", [0, 1, (0, 2), "same"])
+@pytest.mark.parametrize("dilation", [1, (1, 2)])
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 3), (1, 1)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution(stride, padding, dilation, kernel, groups):
+    """Value, gradient, Hessian-vector product in both modes: torch's own."""
+    if padding == "same" and stride != 1:
+        pytest.skip("torch has no such convolution")
+    generator = torch.Generator().manual_seed(0)
+    x, w, b, tx, tw = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for shape in ((2, 4, 7, 6), (6, 4 // groups, *kernel), (6,), (2, 4, 7, 6), (6, 4 // groups, *kernel))
+    )
+    results = []
+    for function in (conv2d, F.conv2d):
+
+        def loss(x, w, function=function):
+            return torch.tanh(function(x, w, b, stride, padding, dilation, groups)).square().sum()
+
+        gradient = torch.func.grad(loss, argnums=(0, 1))
+        value = function(x, w, b, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        _, forward = torch.func.jvp(gradient, (x, w), (tx, tw))
+        _, pull = torch.func.vjp(gradient, x, w)
+        results.append([value, function(x, w, None, stride, padding, dilation, groups), *gradient(x, w), *forward, *pull((tx, tw))])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_convolution_without_a_batch_is_torch_s():
+    x, w = torch.randn(1, 5, 5), torch.randn(2, 1, 3, 3)
+    assert conv2d(x, w).equal(F.conv2d(x, w))
+
+
+class Convolutions(Everything):
+    """Of all kinds in one: strides, padding, dilation, an oblong kernel, groups, circular padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 4, (2, 3), stride=(1, 2), padding=(0, 1), dilation=(2, 1)),
+            torch.nn.Conv2d(4, 4, 3, padding=1, groups=2),
+            torch.nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular", bias=False),
+        )
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", [UNROLLED, MIXED], ids=name_of)
+def test_compiled_convolutions_of_all_kinds(engine):
+    check(learner(MAML(inner_lr=0.1), Convolutions, Blobs(input_shape=(1, 6, 6)), outer=SHARD), engine, keys(0, 1, 5))
