@@ -11,6 +11,7 @@ from metadist import config as configuration
 from metadist.core.errors import ConfigError
 from metadist.core.executor import Shard
 from metadist.experiment import Experiment, train
+from metadist.fleet import local_plan
 from metadist.runtime.scheduler import Scheduler
 from metadist.runtime.train import Display
 from metadist.schema import Document
@@ -35,9 +36,20 @@ class Killer:
                 self.killed.append(victim)
 
 
+def _as_the_whole_run(document: Document) -> Document:
+    """With ``engine.compile`` as the run would resolve it at its full length: what is verified is what will run."""
+    experiment = Experiment.of(configuration.build(document))
+    if experiment.engine.compile != "auto":
+        return document
+    compile = "always" if local_plan(experiment).engine.compile else "never"
+    return configuration.override(document, [f"engine.compile={compile}"])
+
+
 def verify(document: Document, workers: Sequence[str], *, kill: int, meta_steps: int | None, display: Display) -> dict[str, Any]:
     """Train once for every number of workers and compare SHA-256s. ``ok`` is False where they differ or too few shards were lost."""
     rows = []
+    if meta_steps:
+        document = _as_the_whole_run(document)
     for count in workers:
         chosen = configuration.set_workers(document, count)
         chosen = configuration.override(chosen, [f"outer.meta_steps={meta_steps}"] if meta_steps else [])

@@ -152,10 +152,11 @@ def metadist_compiled(problem: Problem) -> Contestant:
 
 def _ours(problem: Problem, compiled: bool) -> Contestant:
     """The one place that knows how a Learner is told to compile, and how it takes tasks that are sampled already."""
-    from metadist.core.engine import Engine
+    from metadist.runtime.plan import Device, EngineSettings, make_plan
 
     learner = copy.copy(problem.learner)
-    learner.set_engine(Engine(compile=compiled))
+    settings = EngineSettings(compile="always" if compiled else "never", differentiation="unrolled")
+    learner.set_engine(make_plan(learner, settings, Device.of(problem.device, "this machine")).engine)
     theta = {n: p.map(lambda t: t.to(problem.device)) for n, p in problem.state.theta(learner.slots).items()}
     return Contestant(
         lambda: learner.contribute_tasks(theta, problem.tasks, problem.keys, 0),

@@ -201,7 +201,8 @@ def _case(
     errors: dict[str, dict[str, float]] = {name: {} for name in entrants}
     calls, first, second = {}, {}, {}
     for name, enter in entrants.items():
-        if tolerance.float64 is not None and name != "loop":
+        # Compiling once more in float64 would take minutes; compiled graphs are held against the loop in float64 by the tests.
+        if tolerance.float64 is not None and name not in ("loop", "metadist compiled"):
             errors[name]["float64"] = known.relative_error(_gradient(enter(exact)), reference)
         contestant = enter(problem)
         first[name], gradient = _timed(partial(_gradient, contestant))

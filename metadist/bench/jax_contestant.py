@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metadist.core.errors import ConfigError
+from metadist.models.conv4 import SpatialMean
 
 if TYPE_CHECKING:
     from metadist.bench.contestants import Contestant, Problem
@@ -177,6 +178,6 @@ _LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, Any], Any], Any]] = {
     nn.BatchNorm2d: _batch_norm,
     nn.ReLU: _relu,
     nn.MaxPool2d: _max_pool,
-    nn.AdaptiveAvgPool2d: lambda layer, own, x: x.mean((1, 2), keepdims=True),
+    SpatialMean: lambda layer, own, x: x.mean((1, 2)),
     nn.Flatten: _flatten,
 }

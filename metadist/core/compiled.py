@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from metadist.core.errors import ConfigError
+from metadist.core.reductions import DECOMPOSITIONS
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def trace(function: Callable[..., Any], spec: Any, examples: list[Tensor]) -> tu
         leaves, returned = pytree.tree_flatten(function(*pytree.tree_unflatten(list(tensors), spec)))
         return leaves
 
-    graph = make_fx(flat)(*examples)
+    graph = make_fx(flat, decomposition_table=DECOMPOSITIONS)(*examples)
     return graph, returned
 
 

@@ -1,10 +1,15 @@
-"""How much memory a shard takes: read off the traced graphs of one task, before anything large is allocated."""
+"""How much memory a shard takes, told from one task with one and with two inner steps, before anything large is allocated.
+
+Eager: the task is computed, and the bytes that are alive are counted as tensors come and go; autograd holds on to more than
+its graph still needs. Compiled: they are read off the traced graph, where each tensor lives until its last use.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metadist.core.compiled import trace
 from metadist.core.engine import Engine
 from metadist.core.learner import Learner, with_inner_steps
-from metadist.core.metagradient import directly
+from metadist.core.metagradient import MetaGradient, directly
 from metadist.core.random import TaskKey
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of one task: ``first`` at one inner step, ``further`` for every other, ``state`` of one φ with its moments;
-    ``shared`` is θ, whatever the number of tasks."""
+    ``shared`` is the sum over tasks, whatever their number."""
 
     shared: int
     first: int
@@ -36,37 +41,18 @@ class Footprint:
 
 
 def footprint(learner: Learner, engine: Engine) -> Footprint:
-    """Of one task's contribution under ``engine``, from graphs of one and of two inner steps. An upper bound where shards
-    are compiled: a fused operator keeps in registers what is counted here."""
+    """Of one task's contribution under ``engine``. An upper bound where shards are compiled: a fused operator keeps in
+    registers what is counted here. Not counted is what a library takes besides (the workspaces of convolutions)."""
     steps = getattr(learner.algorithm, "inner_steps", 0)
-    one, two = (_peak(learner, engine, min(k, steps)) for k in (1, 2))
-    theta = learner.initial(0).theta(learner.slots)
-    state = sum(_bytes(t) for n in learner.meta_gradient.learned for t in theta[n].values())
-    shared = 2 * sum(_bytes(t) for p in theta.values() for t in p.values())
-    return Footprint(shared, one, max(0, two - one), steps, state)
-
-
-class _Allocated(TorchDispatchMode):
-    """Adds up the bytes of every tensor that an operator makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.bytes += sum(_bytes(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
-        return result
+    peak = _traced_peak if engine.compile else _measured_peak
+    one, two = (peak(learner, engine, min(k, steps)) for k in (1, 2))
+    shared = sum(_bytes(v) for n, v in learner.initial(0).slots.items() if n in learner.meta_gradient.learned)
+    return Footprint(shared, one, max(0, two - one), steps, _state_bytes(learner))
 
 
 def allocated_bytes(learner: Learner) -> int:
-    """All that one task's unrolled contribution ever allocates: more than its peak, and quick to know."""
-    gradient = replace(learner.meta_gradient, engine=Engine())
-    theta, tasks, keys, keep = _one_task(learner)
-    with _Allocated() as allocated:
-        gradient.sums(directly, theta, tasks, keys, 0, keep)
-    return allocated.bytes
+    """All that one task's unrolled contribution ever allocates: more than its peak."""
+    return _measured(learner, Engine(), getattr(learner.algorithm, "inner_steps", 0)).total
 
 
 def _one_task(learner: Learner) -> tuple[Any, Any, TaskKey, Tensor]:
@@ -75,9 +61,69 @@ def _one_task(learner: Learner) -> tuple[Any, Any, TaskKey, Tensor]:
     return theta, learner.sample(keys), keys.to(learner.device), torch.ones(1, dtype=torch.bool, device=learner.device)
 
 
-def _peak(learner: Learner, engine: Engine, steps: int) -> int:
-    algorithm: Any = with_inner_steps(learner.algorithm, steps)
-    gradient = replace(learner.meta_gradient, algorithm=algorithm, engine=engine)
+def _with_steps(learner: Learner, engine: Engine, steps: int) -> MetaGradient:
+    return replace(learner.meta_gradient_under(engine), algorithm=with_inner_steps(learner.algorithm, steps))
+
+
+def _state_bytes(learner: Learner) -> int:
+    gradient = learner.meta_gradient
+    if gradient.cannot_walk_back:
+        return 0
+    theta, tasks, keys, _ = _one_task(learner)
+    task = pytree.tree_map(lambda t: t[0], tasks)
+    start = gradient.descent(gradient.context(keys, keys.tasks[0], 0), theta, task).start
+    return sum(_bytes(t) for t in pytree.tree_leaves(start) if isinstance(t, Tensor))
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of storages from the operator that makes them to the end of their last tensor."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.alive = self.most = self.total = 0
+        self._known: dict[int, Any] = {t.untyped_storage()._cdata: None for t in given}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(result):
+            if isinstance(t, Tensor) and t.device.type != "meta" and not t._is_zerotensor():
+                self._count(t.untyped_storage())
+        self.most = max(self.most, self.alive)
+        return result
+
+    def _count(self, storage: Any) -> None:
+        name, size = storage._cdata, storage.nbytes()
+        if name not in self._known:
+            self._known[name] = weakref.ref(storage, partial(self._gone, name, size))
+            self.alive += size
+            self.total += size
+
+    def _gone(self, name: int, size: int, _: Any) -> None:
+        self.alive -= size
+        del self._known[name]
+
+
+def _measured(learner: Learner, engine: Engine, steps: int) -> _Alive:
+    gradient = _with_steps(learner, engine, steps)
+    theta, tasks, keys, keep = _one_task(learner)
+    with _Alive(pytree.tree_leaves((theta, tasks, keep))) as alive:
+        gradient.sums(directly, theta, tasks, keys, 0, keep)
+    return alive
+
+
+def _measured_peak(learner: Learner, engine: Engine, steps: int) -> int:
+    return _measured(learner, engine, steps).most
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# Of graphs ------------------------------------------------------------------------------------------------------------
+
+
+def _traced_peak(learner: Learner, engine: Engine, steps: int) -> int:
+    gradient = _with_steps(learner, engine, steps)
     theta, tasks, keys, keep = _one_task(learner)
     most = 0
     held: list[tuple[weakref.ref[Tensor], int]] = []
@@ -102,10 +148,6 @@ def _peak(learner: Learner, engine: Engine, steps: int) -> int:
 
 def _count(arguments: Any) -> int:
     return len(pytree.tree_leaves(arguments))
-
-
-def _bytes(tensor: Any) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def peak_bytes(graph: torch.fx.GraphModule, skip: int = 0) -> int:
@@ -146,5 +188,3 @@ def _viewed(node: Any) -> Any:
         return node.all_input_nodes[0]
     aliased = any(r.alias_info is not None for r in schema.returns)
     return node.all_input_nodes[0] if aliased or schema.name in ("aten::_unsafe_view", "aten::_reshape_alias") else None
-
-

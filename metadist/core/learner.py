@@ -199,13 +199,13 @@ class Learner:
     @property
     def meta_gradient(self) -> MetaGradient:
         if self._meta is None:
-            self._meta = self._make_meta_gradient()
+            self._meta = self.meta_gradient_under(self.engine)
         return self._meta
 
-    def _make_meta_gradient(self) -> MetaGradient:
+    def meta_gradient_under(self, engine: Engine) -> MetaGradient:
         learned = tuple(n for n, slot in self.slots.items() if slot.rule == "gradient")
         layouts = {n: slot.layout for n, slot in self.slots.items()}
-        gradient = MetaGradient(self.algorithm, self.model, self.tasks, learned, layouts, self.engine)
+        gradient = MetaGradient(self.algorithm, self.model, self.tasks, learned, layouts, engine)
         if not gradient.walks_back:
             return gradient
         keys = TaskKey.of(0, "train", 0, [0])
@@ -214,18 +214,24 @@ class Learner:
         return replace(gradient, held=held_by_steps(gradient, theta, task, keys.each()[0].to(self.device)))
 
     def contribute(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int) -> Contribution:
-        """Σ over the shard's tasks of each one's gradient (or delta), with loss and metric on the query set; ``engine.chunk``
-        tasks at a time."""
-        size = min(self.engine.chunk or len(keys.tasks), len(keys.tasks))
-        starts = range(0, len(keys.tasks), size)
-        total = TreeSum[Contribution](len(starts))
-        for index, start in enumerate(starts):
-            chunk = replace(keys, tasks=keys.tasks[start : start + size])
-            total.add(index, self.contribute_tasks(theta, self.sample(chunk), chunk, meta_step))
-        return total.result()
+        """Σ over the shard's tasks of each one's gradient (or delta), with loss and metric on the query set."""
+        return self.contribute_tasks(theta, self.sample(keys), keys, meta_step)
 
     def contribute_tasks(self, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int) -> Contribution:
-        """``contribute`` of tasks that were sampled already, all at once."""
+        """``contribute`` of tasks that were sampled already, ``engine.chunk`` of them at a time."""
+        count, size = len(keys.tasks), self.engine.chunk
+        if size is None or size >= count:
+            return self._contribute_chunk(theta, tasks, keys, meta_step)
+        starts = range(0, count, size)
+        total = TreeSum[Contribution](len(starts), Contribution.absorb)
+        for index, start in enumerate(starts):
+            # Copied to aligned memory, where kernels do what they do for a whole shard.
+            chunk = torch.utils._pytree.tree_map(lambda t, start=start: t[start : start + size].clone(), tasks)
+            some = replace(keys, tasks=keys.tasks[start : start + size])
+            total.add(index, self._contribute_chunk(theta, chunk, some, meta_step))
+        return total.result()
+
+    def _contribute_chunk(self, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int) -> Contribution:
         keys = keys.to(self.device)
         tasks, keys, keep = self._padded(tasks, keys)
         run = self._compiled.runner(keys.seed, keys.split) if self.engine.compile else directly

@@ -191,10 +191,9 @@ class MetaGradient:
         for step in range(steps):
             states.append(piece("step", self._step, (states[-1],), (step,)))
         judged = states if algorithm.whole_trajectory else states[-1:]
-        gradient, cotangents, metrics = piece("outer", self._outer, (judged,))
+        gradient, cotangents, held, metrics = piece("outer", self._outer, (judged,))
         cotangents = [()] * (len(states) - len(judged)) + cotangents  # () : no pull; vmap takes no None
         back = cotangents.pop()
-        held: Values = {}
         for step in reversed(range(steps)):
             extra = cotangents.pop()
             back, held = piece("back", self._back, (states[step], back, held, extra), (step,))
@@ -216,8 +215,8 @@ class MetaGradient:
         algorithm: Any = self.algorithm
         return algorithm.step(self.descent(context, theta, task), state, step)
 
-    def _outer(self, context: TaskContext, theta: Theta, task: Task, states: list[InnerState]) -> tuple[Values, list[InnerState], Metrics]:
-        """∂ of the objective with respect to θ directly, and to the states."""
+    def _outer(self, context: TaskContext, theta: Theta, task: Task, states: list[InnerState]) -> tuple[Values, list[InnerState], Values, Metrics]:
+        """∂ of the objective with respect to θ directly, and to the states; and nothing yet of what the steps pull on."""
 
         def objective(learned: Values, states: list[InnerState]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             given = {**theta, **learned}
@@ -228,16 +227,19 @@ class MetaGradient:
             return loss, (loss.detach(), prediction.detach())
 
         (direct, cotangents), (loss, prediction) = grad(objective, argnums=(0, 1), has_aux=True)(self._learned(theta), states)
-        return direct, cotangents, self._metrics(context, loss, prediction, task)
+        nothing = pytree.tree_map(torch.zeros_like, self._held(theta))
+        return direct, cotangents, nothing, self._metrics(context, loss, prediction, task)
+
+    def _held(self, theta: Theta) -> Values:
+        slots = sorted({slot for slot, _ in self.held})
+        return {slot: Parameters({n: t for n, t in theta[slot].items() if (slot, n) in self.held}) for slot in slots}
 
     def _back(
-        self, context: TaskContext, theta: Theta, task: Task, state: InnerState, back: InnerState, before: Any, extra: Any, step: Any
+        self, context: TaskContext, theta: Theta, task: Task, state: InnerState, back: InnerState, before: Values, extra: Any, step: Any
     ) -> tuple[InnerState, Values]:
         """(λ of the state before the step, what its pull on θ adds up to) from λ of the state behind it."""
         algorithm: Any = self.algorithm
-        held: Values = {}
-        for slot in sorted({s for s, _ in self.held}):
-            held[slot] = Parameters({n: t for n, t in theta[slot].items() if (slot, n) in self.held})
+        held = self._held(theta)
 
         def descent(held: Values) -> Any:
             return self.descent(context, {**theta, **{slot: theta[slot].replace(p) for slot, p in held.items()}}, task)
@@ -253,7 +255,7 @@ class MetaGradient:
             pulled, pulled_held = self._forward_over_reverse(descent, state, held, back, step)
         if extra:
             pulled = _add(pulled, extra)
-        return pulled, _add(before, pulled_held) if before else pulled_held
+        return pulled, _add(before, pulled_held)
 
     def _forward_over_reverse(
         self, descent: Callable[[Values], Any], state: InnerState, held: Values, back: InnerState, step: Any
@@ -279,7 +281,7 @@ class MetaGradient:
         _, (curved, crossed) = jvp(gradients, (phi, held), (tangent, still))
         return (through_phi + curved, through_moments), _add(through_rate, crossed)
 
-    def _end(self, context: TaskContext, theta: Theta, task: Task, gradient: Values, back: InnerState, held: Any) -> Values:
+    def _end(self, context: TaskContext, theta: Theta, task: Task, gradient: Values, back: InnerState, held: Values) -> Values:
         """The direct gradient, the pull of the steps, and that of φ_0's dependence on θ."""
         _, pull = vjp(lambda learned: self._start(context, {**theta, **learned}, task), self._learned(theta))
         (first,) = pull(back)
@@ -290,9 +292,9 @@ class MetaGradient:
 
 
 def _apart(t: Tensor) -> Tensor:
-    """With memory for every task, also where all have one value: forward mode makes tangents as φ lies in memory, the vector
-    that it may be a view of included."""
-    return t if t.stride(0) else t.clone(memory_format=torch.contiguous_format)
+    """With memory of its own: forward mode makes each tangent as its φ lies in memory, be that one row that all tasks share or
+    a piece of a vector (as long as the vector, then)."""
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone(memory_format=torch.contiguous_format)
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -25,6 +25,13 @@ class BatchNorm(nn.BatchNorm2d):
         return (input - mean) * scale + self.bias.view(1, -1, 1, 1)
 
 
+class SpatialMean(nn.Module):
+    """[N, C, H, W] → [N, C]. ``nn.AdaptiveAvgPool2d`` has neither a rule for ``vmap`` nor a deterministic derivative on GPUs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.mean((2, 3))
+
+
 @dataclass(frozen=True)
 class Conv4:
     """Four blocks of 3×3 convolution, normalisation and ReLU (Vinyals et al. 2016), then a linear head.
@@ -67,7 +74,7 @@ class Conv4:
                 layers[f"dropout{block}"] = nn.Dropout2d(self.dropout)
             channels = self.filters
         if self.features == "mean":
-            layers["mean"] = nn.AdaptiveAvgPool2d(1)
+            layers["mean"] = SpatialMean()
         layers["flatten"] = nn.Flatten()
         try:
             features = nn.Sequential(layers)(torch.zeros(2, *input_shape)).shape[1]

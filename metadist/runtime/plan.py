@@ -18,7 +18,7 @@ import torch
 
 from metadist.core.check import mixed_disagrees
 from metadist.core.engine import Engine
-from metadist.core.errors import ConfigError, nearest
+from metadist.core.errors import ConfigError
 from metadist.core.footprint import Footprint, allocated_bytes, footprint
 from metadist.core.learner import Learner
 from metadist.runtime.groups import WorkerGroup
@@ -165,7 +165,7 @@ def make_plan(learner: Learner, settings: EngineSettings, device: Device, groups
     engine = Engine(
         compile=_compile(learner, settings, device, reasons), precision=settings.precision, deterministic=settings.deterministic
     )
-    memory = _Memory(learner, settings, int(device.memory_bytes * USABLE / sharing(device, groups)))
+    memory = _Memory(learner, settings, engine.compile, int(device.memory_bytes * USABLE / sharing(device, groups)))
     engine = _differentiation(learner, settings, engine, memory, reasons)
     engine = _chunk(settings, engine, memory, device.cache_bytes, reasons)
     return Plan(engine, device, reasons, memory)
@@ -174,8 +174,8 @@ def make_plan(learner: Learner, settings: EngineSettings, device: Device, groups
 class _Memory:
     """What a plan knows of memory, found out only as far as it is asked."""
 
-    def __init__(self, learner: Learner, settings: EngineSettings, budget: int) -> None:
-        self.budget, self._learner, self._precision = budget, learner, settings.precision
+    def __init__(self, learner: Learner, settings: EngineSettings, compile: bool, budget: int) -> None:
+        self.budget, self._learner, self._compile, self._precision = budget, learner, compile, settings.precision
         self.shard = min(learner.outer.shard_size, learner.outer.meta_batch_size)
         self.chunk = min(self.shard, settings.chunk) if isinstance(settings.chunk, int) else self.shard
         self.kinds = ("unrolled", "mixed") if learner.meta_gradient.cannot_walk_back is None else ("unrolled",)
@@ -190,7 +190,7 @@ class _Memory:
 
     def peak(self, differentiation: str, tasks: int) -> int:
         if differentiation not in self._footprints:
-            engine = Engine(differentiation=differentiation, precision=self._precision)  # type: ignore[arg-type]
+            engine = Engine(compile=self._compile, differentiation=differentiation, precision=self._precision)  # type: ignore[arg-type]
             self._footprints[differentiation] = footprint(self._learner, engine)
         return self._footprints[differentiation].peak(tasks)
 
@@ -246,6 +246,9 @@ def _differentiation(learner: Learner, settings: EngineSettings, engine: Engine,
         reasons["hessian"] = "forward over reverse, found right in float64"
         return engine
     other = mixed_disagrees(learner, replace(engine, compile=False, precision="float32", hessian="reverse"))
+    if other is not None and settings.differentiation == "auto":
+        reasons["differentiation"] = f"mixed is wrong for this model and algorithm in float64: {other}"
+        return replace(engine, differentiation="unrolled")
     if other is not None:
         raise ConfigError(f"engine.differentiation: mixed is wrong for this model and algorithm in float64: {other}; use unrolled")
     reasons["hessian"] = f"reverse over reverse, because forward over reverse {reason}"
@@ -292,8 +295,8 @@ def obey(recorded: dict[str, Any], chunk: int | str) -> Planner:
     """The engine of a run that began before: only ``chunk`` may have changed since."""
     try:
         engine = Engine(**recorded)
-    except TypeError as error:
-        raise ConfigError(f"the run's manifest states an engine that this version doesn't know: {error}{nearest('engine', recorded)}") from error
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"the run's manifest states an engine that this version doesn't know: {error}") from error
     if isinstance(chunk, int):
         engine = replace(engine, chunk=chunk)
     return lambda device: Plan(engine, device, {"engine": "as the run began"})

@@ -165,7 +165,8 @@ class RayExecutor:
         self._serial += 1
         options: dict[str, Any] = {"num_cpus": group.cpus, "num_gpus": self._gpus[group], "max_restarts": 0, "max_task_retries": 0}
         threads = str(group.threads)
-        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}}
+        direct = "RAY_max_direct_call_object_size"
+        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, direct: os.environ[direct]}}
         remote = ray.remote(**options)(_Actor)
         gpus = self._gpus[group]
         places = {n: os.path.abspath(os.environ[n]) for n in ("METADIST_DATA", "METADIST_CACHE") if os.environ.get(n)}

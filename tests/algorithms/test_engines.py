@@ -14,7 +14,7 @@ from test_gradients import ALGORITHMS, CASES, MODELS, make, plain_cnp, plain_con
 from toys import Blobs, Curves, Everything, Ragged, keys, learner, relative_error, somewhere, train
 
 import metadist.core.compiled as compiled_module
-from metadist.algorithms import ANIL, MAML, CNP, Reptile
+from metadist.algorithms import ANIL, CNP, MAML, Reptile
 from metadist.core.convolution import conv2d
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError
