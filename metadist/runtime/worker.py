@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from metadist.core.check import compiled_disagrees
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, WorkerError
 from metadist.core.executor import Result, Shard
@@ -102,6 +103,7 @@ class Worker:
         if engine.compile:
             try:
                 self.compile_seconds = self.learner.warm_up(seed)
+                wrong = compiled_disagrees(self.learner, seed)
             except MetadistError:
                 raise
             except Exception as error:  # whatever a compiler may fail with
@@ -109,6 +111,8 @@ class Worker:
                 raise WorkerError(
                     f"worker {self.name} can't comply with engine.compile: {what[:400]}; engine.compile=never does without"
                 ) from error
+            if wrong:
+                raise WorkerError(f"worker {self.name}: PyTorch's compiler makes a wrong graph of this model, which {wrong}; use engine.compile=never")
         return self.about()
 
     def about(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from metadist.core.errors import ConfigError
 
 @pytest.mark.data
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("model", memory.MODELS)
+@pytest.mark.parametrize("model", [pytest.param("conv4", marks=pytest.mark.long), "transformer"])
 def test_the_report(model, data):
     report = bench("memory", model=model, inner_steps=[1, 6], tasks=4, rounds=1)
     case = report["cases"][model]

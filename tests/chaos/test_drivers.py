@@ -177,7 +177,8 @@ def test_ctrl_c_checkpoints_closes_mlflow_and_can_be_resumed(tmp_path):
                     "--run-dir", tmp_path / "run", "--resume", "--json", folder=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert query(tmp_path, "SELECT run_uuid, status FROM runs") == [(run_uuid, "FINISHED")]
-    whole = train(tiny.experiment(*ENDLESS, f"outer.meta_steps={steps}"), run_dir=str(tmp_path / "whole"), plots=False, test=False)
+    # The run began as an endless one, which is compiled, and stays so.
+    whole = train(tiny.experiment(*ENDLESS, f"outer.meta_steps={steps}", "engine.compile=always"), run_dir=str(tmp_path / "whole"), plots=False, test=False)
     assert tiny.last_json(done.stdout)["params_sha256"] == whole.params_sha256
     assert tiny.last_json(done.stdout)["run_id"] == about["run_id"]
 
