@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -221,5 +220,4 @@ def _status(name: str) -> int:
 
 
 if __name__ == "__main__":
-    began = time.perf_counter()
     print(json.dumps(measure(**json.load(sys.stdin))))

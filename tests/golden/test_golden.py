@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from toys import Blobs, Curves, Everything, learner, train
 
 from metadist.algorithms import ANIL, CNP, MAML, MetaSGD, ProtoNet, Reptile
+from metadist.core.engine import Engine
 from metadist.core.outer import OuterLoop
 from metadist.models import MLP, ConditionalNeuralProcess, Conv4
 from metadist.runtime.worker import numerics_fingerprint
@@ -46,7 +47,21 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def trajectory(name, dtype):
+#: other engines: name → engine, and which of the trajectories are computed by it. In float64 they are the eager ones
+ENGINES = {
+    "mixed": (Engine(differentiation="mixed"), ("maml-sinusoid", "maml-everything", "anil-groups", "meta_sgd")),
+    "mixed-reverse": (Engine(differentiation="mixed", hessian="reverse"), ("maml-sinusoid", "maml-everything")),
+    "compiled": (Engine(compile=True), ("maml-sinusoid",)),
+    "compiled-mixed": (Engine(compile=True, differentiation="mixed"), ("meta_sgd",)),
+}
+CASES = [(name, "eager") for name in CONFIGS] + [(name, engine) for engine, (_, names) in ENGINES.items() for name in names]
+
+
+def engine_of(engine):
+    return ENGINES[engine][0] if engine in ENGINES else Engine()
+
+
+def trajectory(name, dtype, engine="eager"):
     """(the last state, the loss of every meta-step)."""
     algorithm, family, config, outer = CONFIGS[name]
     build = config if isinstance(config, type) else lambda: config.build(family.input_shape, algorithm.outputs(family))
@@ -56,26 +71,28 @@ def trajectory(name, dtype):
         def update(self, *values, **named):
             losses.append(values[0]["loss"])
 
-    return train(learner(algorithm, build, family, dtype=dtype, outer=outer), META_STEPS, report=Report()), losses
+    subject = learner(algorithm, build, family, dtype=dtype, outer=outer)
+    subject.set_engine(engine_of(engine))
+    return train(subject, META_STEPS, report=Report()), losses
 
 
-def fingerprint(dtype=torch.float32):
-    return numerics_fingerprint(torch.device("cpu"), torch.get_num_threads(), dtype)
+def fingerprint(engine="eager"):
+    return numerics_fingerprint(torch.device("cpu"), torch.get_num_threads(), torch.float32, engine_of(engine))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_bit(name):
+@pytest.mark.parametrize(("name", "engine"), CASES)
+def test_every_bit(name, engine):
     """The same again; and the same as ever, among like machines."""
-    digest = trajectory(name, torch.float32)[0].sha256()
-    assert trajectory(name, torch.float32)[0].sha256() == digest
-    known = json.loads(GOLDEN.read_text())["bits"].get(fingerprint()["id"])
+    digest = trajectory(name, torch.float32, engine)[0].sha256()
+    assert trajectory(name, torch.float32, engine)[0].sha256() == digest
+    known = json.loads(GOLDEN.read_text())["bits"].get(fingerprint(engine)["id"])
     if known is not None:
         assert digest == known["sha256"][name], f"other bits than on {known['facts']}; if meant so: {__doc__}"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_same_values_on_any_machine(name):
-    state, losses = trajectory(name, torch.float64)
+@pytest.mark.parametrize(("name", "engine"), CASES)
+def test_the_same_values_on_any_machine(name, engine):
+    state, losses = trajectory(name, torch.float64, engine)
     golden = json.loads(GOLDEN.read_text())["values"][name]
     assert losses == pytest.approx(golden["loss"], rel=1e-9)
     assert state.slots.keys() == golden["slots"].keys()
@@ -86,9 +103,10 @@ def test_the_same_values_on_any_machine(name):
 
 def regenerate():
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"bits": {}}
-    facts = fingerprint()
-    bits = {name: trajectory(name, torch.float32)[0].sha256() for name in CONFIGS}
-    golden["bits"][facts.pop("id")] = {"facts": facts, "sha256": bits}
+    for engine in ("eager", *ENGINES):
+        facts = fingerprint(engine)
+        bits = {name: trajectory(name, torch.float32, engine)[0].sha256() for name, by in CASES if by == engine}
+        golden["bits"][facts.pop("id")] = {"facts": facts, "sha256": bits}
     golden["values"] = {}
     for name in CONFIGS:
         state, losses = trajectory(name, torch.float64)
