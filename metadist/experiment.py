@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 #: what may differ between a run and its resumption: nothing of it enters θ
 FREE_ON_RESUME = (
-    "workers", "tracking", "checkpoint", "evaluate", "engine.exact", "engine.shard_timeout", "engine.worker_patience", "engine.chunk",
+    "workers", "tracking", "checkpoint", "evaluate", "engine.exact", "engine.shard_timeout", "engine.worker_patience",
 )  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def train(
     tracker = _start_tracker(experiment, folder, run_id, parent, earlier.manifest.get("mlflow_run_id") if earlier else None)
     status, result = "FAILED", None
     try:
-        planner = obey(earlier.manifest.get("engine", {}), experiment.engine.chunk) if earlier else planner_for(experiment)
+        planner = obey(earlier.manifest.get("engine", {})) if earlier else planner_for(experiment)
         with fleet(experiment, run_id, planner, expected=expected, watch=watch, folder=folder, note=display.note) as workers:
             run = _run(experiment, run_id, _facts(experiment, workers))
             if progress.meta_step:

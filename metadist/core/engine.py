@@ -1,4 +1,4 @@
-"""How a shard is computed. Every field enters the bits of the result, save ``chunk`` where the kernels allow."""
+"""How a shard is computed. Every field enters the bits of the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Engine:
     operator's forward derivative is missing or wrong. ``precision``: ``tf32`` lets a GPU's matrix products round their
     inputs to 10 bits of mantissa; ``bfloat16`` runs the model's passes in the inner loop under autocast. ``deterministic``:
     a GPU may use only kernels that give the same bits every time. ``chunk``: tasks of a shard that are in memory at once, a
-    power of two; None for all.
+    power of two; None for all. The sum over tasks keeps its bits for any chunk, but libraries choose kernels by the batch:
+    found equal for the transformer, and for an MLP in mixed mode; equal to 1e-6 for conv4.
     """
 
     compile: bool = False

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -159,43 +158,11 @@ class Learner:
         return Round(0, state, shards, lambda state, _: state, reduce=False)
 
     def warm_up(self, seed: int) -> float:
-        """Compile what a shard needs, by computing one, and hold it against the eager one; the seconds that compiling took.
-
-        PyTorch's compiler has been seen to give wrong gradients without a word (pytorch#183986 and others). What a change of
-        θ and of the data by rounding's size does to the eager gradient is allowed to the compiled one, thirty times over.
-        """
+        """Compile what a shard needs, by computing one; the seconds that compiling took."""
         theta = {n: p.map(lambda t: t.to(self.device)) for n, p in self.initial(seed).theta(self.slots).items()}
-        keys = TaskKey.of(seed, "train", 0, range(self.outer.shard_size))
-        tasks, compiled = self.sample(keys), self.engine
-        try:
-            got = self.contribute_tasks(theta, tasks, keys, 0)
-            seconds, eager = self._compiled.seconds, copy.copy(self)
-            eager.set_engine(replace(compiled, compile=False))
-            expected = eager.contribute_tasks(theta, tasks, keys, 0)
-            shaken = [eager.contribute_tasks(*self._shaken(theta, tasks, i), keys, 0) for i in (1, 2)]
-        except NonFiniteError:
-            return self._compiled.seconds
-        rounding = max(_distance(other, expected) for other in shaken)
-        off, allowed = _distance(got, expected), 30 * rounding + (1e-10 if self.model.dtype == torch.float64 else 1e-4)
-        if not off <= allowed:
-            raise ConfigError(
-                f"engine.compile: the compiled gradient of this model is off by {off:.1e} from the eager one, and rounding explains "
-                f"{rounding:.1e}: PyTorch {torch.__version__} compiles it wrongly. Use engine.compile=never"
-            )
-        return seconds
-
-    def _shaken(self, theta: Mapping[str, Parameters], tasks: Task, seed: int) -> tuple[dict[str, Parameters], Task]:
-        """θ and tasks, every number changed by a few roundings."""
-        dtype = torch.bfloat16 if self.engine.precision == "bfloat16" else self.model.dtype
-        generator = torch.Generator().manual_seed(seed)
-
-        def shake(t: Tensor) -> Tensor:
-            if not t.is_floating_point():
-                return t
-            noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
-            return t * (1 + 2 * torch.finfo(dtype).eps * noise)
-
-        return {n: p.map(shake) for n, p in theta.items()}, torch.utils._pytree.tree_map(shake, tasks)
+        with suppress(NonFiniteError):
+            self.contribute(theta, TaskKey.of(seed, "train", 0, range(self.outer.shard_size)), 0)
+        return self._compiled.seconds
 
     def tasks_alike(self) -> bool:
         """Whether training tasks have one size (seen on two shards), so that one graph can serve them."""
@@ -366,8 +333,3 @@ def with_inner_steps(algorithm: Algorithm, inner_steps: int | None) -> Algorithm
     if inner_steps is None or not is_dataclass(algorithm) or "inner_steps" not in {f.name for f in fields(algorithm)}:
         return algorithm
     return replace(algorithm, inner_steps=inner_steps)
-
-
-def _distance(a: Contribution, b: Contribution) -> float:
-    """Relative, of the slot that differs most."""
-    return max(float((v - b.slots[n]).norm() / b.slots[n].norm().clamp(min=1e-30)) for n, v in a.slots.items())

@@ -291,12 +291,10 @@ def as_it_is(device: Device) -> Plan:
     return Plan(Engine(), device)
 
 
-def obey(recorded: dict[str, Any], chunk: int | str) -> Planner:
-    """The engine of a run that began before: only ``chunk`` may have changed since."""
+def obey(recorded: dict[str, Any]) -> Planner:
+    """The engine of a run that began before."""
     try:
         engine = Engine(**recorded)
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"the run's manifest states an engine that this version doesn't know: {error}") from error
-    if isinstance(chunk, int):
-        engine = replace(engine, chunk=chunk)
     return lambda device: Plan(engine, device, {"engine": "as the run began"})

@@ -50,6 +50,8 @@ def numerics_fingerprint(device: torch.device, threads: int, dtype: torch.dtype,
         "differentiation": engine.differentiation if engine.differentiation == "unrolled" else f"mixed, {engine.hessian}",
         "precision": engine.precision,
     }
+    if engine.chunk is not None:  # a library's kernels may choose otherwise for other batches
+        facts["chunk"] = engine.chunk
     facts["id"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return facts
 
