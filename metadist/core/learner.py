@@ -238,7 +238,7 @@ class Learner:
         total = self._explained(lambda: self._sum(run, theta, tasks, keys, meta_step, keep))
         if total.is_finite():
             return total
-        values, _ = self.meta_gradient.values(directly, theta, tasks, keys, meta_step)
+        values, _ = self.meta_gradient.values(theta, tasks, keys, meta_step)
         finite = self._finite_tasks(values) | ~keep.cpu()
         bad = tuple(int(i) for i in keys.tasks.cpu()[~finite])
         if self.non_finite == "skip" and bad:

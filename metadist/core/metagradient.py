@@ -82,11 +82,11 @@ class MetaGradient:
     def bind(self, theta: Theta, key: TaskKey | None, training: bool) -> BoundModel:
         return self.model.bind(fixed(theta), key, training, self.engine)
 
-    def values(self, run: Run, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
-        """Every task's gradient (or delta), and its loss and metric on the query set, stacked [T, …]."""
+    def values(self, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
+        """Every task's gradient (or delta), and its loss and metric on the query set, stacked [T, …]; never compiled."""
         if self.walks_back:
-            return self._mixed(run, theta, tasks, keys, meta_step)
-        return run("shard", vmap(self._single(theta, keys, meta_step)), tasks, keys.tasks)
+            return self._mixed(directly, theta, tasks, keys, meta_step)
+        return vmap(self._single(theta, keys, meta_step))(tasks, keys.tasks)
 
     def sums(
         self, run: Run, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
