@@ -106,11 +106,11 @@ def _say(message: str) -> None:
 
 
 def _engine(way: str, compiled: bool) -> Engine:
-    return Engine(compile=compiled and way == MIXED, differentiation=way)  # type: ignore[arg-type]
+    return Engine(compile=compiled and way == MIXED, differentiation=way, hessian="forward" if compiled else "reverse")  # type: ignore[arg-type]
 
 
 def learner_of(document: Document, device: torch.device, dtype: str = "float32") -> Learner:
-    learner = configuration.build({**document, "engine": {"dtype": dtype}}).learner()
+    learner = configuration.supervised(configuration.build({**document, "engine": {"dtype": dtype}}).learner())
     learner.prepare(device)
     return learner
 

@@ -11,6 +11,9 @@ DIFFERENTIATIONS = ("unrolled", "mixed")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
+Hessian = Literal["forward", "reverse"]
+
+
 @dataclass(frozen=True)
 class Engine:
     """Resolved: nothing here says ``auto``. The driver resolves it once; workers and resumes obey.
@@ -27,7 +30,7 @@ class Engine:
 
     compile: bool = False
     differentiation: Literal["unrolled", "mixed"] = "unrolled"
-    hessian: Literal["forward", "reverse"] = "forward"
+    hessian: Hessian = "forward"
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     deterministic: bool = True
     chunk: int | None = None

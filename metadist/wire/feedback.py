@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metadist.core.state import Contribution, Slot, is_finite
+from metadist.wire.memory import fresh
 
 #: how contributions travel: bit for bit, or ``gradient`` slots in half precision
 WIRES = ("exact", "bfloat16")
@@ -46,12 +47,19 @@ class ErrorFeedback:
         return replace(contribution, slots={**contribution.slots, **sent})
 
     def _carry(self, key: Hashable, vectors: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        totals = {n: v + self._residual[n] if n in self._residual else v.clone() for n, v in vectors.items()}
-        sent = {n: t.to(torch.bfloat16) for n, t in totals.items()}
-        if not all(map(is_finite, sent.values())):
-            return None
-        self._errors[key] = {n: v - sent[n] for n, v in vectors.items()}
-        self._residual.update({n: t.sub_(sent[n]) for n, t in totals.items()})
+        # Every pass over a large vector is one over memory that served before: fresh pages would cost more than the sums.
+        sent, residual, error = {}, {}, {}
+        for name, vector in vectors.items():
+            total, back = _like(vector, vector.dtype), _like(vector, vector.dtype)
+            torch.add(vector, self._residual[name], out=total) if name in self._residual else total.copy_(vector)
+            sent[name] = _like(vector, torch.bfloat16).copy_(total)
+            if not is_finite(sent[name]):
+                return None
+            back.copy_(sent[name])
+            residual[name] = total.sub_(back)
+            error[name] = torch.sub(vector, back, out=back)
+        self._errors[key] = error
+        self._residual.update(residual)
         return sent
 
     def settle(self, key: Hashable, counted: bool) -> None:
@@ -65,3 +73,7 @@ class ErrorFeedback:
         """What has been rounded away from slot ``name`` and not been sent yet."""
         layout = self._slots[name].layout
         return self._residual[name] if name in self._residual else torch.zeros(layout.numel, dtype=layout.dtype)
+
+
+def _like(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    return fresh(vector.numel() * dtype.itemsize).view(dtype)
