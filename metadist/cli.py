@@ -128,10 +128,13 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps; default: evaluate.inner_steps.", min=0)] = None,
     normalization: Annotated[str | None, typer.Option(help="transductive or inductive; default: the run's.")] = None,
+    beside: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="Known methods on the same trials of a meta-environment, such as gittins,ucb1; all.")
+    ] = None,
     workers: Workers = "0",
     as_json: AsJson = False,
 ) -> None:
-    """Judge a run's best parameters, after 0, 1, … adaptation steps."""
+    """Judge a run's best parameters, after 0, 1, … adaptation steps; of a meta-environment, by episode."""
     set_up_logging()
     with clean_errors():
         from metadist.core.errors import ConfigError, nearest
@@ -146,8 +149,9 @@ def evaluate(
                 raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}{nearest(value, allowed)}")
         with only_results_on_stdout():
             result = evaluate_run(
-                run_dir, tasks=tasks, split=split, inner_steps=inner_steps, workers=workers, normalization=normalization
-            )
+                run_dir, tasks=tasks, split=split, inner_steps=inner_steps, workers=workers, normalization=normalization,
+                beside=[name.strip() for name in beside.split(",")] if beside else (),
+            )  # fmt: skip
         show_evaluation(result.evaluations[0])
         if as_json:
             print(json.dumps(result.as_dict()))
@@ -157,7 +161,9 @@ def evaluate(
 def verify(
     config: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped config.")],
     overrides: Overrides = None,
-    workers: Annotated[str, typer.Option(metavar="N,N,…", help="Numbers of workers to compare.")] = "0,1,2",
+    workers: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Numbers of workers to compare; of several roles as learners=1/environments=2.")
+    ] = "0,1,2",
     kill: Annotated[int, typer.Option(help="Kill so many workers in every run, each with a shard in flight.", min=0)] = 0,
     meta_steps: Annotated[int | None, typer.Option(help="Shorter runs.", min=1)] = None,
     as_json: AsJson = False,
@@ -167,12 +173,12 @@ def verify(
     with clean_errors():
         from metadist import config as configuration
         from metadist.display import plain, show_verification
+        from metadist.verify import counts
         from metadist.verify import verify as compare
 
         document = configuration.override(configuration.read_document(config), overrides or [])
-        counts = [str(n) for n in numbers("--workers", workers)]
         with only_results_on_stdout():
-            report = compare(document, counts, kill=kill, meta_steps=meta_steps, display=plain())
+            report = compare(document, counts(workers), kill=kill, meta_steps=meta_steps, display=plain())
         show_verification(report)
         if as_json:
             print(json.dumps(report))
@@ -205,8 +211,33 @@ def plan(
             print(json.dumps(report))
 
 
+@app.command(epilog="Examples:  metadist oracle bandit arms=5 episodes=10   |   metadist oracle bandit_rl2 --trials 10000 --methods gittins,ucb1")
+def oracle(
+    environment: Annotated[str, typer.Argument(help="A meta-environment's name, or a config that has one.")],
+    overrides: Overrides = None,
+    methods: Annotated[str, typer.Option(metavar="NAME,…", help="Which methods; all is all that suit it.")] = "all",
+    trials: Annotated[int, typer.Option(help="Trials, the same for every method.", min=2)] = 10000,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    seed: Annotated[int, typer.Option(help="Of the tasks.", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What oracles and classical methods get in a meta-environment, on the same trials."""
+    set_up_logging()
+    with clean_errors():
+        from metadist.comparison import oracles
+        from metadist.display import show_comparison
+
+        with only_results_on_stdout():
+            report = oracles(
+                environment, overrides or [], [name.strip() for name in methods.split(",")], trials=trials, split=split, seed=seed
+            )
+        show_comparison(report)
+        if as_json:
+            print(json.dumps(report))
+
+
 @app.command("list", epilog="Example:  metadist list algorithms")
-def list_(what: Annotated[str, typer.Argument(help="algorithms, tasks, models or configs.")]) -> None:
+def list_(what: Annotated[str, typer.Argument(help="algorithms, tasks, environments, models or configs.")]) -> None:
     """What there is to choose from, one per line."""
     with clean_errors():
         from metadist.core.errors import ConfigError, nearest
@@ -234,7 +265,12 @@ def list_(what: Annotated[str, typer.Argument(help="algorithms, tasks, models or
 
             return MODELS
 
-        kinds = {"algorithms": described(algorithms), "tasks": described(tasks), "models": described(models), "configs": configs}
+        def environments() -> Any:
+            from metadist.envs import ENVIRONMENTS
+
+            return ENVIRONMENTS
+
+        kinds = {"algorithms": described(algorithms), "tasks": described(tasks), "environments": described(environments), "models": described(models), "configs": configs}
         if what not in kinds:
             raise ConfigError(f"list: '{what}' is not one of {', '.join(kinds)}{nearest(what, kinds)}")
         entries = kinds[what]()

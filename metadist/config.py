@@ -21,10 +21,12 @@ from torch import nn
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.learner import Learner
+from metadist.core.meta_environment import Continuous, MetaEnvironment
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.task import TaskFamily
-from metadist.runtime.groups import WorkerGroup
+from metadist.core.trial_learner import TrialAlgorithm, TrialLearner
+from metadist.runtime.groups import ROLES, WorkerGroup
 from metadist.runtime.plan import EngineSettings
 from metadist.schema import Document, as_plain, explained, parse_yaml, settings, typed
 
@@ -41,6 +43,7 @@ class EvaluateSettings:
     inner_steps: int | None = None
     normalization: Literal["transductive", "inductive"] = "transductive"
     patience: int | None = None
+    policy: Literal["greedy", "sampled"] = "greedy"
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,10 @@ class Config:
 
     name: str
     seed: int
-    tasks: TaskFamily
+    tasks: TaskFamily | MetaEnvironment
     model: Callable[[], nn.Module]
     freeze: tuple[str, ...]
-    algorithm: Algorithm
+    algorithm: Any
     outer: OuterLoop
     evaluate: EvaluateSettings
     workers: tuple[WorkerGroup, ...]
@@ -87,14 +90,27 @@ class Config:
     init_from: str | None
     document: Document = field(repr=False)
 
-    def learner(self) -> Learner:
+    def learner(self) -> Learner | TrialLearner:
         with explained("model", getattr(self.model, "func", self.model)):
             model = Model(self.model, dtype=getattr(torch, self.engine.dtype), freeze=self.freeze)
+        if isinstance(self.tasks, MetaEnvironment):
+            apart = any(g.role == "environment" and g.max for g in self.workers)
+            role = "environment" if apart else "learner"
+            return TrialLearner(
+                self.algorithm, model, self.tasks, self.outer, self.engine.non_finite, rollout_role=role, policy=self.evaluate.policy
+            )
         return Learner(self.algorithm, model, self.tasks, self.outer, self.evaluate.normalization, self.engine.non_finite)
 
 
+def supervised(learner: Learner | TrialLearner) -> Learner:
+    """``learner``, where it learns from supervised tasks; else a ConfigError."""
+    if not isinstance(learner, Learner):
+        raise ConfigError(f"environment: {type(learner.tasks).__name__} is a meta-environment; this is for supervised tasks")
+    return learner
+
+
 KEYS = (
-    "name", "seed", "tasks", "model", "algorithm", "outer", "evaluate", "workers", "engine", "checkpoint", "tracking",
+    "name", "seed", "tasks", "environment", "model", "algorithm", "outer", "evaluate", "workers", "engine", "checkpoint", "tracking",
     "init_from", "loss", "metric",
 )  # fmt: skip
 
@@ -172,23 +188,44 @@ def _index(items: list[Any], key: str, path: str) -> int:
 
 
 def set_workers(document: Document, workers: str) -> Document:
-    """``--workers N`` or ``learners=N``: exactly N workers of the role; 0 computes in this process."""
+    """``--workers N``: N learners, beside the environments of the config; 0 computes all in this process.
+    ``learners=1,environments=2``: so many of each role, in a group of their own where the config has none."""
     groups = document.get("workers") or [{"role": "learner"}]
     if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
         raise ConfigError(f"workers: expected a list of groups, such as [{{role: learner, max: 2}}], got {groups!r}")
     groups = [dict(g) for g in groups]
-    for part in workers.split(","):
-        role, equals, number = part.partition("=")
-        role, number = (role.strip().removesuffix("s"), number) if equals else ("learner", part)
-        if not number.strip().isdecimal():
-            raise ConfigError(f"--workers {workers}: expected a number, such as 2, or role=number, such as learners=2")
+    for role, count in _counts(workers, "environment" in document).items():
         chosen = [g for g in groups if g.get("role", "learner") == role]
         if not chosen:
-            known = ", ".join(g.get("role", "learner") for g in groups)
-            raise ConfigError(f"--workers {workers}: no worker group has the role '{role}'; there are {known}")
+            chosen = [{"role": role, "gpus": 0 if role == "environment" else "auto"}]
+            groups += chosen
         for group in chosen:
-            group.update(min=int(number), max=int(number))
+            group.update(min=count, max=count)
+    if workers.strip() == "0":
+        for group in groups:
+            group.update(min=0, max=0)
     return {**document, "workers": groups}
+
+
+def _counts(workers: str, trials: bool) -> dict[str, int]:
+    """Role → number, of what was given as --workers."""
+    counts: dict[str, int] = {}
+    for part in workers.split(","):
+        name, equals, number = part.partition("=")
+        role = name.strip().removesuffix("s") if equals else "learner"
+        number = number if equals else part
+        if not number.strip().isdecimal():
+            raise ConfigError(f"--workers {workers}: expected a number, such as 2, or role=number, such as learners=1,environments=2")
+        if role not in ROLES:
+            raise ConfigError(f"--workers {workers}: '{role}' is not one of {', '.join(ROLES)}{nearest(role, ROLES)}")
+        if role in counts:
+            raise ConfigError(f"--workers {workers}: {role}s are given twice")
+        if role == "environment" and not trials:
+            raise ConfigError(f"--workers {workers}: supervised tasks have no environments; expected learners alone")
+        counts[role] = int(number)
+    if counts.get("environment") and counts.get("learner") == 0:
+        raise ConfigError(f"--workers {workers}: environments alone learn nothing; expected at least learners=1, or 0 to compute all in this process")
+    return counts
 
 
 # Building -------------------------------------------------------------------------------------------------------------
@@ -197,25 +234,34 @@ def set_workers(document: Document, workers: str) -> Document:
 def build(document: Document) -> Config:
     """Every key checked, every part built. Raises ConfigError naming the key, the value and what is allowed."""
     from metadist.algorithms import ALGORITHMS
+    from metadist.envs import ENVIRONMENTS
     from metadist.models import MODELS
     from metadist.tasks import TASKS
 
     for key in document:
         if key not in KEYS:
             raise ConfigError(f"unknown key '{key}'{nearest(str(key), KEYS)}; allowed: {', '.join(KEYS)}")
-    for key in ("tasks", "model", "algorithm"):
+    if "tasks" in document and "environment" in document:
+        raise ConfigError("tasks, environment: give one of them: a family of supervised tasks, or a meta-environment")
+    what = "environment" if "environment" in document else "tasks"
+    for key in (what, "model", "algorithm"):
         if key not in document:
-            raise ConfigError(f"key '{key}' is missing; expected {key}: {{name: …}}")
-    tasks = _component("tasks", document["tasks"], TASKS)
+            raise ConfigError(f"key '{key}' is missing; expected {key}: {{name: …}}" + (" (or environment: {name: …})" if key == "tasks" else ""))
+    tasks = _component(what, document[what], ENVIRONMENTS if what == "environment" else TASKS)
     _judge_by(tasks, document)
     model_document = dict(_mapping("model", document["model"]))
     freeze = typed("model.freeze", model_document.pop("freeze", []), tuple[str, ...])
     algorithm = _component("algorithm", document["algorithm"], ALGORITHMS)
     model = _component("model", model_document, MODELS, deferred=True)
-    if not isinstance(tasks, TaskFamily):
-        raise ConfigError(f"tasks.name: {type(tasks).__name__} is not a metadist.TaskFamily")
-    if not isinstance(algorithm, Algorithm):
-        raise ConfigError(f"algorithm.name: {type(algorithm).__name__} is not a metadist.Algorithm")
+    kind: Any = MetaEnvironment if what == "environment" else TaskFamily
+    if not isinstance(tasks, kind):
+        raise ConfigError(f"{what}.name: {type(tasks).__name__} is not a metadist.{kind.__name__}")
+    wanted: Any = TrialAlgorithm if what == "environment" else Algorithm
+    if not isinstance(algorithm, wanted):
+        fits = [n for n, cls in ALGORITHMS.items() if issubclass(cls, wanted)]
+        raise ConfigError(
+            f"algorithm.name: {type(algorithm).__name__} is not a metadist.{wanted.__name__}; with {what}: {', '.join(sorted(fits))}, or your own"
+        )
     factory = _factory(model, tasks, algorithm)
     groups = document.get("workers")
     if groups is not None and not isinstance(groups, list):
@@ -259,6 +305,18 @@ def build(document: Document) -> Config:
     return config
 
 
+def environment(document: Document) -> MetaEnvironment:
+    """The meta-environment of a document alone."""
+    from metadist.envs import ENVIRONMENTS
+
+    if "environment" not in document:
+        raise ConfigError("key 'environment' is missing; expected environment: {name: …}")
+    made = _component("environment", document["environment"], ENVIRONMENTS)
+    if not isinstance(made, MetaEnvironment):
+        raise ConfigError(f"environment.name: {type(made).__name__} is not a metadist.MetaEnvironment")
+    return made
+
+
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", name):
         raise ConfigError(f"name: '{name}' must be 1 to 80 letters, digits, '.', '_' or '-', since it names a folder")
@@ -288,7 +346,7 @@ def _component(key: str, value: Any, known: Mapping[str, type], deferred: bool =
         )
     if is_dataclass(cls):
         return settings(key, options, cls)
-    if isinstance(cls, (TaskFamily, Algorithm, nn.Module)):
+    if isinstance(cls, (TaskFamily, MetaEnvironment, Algorithm, TrialAlgorithm, nn.Module)):
         if options:
             raise ConfigError(f"{key}: '{name}' is an object already and takes no {', '.join(options)}")
         return cls
@@ -331,9 +389,18 @@ def import_path(path: str, key: str) -> Any:
     return getattr(imported, name)
 
 
-def _factory(model: Any, tasks: TaskFamily, algorithm: Algorithm) -> Callable[[], nn.Module]:
+def _factory(model: Any, tasks: TaskFamily | MetaEnvironment, algorithm: Any) -> Callable[[], nn.Module]:
     if isinstance(model, nn.Module):
         return functools.partial(_itself, model)
+    if isinstance(tasks, MetaEnvironment):
+        if not hasattr(model, "build_policy"):
+            from metadist.models import MODELS
+
+            fits = [n for n, cls in MODELS.items() if hasattr(cls, "build_policy")]
+            raise ConfigError(f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}")
+        return functools.partial(model.build_policy, tasks.observation_size, tasks.actions.size, isinstance(tasks.actions, Continuous))
+    if not hasattr(model, "build") and hasattr(model, "build_policy"):
+        raise ConfigError(f"model.name: '{type(model).__name__}' is a policy, which goes with environment, not with tasks")
     if hasattr(model, "build"):
         if tasks.input_shape is None:
             raise ConfigError(f"tasks: {type(tasks).__name__} must state its input_shape for model '{type(model).__name__}'")
@@ -372,7 +439,8 @@ def _function(path: str, key: str) -> Any:
 def resolved(config: Config) -> Document:
     """The document with every default filled in: what ``--print-config`` shows and a run records."""
     document: Document = {"name": config.name, "seed": config.seed}
-    for key, part in (("tasks", config.tasks), ("model", config.model), ("algorithm", config.algorithm)):
+    what = "environment" if "environment" in config.document else "tasks"
+    for key, part in ((what, config.tasks), ("model", config.model), ("algorithm", config.algorithm)):
         given = dict(_mapping(key, config.document[key]))
         instance: Any = part
         if key == "model" and isinstance(part, functools.partial) and inspect.ismethod(part.func):

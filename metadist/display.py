@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from metadist.core.trial_learner import EPISODES_SHOWN
 from metadist.experiment import Experiment, Result
-from metadist.runtime.evaluation import Evaluation
+from metadist.runtime.evaluation import Evaluation, TrialEvaluation
 from metadist.runtime.plan import size
 from metadist.runtime.train import Display
 from metadist.seeds import Group
@@ -102,6 +103,9 @@ def show_result(result: Result) -> None:
 
 def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | None = None) -> None:
     """A table of scores after each number of steps, and the protocol that they hold for."""
+    if isinstance(evaluation, TrialEvaluation):
+        _show_trials(evaluation)
+        return
     table = Table(title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} tasks", title_justify="left")
     for heading in ("adaptation steps", "mean", "95 % CI", "median", *(("published",) if published else ())):
         table.add_column(heading, justify="right")
@@ -115,6 +119,44 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
     print("protocol        " + ", ".join(f"{k}={v}" for k, v in evaluation.protocol.items() if v is not None))
     if published:
         print("published       K=10, α=.01 after 70,000 meta-steps: an independent re-run of the reference code")
+
+
+def _show_trials(evaluation: TrialEvaluation) -> None:
+    """Returns by episode, which is what adaptation looks like; then those of whole trials."""
+    table = Table(title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} trials, {evaluation.policy}", title_justify="left")
+    for heading in ("episode", "mean", "95 % CI", "median"):
+        table.add_column(heading, justify="right")
+    last = len(evaluation.mean)
+    for episode in range(1, last + 1):
+        if last <= 10 or episode in EPISODES_SHOWN or episode == last:
+            k = episode - 1
+            table.add_row(str(episode), f"{evaluation.mean[k]:.4f}", f"± {evaluation.ci95[k]:.4f}", f"{evaluation.median[k]:.4f}")
+    Console(file=sys.stdout, width=100, highlight=False).print(table)
+    for policy, total in evaluation.totals.items():
+        print(f"trial, {policy:<8} {total['mean']:.4f} ± {total['standard_error']:.4f} (standard error)")
+    print("protocol        " + ", ".join(f"{k}={v}" for k, v in evaluation.protocol.items() if v is not None))
+    if evaluation.beside:
+        _show_methods(f"the same {evaluation.tasks} trials", evaluation.beside, "policy is ahead by")
+
+
+def _show_methods(title: str, rows: Iterable[Mapping[str, Any]], difference: str) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for heading in ("return", "SE", "% of oracle − random", difference, "SE"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["name"], f"{row['mean']:.4f}", f"{row['error']:.4f}", f"{row['percent']:.2f}", f"{row['difference']:+.4f}",
+            f"{row['difference_error']:.4f}",
+        )  # fmt: skip
+    Console(file=sys.stdout, width=110, highlight=False).print(table)
+
+
+def show_comparison(report: Mapping[str, Any]) -> None:
+    """Oracles and classical methods on the same trials."""
+    protocol = ", ".join(f"{k}={v}" for k, v in report["protocol"].items())
+    title = f"{report['environment']}: {report['trials']} trials ({report['split']}, seed {report['seed']}; {protocol})"
+    _show_methods(title, report["rows"], "more than the oracle")
 
 
 def show_group(group: Group) -> None:
@@ -150,6 +192,8 @@ def show_plan(report: Mapping[str, Any]) -> None:
             shown = "whole shard" if value is None else ("yes" if value else "no") if isinstance(value, bool) else str(value)
             table.add_row(key, shown, reasons[key])
     Console(file=sys.stdout, width=120, highlight=False).print(table)
+    if "predicted_peak_bytes" not in report:
+        return
     table = Table(title=f"memory of one worker, {report['tasks_at_once']} of a shard's {report['shard_size']} tasks at once", title_justify="left")
     table.add_column("differentiation")
     table.add_column("predicted peak", justify="right")
@@ -205,11 +249,12 @@ def _published(experiment: Experiment) -> Mapping[int, float] | None:
 
 
 def _report(report: Mapping[str, float]) -> str:
-    return "  ".join(f"{k} {v:.4f}" for k, v in report.items() if k not in ("gradient_norm", "lr"))
+    shown = ("return", "kl", "entropy", "explained_variance") if "return" in report else [k for k in report if k not in ("gradient_norm", "lr")]
+    return "  ".join(f"{k} {report[k]:.4f}" for k in shown if k in report)
 
 
 def _score(evaluation: Evaluation) -> str:
-    return f"{evaluation.metric} {evaluation.mean[-1]:.4f} ± {evaluation.ci95[-1]:.4f}"
+    return f"{evaluation.metric} {evaluation.score:.4f} ± {evaluation.score_ci95:.4f}"
 
 
 def _minutes(seconds: float) -> str:

@@ -8,7 +8,7 @@ import logging
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import metadist
 from metadist import config as configuration
+from metadist.comparison import paired
 from metadist.config import CheckpointSettings, Config, EngineSettings, EvaluateSettings, TrackingSettings
 from metadist.core.check import check
 from metadist.core.errors import CheckpointError, ConfigError
@@ -26,10 +27,11 @@ from metadist.core.executor import Shard
 from metadist.core.learner import Learner
 from metadist.core.state import State
 from metadist.core.task import Examples
+from metadist.core.trial_learner import TrialLearner
 from metadist.fleet import fleet, planner_for
 from metadist.run_folder import RunFolder, new_run_id, newest_run, runs_root
 from metadist.runtime.checkpoint import Checkpoints, export_parameters, load_parameters
-from metadist.runtime.evaluation import Evaluation, as_json, evaluate
+from metadist.runtime.evaluation import Evaluation, TrialEvaluation, as_json, evaluate
 from metadist.runtime.groups import WorkerGroup
 from metadist.runtime.plan import as_it_is, obey
 from metadist.runtime.scheduler import Scheduler
@@ -50,7 +52,7 @@ class Experiment:
 
     name: str
     seed: int
-    learner: Learner
+    learner: Learner | TrialLearner
     evaluate: EvaluateSettings = EvaluateSettings()
     workers: tuple[WorkerGroup, ...] = (WorkerGroup(max=0, min=0),)
     engine: EngineSettings = EngineSettings()
@@ -97,15 +99,21 @@ class Result:
 
     def adapt(self, x: Tensor, y: Tensor, inner_steps: int | None = None) -> Adapted:
         """Adapt to a support set x [N, …], y [N, …]; hand the result to ``predict``."""
-        learner = self.experiment.learner
+        learner = self._supervised("adapt")
         dtype = learner.model.dtype
         support = Examples(x.to(dtype), y.to(dtype) if y.is_floating_point() else y)
         return Adapted(learner.adapt(self.state, support, inner_steps), support)
 
     def predict(self, adapted: Adapted, x: Tensor) -> Tensor:
         """Predictions for x [N, …]: logits or values [N, …]."""
-        learner = self.experiment.learner
+        learner = self._supervised("predict")
         return learner.predict(self.state, adapted.phi, x.to(learner.model.dtype), adapted.support)
+
+    def _supervised(self, method: str) -> Learner:
+        learner = self.experiment.learner
+        if not isinstance(learner, Learner):
+            raise ConfigError(f"{method}: {type(learner.tasks).__name__} is a meta-environment; its policy adapts by acting (evaluate)")
+        return learner
 
     def export(self, path: str | Path) -> None:
         """The model's parameters under their own names, as one safetensors file."""
@@ -367,9 +375,9 @@ def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
 
 def evaluate_run(
     run_dir: str, *, tasks: int | None = None, split: str = "test", inner_steps: int | None = None, workers: str | None = None,
-    normalization: str | None = None,
+    normalization: str | None = None, beside: Sequence[str] = (),
 ) -> Result:  # fmt: skip
-    """Judge a run's best parameters again, on as many tasks and steps as wanted."""
+    """Judge a run's best parameters again, on as many tasks and steps as wanted, ``beside`` known methods on the same trials."""
     loaded = load_run(run_dir)
     experiment = loaded.experiment
     if workers is not None:
@@ -378,7 +386,11 @@ def evaluate_run(
     settings = experiment.evaluate
     learner = experiment.learner
     if normalization is not None:
+        if not isinstance(learner, Learner):
+            raise ConfigError(f"--normalization: {type(learner.tasks).__name__} is a meta-environment; it goes with supervised tasks")
         learner.normalization = normalization
+    if beside and not isinstance(learner, TrialLearner):
+        raise ConfigError(f"--beside: {type(learner.tasks).__name__} is no meta-environment; there are no known methods to compare with")
     learner.prepare(torch.device("cpu"))
     steps = settings.inner_steps if inner_steps is None else inner_steps
     began = time.perf_counter()
@@ -387,5 +399,9 @@ def evaluate_run(
             fleet_, learner, loaded.state, run=loaded.run_id, meta_step=loaded.outcome.best_step, seed=experiment.seed, split=split,
             tasks=tasks or settings.test_tasks, inner_steps=steps,
         )  # fmt: skip
+    if beside:
+        assert isinstance(judged, TrialEvaluation)
+        assert isinstance(learner, TrialLearner)
+        judged = dataclasses.replace(judged, beside=paired(judged, learner.tasks, beside, seed=experiment.seed))
     learner.prepare(torch.device("cpu"))
     return dataclasses.replace(loaded, experiment=experiment, evaluations=[judged], wall_seconds=time.perf_counter() - began)

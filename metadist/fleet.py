@@ -83,8 +83,12 @@ def _ray_executor(
 
 def _refuse_other_numerics(engine: EngineSettings, expected: dict[str, Any] | None, executor: Executor) -> None:
     mine = next(iter(executor.workers().values()))["fingerprint"]
-    if engine.exact and expected is not None and mine["id"] != expected["id"]:
-        differing = {k: f"{expected.get(k)} → {v}" for k, v in mine.items() if k != "id" and expected.get(k) != v}
+    if not engine.exact or expected is None:
+        return
+    for role, before in (("learner", expected), ("environment", expected.get("environment", expected))):
+        if mine["id"] == before["id"]:
+            continue
+        differing = {k: f"{before.get(k)} → {v}" for k, v in mine.items() if k != "id" and before.get(k) != v}
         raise ConfigError(
-            f"this process computes other bits than the run began with ({differing}); resume on a like machine, or with engine.exact=false"
+            f"this process computes other bits than the run's {role}s began with ({differing}); resume on a like machine, or with engine.exact=false"
         )

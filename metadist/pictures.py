@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
+from metadist.config import supervised
 from metadist.core.algorithm import TaskContext
 from metadist.core.learner import with_inner_steps
 from metadist.core.random import TaskKey
 from metadist.core.task import Task
+from metadist.core.trial_learner import TrialLearner
 from metadist.experiment import Adapted, Result
 from metadist.tasks.sinusoid import Sinusoid
 from metadist.tracking import plots
+from metadist.trial_pictures import draw_trials
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
@@ -27,6 +30,8 @@ def draw(result: Result, folder: Path) -> list[Path]:
         drawn.append(folder / "learning_curve.png")
         validation = [(int(v["meta_step"]), v["mean"], v["ci95"]) for v in progress.validation]
         plots.learning_curve(drawn[-1], [int(p["meta_step"]) for p in curve], [p[metric] for p in curve], validation, metric)
+    if isinstance(learner, TrialLearner):
+        return drawn + draw_trials(result, learner, folder)
     for judged in result.evaluations:
         if len(judged.mean) > 1:
             drawn.append(folder / f"adaptation_{judged.split}.png")
@@ -45,7 +50,7 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 def _adapted(result: Result, index: int) -> tuple[Task, Any]:
     """A test task and its trajectory φ_0 … φ_k."""
-    learner, seed = result.experiment.learner, result.experiment.seed
+    learner, seed = supervised(result.experiment.learner), result.experiment.seed
     keys = TaskKey.of(seed, "test", 0, [index])
     task: Task = torch.utils._pytree.tree_map(lambda t: t[0], learner.sample(keys))
     algorithm = with_inner_steps(learner.algorithm, result.experiment.evaluate.inner_steps)

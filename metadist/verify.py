@@ -17,19 +17,30 @@ from metadist.runtime.train import Display
 from metadist.schema import Document
 
 
+def counts(text: str) -> list[str]:
+    """``--workers 0,2,learners=1/environments=2`` as a list: what is compared, each as ``--workers`` of ``train`` takes it."""
+    found = [part.strip().replace("/", ",") for part in text.split(",")]
+    if not all(part.isdecimal() or "=" in part for part in found) or len(set(found)) < len(found):
+        raise ConfigError(f"--workers {text}: expected different numbers of workers, such as 0,1,2 or 0,2,learners=1/environments=2")
+    return found
+
+
 class Killer:
-    """Kills ``kills`` workers with a shard in flight, at meta-steps spread over the run."""
+    """Kills ``kills`` workers with a shard in flight, at meta-steps spread over the run: in turns in a first round (rollouts),
+    and in a later one where there are any (gradients of what was rolled out)."""
 
     def __init__(self, kills: int, meta_steps: int) -> None:
         self._due = [(2 * i + 1) * meta_steps // (2 * kills) for i in range(kills)]
         self.killed: list[str] = []
-        self._lost_before = 0
+        self._later_rounds = False
 
     def __call__(self, scheduler: Scheduler, shard: Shard) -> None:
         kill = getattr(scheduler.executor, "kill_busy", None)
         # The last victim's death must have been noticed, or the same one would be killed twice.
         noticed = scheduler.retried["lost"] >= len(self.killed)
-        if kill is not None and shard.function == "gradient" and self._due and shard.meta_step >= self._due[0] and noticed:
+        self._later_rounds |= bool(shard.needs)
+        wanted = shard.split == "train" and (len(self.killed) % 2 == bool(shard.needs) or not self._later_rounds)
+        if kill is not None and wanted and self._due and shard.meta_step >= self._due[0] and noticed:
             victim = kill()
             if victim is not None:
                 self._due.pop(0)

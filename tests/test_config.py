@@ -270,6 +270,55 @@ def test_other_forms_of_workers_are_refused(workers):
         set_workers(tiny.document(), workers)
 
 
+def trials(*overrides):
+    """A document whose tasks are those of a meta-environment."""
+    document = override(read_document("bandit_rl2"), overrides)
+    return {**document, "workers": document["workers"][:1]}
+
+
+ROLES = "workers=[{role: learner, min: 1, max: 1}, {role: environment, min: 4, max: 16, cpus: 2, gpus: 0}]"
+
+
+@pytest.mark.parametrize(
+    ("config", "workers", "expected"),
+    [
+        (trials(), "3", [("learner", 3, 3)]),
+        (trials(), "learners=1,environments=2", [("learner", 1, 1), ("environment", 2, 2)]),
+        (trials(), "environment=2", [("learner", 2, 2), ("environment", 2, 2)]),
+        (override(trials(), [ROLES]), "3", [("learner", 3, 3), ("environment", 4, 16)]),
+        (override(trials(), [ROLES]), "environments=0", [("learner", 1, 1), ("environment", 0, 0)]),
+        (override(trials(), [ROLES]), " learners = 2 , environments = 6 ", [("learner", 2, 2), ("environment", 6, 6)]),
+        (override(trials(), [ROLES]), "0", [("learner", 0, 0), ("environment", 0, 0)]),
+    ],
+)
+def test_workers_of_more_than_one_role(config, workers, expected):
+    groups = build(set_workers(config, workers)).workers
+    assert [(g.role, g.min, g.max) for g in groups] == expected
+    assert [g.gpus for g in groups] == ["auto", 0][: len(groups)]
+    if len(groups) > 1 and "cpus" in str(config["workers"][-1]) and config["workers"][-1]["role"] == "environment":
+        assert groups[1].cpus == 2, "the rest of a group stays"
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        ("envs=2", "'env' is not one of learner, environment"),
+        ("environmints=2", "did you mean 'environment'?"),
+        ("learners=0,environments=2", "environments alone learn nothing"),
+        ("2,learners=3", "learners are given twice"),
+        ("learners=1;environments=2", "expected a number, such as 2, or role=number"),
+    ],
+)
+def test_wrong_roles_are_refused(workers, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        set_workers(trials(), workers)
+
+
+def test_supervised_tasks_have_no_environments():
+    with pytest.raises(ConfigError, match="--workers learners=1,environments=1: supervised tasks have no environments"):
+        set_workers(tiny.document(), "learners=1,environments=1")
+
+
 @pytest.mark.parametrize("groups", [3, {"max": 2}, [3], "learner"])
 def test_workers_on_a_malformed_config_is_refused(groups):
     with pytest.raises(ConfigError, match="workers: expected a list of groups"):
@@ -447,9 +496,10 @@ def test_every_shipped_config_resolves_to_itself(name):
 @pytest.mark.parametrize("name", sorted(shipped_configs()))
 def test_every_shipped_config_trains(name, tmp_path, request):
     document = read_document(name)
-    if document["tasks"]["name"] != "sinusoid":
+    if document.get("tasks", {"name": "sinusoid"})["name"] != "sinusoid":
         request.getfixturevalue("data")
-    small = ["outer.meta_steps=2", "outer.meta_batch_size=2", "outer.shard_size=1", "evaluate.tasks=2", "evaluate.test_tasks=2", "tracking.uri=none"]
+    batch = document["algorithm"].get("minibatches", 2) if "environment" in document else 2
+    small = ["outer.meta_steps=2", f"outer.meta_batch_size={batch}", "outer.shard_size=1", "evaluate.tasks=2", "evaluate.test_tasks=2", "tracking.uri=none"]
     result = train(Experiment.of(build(set_workers(override(document, small), "0"))), run_dir=str(tmp_path / "run"), plots=False)
     assert result.outcome.progress.meta_step == 2
     assert result.evaluations[0].tasks == 2

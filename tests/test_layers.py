@@ -20,6 +20,7 @@ BENEATH = {
     "models": ("core",),
     "tasks": ("core", "wire"),
     "envs": ("core",),
+    "oracles": ("core", "envs"),
     "wire": ("core",),
     "runtime": ("core", "wire"),
     "tracking": ("core",),
@@ -31,6 +32,7 @@ LIBRARIES = {
     "algorithms": {"torch"},
     "models": {"torch"},
     "envs": {"torch", "numpy", "gymnasium", "mujoco", "metaworld"},
+    "oracles": {"torch"},
     "wire": {"torch", "pyarrow", "xxhash"},
 }
 #: library → the only places that may import it

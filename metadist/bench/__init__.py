@@ -17,6 +17,7 @@ BENCHMARKS = {
     "tracking": "seconds per meta-step with a dead and with a frozen MLflow server against none",
     "transport": "θ out and contributions back through one Ray actor against a memcpy of the same bytes",
     "scaling": "N Ray actors against N processes without driver, Ray and transport; what a meta-step costs besides",
+    "rl2": "environment steps and end-to-end steps of RL² against a plain Gymnasium vector environment",
     "driver-memory": "resident memory of the driver over meta-steps, through one Ray actor",
 }
 

@@ -140,6 +140,21 @@ def scaling(
     _measure_config("scaling", config, overrides, steps, as_json, workers=counts)
 
 
+@app.command(epilog="Example:  metadist bench rl2 --environments 1024,16384")
+def rl2(
+    environments: Annotated[str, typer.Option(metavar="N,N,…", help="Environments at a time, two tables each.")] = "1024,16384",
+    hidden: Annotated[int, typer.Option(help="Units of the GRU policy.", min=1)] = 64,
+    threads: Annotated[int, typer.Option(help="CPU threads of every contestant.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rounds: Annotated[int, typer.Option(help="Turns per contestant.", min=2)] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """RL² in batched environments against the same policy and learner on a plain Gymnasium vector environment (extra rl)."""
+    with clean_errors():
+        counts = numbers("--environments", environments)
+    measure("rl2", as_json, environments=counts, hidden=hidden, threads=threads, device=device, rounds=rounds)
+
+
 @app.command("driver-memory", epilog="Example:  metadist bench driver-memory sinusoid_maml --steps 2000")
 def driver_memory(config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False) -> None:
     """Resident memory of the driver over meta-steps, through one Ray actor."""

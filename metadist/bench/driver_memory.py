@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 
 from metadist.bench.meta_steps import MetaSteps, experiment_with, settings_of
+from metadist.config import supervised
 from metadist.fleet import fleet
 from metadist.schema import Document
 
@@ -15,7 +16,7 @@ def run(document: Document, *, steps: int) -> dict[str, Any]:
     experiment = experiment_with(document, "1")
     process, resident = psutil.Process(), list[float]()
     with fleet(experiment, "bench") as actors:
-        meta_step = MetaSteps(experiment.learner, experiment.seed, actors)
+        meta_step = MetaSteps(supervised(experiment.learner), experiment.seed, actors)
         for _ in range(min(100, steps)):
             meta_step()
         for _ in range(10):

@@ -26,6 +26,7 @@ from metadist.bench import contestants as known
 from metadist.bench.contestants import Contestant, Gradient, Problem
 from metadist.bench.jax_contestant import limit_threads
 from metadist.bench.timing import GemmRate, compare, gemm_rate, interleaved
+from metadist.config import supervised
 from metadist.core.errors import ConfigError, MetadistError, one_of
 from metadist.core.learner import Learner
 from metadist.core.random import TaskKey
@@ -138,7 +139,7 @@ def document_of(
 def problem_of(document: Document, dtype: str, device: torch.device, offset: int = 0) -> Problem:
     """``offset`` seeds how far batch norm's biases are from their initial zeros."""
     config = configuration.build({**document, "engine": {"dtype": dtype}})
-    learner = config.learner()
+    learner = supervised(config.learner())
     learner.prepare(device)
     keys = TaskKey.of(config.seed, "train", 0, range(learner.outer.shard_size))
     algorithm: Any = config.algorithm

@@ -21,6 +21,7 @@ import torch
 from metadist.bench.meta_steps import MetaSteps, experiment_with
 from metadist.bench.timing import compare, interleaved
 from metadist.bench.transport import Echo
+from metadist.config import supervised
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.executor import Finished, Shard
 from metadist.core.state import Contribution
@@ -65,7 +66,7 @@ def _efficiency(document: Document, count: int, turns: int) -> dict[str, Any]:
     experiment = experiment_with(document, str(count))
     tasks = TURN * experiment.learner.outer.meta_batch_size
     with fleet(experiment, "bench") as scheduler:
-        actors = MetaSteps(experiment.learner, experiment.seed, scheduler)
+        actors = MetaSteps(supervised(experiment.learner), experiment.seed, scheduler)
         nice = _niceness(scheduler)
         with _processes(document, count, experiment.workers[0].threads, nice) as alone:
             measured = interleaved({"alone": alone, "actors": lambda: _repeat(actors, TURN)}, rounds=turns, block=1)

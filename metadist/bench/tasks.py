@@ -56,7 +56,7 @@ def run(*, config: str | None = None, tasks: int = 320, shard_sizes: list[int] |
 @contextmanager
 def _families(config: str | None) -> Iterator[dict[str, TaskFamily]]:
     if config is not None:
-        yield {config: configuration.build(configuration.read_document(config)).tasks}
+        yield {config: configuration.supervised(configuration.build(configuration.read_document(config)).learner()).tasks}
         return
     with tempfile.TemporaryDirectory() as folder, _environment(METADIST_CACHE=os.path.join(folder, "cache")):
         yield {

@@ -13,6 +13,7 @@ from typing import Any
 
 from metadist.bench.meta_steps import MetaSteps, experiment_with, settings_of
 from metadist.bench.timing import compare, interleaved
+from metadist.config import supervised
 from metadist.fleet import fleet
 from metadist.schema import Document
 from metadist.tracking import MLflowTracker, NullTracker
@@ -29,7 +30,7 @@ def run(document: Document, *, steps: int) -> dict[str, Any]:
             tracker.start(run_id=f"bench-{name.split()[0]}", name=name, params={}, tags={})
             trackers[name] = tracker
         time.sleep(10)  # MLflow's import in the background happens once a run and would be charged to the first blocks
-        contestants = {name: MetaSteps(experiment.learner, experiment.seed, actors, tracker) for name, tracker in trackers.items()}
+        contestants = {name: MetaSteps(supervised(experiment.learner), experiment.seed, actors, tracker) for name, tracker in trackers.items()}
         measured = interleaved(dict(contestants), rounds=-(-steps // BLOCK), block=BLOCK)
         for tracker in trackers.values():
             tracker.finish("FINISHED", timeout=0.1)

@@ -43,9 +43,8 @@ class Echo(Learner):
 
     @classmethod
     def of(cls, parameters: int, outer: OuterLoop | None = None) -> Echo:
-        base = configuration.build(
-            {"tasks": {"name": "sinusoid"}, "model": {"name": "mlp", "hidden": [1]}, "algorithm": {"name": "maml"}}
-        ).learner()
+        document = {"tasks": {"name": "sinusoid"}, "model": {"name": "mlp", "hidden": [1]}, "algorithm": {"name": "maml"}}
+        base = configuration.supervised(configuration.build(document).learner())
         echo = cls(base.algorithm, base.model, base.tasks, outer or base.outer)
         sizes = [parameters // TENSORS] * (TENSORS - 1)
         sizes.append(parameters - sum(sizes))

@@ -10,16 +10,21 @@ import torch
 from metadist.core.algorithm import Algorithm, TaskContext
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, MetadistError, NonFiniteError
+from metadist.core.executor import Shard, WithOutput
 from metadist.core.learner import Learner, with_inner_steps
 from metadist.core.model import Model
 from metadist.core.random import TaskKey
 from metadist.core.state import Contribution, State
 from metadist.core.task import Task
+from metadist.core.trial_learner import TrialLearner
 
 
-def check(learner: Learner, seed: int) -> None:
+def check(learner: Learner | TrialLearner, seed: int) -> None:
     """Adapt to one task and compare the prediction's shape with the targets'; see that every learned parameter takes
     part; before anything long starts."""
+    if isinstance(learner, TrialLearner):
+        _check_trial(learner, seed)
+        return
     state = learner.initial(seed)
     for split in ("train", "validation"):
         # As many as in a shard: one task alone is never padded.
@@ -42,6 +47,24 @@ def check(learner: Learner, seed: int) -> None:
                 f"model: '{type(learner.model.module).__name__}' fails on {split} tasks with inputs {list(one.support.x.shape)} and "
                 f"targets {list(one.support.y.shape)}: {_first_line(error)}"
             ) from error
+
+
+def _check_trial(learner: TrialLearner, seed: int) -> None:
+    """Roll out the first trials of a shard and compute their gradient: shapes, finiteness, every parameter."""
+    vectors = learner.initial(seed).slots
+    count = min(2, learner.outer.shard_size, learner.outer.meta_batch_size)
+    shard = Shard("check", 0, 0, 0, "rollout", 0, count, seed, keeps=True)
+    name = type(learner.tasks).__name__
+    try:
+        rolled = learner.compute(shard, vectors)
+    except MetadistError:
+        raise
+    except Exception as error:  # the user's own code
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(f"environment: '{name}' can't be rolled out: {_first_line(error)} ({last.filename}:{last.lineno})") from error
+    assert isinstance(rolled, WithOutput)
+    settings = (("deviation", 1.0), ("mean", 0.0))
+    learner.compute(replace(shard, round=1, function="gradient", keeps=False, settings=settings), vectors, [rolled.output])
 
 
 def _check_participation(learner: Learner, state: State, task: Task) -> None:

@@ -14,6 +14,14 @@ OutputKey = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
+class WithOutput:
+    """What a shard that ``keeps`` comes to: its result, and an output that stays with the workers."""
+
+    result: Contribution
+    output: Records
+
+
+@dataclass(frozen=True)
 class Shard:
     """The unit of work, of retry and of reduction: tasks [start, start + count) of one split under one θ."""
 
@@ -31,6 +39,13 @@ class Shard:
     role: str = "learner"
     needs: tuple[OutputKey, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+    #: whether it has an output besides its result, that later rounds need
+    keeps: bool = False
+
+    @property
+    def key(self) -> OutputKey:
+        """What its output is called."""
+        return self.meta_step, self.round, self.index
 
     def __str__(self) -> str:
         last = self.start + self.count - 1
@@ -66,18 +81,20 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A shard that came to nothing: ``lost`` with its worker, ``rejected`` at the border, or an ``error`` in the task code."""
+    """A shard that came to nothing: ``lost`` with its worker, ``rejected`` at the border, an ``error`` in the task code, or
+    ``missing`` outputs that it needs (``missing`` names those to be computed anew; none where asking again is enough)."""
 
     shard: Shard
     attempt: int
     worker: str
-    kind: Literal["lost", "rejected", "error"]
+    kind: Literal["lost", "rejected", "error", "missing"]
     message: str
     tasks: tuple[int, ...] = ()
     #: False where the shard was merely queued behind the one that its worker died of
     guilty: bool = True
     #: the traceback, for a file; ``message`` is for people
     detail: str = ""
+    missing: tuple[OutputKey, ...] = ()
 
 
 Event = Union[Finished, Failed]
@@ -92,7 +109,11 @@ class Executor(Protocol):
     plan: Any
 
     def publish(self, meta_step: int, round: int, state: State) -> int:
-        """Make θ available to every worker; returns the bytes published."""
+        """Make θ available to every worker, for shards of this round; returns the bytes published.
+
+        Round 0 begins anew: outputs and θs of what came before are dropped. Until then outputs are kept, and with them the θ
+        of the rounds that they come from, so that shards of such a round may be submitted again.
+        """
         ...
 
     def capacity(self, role: str) -> int:

@@ -76,8 +76,14 @@ class OuterLoop:
                     outer[f"{name}/second"] = torch.zeros_like(values[name])
         return outer
 
-    def update(self, slots: Mapping[str, Slot], state: State, total: Contribution, meta_step: int) -> tuple[State, dict[str, float]]:
-        """θ ← outer(θ, Σ contributions / Σ weights); returns the new state and what is worth plotting."""
+    def update(
+        self, slots: Mapping[str, Slot], state: State, total: Contribution, meta_step: int, *, count: int | None = None
+    ) -> tuple[State, dict[str, float]]:
+        """θ ← outer(θ, Σ contributions / Σ weights); returns the new state and what is worth plotting.
+
+        ``count``: how many updates came before, where that is not the number of meta-steps.
+        """
+        count = meta_step if count is None else count
         if not total.weight:
             raise NonFiniteError(f"every task of meta-step {meta_step} gave NaN or Inf; lower algorithm.inner_lr or outer.lr")
         means = {n: v / total.weight for n, v in total.slots.items()}
@@ -89,12 +95,12 @@ class OuterLoop:
         values, outer = dict(state.slots), dict(state.outer)
         for name in gradients:
             gradient = means[name] * scale if scale != 1.0 else means[name]
-            values[name] = self._apply(name, slots[name], values[name], gradient, outer, meta_step)
+            values[name] = self._apply(name, slots[name], values[name], gradient, outer, meta_step, count)
         values.update({n: means[n] for n in slots if slots[n].rule == "average"})
         report = {"gradient_norm": norm, "lr": self.rate(self.lr, meta_step)}
         return State(values, outer), report
 
-    def _apply(self, name: str, slot: Slot, theta: Tensor, gradient: Tensor, outer: dict[str, Tensor], meta_step: int) -> Tensor:
+    def _apply(self, name: str, slot: Slot, theta: Tensor, gradient: Tensor, outer: dict[str, Tensor], meta_step: int, before: int) -> Tensor:
         rate = self.rate(self.lr if slot.lr is None else slot.lr, meta_step)
         decay = self.weight_decay if slot.weight_decay is None else slot.weight_decay
         if decay and self.optimizer == "adamw":
@@ -109,7 +115,7 @@ class OuterLoop:
             beta1, beta2 = self.betas
             first = outer[f"{name}/first"] = outer[f"{name}/first"] * beta1 + gradient * (1 - beta1)
             second = outer[f"{name}/second"] = outer[f"{name}/second"] * beta2 + gradient.square() * (1 - beta2)
-            count = meta_step + 1  # one update a meta-step: the step is the count
+            count = before + 1
             root = (second / (1 - beta2**count)).sqrt() + self.eps
             theta = theta - rate * (first / (1 - beta1**count)) / root
         low, high = slot.bounds

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
 from metadist.core.learner import Learner, with_inner_steps
 from metadist.core.state import Records, State
+from metadist.core.trial_learner import TrialLearner
 from metadist.runtime.scheduler import Scheduler
 
 
@@ -38,8 +39,46 @@ class Evaluation:
         """The mean metric after the last step."""
         return self.mean[-1]
 
+    @property
+    def score_ci95(self) -> float:
+        return self.ci95[-1]
+
+    @property
+    def score_median(self) -> float:
+        return self.median[-1]
+
     def as_dict(self) -> dict[str, Any]:
         return as_json(asdict(self))
+
+
+@dataclass(frozen=True)
+class TrialEvaluation(Evaluation):
+    """Of a meta-environment: ``mean``, ``ci95`` and ``median`` are those of the return in episode 1, 2, …, n of a trial;
+    ``totals`` those of a trial's whole return, by how actions were chosen (greedy, sampled), with the standard error."""
+
+    totals: dict[str, dict[str, float]]
+    policy: str
+    #: every trial's whole return, by how actions were chosen: float64 [tasks]
+    trials: dict[str, torch.Tensor] = field(repr=False, compare=False)
+    #: what known methods get on the same trials, where they were asked for
+    beside: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trials"}
+        return as_json(shown)
+
+    @property
+    def score(self) -> float:
+        """The mean return of a trial."""
+        return self.totals[self.policy]["mean"]
+
+    @property
+    def score_ci95(self) -> float:
+        return 1.96 * self.totals[self.policy]["standard_error"]
+
+    @property
+    def score_median(self) -> float:
+        return self.totals[self.policy]["median"]
 
 
 def as_json(value: Any) -> Any:
@@ -52,12 +91,39 @@ def as_json(value: Any) -> Any:
 
 
 def evaluate(
-    fleet: Scheduler, learner: Learner, state: State, *, run: str, meta_step: int, seed: int, split: str, tasks: int, inner_steps: int | None
+    fleet: Scheduler, learner: Learner | TrialLearner, state: State, *, run: str, meta_step: int, seed: int, split: str, tasks: int, inner_steps: int | None
 ) -> Evaluation:
     """Judge θ on ``tasks`` tasks of ``split`` on the fleet."""
     round = learner.evaluation(run, meta_step, seed, state, split=split, tasks=tasks, inner_steps=inner_steps)
     records: Records = fleet.run(round)
+    if isinstance(learner, TrialLearner):
+        return summarise_trials(records, learner, seed=seed, split=split)
     return summarise(records, learner, seed=seed, split=split, inner_steps=inner_steps)
+
+
+def summarise_trials(records: Records, learner: TrialLearner, *, seed: int, split: str) -> TrialEvaluation:
+    totals = {}
+    for name in ("greedy", "sampled"):
+        whole = learner.algorithm.total(records.columns[name])
+        error = float(whole.std()) / math.sqrt(len(whole)) if len(whole) > 1 else math.nan
+        totals[name] = {"mean": float(whole.mean()), "standard_error": error, "median": float(whole.quantile(0.5))}
+    chosen = records.columns[learner.policy]
+    deviation = chosen.std(0) if len(chosen) > 1 else torch.full_like(chosen[0], math.nan)
+    facts = {"split": split, "seed": seed, "tasks": records.rows, "policy": learner.policy, "family": type(learner.tasks).__name__}
+    return TrialEvaluation(
+        split=split,
+        metric=learner.tasks.metric_name,
+        tasks=records.rows,
+        mean=chosen.mean(0).tolist(),
+        ci95=(1.96 * deviation / math.sqrt(len(chosen))).tolist(),
+        median=chosen.quantile(0.5, dim=0).tolist(),
+        loss=(-chosen.mean(0)).tolist(),
+        divergence_rate=0.0,
+        protocol=_with_task_list({**facts, **learner.tasks.protocol(split)}, records, ("policy",)),
+        totals=totals,
+        policy=learner.policy,
+        trials={name: learner.algorithm.total(records.columns[name]) for name in ("greedy", "sampled")},
+    )
 
 
 def summarise(records: Records, learner: Learner, *, seed: int, split: str, inner_steps: int | None) -> Evaluation:
@@ -94,8 +160,12 @@ def _protocol(learner: Learner, records: Records, seed: int, split: str, inner_s
         "family": type(learner.tasks).__name__,
         **learner.tasks.protocol(split),
     }
-    # A task is a pure function of (seed, split, index) and of what the protocol says, so this names the very tasks.
-    listed = {k: v for k, v in protocol.items() if k not in ("normalization", "inner_steps")}
+    return _with_task_list(protocol, records, ("normalization", "inner_steps"))
+
+
+def _with_task_list(protocol: dict[str, Any], records: Records, aside: tuple[str, ...]) -> dict[str, Any]:
+    """A task is a pure function of (seed, split, index) and of what the protocol says but for ``aside``: a hash names the very tasks."""
+    listed = {k: v for k, v in protocol.items() if k not in aside}
     indices = records.columns["task"].tolist()
     text = json.dumps([listed, indices], sort_keys=True, default=str)
     return {**protocol, "task_list_sha256": hashlib.sha256(text.encode()).hexdigest()}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Any, Literal, Union
 
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, WorkerError, one_of
+
+#: ``learner``: contributions, and rollouts where there are no environments. ``environment``: rollouts of trials, on the CPU
+#: unless it was given GPUs
+ROLES = ("learner", "environment")
 
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """``min`` must be there to begin, ``max`` are asked for. ``gpus`` may be a fraction; ``auto`` shares out what there is.
+    """``min`` must be there to begin, ``max`` are asked for. ``gpus`` may be a fraction; ``auto`` shares out what there is among
+    the learners.
 
     ``max: 0`` computes in the driver's own process. ``threads`` is PyTorch's intra-op count in each worker.
     """
@@ -31,5 +37,19 @@ class WorkerGroup:
                 raise ConfigError(f"workers.{name}: {value} is below 0")
         if self.threads < 1:
             raise ConfigError(f"workers.threads: {self.threads} is below 1")
-        if self.role != "learner":
-            raise ConfigError(f"workers.role: '{self.role}' is not one of learner")
+        one_of("workers.role", self.role, ROLES)
+
+
+def expected_by_role(expected: dict[str, Any] | None, groups: Sequence[WorkerGroup], exact: bool) -> dict[str, dict[str, Any]]:
+    """The fingerprint that workers of each role must have. A run whose learners rolled out has named no environments'."""
+    apart = any(g.role == "environment" and g.max for g in groups)
+    if not any(g.role == "learner" and g.max for g in groups):
+        raise ConfigError("workers: there is no learner; expected at least one group {role: learner, max: 1} beside the environments")
+    if expected is None:
+        return {}
+    if exact and not apart and "environment" in expected:
+        raise WorkerError(
+            f"this run's trials were rolled out on '{expected['environment']['device']}', not by its learners on '{expected['device']}'; "
+            "go on with environment workers, or with engine.exact: false"
+        )
+    return {"learner": expected, "environment": expected.get("environment", expected)}

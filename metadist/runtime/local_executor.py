@@ -12,7 +12,9 @@ import torch
 from metadist.core.errors import NonFiniteError
 from metadist.core.executor import Event, Failed, Finished, Shard
 from metadist.core.learner import Learner
-from metadist.core.state import State
+from metadist.core.state import Records, State
+from metadist.core.trial_learner import TrialLearner
+from metadist.runtime.kept import Kept
 from metadist.runtime.plan import Planner, as_it_is
 from metadist.runtime.worker import TaskError, Worker
 
@@ -21,7 +23,7 @@ class LocalExecutor:
     """Needs neither Ray nor Arrow. Restores PyTorch's thread count on ``close``."""
 
     def __init__(
-        self, learner: Learner, *, device: str = "auto", threads: int = 1, planner: Planner = as_it_is, seed: int = 0,
+        self, learner: Learner | TrialLearner, *, device: str = "auto", threads: int = 1, planner: Planner = as_it_is, seed: int = 0,
         note: Callable[[str], None] = lambda message: None,
     ) -> None:  # fmt: skip
         self._threads = torch.get_num_threads()
@@ -34,10 +36,10 @@ class LocalExecutor:
         if self.plan.engine.compile:
             note(f"compiled in {about['compile_seconds']:.1f} s")
         self._queue: deque[tuple[Shard, int]] = deque()
-        self._theta: dict[str, torch.Tensor] = {}
+        self._kept: Kept[dict[str, torch.Tensor], Records] = Kept()
 
     def publish(self, meta_step: int, round: int, state: State) -> int:
-        self._theta = {n: v.to(self._worker.device) for n, v in state.slots.items()}
+        self._kept.publish(round, {n: v.to(self._worker.device) for n, v in state.slots.items()})
         return 0
 
     def capacity(self, role: str) -> int:
@@ -53,13 +55,18 @@ class LocalExecutor:
         if not self._queue:
             return []
         shard, attempt = self._queue.popleft()
+        if missing := self._kept.lacking(shard):
+            return [Failed(shard, attempt, "local", "missing", "an output that it needs is not there", missing=missing)]
+        inputs = [self._kept.outputs[key] for key in shard.needs]
         try:
-            result, stats = self._worker.compute(shard, self._theta)
+            result, output, stats = self._worker.compute(shard, self._kept.thetas[shard.round], inputs)
         except NonFiniteError as error:
             return [Failed(shard, attempt, "local", "rejected", str(error), error.tasks)]
         except TaskError as error:
             detail = "".join(traceback.format_exception(error))
             return [Failed(shard, attempt, "local", "error", str(error), error.tasks, detail=detail)]
+        if output is not None:
+            self._kept.keep(shard, output)
         return [Finished(shard, attempt, "local", result, stats)]
 
     def shortage(self) -> str:

@@ -1,7 +1,16 @@
-"""Ray's settings that must stand in the environment before ray is imported. Imported by ``ray_executor`` alone."""
+"""Ray's settings that must stand in the environment before ray is imported, and what must surround its start.
 
+Imported by ``ray_executor`` alone.
+"""
+
+import contextlib
 import os
+import re
+import signal
+import socket
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 #: the cluster to join; None starts one on this machine
@@ -25,3 +34,26 @@ os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES + (64 
 # Without it an actor that asked for no GPU may see them all.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """Ray installs signal handlers when it starts (SIGTERM then raises SystemExit); afterwards the caller's stand again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def reach(address: str, timeout: float = 10.0) -> None:
+    """ConnectionError at once where nothing listens: ray.init itself would try for many minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^\]/]+?)\]?:(\d+)", address)
+    if found is not None:
+        socket.create_connection((found[1], int(found[2])), timeout=timeout).close()

@@ -9,11 +9,9 @@ import os
 import platform
 import re
 import signal
-import socket
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,75 +20,56 @@ from metadist.runtime import ray_environment  # isort: skip  (must precede ray, 
 import pyarrow as pa
 import ray
 import ray.exceptions
-from torch import Tensor
 
-from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, WorkerError, one_of
-from metadist.core.executor import Event, Failed, Finished, Shard
+from metadist.core.executor import Event, Failed, Finished, OutputKey, Shard
 from metadist.core.learner import Learner
-from metadist.core.state import Contribution, State
-from metadist.runtime.groups import WorkerGroup
+from metadist.core.state import State
+from metadist.core.trial_learner import TrialLearner
+from metadist.runtime.actor import Actor, Call, MissingError, Settled
+from metadist.runtime.groups import WorkerGroup, expected_by_role
+from metadist.runtime.kept import Kept
 from metadist.runtime.plan import Plan, Planner, as_it_is
-from metadist.runtime.worker import TaskError, Worker
-from metadist.wire.codec import RejectedError, decode_result, decode_theta, result_parts, theta_parts
-from metadist.wire.feedback import WIRES, ErrorFeedback
+from metadist.runtime.worker import TaskError
+from metadist.wire.codec import RejectedError, decode_result, theta_parts
+from metadist.wire.feedback import WIRES
 
 log = logging.getLogger(__name__)
 
 #: shards in flight per actor: one computing, one waiting, so that no actor waits for the driver
 DEPTH = 2
-#: (shard, attempt) of contributions, and whether they were summed
-Settled = list[tuple[tuple[Shard, int], bool]]
+#: what an environment worker answers with goes through the driver up to so many bytes; trials are more, and don't
+STATISTICS_BYTES = 16 << 10
 #: replacements in a row that died before they were ready
 MAX_FAILED_STARTS = 3
 
 
-class _Actor:
-    """A worker inside an actor. θ arrives as a zero-copy view of the object store and is decoded once per version."""
+@dataclass(frozen=True)
+class _Output:
+    """What a shard kept, as the driver knows it: a reference that outlives the worker, and never the content."""
 
-    def __init__(self, learner: Learner, name: str, role: str, device: str, gpus: float, threads: int, places: dict[str, str]) -> None:
-        self._arguments = (learner, name, role, device, gpus, threads)
-        self._places = places
+    shard: Shard
+    token: int
+    reference: Any
 
-    def start(self) -> dict[str, Any]:
-        learner, name, role, device, gpus, threads = self._arguments
-        for variable, path in self._places.items():
-            os.environ.setdefault(variable, path)  # a node that knows better has its own
-        self._worker = Worker(learner, name=name, device=device, gpus=gpus, threads=threads)
-        self._version = 0
-        self._theta: dict[str, Tensor] = {}
-        self._feedback = ErrorFeedback(learner.slots)
-        return {"role": role, "describes": self._worker.describe(), **self._worker.about()}
 
-    def configure(self, engine: Engine, seed: int) -> dict[str, Any]:
-        return {"role": self._arguments[2], **self._worker.configure(engine, seed)}
+@dataclass(frozen=True)
+class _Asked:
+    """A call under way, with references to the outputs that it needs and to the one that it keeps."""
 
-    def compute(
-        self, theta: list[pa.Buffer] | None, version: int, shard: Shard, attempt: int, settled: Settled | None
-    ) -> list[pa.Buffer]:
-        """``theta`` is None where an earlier call brought it. ``settled``: what became of earlier contributions, where they
-        travel in half precision; None where they don't."""
-        slots = self._worker.learner.slots
-        for key, counted in settled or ():
-            self._feedback.settle(key, counted)
-        if version != self._version:
-            if theta is None:
-                raise RejectedError(f"theta {version} did not arrive")
-            self._theta = decode_theta(
-                theta, slots, device=self._worker.device, run=shard.run, meta_step=shard.meta_step, round=shard.round
-            )
-            self._version = version
-        result, stats = self._worker.compute(shard, self._theta)
-        if settled is not None and isinstance(result, Contribution):
-            result = self._feedback.round((shard, attempt), result)
-        wire = "exact" if settled is None else "bfloat16"
-        return result_parts(result, shard, slots, attempt=attempt, worker=self._worker.name, stats=stats, wire=wire)
+    call: Call
+    needs: tuple[_Output, ...] = ()
+    keeps: Any = None
+
+    @property
+    def attempt(self) -> tuple[Shard, int]:
+        return self.call.shard, self.call.attempt
 
 
 @dataclass
 class _Member:
     """One actor as the driver sees it: ``about`` is None until it has started and is configured (``starting`` is the one, then
-    the other); calls run in submission order."""
+    the other; None between them, where there is no plan yet); calls run in submission order."""
 
     name: str
     group: WorkerGroup
@@ -98,24 +77,27 @@ class _Member:
     starting: Any
     configured: bool = False
     about: dict[str, Any] | None = None
-    calls: dict[Any, tuple[Shard, int]] = field(default_factory=dict)
+    calls: dict[Any, _Asked] = field(default_factory=dict)
     #: the θ that it was sent
     version: int = 0
     #: what it is to be told of its rounded contributions
     settled: Settled = field(default_factory=list)
+    #: tokens of the outputs that it has decoded, or made
+    holds: set[int] = field(default_factory=set)
 
 
 class RayExecutor:
     """A group of actors per worker group. A dead actor is replaced at once; nothing here blocks on a starting one.
 
-    ``expected`` is the numerics fingerprint of the run, if known; with ``exact`` a worker with another one is refused.
-    ``planner`` makes the run's plan from the device of the first worker that is there; all must comply with it.
+    ``expected`` is the numerics fingerprint of the run, if known (the learners', with the environments' as ``environment``
+    where that is another one); with ``exact`` a worker with another one than its role's is refused.
+    ``planner`` makes the run's plan from the device of the first learner that is there; all must comply with it.
     ``note`` shows a message to the user. ``wire`` is how contributions travel; with ``bfloat16`` the result depends on who computed what, so not with ``exact``.
     """
 
     def __init__(
         self,
-        learner: Learner,
+        learner: Learner | TrialLearner,
         groups: Sequence[WorkerGroup],
         *,
         run: str,
@@ -137,18 +119,17 @@ class RayExecutor:
         # Shards of the published θ whose contribution was not yet counted: the first one that arrives is.
         self._open: set[Shard] = set()
         self._learner, self._groups, self._run, self._device = learner, groups, run, device
-        self._expected, self._exact = expected, exact
+        self._exact, self._expected = exact, expected_by_role(expected, groups, exact)
         self._owns_cluster = _connect(groups)
         self._gpus = _shared_gpus(groups)
         self._learner_ref: Any = ray.put(learner)
-        self._theta: Any = None
-        # Counts what was published: one meta-step may see two θs (its last validation, then the test of the best).
-        self._version = 0
+        # θ with the number of its publication: one meta-step sees several (of its rounds, its validation, the test of the best).
+        self._kept: Kept[tuple[int, Any], _Output] = Kept()
+        self._version = self._token = 0
         self._members: dict[str, _Member] = {}
         self._events: list[Event] = []
         self._serial = 0
         self._failed_starts = 0
-        self._last_death = ""
         try:
             for group in groups:
                 for _ in range(group.max):
@@ -164,13 +145,14 @@ class RayExecutor:
         name = f"{group.role}-{self._serial}"
         self._serial += 1
         options: dict[str, Any] = {"num_cpus": group.cpus, "num_gpus": self._gpus[group], "max_restarts": 0, "max_task_retries": 0}
-        threads = str(group.threads)
+        threads, gpus, learns = str(group.threads), self._gpus[group], group.role == "learner"
         direct = "RAY_max_direct_call_object_size"
-        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, direct: os.environ[direct]}}
-        remote = ray.remote(**options)(_Actor)
-        gpus = self._gpus[group]
+        limit = os.environ[direct] if learns else str(STATISTICS_BYTES)
+        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, direct: limit}}
+        remote = ray.remote(**options)(Actor)
+        device = self._device if learns or gpus else "cpu"
         places = {n: os.path.abspath(os.environ[n]) for n in ("METADIST_DATA", "METADIST_CACHE") if os.environ.get(n)}
-        handle: Any = remote.remote(self._learner_ref, name, group.role, self._device, gpus, group.threads, places)
+        handle: Any = remote.remote(self._learner_ref, name, group.role, device, gpus, group.threads, places)
         self._members[name] = _Member(name, group, handle, handle.start.remote())
 
     def _await_minimum(self, patience: float) -> None:
@@ -213,36 +195,46 @@ class RayExecutor:
             self._replace(member, f"died while starting: {_short(error)}")
             return
         if not member.configured:
-            if self.plan is None:
+            member.configured, member.starting = True, None
+            if self.plan is None and member.group.role == "learner":
                 self.plan = self._planner(about["describes"])
-            member.configured = True
-            member.starting = member.handle.configure.remote(self.plan.engine, self._seed)
+            self._configure()
             return
         self._failed_starts = 0
         if about["compile_seconds"]:
             self._note(f"{member.name} compiled in {about['compile_seconds']:.1f} s")
-        if self._expected is None:
-            self._expected = about["fingerprint"]
         mine = getattr(self._learner.tasks, "data_sha256", None)
         if mine and about["data_sha256"] and about["data_sha256"] != mine:
             raise WorkerError(f"worker {member.name} on {about['host']} has other data: sha256 {about['data_sha256'][:12]}…, the driver {mine[:12]}…")
-        if self._exact and about["fingerprint"]["id"] != self._expected["id"]:
-            differing = {k: (self._expected.get(k), v) for k, v in about["fingerprint"].items() if k != "id" and self._expected.get(k) != v}
+        self._check_numerics(member, about)
+        member.about = about
+
+    def _configure(self) -> None:
+        """Those that have started, once there is a plan."""
+        for member in self._members.values():
+            if self.plan is not None and member.configured and member.about is None and member.starting is None:
+                member.starting = member.handle.configure.remote(self.plan.engine, self._seed)
+
+    def _check_numerics(self, member: _Member, about: dict[str, Any]) -> None:
+        """Workers of one role must agree: whichever rolls out, the trials are the same; whichever learns, the gradient. Between
+        roles nothing need be equal, since what a role computes is never computed by another."""
+        role, mine = member.group.role, about["fingerprint"]
+        first = self._expected.setdefault(role, mine)
+        if self._exact and mine["id"] != first["id"]:
+            differing = {k: (first.get(k), v) for k, v in mine.items() if k != "id" and first.get(k) != v}
             raise WorkerError(
                 f"worker {member.name} on {about['host']} computes other bits than this run ({differing}, run's first); "
                 "use like machines, or engine.exact: false to give exactness up"
             )
-        member.about = about
 
     def _replace(self, member: _Member, reason: str) -> None:
         """Forget an actor, start another, and report what it had in flight; only the oldest call can have killed it."""
-        self._last_death = f"worker {member.name} {reason}"
-        log.warning("worker %s %s; a replacement starts", member.name, reason)
         if self._members.pop(member.name, None) is None:
             return
+        log.warning("worker %s %s; a replacement starts", member.name, reason)
         with contextlib.suppress(Exception):
             ray.kill(member.handle)
-        for position, (shard, attempt) in enumerate(member.calls.values()):
+        for position, (shard, attempt) in enumerate(asked.attempt for asked in member.calls.values()):
             self._events.append(Failed(shard, attempt, member.name, "lost", reason, guilty=position == 0))
         self._start(member.group)
 
@@ -252,27 +244,47 @@ class RayExecutor:
         parts = theta_parts(state.slots, self._learner.slots, run=self._run, meta_step=meta_step, round=round)
         size = sum(p.size for p in parts)
         # A small one goes along with the first call: its way through the object store takes longer than the copies.
-        self._theta = ray.put(parts) if size > ray_environment.INLINE_BYTES else [pa.py_buffer(p.to_pybytes()) for p in parts]
+        theta = ray.put(parts) if size > ray_environment.INLINE_BYTES else [pa.py_buffer(p.to_pybytes()) for p in parts]
         self._version += 1
+        self._kept.publish(round, (self._version, theta))
         self._open.clear()
+        if round == 0:
+            for member in self._members.values():
+                member.holds.clear()
         return size
 
     def capacity(self, role: str) -> int:
         return sum(DEPTH - len(m.calls) for m in self._members.values() if m.about is not None and m.group.role == role)
 
     def submit(self, shard: Shard, attempt: int) -> None:
-        """To the least busy worker of its role."""
+        """To the least busy worker of its role; among those to one that holds the outputs that it needs."""
+        if missing := self._kept.lacking(shard):
+            self._events.append(Failed(shard, attempt, "driver", "missing", "an output that it needs is not there", missing=missing))
+            return
+        needs = tuple(self._kept.outputs[key] for key in shard.needs)
         ready = [m for m in self._members.values() if m.about is not None and m.group.role == shard.role]
-        busy_with = {m.name: [s for s, _ in m.calls.values()] for m in ready}
-        member = min(ready, key=lambda m: (shard in busy_with[m.name], len(m.calls)))
+        busy_with = {m.name: [asked.call.shard for asked in m.calls.values()] for m in ready}
+        member = min(ready, key=lambda m: (shard in busy_with[m.name], len(m.calls), sum(o.token not in m.holds for o in needs)))
+        self._ask(member, shard, attempt, needs)
+
+    def _ask(self, member: _Member, shard: Shard, attempt: int, needs: tuple[_Output, ...]) -> None:
         settled, member.settled = (None if self._wire == "exact" else member.settled), []
         self._open.add(shard)
-        theta, member.version = (None if member.version == self._version else self._theta), self._version
-        member.calls[member.handle.compute.remote(theta, self._version, shard, attempt, settled)] = (shard, attempt)
+        self._token += 1
+        version, theta = self._kept.thetas[shard.round]
+        call = Call(shard, attempt, version, self._token, tuple((o.shard, o.token) for o in needs), settled)
+        # As arguments of the call itself, references arrive as what they refer to.
+        content = [None if o.token in member.holds else o.reference for o in needs]
+        method = member.handle.compute.options(num_returns=2) if shard.keeps else member.handle.compute
+        answer = method.remote(call, None if member.version == version else theta, *content)
+        member.version = version
+        member.holds.update(o.token for o in needs)
+        result, kept = answer if shard.keeps else (answer, None)
+        member.calls[result] = _Asked(call, needs, kept)
 
     def cancel(self, shard: Shard, attempt: int) -> None:
         for member in list(self._members.values()):
-            if (shard, attempt) in member.calls.values():
+            if any(asked.attempt == (shard, attempt) for asked in member.calls.values()):
                 self._kill(member)
                 self._replace(member, "was recycled: it did not answer")
 
@@ -283,7 +295,7 @@ class RayExecutor:
         return events
 
     def _poll(self, timeout: float) -> None:
-        waiting = {m.starting: m for m in self._members.values() if m.about is None}
+        waiting = {m.starting: m for m in self._members.values() if m.about is None and m.starting is not None}
         waiting.update((call, m) for m in self._members.values() for call in m.calls)
         if not waiting:
             time.sleep(min(timeout, 0.05))
@@ -299,13 +311,15 @@ class RayExecutor:
                 self._joined(member)
 
     def _collect(self, member: _Member, reference: Any) -> None:
-        shard, attempt = member.calls[reference]
+        asked = member.calls[reference]
+        shard, attempt = asked.attempt
         try:
             parts = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             del member.calls[reference]
-            member.version = 0  # it may be θ that did not arrive whole
-            self._events.append(_failure(error, shard, attempt, member.name))
+            member.version = 0  # it may be θ that did not arrive whole, or an output
+            member.holds.clear()
+            self._events.append(self._lost_outputs(error, asked, member.name) or _failure(error, shard, attempt, member.name))
             return
         except ray.exceptions.RayError as error:
             self._replace(member, f"died: {_short(error)}")
@@ -319,10 +333,36 @@ class RayExecutor:
             return
         member.settled.append(((shard, attempt), shard in self._open))
         self._open.discard(shard)
+        if shard.keeps and self._kept.thetas.get(shard.round, (0, None))[0] == asked.call.version:
+            self._kept.keep(shard, _Output(shard, asked.call.token, asked.keeps))
+            member.holds.add(asked.call.token)
         self._events.append(Finished(shard, attempt, member.name, result, {**header["stats"], "bytes": sum(p.size for p in parts)}))
 
+    def _lost_outputs(self, error: ray.exceptions.RayTaskError, asked: _Asked, worker: str) -> Failed | None:
+        """Forget the outputs that the call lacked, if it is they that it failed for."""
+        cause, lost = error.cause, tuple[OutputKey, ...]()
+        if isinstance(cause, MissingError):
+            lost, reason = cause.keys, str(cause)
+        elif isinstance(cause, ray.exceptions.ObjectLostError):
+            lost = tuple(o.shard.key for o in asked.needs if o.reference.hex() == cause.object_ref_hex)
+            reason = f"an output that it needs is lost with its node ({type(cause).__name__})"
+        else:
+            return None
+        # One that came to be anew meanwhile is not lost: asking again is enough.
+        there = {o.shard.key for o in asked.needs if self._kept.outputs.get(o.shard.key) is o}
+        missing = tuple(key for key in lost if key in there)
+        for key in missing:
+            del self._kept.outputs[key]
+        return Failed(*asked.attempt, worker, "missing", reason, missing=missing)
+
     def workers(self) -> dict[str, dict[str, Any]]:
-        return {m.name: m.about for m in self._members.values() if m.about is not None}
+        """Learners first: the run's fingerprint is theirs, and names the environments' where that is another one."""
+        there = {m.name: m.about for m in sorted(self._members.values(), key=lambda m: m.group.role != "learner") if m.about is not None}
+        other = self._expected.get("environment")
+        for name, about in there.items():
+            if about["role"] == "learner" and other is not None and other["id"] != about["fingerprint"]["id"]:
+                there[name] = {**about, "fingerprint": {**about["fingerprint"], "environment": other}}
+        return there
 
     def _kill(self, member: _Member) -> None:
         if member.about is not None and member.about["host"] == platform.node():
@@ -342,7 +382,7 @@ class RayExecutor:
             with contextlib.suppress(Exception):
                 ray.kill(member.handle)
         self._members.clear()
-        self._theta = self._learner_ref = None
+        self._kept, self._learner_ref = Kept(), None
         if self._owns_cluster:
             ray.shutdown()
 
@@ -359,9 +399,9 @@ def _connect(groups: Sequence[WorkerGroup]) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     address = ray_environment.ADDRESS
     try:
-        with _own_signals():
+        with ray_environment.own_signals():
             if address:
-                _reach(address)
+                ray_environment.reach(address)
                 ray.init(address=address, **quiet)
             else:
                 cpus = max(os.cpu_count() or 1, sum(int(g.cpus * g.max + 0.999) for g in groups))
@@ -372,35 +412,12 @@ def _connect(groups: Sequence[WorkerGroup]) -> bool:
         raise WorkerError(f"can't {where}: {_short(error)}; use --workers 0 to train in this process") from error
 
 
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray installs signal handlers when it starts (SIGTERM then raises SystemExit); afterwards the caller's stand again."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _reach(address: str, timeout: float = 10.0) -> None:
-    """ConnectionError at once where nothing listens: ray.init itself would try for many minutes."""
-    found = re.fullmatch(r"(?:ray://)?\[?([^\]/]+?)\]?:(\d+)", address)
-    if found is not None:
-        socket.create_connection((found[1], int(found[2])), timeout=timeout).close()
-
-
 def _shared_gpus(groups: Sequence[WorkerGroup]) -> dict[WorkerGroup, float]:
-    """GPUs for each worker of a group; the ``auto`` ones share evenly what the others leave."""
+    """GPUs for each worker of a group; ``auto`` learners share evenly what the others leave, ``auto`` environments need none."""
     left = ray.cluster_resources().get("GPU", 0.0) - sum(g.max * g.gpus for g in groups if g.gpus != "auto")
-    share = max(0.0, left) / max(1, sum(g.max for g in groups if g.gpus == "auto"))
+    share = max(0.0, left) / max(1, sum(g.max for g in groups if g.gpus == "auto" and g.role == "learner"))
     share = float(int(share)) if share >= 1 else math.floor(share * 1e4) / 1e4
-    return {g: share if g.gpus == "auto" else float(g.gpus) for g in groups}
+    return {g: float(g.gpus) if g.gpus != "auto" else share if g.role == "learner" else 0.0 for g in groups}
 
 
 def _failure(error: ray.exceptions.RayTaskError, shard: Shard, attempt: int, worker: str) -> Failed:

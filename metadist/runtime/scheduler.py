@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from metadist.core.base_learner import BaseLearner
 from metadist.core.errors import WorkerError
-from metadist.core.executor import Event, Executor, Failed, Finished, Result, Round, Shard
-from metadist.core.learner import Learner
+from metadist.core.executor import Event, Executor, Failed, Finished, OutputKey, Result, Round, Shard
 from metadist.core.state import Contribution, Records, TreeSum, is_finite
 
 log = logging.getLogger(__name__)
@@ -42,15 +42,38 @@ class Measurements:
 
 @dataclass
 class _Progress:
-    """One round under way."""
+    """One round under way, with the shards of earlier ones whose outputs were lost: ``open`` are all that are still to come."""
 
     round: Round
     pending: deque[Shard]
-    done: set[int] = field(default_factory=set)
-    attempts: Counter[int] = field(default_factory=Counter)
-    deaths: Counter[int] = field(default_factory=Counter)
-    messages: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
-    blamed: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    open: set[Shard]
+    left: int
+    #: shards that wait for outputs to be computed anew
+    waiting: dict[Shard, set[OutputKey]] = field(default_factory=dict)
+    missed: Counter[Shard] = field(default_factory=Counter)
+    deaths: Counter[Shard] = field(default_factory=Counter)
+    messages: defaultdict[Shard, list[str]] = field(default_factory=lambda: defaultdict(list))
+    blamed: defaultdict[Shard, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def wait_for(self, shard: Shard, producers: list[Shard]) -> None:
+        """``shard`` goes out again once ``producers`` are done, which go out at once."""
+        anew = [p for p in producers if p not in self.open]
+        self.open.update(anew)
+        self.pending.extendleft(anew)
+        self.waiting[shard] = {p.key for p in producers}
+
+    def finish(self, shard: Shard) -> bool:
+        """Whether ``shard`` is one of this round's; the shards that waited for its output alone are pending again."""
+        self.open.discard(shard)
+        self.waiting.pop(shard, None)
+        for other, keys in list(self.waiting.items()):
+            keys.discard(shard.key)
+            if not keys:
+                del self.waiting[other]
+                self.pending.appendleft(other)
+        mine = shard.round == self.round.index
+        self.left -= mine
+        return mine
 
 
 class Scheduler:
@@ -62,7 +85,7 @@ class Scheduler:
     def __init__(
         self,
         executor: Executor,
-        learner: Learner,
+        learner: BaseLearner,
         *,
         timeout: float = 300.0,
         patience: float = 60.0,
@@ -71,26 +94,31 @@ class Scheduler:
     ) -> None:
         self.executor, self._learner = executor, learner
         self._timeout, self._patience, self._watch, self._on_failure = timeout, patience, watch, on_failure
-        self._durations: deque[float] = deque(maxlen=64)
+        #: by function: a rollout may take a hundred times as long as a gradient
+        self._durations: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=64))
         # Attempts under way, those of earlier rounds included: a worker that lost to its backup may still hang.
         self._outstanding: dict[tuple[Shard, int], float] = {}
+        # Of this meta-step: whose outputs can be asked for, and how often shards were given out.
+        self._producers: dict[OutputKey, Shard] = {}
+        self._attempts: Counter[Shard] = Counter()
         self.measured = Measurements()
-        #: tasks whose contributions were summed since the start
+        #: tasks (or trials, when they are rolled out) whose contributions were summed since the start
         self.tasks_done = 0
         #: shards given out again since the start, by cause
         self.retried: Counter[str] = Counter()
 
     def run(self, round: Round) -> Any:
         """Publish the round's θ, compute its shards, and return their sum (``reduce``) or their records in shard order."""
+        self._begin(round)
         began = time.perf_counter()
         bytes_out = self.executor.publish(round.shards[0].meta_step, round.index, round.parameters)
         self.measured.seconds["publish"] += time.perf_counter() - began
         self.measured.counts["bytes_published"] += bytes_out
         total: TreeSum[Contribution] = TreeSum(len(round.shards), Contribution.absorb)
         records: dict[int, Records] = {}
-        progress = _Progress(round, deque(round.shards))
+        progress = _Progress(round, deque(round.shards), set(round.shards), len(round.shards))
         began = idle_since = time.monotonic()
-        while len(progress.done) < len(round.shards):
+        while progress.left:
             self._submit(progress)
             events = self.executor.wait(0.25)
             for event in events:
@@ -100,7 +128,7 @@ class Scheduler:
                 elif result is not None:
                     reducing = time.perf_counter()
                     total.add(event.shard.index, result)
-                    self.tasks_done += result.tasks
+                    self.tasks_done += 0 if event.shard.needs else result.tasks
                     self.measured.seconds["reduce"] += time.perf_counter() - reducing
             if events or self._outstanding:
                 idle_since = time.monotonic()
@@ -110,13 +138,19 @@ class Scheduler:
         self.measured.seconds["gather"] += time.monotonic() - began
         return total.result() if round.reduce else Records.concatenate([records[i] for i in range(len(round.shards))])
 
+    def _begin(self, round: Round) -> None:
+        if round.index == 0:
+            self._producers.clear()
+            self._attempts.clear()
+        self._producers.update((shard.key, shard) for shard in round.shards if shard.keeps)
+
     def _submit(self, progress: _Progress) -> None:
         while progress.pending and self.executor.capacity(progress.pending[0].role) > 0:
-            self._give(progress, progress.pending.popleft())
+            self._give(progress.pending.popleft())
 
-    def _give(self, progress: _Progress, shard: Shard) -> None:
-        progress.attempts[shard.index] += 1
-        attempt = progress.attempts[shard.index]
+    def _give(self, shard: Shard) -> None:
+        self._attempts[shard] += 1
+        attempt = self._attempts[shard]
         self._outstanding[shard, attempt] = time.monotonic()
         self.executor.submit(shard, attempt)
         if self._watch is not None:
@@ -125,17 +159,16 @@ class Scheduler:
     def _take(self, progress: _Progress, event: Event) -> Result | None:
         shard = event.shard
         started = self._outstanding.pop((shard, event.attempt), None)
-        stale = shard.index >= len(progress.round.shards) or shard != progress.round.shards[shard.index]
-        if started is None or stale or shard.index in progress.done:
+        if started is None or shard not in progress.open:
             self.measured.counts["duplicates"] += 1
             return None
         if isinstance(event, Finished):
-            fault = fault_of(event.result, shard, self._learner, progress.round.reduce)
+            reduce = progress.round.reduce or shard.round != progress.round.index
+            fault = fault_of(event.result, shard, self._learner, reduce)
             if fault is None:
-                progress.done.add(shard.index)
-                self._durations.append(time.monotonic() - started)
+                self._durations[shard.function].append(time.monotonic() - started)
                 self._measure(event)
-                return event.result
+                return event.result if progress.finish(shard) else None
             event = Failed(shard, event.attempt, event.worker, "rejected", fault)
         self._failed(progress, event)
         return None
@@ -150,15 +183,17 @@ class Scheduler:
         log.warning("worker %s: %s %s: %s", event.worker, shard, event.kind, event.message)
         if event.kind == "lost":
             if event.guilty:
-                progress.deaths[shard.index] += 1
-                progress.blamed[shard.index].append(event.worker)
-            if progress.deaths[shard.index] >= MAX_DEATHS:
+                progress.deaths[shard] += 1
+                progress.blamed[shard].append(event.worker)
+            if progress.deaths[shard] >= MAX_DEATHS:
                 raise WorkerError(
-                    f"{shard} killed {MAX_DEATHS} workers ({', '.join(progress.blamed[shard.index])}), the last with: {event.message}; "
+                    f"{shard} killed {MAX_DEATHS} workers ({', '.join(progress.blamed[shard])}), the last with: {event.message}; "
                     f"reproduce it with workers: 0 and seed {shard.seed}"
                 )
+        elif event.kind == "missing":
+            self._missing(progress, event)
         else:
-            earlier = progress.messages[shard.index]
+            earlier = progress.messages[shard]
             alike = event.message in earlier
             earlier.append(event.message)
             if alike or len(earlier) >= MAX_FAILURES:
@@ -168,30 +203,42 @@ class Scheduler:
                 raise WorkerError(f"{shard} failed {times}: {tasks}{event.message}{where}")
         self.retried[event.kind] += 1
         self.measured.counts["retried"] += 1
-        if shard.index not in progress.done and not any(other == shard for other, _ in self._outstanding):
+        queued = shard in progress.waiting or shard in progress.pending
+        if not queued and not any(other == shard for other, _ in self._outstanding):
             progress.pending.appendleft(shard)
+
+    def _missing(self, progress: _Progress, event: Failed) -> None:
+        """Outputs that the shard needs are lost: their producers compute them anew, under the θ of their own round."""
+        progress.missed[event.shard] += 1
+        if progress.missed[event.shard] > MAX_FAILURES:
+            raise WorkerError(f"{event.shard} lacked what it needs {progress.missed[event.shard]} times, the last with: {event.message}")
+        if event.missing:
+            progress.wait_for(event.shard, [self._producers[key] for key in event.missing])
 
     def _second_thoughts(self, progress: _Progress) -> None:
         """Give a slow shard to an idle worker as well; recycle the worker of one that hangs. The first result counts."""
         now = time.monotonic()
-        usual = statistics.median(self._durations) if self._durations else self._timeout
+        usual = {f: statistics.median(durations) for f, durations in self._durations.items()}
         for (shard, attempt), started in list(self._outstanding.items()):
             age = now - started
             if age > self._timeout:
                 log.warning("%s: no answer for %.0f s; its worker is recycled", shard, age)
                 self.executor.cancel(shard, attempt)
                 self._outstanding[shard, attempt] = now
-            elif age > max(3.0, 8 * usual) and not progress.pending and self._may_back_up(progress, shard, attempt):
+            elif age > max(3.0, 8 * usual.get(shard.function, self._timeout)) and self._may_back_up(progress, shard, attempt):
                 self.measured.counts["backups"] += 1
-                self._give(progress, shard)
+                self._give(shard)
 
     def _may_back_up(self, progress: _Progress, shard: Shard, attempt: int) -> bool:
-        current = shard in progress.round.shards and shard.index not in progress.done
-        return current and attempt == progress.attempts[shard.index] < 2 and self.executor.capacity(shard.role) > 0
+        idle = not progress.pending and self.executor.capacity(shard.role) > 0
+        return idle and shard in progress.open and attempt == self._attempts[shard] < 2
 
 
-def fault_of(result: Result, shard: Shard, learner: Learner, reduce: bool) -> str | None:
-    """Why a result must not enter the sum. The wire has checked its own; this holds for every executor."""
+def fault_of(result: Result, shard: Shard, learner: BaseLearner, reduce: bool) -> str | None:
+    """Why a result must not enter the sum. The wire has checked its own; this holds for every executor.
+
+    A gradient has all slots. What other functions sum (a rollout's statistics, say) has none, and its metrics enter θ.
+    """
     if isinstance(result, Records) == reduce:
         return f"{type(result).__name__.lower()} where {'a contribution' if reduce else 'records'} should be"
     if isinstance(result, Records):
@@ -204,9 +251,13 @@ def fault_of(result: Result, shard: Shard, learner: Learner, reduce: bool) -> st
             return f"slot '{name}' is {tuple(vector.shape)} {vector.dtype}, expected ({slot.layout.numel},) {slot.layout.dtype}"
         if not is_finite(vector):
             return f"slot '{name}' has NaN or Inf"
-    expected = {n for n, s in learner.slots.items() if s.rule != "constant"}
+    gradient = shard.function in learner.gradients
+    expected = {n for n, s in learner.slots.items() if gradient and s.rule != "constant"}
     if set(result.slots) != expected:
         return f"slots {sorted(result.slots)}, expected {sorted(expected)}"
+    wrong = [] if gradient else [n for n, value in result.metrics.items() if not math.isfinite(value)]
+    if wrong:
+        return f"'{wrong[0]}' is {result.metrics[wrong[0]]}"
     skipped = learner.non_finite == "skip" and result.tasks == result.weight == 0
     if not skipped and not (0 < result.weight < math.inf and 1 <= result.tasks <= shard.count):
         return f"weight {result.weight} and {result.tasks} tasks for a shard of {shard.count}"

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from metadist.core.errors import CheckpointError, WorkerError
 from metadist.core.learner import Learner
 from metadist.core.state import State
+from metadist.core.trial_learner import EPISODES_SHOWN, TrialLearner
 from metadist.runtime.checkpoint import Checkpoints, Loaded
-from metadist.runtime.evaluation import Evaluation, as_json, evaluate
+from metadist.runtime.evaluation import Evaluation, TrialEvaluation, as_json, evaluate
 from metadist.runtime.scheduler import Scheduler
 
 
@@ -43,7 +44,7 @@ class Run:
 
     id: str
     seed: int
-    learner: Learner
+    learner: Learner | TrialLearner
     evaluate_every: int = 500
     evaluate_tasks: int = 600
     inner_steps: int | None = None
@@ -157,7 +158,7 @@ def _validate(run: Run, progress: Progress, fleet: Scheduler, tracker: Tracker, 
         fleet, run.learner, progress.state, run=run.id, meta_step=step, seed=run.seed, split="validation",
         tasks=run.evaluate_tasks, inner_steps=run.inner_steps,
     )  # fmt: skip
-    entry = {"meta_step": step, "mean": judged.mean[-1], "ci95": judged.ci95[-1], "median": judged.median[-1], "loss": judged.loss[-1]}
+    entry = {"meta_step": step, "mean": judged.score, "ci95": judged.score_ci95, "median": judged.score_median, "loss": judged.loss[-1]}
     progress.validation.append(entry)
     tracker.metrics(step, evaluation_metrics(judged))
     display.evaluated(step, judged)
@@ -168,6 +169,10 @@ def evaluation_metrics(judged: Evaluation) -> dict[str, float]:
     """``eval/<split>/…``: the metric after every step, and the last one's interval, median and divergence rate."""
     prefix = f"eval/{judged.split}/{judged.metric}"
     last = len(judged.mean) - 1
+    if isinstance(judged, TrialEvaluation):
+        values = {f"{prefix}/episode_{k + 1}": judged.mean[k] for k in range(last + 1) if k + 1 in EPISODES_SHOWN or k == last}
+        values |= {f"{prefix}/{policy}": total["mean"] for policy, total in judged.totals.items()}
+        return values | {prefix: judged.score, f"{prefix}/ci95": judged.score_ci95, f"{prefix}/median": judged.score_median}
     values = {f"{prefix}/step_{k}": judged.mean[k] for k in range(last + 1) if k in (0, 1, 2, 3, 5, 10, 20, 50) or k == last}
     values |= {prefix: judged.mean[last], f"{prefix}/ci95": judged.ci95[last], f"{prefix}/median": judged.median[last]}
     return values | {f"eval/{judged.split}/loss": judged.loss[last], f"eval/{judged.split}/divergence_rate": judged.divergence_rate}

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +23,10 @@ from torch import Tensor
 from metadist.core.check import compiled_disagrees
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, WorkerError
-from metadist.core.executor import Result, Shard
+from metadist.core.executor import Result, Shard, WithOutput
 from metadist.core.learner import Learner
+from metadist.core.state import Records
+from metadist.core.trial_learner import TrialLearner
 from metadist.runtime.plan import Device
 
 
@@ -71,7 +73,7 @@ def _processor() -> str:
 class Worker:
     """Computes shards with one learner on one device. ``threads`` is PyTorch's intra-op count, set for the whole process."""
 
-    def __init__(self, learner: Learner, *, name: str, device: str, gpus: float, threads: int) -> None:
+    def __init__(self, learner: Learner | TrialLearner, *, name: str, device: str, gpus: float, threads: int) -> None:
         self.learner, self.name, self.threads = learner, name, threads
         torch.set_num_threads(threads)
         keep_freed_memory()
@@ -103,6 +105,7 @@ class Worker:
         self.learner.set_engine(engine, one_at_a_time)
         self.fingerprint = numerics_fingerprint(self.device, self.threads, self.learner.model.dtype, engine)
         if engine.compile:
+            assert isinstance(self.learner, Learner), "no plan compiles policies"
             try:
                 self.compile_seconds = self.learner.warm_up(seed)
                 wrong = compiled_disagrees(self.learner, seed)
@@ -128,11 +131,14 @@ class Worker:
             "data_sha256": getattr(self.learner.tasks, "data_sha256", None),
         }
 
-    def compute(self, shard: Shard, theta: Mapping[str, Tensor]) -> tuple[Result, dict[str, float]]:
-        """The shard's result and what it took: seconds, resident bytes, CPU %, GPU bytes."""
+    def compute(
+        self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()
+    ) -> tuple[Result, Records | None, dict[str, float]]:
+        """The shard's result, the output that it keeps (on this worker's device), and what it took: seconds, resident bytes,
+        CPU %, GPU bytes. ``inputs``: the outputs that it needs, in their order."""
         started = time.perf_counter()
         try:
-            result = self.learner.compute(shard, theta)
+            result, output = self._computed(shard, theta, inputs)
         except (MetadistError, NonFiniteError):
             raise
         except Exception as error:
@@ -141,7 +147,7 @@ class Worker:
                     f"this model has no deterministic kernel on a GPU ({str(error).partition(chr(10))[0]}); replace the operator, or give "
                     "exactness up by engine.deterministic=false engine.exact=false"
                 ) from error
-            raise self._blame(shard, theta, error) from error
+            raise self._blame(shard, theta, inputs, error) from error
         now = time.perf_counter()
         if now > self._measured_at + 1.0:  # asking the system takes as long as a small shard
             self._measured_at = now
@@ -151,17 +157,43 @@ class Worker:
             stats["gpu_memory_bytes"] = float(torch.cuda.memory_allocated(self.device))
             with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # needs NVIDIA's management library
                 stats["gpu_percent"] = float(torch.cuda.utilization(self.device))
-        return result, stats
+        return result, output, stats
 
-    def _blame(self, shard: Shard, theta: Mapping[str, Tensor], error: Exception) -> TaskError:
-        """Which task of the shard fails on its own? All of them if none does."""
+    def _computed(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records]) -> tuple[Result, Records | None]:
+        """One call form for all learners: ``inputs`` only where the shard needs some."""
+        learner: Any = self.learner
+        found = learner.compute(shard, theta, inputs) if shard.needs else learner.compute(shard, theta)
+        if isinstance(found, WithOutput) != shard.keeps:
+            raise ValueError(f"function '{shard.function}' has {'no output' if shard.keeps else 'an output'}; the shard says otherwise")
+        return (found.result, aligned(found.output, self.device)) if isinstance(found, WithOutput) else (found, None)
+
+    def _blame(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records], error: Exception) -> TaskError:
+        """Which tasks of the shard fail on their own?"""
         tasks = []
-        for start in range(shard.start, shard.start + shard.count):
+        for position in range(shard.count):
+            single = replace(shard, start=shard.start + position, count=1)
             try:
-                self.learner.compute(_single(shard, start), theta)
+                self._computed(single, theta, [_rows_of(records, position, shard.count) for records in inputs])
             except Exception:
-                tasks.append(start)
+                tasks.append(single.start)
         return TaskError(f"{type(error).__name__}: {error}", tuple(tasks))
+
+
+def aligned(records: Records, device: torch.device) -> Records:
+    """``records`` as a receiver would decode them: contiguous columns in memory of their own, on ``device``. Kernels may differ
+    in the last bits on a strided or misaligned view, and the worker that rolled out must compute what any other would."""
+
+    def settle(column: Tensor) -> Tensor:
+        column = column.to(device).contiguous()
+        return column if column.data_ptr() % 64 == 0 else column.clone()
+
+    return Records({name: settle(column) for name, column in records.columns.items()})
+
+
+def _rows_of(records: Records, position: int, count: int) -> Records:
+    """One task's rows of an output of ``count`` tasks, which lie one task after another."""
+    each = records.rows // count
+    return Records({n: c[position * each : (position + 1) * each] for n, c in records.columns.items()})
 
 
 class TaskError(Exception):
@@ -192,7 +224,3 @@ def keep_freed_memory() -> None:
         mmap_threshold, trim_threshold = -3, -1
         mallopt(mmap_threshold, 32 << 20)
         mallopt(trim_threshold, 512 << 20)
-
-
-def _single(shard: Shard, start: int) -> Shard:
-    return replace(shard, start=start, count=1)

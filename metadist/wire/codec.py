@@ -21,7 +21,10 @@ from metadist.wire.frame import join
 from metadist.wire.memory import fresh
 from metadist.wire.stream import RejectedError, decode, dtype_name, encode_parts, short
 
-__all__ = ["RejectedError", "decode_result", "decode_theta", "encode_result", "encode_theta", "result_parts", "theta_parts"]
+__all__ = [
+    "RejectedError", "decode_output", "decode_result", "decode_theta", "encode_result", "encode_theta", "output_parts", "result_parts",
+    "theta_parts",
+]  # fmt: skip
 
 _IDENTITY = ("run", "meta_step", "round", "function", "split", "start", "count", "seed", "key_step")
 
@@ -159,6 +162,21 @@ def decode_result(
     if finite and (bad := [n for n, v in vectors.items() if not is_finite(v)]):
         raise RejectedError(f"NaN or Inf in slot {', '.join(bad)}")
     return Contribution(vectors, weight, tasks, metrics), sender
+
+
+def output_parts(output: Records, shard: Shard, *, attempt: int, worker: str) -> list[pa.Buffer]:
+    """What ``shard`` keeps for later rounds (trials, say: [rows, …] columns), as a frame in parts. Its meta-step and round say
+    under which θ it came about."""
+    return encode_parts({"kind": "output", **_identity(shard), "attempt": attempt, "worker": worker}, output.columns)
+
+
+def decode_output(buffer: Any, shard: Shard, *, device: torch.device | str = "cpu") -> Records:
+    """The output that ``shard`` kept, in fresh memory on ``device``. Raises ``RejectedError`` for damage, and for the output
+    of another shard."""
+    own = torch.device(device).type == "cpu"
+    header, columns = decode(buffer, own=own)
+    _check_header(header, {"kind": "output", **_identity(shard)})
+    return Records({n: _landed(c, c.dtype, device, own) for n, c in columns.items()})
 
 
 def _identity(shard: Shard) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def test_theta_is_decoded_once_per_actor_and_version(actors, mischief, cluster):
     settle(actors, 2)
 
     def count_decodings(self):
-        import metadist.runtime.ray_executor as module
+        import metadist.runtime.actor as module
 
         original = module.decode_theta
         module.decodings = 0
@@ -227,7 +227,7 @@ def test_theta_is_decoded_once_per_actor_and_version(actors, mischief, cluster):
         module.decode_theta = counting
 
     def decodings(self):
-        import metadist.runtime.ray_executor as module
+        import metadist.runtime.actor as module
 
         return module.decodings
 

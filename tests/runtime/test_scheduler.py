@@ -191,7 +191,7 @@ def test_a_result_that_nobody_asked_for_is_dropped():
 def test_a_slow_attempt_of_the_last_round_may_end_in_the_next():
     toy = Toy(2).fail_at(2, hang)
     fleet = scheduler(toy, timeout=60)
-    fleet._durations.extend([1e-3] * 8)
+    fleet._durations["gradient"].extend([1e-3] * 8)
     scheduling_floor = time.monotonic()
     assert bits(fleet.run(gradient_round())) == EXPECTED, "an idle worker computes the shard as well"
     assert time.monotonic() - scheduling_floor < 20
@@ -215,7 +215,7 @@ def test_a_hung_worker_is_recycled_after_the_timeout():
 def test_a_worker_that_hangs_on_a_finished_shard_is_recycled_too():
     toy = Toy(2).fail_at(0, hang)
     fleet = scheduler(toy, timeout=3.5)
-    fleet._durations.extend([1e-3] * 8)
+    fleet._durations["gradient"].extend([1e-3] * 8)
     for meta_step in range(2):
         fleet.run(gradient_round(meta_step))
     assert len(toy.hung) == 1, "its backup won, it hangs on"

@@ -42,6 +42,26 @@ def test_different_parameters_exit_with_1(cluster, tmp_path):
     assert "DIFFERENT parameters" in result.stdout
 
 
+def test_trials_give_the_same_parameters_whoever_rolls_out_and_is_killed(cluster, tmp_path):
+    short = ["outer.meta_steps=4", "outer.meta_batch_size=40", "outer.shard_size=10", "evaluate={every: 4, tasks: 20, test_tasks: 20}"]
+    result = verify("bandit_rl2", *short, "--workers", "0,learners=1/environments=2", "--kill", "2")
+    assert result.exit_code == 0, result.output
+    rows = tiny.last_json(result.stdout)["rows"]
+    assert [row["workers"] for row in rows] == ["0", "learners=1,environments=2"]
+    assert [row["killed"][0].split("-")[0] for row in rows[1:]] == ["environment"]
+    assert [row["killed"][1].split("-")[0] for row in rows[1:]] == ["learner"]
+    assert len({row["params_sha256"] for row in rows}) == 1
+
+
+@pytest.mark.parametrize("workers", ["", "x", "1,1", "0,,1", "learners=1/environments=1,learners=1/environments=1"])
+def test_counts_that_make_no_sense_are_refused(workers):
+    from metadist.core.errors import ConfigError
+    from metadist.verify import counts
+
+    with pytest.raises(ConfigError, match="--workers .* expected different numbers of workers"):
+        counts(workers)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_kill_at_every_meta_step(cluster, tmp_path):

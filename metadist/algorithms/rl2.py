@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from metadist.core.parameters import Parameters
+from metadist.core.policy import Policy, Seen
+from metadist.core.state import Records
+from metadist.core.trial import VALID, Trials, advantages, rollout
+from metadist.core.trial_algorithm import EPISODES_SHOWN, PolicySearch, Settings, Sums, Theta, TrialContext
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some steps [B, W] of trials: what the policy says of them now, and what is known of them."""
+
+    head: Tensor
+    value: Tensor
+    action: Tensor
+    log_probability: Tensor
+    old_value: Tensor
+    advantage: Tensor
+    target: Tensor
+    valid: Tensor
+
+    def total(self, x: Tensor) -> Tensor:
+        """Σ over valid steps."""
+        return torch.where(self.valid, x, torch.zeros_like(x)).sum()
+
+
+@dataclass(frozen=True)
+class RL2(PolicySearch):
+    """RL²: a recurrent policy whose memory outlives episodes learns to explore (Duan et al. 2016).
+
+    By PPO (Schulman et al. 2017), with which others have reproduced the paper's tables, or by the paper's own TRPO. Advantages
+    run across episode ends and are cut at a trial's end. ``reward_scale`` scales rewards in the loss only: the policy is shown
+    raw ones. ``value`` weighs the value's error, ``value_clip`` bounds the change of the value as ``clip`` does the ratio's.
+    With ``optimizer: trpo`` the value is fitted after the step, by ``epochs`` × ``minibatches`` updates of what the actions don't
+    depend on. ``bptt``: gradients reach back so many steps, through a memory that is carried on.
+    """
+
+    entropy: float = 0.01
+    value: float = 0.5
+    value_clip: float | None = None
+    reward_scale: float = 1.0
+    bptt: int | None = None
+
+    fits_value: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._within("above 0", lambda v: v > 0, "reward_scale", "value_clip")
+        self._within("0 or more", lambda v: v >= 0, "value")
+        self._within("1 or more", lambda v: v >= 1, "bptt")
+
+    # What shards compute ----------------------------------------------------------------------------------------------
+
+    def settings_of(self, statistics: Mapping[str, float]) -> dict[str, float]:
+        mean = statistics["advantage"]
+        return {"mean": mean, "deviation": max(statistics["advantage_squared"] - mean * mean, 0.0) ** 0.5 + 1e-8}
+
+    def rollout(self, theta: Theta, context: TrialContext) -> tuple[Records, Sums, float]:
+        environment = context.environment
+        trials = rollout(environment, context.policy(theta), context.keys)
+        estimate, valid = advantages(trials, self.discount, self.gae_lambda, self.reward_scale), trials.flag(VALID)
+        returns, target = trials.by_episode(environment.episodes), estimate + trials.value
+        sums = {"advantage": _sum(estimate, valid), "advantage_squared": _sum(estimate.double().square(), valid), "return": returns.sum()}
+        episode = trials.episode()
+        sums |= _moments(target, trials.value, valid, "")
+        for number in [n for n in EPISODES_SHOWN if n < environment.episodes] + [environment.episodes]:
+            sums |= _moments(target, trials.value, valid & (episode == number - 1), f"/{number}")
+            sums[f"return/{number}"] = returns[:, number - 1].sum()
+        return trials.records(), _floats(sums), float(valid.sum())
+
+    def gradient(
+        self, theta: Theta, trials: Records, settings: Settings, context: TrialContext
+    ) -> tuple[dict[str, Parameters], Sums, float]:
+        policy, batch = self._leaves(theta, context), self._batch(trials, context)
+        objective = self.clipped if self.trust_region is None else self.unclipped
+        total, sums = theta["model"].zeros(), dict[str, Tensor]()
+        for window in self.windows(policy, batch, settings):
+            losses = objective(policy, window)
+            total = total + _gradient(losses.pop("objective"), policy, unused=self.trust_region is not None)
+            sums = {n: sums.get(n, 0.0) + term.detach() for n, term in losses.items()}
+        return {"model": total}, _floats(sums), float(batch.flag(VALID).sum())
+
+    def value_gradient(
+        self, theta: Theta, trials: Records, settings: Settings, context: TrialContext
+    ) -> tuple[dict[str, Parameters], Sums, float]:
+        policy, batch = self._leaves(theta, context), self._batch(trials, context)
+        total, error = theta["model"].zeros(), 0.0
+        for window in self.windows(policy, batch, settings):
+            loss = self.value_loss(window)
+            total, error = total + _gradient(loss, policy, unused=True), error + float(loss.detach())
+        total = total.replace({n: torch.zeros_like(total[n]) for n in _acting(policy, batch)})
+        return {"model": total}, {"value_loss": error}, float(batch.flag(VALID).sum())
+
+    def fisher(self, theta: Theta, trials: Records, direction: Parameters, context: TrialContext) -> tuple[Parameters, float]:
+        policy, batch = self._leaves(theta, context), self._batch(trials, context)
+        product = theta["model"].zeros()
+        # Backward twice, which cuDNN's recurrent kernels don't know; nor does CPU's LSTM know the forward derivative.
+        with torch.backends.cudnn.flags(enabled=False):
+            for window in self.windows(policy, batch, {}):
+                kl = window.total(policy.distribution.divergence(window.head.detach(), window.head))
+                slope = _gradient(kl, policy, unused=True, twice=True)
+                along = torch.stack([(slope[n] * v).sum() for n, v in direction.items()]).sum()
+                product = product + _gradient(along, policy, unused=True)
+        return product, float(batch.flag(VALID).sum())
+
+    @torch.no_grad()
+    def surrogate(self, theta: Theta, trials: Records, step: Parameters, settings: Settings, context: TrialContext) -> tuple[Sums, float]:
+        batch = self._batch(trials, context)
+        before, after = (context.policy(theta, p) for p in (theta["model"], theta["model"] + step))
+        sums: dict[str, Tensor] = {}
+        for old, new in zip(self.windows(before, batch, settings), self.windows(after, batch, settings)):
+            gain = self.unclipped(before, old)["objective"] - self.unclipped(after, new)["objective"]
+            terms = {"improvement": gain, "kl": new.total(before.distribution.divergence(old.head, new.head))}
+            sums = {n: sums.get(n, 0.0) + term for n, term in terms.items()}
+        return _floats(sums), float(batch.flag(VALID).sum())
+
+    # The mathematics --------------------------------------------------------------------------------------------------
+
+    def windows(self, policy: Policy, batch: Trials, settings: Settings) -> Iterator[Window]:
+        """The trials under ``policy``, ``bptt`` steps at a time; advantages are normalised by ``settings``."""
+        estimate = advantages(batch, self.discount, self.gae_lambda, self.reward_scale)
+        advantage = (estimate - settings.get("mean", 0.0)) / settings.get("deviation", 1.0)
+        columns = (batch.action, batch.log_probability, batch.value, advantage, estimate + batch.value, batch.flag(VALID))
+        features = policy.features(batch.observation, batch.seen(policy))
+        memory, length = policy.start(len(features), features.device), features.shape[1]
+        width = self.bptt or length
+        for start in range(0, length, width):
+            part = slice(start, start + width)
+            head, value, memory = policy(features[:, part], memory.detach())
+            yield Window(head, value, *(column[:, part] for column in columns))
+
+    def clipped(self, policy: Policy, window: Window) -> dict[str, Tensor]:
+        """Sums over valid steps: ``objective`` (to be minimised; Schulman et al. 2017, eq. 9) and what it is made of."""
+        difference, ratio = self.ratio(policy, window)
+        near = ratio.clamp(1 - self.clip, 1 + self.clip)
+        policy_loss = -window.total(torch.minimum(ratio * window.advantage, near * window.advantage))
+        value_loss, entropy = self.value_loss(window), window.total(policy.distribution.entropy(window.head))
+        return {
+            "objective": policy_loss + self.value * value_loss - self.entropy * entropy, "policy_loss": policy_loss,
+            "value_loss": value_loss, "entropy": entropy, "kl": _k3(window, difference, ratio),
+            "clip_fraction": window.total(((ratio - 1).abs() > self.clip).to(ratio.dtype)),
+        }  # fmt: skip
+
+    def unclipped(self, policy: Policy, window: Window) -> dict[str, Tensor]:
+        """As ``clipped``, of the policy alone and without bounds (Schulman et al. 2015, eq. 14)."""
+        difference, ratio = self.ratio(policy, window)
+        policy_loss, entropy = -window.total(ratio * window.advantage), window.total(policy.distribution.entropy(window.head))
+        objective = policy_loss - self.entropy * entropy
+        return {"objective": objective, "policy_loss": policy_loss, "entropy": entropy, "kl": _k3(window, difference, ratio)}
+
+    def ratio(self, policy: Policy, window: Window) -> tuple[Tensor, Tensor]:
+        """log π / π_old and π / π_old [B, W]; 0 and 1 where steps are padding."""
+        difference = policy.distribution.log_probability(window.head, window.action) - window.log_probability
+        difference = torch.where(window.valid, difference, torch.zeros_like(difference))
+        return difference, difference.exp()
+
+    def value_loss(self, window: Window) -> Tensor:
+        error = (window.value - window.target).square()
+        if self.value_clip is not None:
+            near = window.old_value + (window.value - window.old_value).clamp(-self.value_clip, self.value_clip)
+            error = torch.maximum(error, (near - window.target).square())
+        return 0.5 * window.total(error)
+
+    def evaluate(self, theta: Theta, context: TrialContext, inner_steps: int | None) -> dict[str, Tensor]:
+        environment = context.environment
+        tasks, policy = environment.sample(context.keys), context.policy(theta)
+        return {
+            name: rollout(environment, policy, context.keys, greedy=name == "greedy", tasks=tasks).by_episode(environment.episodes)
+            for name in ("greedy", "sampled")
+        }
+
+    def _leaves(self, theta: Theta, context: TrialContext) -> Policy:
+        return context.policy(theta, theta["model"].map(lambda t: t.detach().requires_grad_()))
+
+    def _batch(self, trials: Records, context: TrialContext) -> Trials:
+        return Trials.of(trials).to(context.keys.tasks.device)
+
+
+def _gradient(loss: Tensor, policy: Policy, *, unused: bool = False, twice: bool = False) -> Parameters:
+    """∂ loss / ∂ parameters; ``unused``: zero where it doesn't depend on them, which is an error otherwise."""
+    leaves = list(policy.parameters.values())
+    found = torch.autograd.grad(loss, leaves, create_graph=twice, allow_unused=unused)
+    return Parameters({n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(policy.parameters.items(), found)})
+
+
+def _acting(policy: Policy, batch: Trials) -> list[str]:
+    """The parameters that actions depend on, by a step of one trial."""
+    device = batch.observation.device
+    seen = Seen.nothing(1, policy.actions.size, device)
+    head, _, _ = policy.step(batch.observation[:1, 0], seen, policy.start(1, device))
+    found = torch.autograd.grad(head.sum(), list(policy.parameters.values()), allow_unused=True)
+    return [n for n, g in zip(policy.parameters, found) if g is not None]
+
+
+def _k3(window: Window, difference: Tensor, ratio: Tensor) -> Tensor:
+    """Σ KL(π_old ‖ π), estimated on π_old's own actions without bias and never negative (Schulman 2020, "Approximating KL divergence")."""
+    return window.total(ratio - 1 - difference)
+
+
+def _floats(sums: Mapping[str, Tensor]) -> Sums:
+    """In float64, by one transfer from the device."""
+    return dict(zip(sums, torch.stack([t.double() for t in sums.values()]).tolist()))
+
+
+def _sum(values: Tensor, where: Tensor) -> Tensor:
+    return torch.where(where, values.double(), 0.0).sum()
+
+
+def _moments(target: Tensor, value: Tensor, where: Tensor, name: str) -> dict[str, Tensor]:
+    """What explained variance is made of, summed over ``where``."""
+    error = target.double() - value.double()
+    return {
+        f"target{name}": _sum(target, where), f"target_squared{name}": _sum(target.double().square(), where),
+        f"error{name}": _sum(error, where), f"error_squared{name}": _sum(error.square(), where),
+        f"target_count{name}": where.sum(),
+    }  # fmt: skip

@@ -1,0 +1,69 @@
+"""A policy beside known methods, and those among themselves, on the same trials."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metadist import config as configuration
+from metadist.core.errors import ConfigError, nearest, one_of
+from metadist.core.meta_environment import MetaEnvironment
+from metadist.core.random import TaskKey
+from metadist.oracles import compare, methods, play, possible, score
+from metadist.runtime.evaluation import TrialEvaluation
+
+#: trials at a time
+BATCH = 2000
+
+
+def oracles(name: str, overrides: Sequence[str], chosen: Sequence[str], *, trials: int, split: str, seed: int) -> dict[str, Any]:
+    """What ``chosen`` methods (or ``all``) get in the environment called ``name``, or in that of a config of this name."""
+    from metadist.envs import ENVIRONMENTS
+
+    document: dict[str, Any]
+    if name in ENVIRONMENTS:
+        document = {"environment": {"name": name}}
+        overrides = [f"environment.{o}" for o in overrides]
+    elif name in configuration.shipped_configs() or os.path.exists(name):
+        document = configuration.read_document(name)
+    else:
+        known = sorted([*ENVIRONMENTS, *configuration.shipped_configs()])
+        raise ConfigError(f"oracle: '{name}' is neither an environment ({', '.join(sorted(ENVIRONMENTS))}) nor a config{nearest(name, known)}")
+    environment = configuration.environment(configuration.override(document, overrides))
+    rows = compare(environment, None if "all" in chosen else list(chosen), trials=trials, seed=seed, split=split)
+    about = {"environment": type(environment).__name__, "trials": trials, "split": split, "seed": seed}
+    return {**about, "protocol": environment.protocol(split), "rows": [dataclasses.asdict(row) for row in rows]}
+
+
+def paired(judged: TrialEvaluation, environment: MetaEnvironment, chosen: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
+    """The policy and ``chosen`` methods (or ``all``): mean return a trial with its standard error, percent of (oracle − random),
+    and by how much the policy is ahead, trial by trial. The oracle is the first method that the environment allows."""
+    allowed = possible(environment)
+    for name in chosen:
+        one_of("--beside", name, [*methods(environment), "all"])
+    names = allowed if "all" in chosen else list(chosen)
+    totals = {name: _totals(environment, name, judged, seed) for name in dict.fromkeys([allowed[0], *names, "random"])}
+    best, worst = float(totals[allowed[0]].mean()), float(totals["random"].mean())
+    ours = judged.trials[judged.policy]
+    played = {**{f"this policy, {policy}": returns for policy, returns in judged.trials.items()}, **totals}
+    return [_row(name, returns, ours, best, worst) for name, returns in played.items()]
+
+
+def _totals(environment: MetaEnvironment, method: str, judged: TrialEvaluation, seed: int) -> Tensor:
+    starts = range(0, judged.tasks, BATCH)
+    parts = [TaskKey.of(seed, judged.split, 0, range(start, min(start + BATCH, judged.tasks))) for start in starts]
+    return torch.cat([play(environment, method, keys).sum(1) for keys in parts])
+
+
+def _row(name: str, returns: Tensor, ours: Tensor, best: float, worst: float) -> dict[str, Any]:
+    ahead, root, mean = ours - returns, math.sqrt(len(returns)), float(returns.mean())
+    return {
+        "name": name, "mean": mean, "error": float(returns.std()) / root, "percent": score(mean, best, worst),
+        "difference": float(ahead.mean()), "difference_error": float(ahead.std()) / root,
+    }  # fmt: skip
