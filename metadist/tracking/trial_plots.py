@@ -1,0 +1,81 @@
+"""The figures of a run in a meta-environment, as PNG files: returns by episode, regret, and single trials to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metadist.tracking.plots import BLUE, GREEN, GREY, ORANGE, RED, _array, _figure, _integers
+
+_COLOURS = (BLUE, ORANGE, GREEN, RED, "#7c3aed", "#0e7490", "#a16207", GREY)
+
+
+def returns_by_episode(path: str | Path, curves: Mapping[str, tuple[Any, Any | None]], metric: str, split: str) -> Path:
+    """Label → (mean return in episode 1, 2, …, 95 % CI or None). The policy's own curve comes first."""
+    with _figure(path, 6.4, 4.2) as figure:
+        axes = figure.add_subplot()
+        for place, (label, (mean, ci)) in enumerate(curves.items()):
+            mean, colour = _array(mean), _COLOURS[place % len(_COLOURS)]
+            episodes = np.arange(1, len(mean) + 1)
+            axes.plot(episodes, mean, color=colour, marker="o" if len(mean) <= 20 else "", markersize=4, label=label, alpha=1 if not place else 0.8)
+            if ci is not None:
+                axes.fill_between(episodes, mean - _array(ci), mean + _array(ci), color=colour, alpha=0.2, linewidth=0)
+        axes.set(xlabel="episode of a trial", ylabel=metric, title=f"Adaptation within a trial, {split} split")
+        axes.xaxis.set_major_locator(_integers())
+        axes.legend(fontsize=8.5)
+    return Path(path)
+
+
+def regret(path: str | Path, curves: Mapping[str, Any], oracle: str) -> Path:
+    """Label → regret in episode 1, 2, … against ``oracle``; drawn summed up."""
+    with _figure(path, 6.4, 4.2) as figure:
+        axes = figure.add_subplot()
+        for place, (label, per_episode) in enumerate(curves.items()):
+            total = np.cumsum(_array(per_episode))
+            axes.plot(np.arange(1, len(total) + 1), total, color=_COLOURS[place % len(_COLOURS)], label=label, alpha=1 if not place else 0.8)
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        axes.set(xlabel="episode of a trial", ylabel=f"regret against {oracle}, summed up", title="Regret in the same trials")
+        axes.xaxis.set_major_locator(_integers())
+        axes.legend(fontsize=8.5)
+    return Path(path)
+
+
+def grid_trials(path: str | Path, size: int, goal: tuple[int, int], trials: Mapping[str, Sequence[Sequence[tuple[int, int]]]]) -> Path:
+    """Label → the cells (x, y) of every episode of a trial: a row of grids each, the goal marked."""
+    columns = max(len(episodes) for episodes in trials.values())
+    with _figure(path, 2.3 * columns, 2.5 * len(trials) + 0.4) as figure:
+        grid = figure.subplots(len(trials), columns, squeeze=False)
+        for row, (label, episodes) in zip(grid, trials.items()):
+            for number, (axes, cells) in enumerate(zip(row, episodes), 1):
+                axes.add_patch(_square(goal, GREEN))
+                x, y = np.asarray(cells, float).T
+                shift = np.linspace(-0.18, 0.18, len(x))  # so that steps over the same cells stay apart
+                axes.plot(x + shift, y + shift, color=BLUE, marker=".", linewidth=1.2)
+                axes.plot(x[0] + shift[0], y[0] + shift[0], color=ORANGE, marker="s", markersize=7)
+                axes.set(xlim=(-0.5, size - 0.5), ylim=(-0.5, size - 0.5), xticks=np.arange(size) - 0.5, yticks=np.arange(size) - 0.5, aspect="equal")
+                axes.tick_params(labelbottom=False, labelleft=False, length=0)
+                axes.set_title(f"{label}: episode {number}" if number == 1 else f"episode {number}", fontsize=9)
+    return Path(path)
+
+
+def planar_trials(path: str | Path, goals: Sequence[tuple[float, float]], trials: Sequence[Sequence[Any]]) -> Path:
+    """Trials side by side: the goal and the positions [steps, 2] of every episode."""
+    with _figure(path, 3.1 * len(trials), 3.4) as figure:
+        row = figure.subplots(1, len(trials), squeeze=False)[0]
+        for axes, goal, episodes in zip(row, goals, trials):
+            for number, positions in enumerate(episodes):
+                x, y = _array(positions[:, 0]), _array(positions[:, 1])
+                axes.plot(x, y, color=_COLOURS[number % len(_COLOURS)], marker=".", markersize=3, linewidth=1.1, label=f"episode {number + 1}")
+            axes.plot(*goal, color=GREEN, marker="*", markersize=15, linestyle="", label="goal (hidden)")
+            axes.set_aspect("equal")
+        row[0].legend(fontsize=8)
+    return Path(path)
+
+
+def _square(cell: tuple[int, int], colour: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((cell[0] - 0.5, cell[1] - 0.5), 1, 1, color=colour, alpha=0.35, linewidth=0)
