@@ -1,4 +1,5 @@
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ def _lacking(item):
         return "needs a CUDA GPU"
     if item.get_closest_marker("data") and not os.path.isdir(os.environ.get("METADIST_DATA", "")):
         return "needs real data: METADIST_DATA is not set to a folder"
+    given = getattr(item, "callspec", None)
+    if given and any(str(v).startswith("metaworld_") for v in given.params.values()) and find_spec("metaworld") is None:
+        return "needs the extra metaworld"
     return None
 
 

@@ -99,7 +99,7 @@ class MAMLRL(PolicySearch):
         baseline = linear_baseline(observation, target, valid).flatten(0, 1)[:, : trials.reward.shape[1]]
         advantage = apart(advantages(replace(trials, value=baseline), self.discount, self.gae_lambda, 1.0))
         if self.normalize:
-            count, dims = valid.sum((1, 2), keepdim=True), (1, 2)
+            count, dims = valid.sum((1, 2), keepdim=True).clamp(min=1), (1, 2)
             mean = advantage.sum(dims, keepdim=True) / count
             centred = torch.where(valid, advantage - mean, torch.zeros_like(advantage))
             advantage = centred / ((centred.square().sum(dims, keepdim=True) / count).sqrt() + 1e-8)
@@ -228,7 +228,7 @@ def _stage(data: Data, stage: int) -> Data:
 def _mean(values: Tensor, data: Data) -> Tensor:
     """Over valid steps."""
     valid = data["valid"]
-    return torch.where(valid, values, torch.zeros_like(values)).sum() / valid.sum()
+    return torch.where(valid, values, torch.zeros_like(values)).sum() / valid.sum().clamp(min=1)
 
 
 def _data(trials: Records, context: TrialContext) -> Data:

@@ -74,6 +74,7 @@ class RL2(PolicySearch):
         for number in [n for n in EPISODES_SHOWN if n < environment.episodes] + [environment.episodes]:
             sums |= _moments(target, trials.value, valid & (episode == number - 1), f"/{number}")
             sums[f"return/{number}"] = returns[:, number - 1].sum()
+        sums["left_out"] = (~trials.counted()).sum()
         return trials.records(), _floats(sums), float(valid.sum())
 
     def gradient(
@@ -172,10 +173,13 @@ class RL2(PolicySearch):
     def evaluate(self, theta: Theta, context: TrialContext, inner_steps: int | None) -> dict[str, Tensor]:
         environment = context.environment
         tasks, policy = environment.sample(context.keys), context.policy(theta)
-        return {
-            name: rollout(environment, policy, context.keys, greedy=name == "greedy", tasks=tasks).by_episode(environment.episodes)
-            for name in ("greedy", "sampled")
-        }
+        returns = {}
+        for name in ("greedy", "sampled"):
+            trials = rollout(environment, policy, context.keys, greedy=name == "greedy", tasks=tasks)
+            returns[name] = trials.by_episode(environment.episodes).masked_fill(~trials.counted().unsqueeze(1), torch.nan)
+            for measure in trials.measured:
+                returns[f"{measure}/{name}"] = trials.highest(measure, environment.episodes)
+        return returns
 
     def _leaves(self, theta: Theta, context: TrialContext) -> Policy:
         return context.policy(theta, theta["model"].map(lambda t: t.detach().requires_grad_()))

@@ -74,7 +74,9 @@ class MetaStep:
     def minibatch_rounds(self, function: str, epochs: int, minibatches: int, kl_limit: float | None = None) -> Generator[Round, None, None]:
         """An update for every minibatch, until its mean KL divergence passes ``kl_limit``."""
         for number, shards in enumerate(self._minibatches(epochs, minibatches)):
-            total = yield from self.ask(function, shards, self.descend)
+            total = yield from self.ask(function, shards, lambda total: self.descend(total) if total.weight else self.state)
+            if not total.weight:  # every trial of these shards was left out
+                continue
             self.describe(total)
             kl = total.metrics.get("kl", 0.0) / total.weight
             if number == 0 and "kl" in total.metrics:

@@ -75,6 +75,10 @@ class Trials:
         returns = torch.zeros(len(reward), episodes, dtype=torch.float64, device=reward.device)
         return returns.scatter_add_(1, self.episode().clamp(max=episodes - 1), reward)
 
+    def counted(self) -> Tensor:
+        """Which trials weren't left out: bool [B]."""
+        return self.flag(VALID).any(1)
+
     def highest(self, name: str, episodes: int) -> Tensor:
         """The highest value that was measured in every episode, NaN where there was none: float64 [B, episodes]."""
         seen = torch.where(self.flag(VALID), self.measured[name], torch.nan).double().nan_to_num(-torch.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -58,6 +58,10 @@ class TrialAlgorithm:
     def trust_region(self) -> TrustRegion | None:
         """The bounds of a meta-step's only policy update, or None for updates by minibatches."""
         return None
+
+    def at(self, meta_step: int) -> TrialAlgorithm:
+        """The algorithm as it is at ``meta_step``, where settings of it change on the way."""
+        return self
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         """Slots beyond ``model``: name → (slot, initial values)."""
@@ -115,13 +119,15 @@ class PolicySearch(TrialAlgorithm):
 
     ``discount`` and ``gae_lambda`` are γ and λ. ``optimizer: ppo`` makes ``epochs`` × ``minibatches`` updates of a clipped
     objective by the outer optimiser, fewer where the mean KL divergence of one passes ``kl_limit``. ``trpo`` makes one step
-    within a mean KL divergence of ``kl`` (``cg_steps``, ``damping``, ``backtracks``: core/trust_region.py); ``entropy`` weighs the
-    entropy bonus in both.
+    within a mean KL divergence of ``kl`` (``cg_steps``, ``damping``, ``backtracks``: core/trust_region.py). ``entropy`` weighs the
+    entropy bonus in both; with ``entropy_steps`` it falls on a line to ``final_entropy`` at that meta-step, and stays there.
     """
 
     discount: float = 0.99
     gae_lambda: float = 0.95
     entropy: float = 0.0
+    final_entropy: float = 0.0
+    entropy_steps: int | None = None
     optimizer: Literal["ppo", "trpo"] = "ppo"
     clip: float = 0.2
     epochs: int = 4
@@ -136,8 +142,8 @@ class PolicySearch(TrialAlgorithm):
         one_of("algorithm.optimizer", self.optimizer, ("ppo", "trpo"))
         self._within("[0, 1]", lambda v: 0 <= v <= 1, "discount", "gae_lambda")
         self._within("above 0", lambda v: v > 0, "clip", "kl", "kl_limit")
-        self._within("0 or more", lambda v: v >= 0, "entropy", "damping")
-        self._within("1 or more", lambda v: v >= 1, "epochs", "minibatches", "cg_steps", "backtracks")
+        self._within("0 or more", lambda v: v >= 0, "entropy", "final_entropy", "damping")
+        self._within("1 or more", lambda v: v >= 1, "epochs", "minibatches", "cg_steps", "backtracks", "entropy_steps")
         if self.optimizer == "trpo" and self.kl_limit is not None:
             raise ConfigError(f"algorithm.kl_limit: {self.kl_limit} goes with optimizer: ppo; the bound of trpo's step is algorithm.kl")
 
@@ -146,6 +152,12 @@ class PolicySearch(TrialAlgorithm):
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise ConfigError(f"algorithm.{name}: {value}; expected {expected}")
+
+    def at(self, meta_step: int) -> PolicySearch:
+        if self.entropy_steps is None:
+            return self
+        left = max(0.0, 1 - meta_step / self.entropy_steps)
+        return replace(self, entropy=self.final_entropy + left * (self.entropy - self.final_entropy))
 
     @property
     def trust_region(self) -> TrustRegion | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metadist.core.base_learner import BaseLearner
 from metadist.core.engine import Engine
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.executor import Result, Round, Shard, WithOutput
 from metadist.core.meta_environment import MetaEnvironment
 from metadist.core.meta_step import UPDATES, MetaStep
@@ -81,6 +81,8 @@ class TrialLearner(BaseLearner):
         statistics: dict[str, float] = {}
 
         def collected(state: State, total: Contribution) -> State:
+            if not total.weight:
+                raise WorkerError(f"meta-step {meta_step}: every trial was left out (environment.on_error: skip)")
             statistics.update({n: v / total.weight for n, v in total.metrics.items()}, steps=total.weight, trials=total.tasks)
             return state
 
@@ -88,6 +90,8 @@ class TrialLearner(BaseLearner):
         algorithm, settings = self.algorithm, self.algorithm.settings_of(statistics)
         step = MetaStep(meta_step, seed, rolled, settings, state, self.slots, self.outer, report)
         report.update(self._described(statistics), steps=statistics["steps"])
+        if left_out := statistics.get("left_out"):
+            report["left_out"] = left_out * statistics["steps"]
         if algorithm.trust_region is None:
             yield from step.minibatch_rounds("gradient", algorithm.epochs, algorithm.minibatches, algorithm.kl_limit)
         else:
@@ -128,7 +132,7 @@ class TrialLearner(BaseLearner):
         settings = dict(shard.settings)
         if shard.function == "rollout":
             trials, sums, weight = self.algorithm.rollout(named, context)
-            return WithOutput(Contribution({}, weight, shard.count, sums), trials)
+            return WithOutput(Contribution({}, weight, shard.count - int(sums.get("left_out", 0)), sums), trials)
         if shard.function == "evaluate":
             with torch.no_grad():
                 returns = self.algorithm.evaluate(named, context, settings["inner_steps"])
@@ -137,7 +141,7 @@ class TrialLearner(BaseLearner):
 
     def _learn(self, shard: Shard, theta: Theta, trials: Records, settings: dict[str, Any], context: TrialContext) -> Contribution:
         """What a shard of a later round comes to, on the trials of the first."""
-        algorithm, sums = self.algorithm, dict[str, float]()
+        algorithm, sums = self.algorithm.at(shard.meta_step), dict[str, float]()
         slots: dict[str, Parameters] = {}
         if shard.function == "gradient":
             slots, sums, weight = algorithm.gradient(theta, trials, settings, context)
@@ -151,4 +155,4 @@ class TrialLearner(BaseLearner):
             sums = {n: v if math.isfinite(v) else FAR[n] for n, v in sums.items()}
         else:
             raise ValueError(f"unknown function '{shard.function}'; expected rollout, evaluate, surrogate or one of {self.gradients}")
-        return Contribution({n: self.slots[n].layout.flatten(g).cpu() for n, g in slots.items()}, weight, shard.count, sums)
+        return Contribution({n: self.slots[n].layout.flatten(g).cpu() for n, g in slots.items()}, weight, shard.count if weight else 0, sums)

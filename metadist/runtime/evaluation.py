@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from metadist.core.errors import WorkerError
 from metadist.core.learner import Learner, with_inner_steps
 from metadist.core.state import Records, State
 from metadist.core.trial_learner import TrialLearner
@@ -60,6 +61,8 @@ class TrialEvaluation(Evaluation):
     policy: str
     #: every trial's whole return, by how actions were chosen: float64 [tasks]
     trials: dict[str, torch.Tensor] = field(repr=False, compare=False)
+    #: means over trials of the highest value in episode 1, 2, …, n of what the environment measures (success: 1 in any step)
+    measured: dict[str, list[float]] = field(default_factory=dict)
     #: what known methods get on the same trials, where they were asked for
     beside: list[dict[str, Any]] = field(default_factory=list)
 
@@ -102,12 +105,17 @@ def evaluate(
 
 
 def summarise_trials(records: Records, learner: TrialLearner, *, seed: int, split: str) -> TrialEvaluation:
-    totals = {}
+    totals, all_rows = {}, records
+    counted = ~(records.columns["greedy"].isnan() | records.columns["sampled"].isnan()).any(1)  # left out where environments broke down
+    if not counted.any():
+        raise WorkerError(f"every one of {records.rows} {split} trials was left out (environment.on_error: skip)")
+    records = Records({n: c[counted] for n, c in records.columns.items()})
     for name in ("greedy", "sampled"):
         whole = learner.algorithm.total(records.columns[name])
         error = float(whole.std()) / math.sqrt(len(whole)) if len(whole) > 1 else math.nan
         totals[name] = {"mean": float(whole.mean()), "standard_error": error, "median": float(whole.quantile(0.5))}
     chosen = records.columns[learner.policy]
+    measured = {n.removesuffix(suffix): c.nanmean(0).tolist() for n, c in records.columns.items() if n.endswith(suffix := f"/{learner.policy}")}
     deviation = chosen.std(0) if len(chosen) > 1 else torch.full_like(chosen[0], math.nan)
     facts = {"split": split, "seed": seed, "tasks": records.rows, "policy": learner.policy, "family": type(learner.tasks).__name__}
     return TrialEvaluation(
@@ -119,8 +127,9 @@ def summarise_trials(records: Records, learner: TrialLearner, *, seed: int, spli
         median=chosen.quantile(0.5, dim=0).tolist(),
         loss=(-chosen.mean(0)).tolist(),
         divergence_rate=0.0,
-        protocol=_with_task_list({**facts, **learner.tasks.protocol(split)}, records, ("policy",)),
+        protocol=_with_task_list({**facts, **learner.tasks.protocol(split)}, all_rows, ("policy",)),
         totals=totals,
+        measured=measured,
         policy=learner.policy,
         trials={name: learner.algorithm.total(records.columns[name]) for name in ("greedy", "sampled")},
     )

@@ -258,7 +258,7 @@ def fault_of(result: Result, shard: Shard, learner: BaseLearner, reduce: bool) -
     wrong = [] if gradient else [n for n, value in result.metrics.items() if not math.isfinite(value)]
     if wrong:
         return f"'{wrong[0]}' is {result.metrics[wrong[0]]}"
-    skipped = learner.non_finite == "skip" and result.tasks == result.weight == 0
+    skipped = "skip" in (learner.non_finite, getattr(learner.tasks, "on_error", None)) and result.tasks == result.weight == 0
     if not skipped and not (0 < result.weight < math.inf and 1 <= result.tasks <= shard.count):
         return f"weight {result.weight} and {result.tasks} tasks for a shard of {shard.count}"
     return None

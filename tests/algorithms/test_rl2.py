@@ -209,3 +209,9 @@ def test_a_policy_without_memory_scores_the_memoryless_optimum():
     subject, state = trained(Reactive(hidden=(16,)), 10)
     for returns in (v.sum(1) for n, v in evaluate(subject, state, TRIALS).items() if n != "task"):
         assert abs(returns.mean() - 5.0) < 3.5 * returns.std() / math.sqrt(TRIALS)
+
+
+def test_the_entropy_bonus_falls_on_a_line():
+    algorithm = RL2(entropy=0.05, final_entropy=0.01, entropy_steps=100)
+    assert [round(algorithm.at(step).entropy, 6) for step in (0, 50, 100, 1000)] == [0.05, 0.03, 0.01, 0.01]
+    assert RL2(entropy=0.05).at(1000).entropy == 0.05
