@@ -32,13 +32,14 @@ def commands() -> list[str]:
 def shortened(command: str) -> list[str]:
     words = shlex.split(command)
     if words[1] == "train":
-        return words[:3] + SHORT + words[3:]
+        few = ["outer.meta_batch_size=8", "outer.shard_size=2"] if "rl2" in words[2] else []
+        return words[:3] + SHORT + few + words[3:]
     if words[1] == "verify":
         words = [w if w not in ("20", "0,1,2,4", "3") else {"20": "4", "0,1,2,4": "0,1", "3": "1"}[w] for w in words]
         return words[:3] + ["outer.meta_batch_size=4", "outer.shard_size=2"] + words[3:]
     if words[1] == "bench":
         return [*words, "--seconds", "0.1"]
-    if words[1] == "evaluate":
+    if words[1] in ("evaluate", "oracle"):
         return [w if not w.isdigit() or int(w) < 100 else "8" for w in words]
     return words
 

@@ -74,7 +74,7 @@ def test_list_describes_each_in_a_line(cli, what, some):
 
 
 def test_list_of_something_else(cli):
-    mistake(cli("list", "algorithm"), "'algorithm' is not one of algorithms, tasks, models, configs; did you mean 'algorithms'?")
+    mistake(cli("list", "algorithm"), "'algorithm' is not one of algorithms, tasks, environments, models, configs; did you mean 'algorithms'?")
 
 
 @pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", "x", "--wokers", "2"], ["verify"], ["ui", "--port", "x"], ["ui", "--port", "0"]])
