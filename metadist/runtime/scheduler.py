@@ -175,6 +175,7 @@ class Scheduler:
 
     def _measure(self, event: Finished) -> None:
         self.measured.seconds["compute"] += event.stats.get("seconds", 0.0)
+        self.measured.seconds[f"compute/{event.shard.function}"] += event.stats.get("seconds", 0.0)
         self.measured.counts["bytes_received"] += int(event.stats.get("bytes", 0))
         self.measured.workers[event.worker] = event.stats
 

@@ -243,7 +243,7 @@ class _Meter:
         }
         for name in ("bytes_published", "bytes_received"):
             values[f"engine/{name}_per_step"] = taken.counts[name] / steps
-        for name in ("publish", "gather", "compute", "reduce"):
+        for name in ("publish", "gather", "compute", "reduce", *sorted(n for n in taken.seconds if n.startswith("compute/"))):
             values[f"engine/seconds_per_step/{name}"] = taken.seconds[name] / steps
         for worker, stats in sorted(taken.workers.items()):
             values |= {f"sys/{worker}/{k}": stats[k] for k in ("cpu_percent", "memory_bytes", "gpu_percent", "gpu_memory_bytes") if k in stats}

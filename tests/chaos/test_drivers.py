@@ -102,6 +102,7 @@ def check_points(folder: Path):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.long
 def test_killed_drivers_lose_nothing(tmp_path, expected):
     result, moments = kill_and_resume(tmp_path, 3, "--workers", "0", TRACKED)
     assert moments == sorted(moments)

@@ -55,6 +55,7 @@ ENGINES = {
     "compiled-mixed": (Engine(compile=True, differentiation="mixed"), ("meta_sgd",)),
 }
 CASES = [(name, "eager") for name in CONFIGS] + [(name, engine) for engine, (_, names) in ENGINES.items() for name in names]
+MARKED = [pytest.param(*case, marks=pytest.mark.long) if case[1] == "compiled-mixed" else case for case in CASES]
 
 
 def engine_of(engine):
@@ -80,7 +81,7 @@ def fingerprint(engine="eager"):
     return numerics_fingerprint(torch.device("cpu"), torch.get_num_threads(), torch.float32, engine_of(engine))
 
 
-@pytest.mark.parametrize(("name", "engine"), CASES)
+@pytest.mark.parametrize(("name", "engine"), MARKED)
 def test_every_bit(name, engine):
     """The same again; and the same as ever, among like machines."""
     digest = trajectory(name, torch.float32, engine)[0].sha256()
@@ -90,7 +91,7 @@ def test_every_bit(name, engine):
         assert digest == known["sha256"][name], f"other bits than on {known['facts']}; if meant so: {__doc__}"
 
 
-@pytest.mark.parametrize(("name", "engine"), CASES)
+@pytest.mark.parametrize(("name", "engine"), MARKED)
 def test_the_same_values_on_any_machine(name, engine):
     state, losses = trajectory(name, torch.float64, engine)
     golden = json.loads(GOLDEN.read_text())["values"][name]
