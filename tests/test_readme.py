@@ -24,9 +24,17 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def commands() -> list[str]:
-    lines = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+def commands(text: str = README) -> list[str]:
+    found = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    lines = [line.removeprefix("$ ") for block in found for line in block.splitlines() if line.startswith("$ ")]
     return [line.partition("  #")[0].strip() for line in lines]
+
+
+def sections() -> dict[str, list[str]]:
+    """Heading → the commands under it that are run here."""
+    parts = re.split(r"^##+ (.*)$", README, flags=re.MULTILINE)
+    found = {title: [c for c in commands(text) if not c.startswith(ELSEWHERE)] for title, text in zip(parts[1::2], parts[2::2])}
+    return {title: listed for title, listed in found.items() if listed}
 
 
 def shortened(command: str) -> list[str]:
@@ -44,10 +52,10 @@ def shortened(command: str) -> list[str]:
     return words
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all commands, since later ones use what earlier ones made."""
-    folder = tmp_path_factory.mktemp("readme")
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """One folder for the commands of a section, since later ones use what earlier ones made."""
+    folder = tmp_path
     for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.DOTALL):
         (folder / name).write_text(text)
     for text in blocks("yaml"):
@@ -56,12 +64,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(600)
-def test_commands(home: Path) -> None:
+@pytest.mark.parametrize("section", sections())
+def test_commands(home: Path, section: str) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    ran = 0
-    for command in commands():
-        if command.startswith(ELSEWHERE):
-            continue
+    for command in sections()[section]:
         if "omniglot" in command and "METADIST_DATA" not in environment:
             continue
         words = shortened(command)
@@ -71,8 +77,6 @@ def test_commands(home: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, f"{command}\n{done.stderr}"
-        ran += 1
-    assert ran >= 4
 
 
 def test_programs(home: Path) -> None:
