@@ -204,7 +204,7 @@ def test_a_signal_while_ray_starts(tmp_path, number):
     time.sleep(0.5)
     family = children(me)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "interrupted" in err

@@ -203,6 +203,7 @@ def test_a_task_that_kills_its_worker_ends_the_run_after_three(actors, mischief,
     assert message.count("learner-") >= 3
 
 
+@pytest.mark.long
 def test_a_task_that_kills_once_is_forgiven(actors, mischief, told, expected):
     settle(actors, 2)
     told("once 1")
@@ -308,6 +309,7 @@ def test_another_fingerprint_than_the_runs_is_refused(cluster, mischief, actors)
     refused.close()
 
 
+@pytest.mark.long
 def test_groups_with_other_threads_are_refused_unless_inexact(cluster, mischief):
     groups = (WorkerGroup(gpus=0), WorkerGroup(gpus=0, threads=2))
     with pytest.raises(WorkerError, match=r"'threads': \("):
@@ -368,6 +370,7 @@ def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
 # ---- contributions in half precision
 
 
+@pytest.mark.long
 def test_rounded_contributions_train_about_as_well_and_survive_a_kill(cluster, mischief):
     learner = mischief[0]
 

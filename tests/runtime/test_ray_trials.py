@@ -306,6 +306,7 @@ def test_an_environment_that_kills_its_worker_once_is_forgiven(fleet, told, expe
     assert scheduler.retried["lost"] >= 1
 
 
+@pytest.mark.long
 def test_an_environment_that_never_ends_loses_its_worker(apart, told, expected):
     actors, learner = apart
     settle(actors, 3)
