@@ -50,8 +50,10 @@ def paired(judged: TrialEvaluation, environment: MetaEnvironment, chosen: Sequen
     names = allowed if "all" in chosen else list(chosen)
     totals = {name: _totals(environment, name, judged, seed) for name in dict.fromkeys([allowed[0], *names, "random"])}
     best, worst = float(totals[allowed[0]].mean()), float(totals["random"].mean())
-    ours = judged.trials[judged.policy]
-    played = {**{f"this policy, {policy}": returns for policy, returns in judged.trials.items()}, **totals}
+    if judged.by_gradient_steps:
+        raise ConfigError("--beside: this policy is judged after gradient steps, known methods by the episodes of a trial; there is nothing to pair")
+    ours = judged.trials[judged.policy].sum(1)
+    played = {**{f"this policy, {policy}": returns.sum(1) for policy, returns in judged.trials.items()}, **totals}
     return [_row(name, returns, ours, best, worst) for name, returns in played.items()]
 
 

@@ -124,16 +124,18 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
 def _show_trials(evaluation: TrialEvaluation) -> None:
     """Returns by episode, which is what adaptation looks like; then those of whole trials."""
     table = Table(title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} trials, {evaluation.policy}", title_justify="left")
-    for heading in ("episode", "mean", "95 % CI", "median"):
+    first = 0 if evaluation.by_gradient_steps else 1
+    for heading in ("episode" if first else "gradient steps", "mean", "95 % CI", "median"):
         table.add_column(heading, justify="right")
     last = len(evaluation.mean)
     for episode in range(1, last + 1):
         if last <= 10 or episode in EPISODES_SHOWN or episode == last:
             k = episode - 1
-            table.add_row(str(episode), f"{evaluation.mean[k]:.4f}", f"± {evaluation.ci95[k]:.4f}", f"{evaluation.median[k]:.4f}")
+            table.add_row(str(k + first), f"{evaluation.mean[k]:.4f}", f"± {evaluation.ci95[k]:.4f}", f"{evaluation.median[k]:.4f}")
     Console(file=sys.stdout, width=100, highlight=False).print(table)
+    what = "trial" if first else "adapted"
     for policy, total in evaluation.totals.items():
-        print(f"trial, {policy:<8} {total['mean']:.4f} ± {total['standard_error']:.4f} (standard error)")
+        print(f"{what}, {policy:<8} {total['mean']:.4f} ± {total['standard_error']:.4f} (standard error)")
     print("protocol        " + ", ".join(f"{k}={v}" for k, v in evaluation.protocol.items() if v is not None))
     if evaluation.beside:
         _show_methods(f"the same {evaluation.tasks} trials", evaluation.beside, "policy is ahead by")

@@ -29,15 +29,16 @@ def draw_trials(result: Result, learner: TrialLearner, folder: Path) -> list[Pat
     drawn = []
     for judged in result.evaluations:
         assert isinstance(judged, TrialEvaluation)
-        rows = _known(learner, result.experiment.seed, judged.split)
+        rows = _known(learner, result.experiment.seed, judged.split, max(2, min(TRIALS, judged.tasks)))
         ours = {f"this policy, {judged.policy}": (judged.mean, judged.ci95)}
         drawn.append(folder / f"returns_{judged.split}.png")
-        plots.returns_by_episode(drawn[-1], {**ours, **{r.name: (r.by_episode, None) for r in rows}}, judged.metric, judged.split)
+        curves = {**ours, **{r.name: (r.by_episode, None) for r in rows}}
+        plots.returns_by_episode(drawn[-1], curves, judged.metric, judged.split, first=0 if judged.by_gradient_steps else 1)
         if rows:
             drawn.append(folder / f"regret_{judged.split}.png")
-            best = torch.tensor(rows[0].by_episode)
-            curves = {f"this policy, {judged.policy}": torch.tensor(judged.mean), **{r.name: torch.tensor(r.by_episode) for r in rows[1:]}}
-            plots.regret(drawn[-1], {name: best - curve for name, curve in curves.items()}, rows[0].name)
+            best, same = torch.tensor(rows[0].by_episode), judged.trials[judged.policy][:TRIALS].mean(0)  # of the trials that they were played in
+            regrets = {f"this policy, {judged.policy}": same, **{r.name: torch.tensor(r.by_episode) for r in rows[1:]}}
+            plots.regret(drawn[-1], {name: best - curve for name, curve in regrets.items()}, rows[0].name)
     if isinstance(learner.tasks, Gridworld):
         drawn.append(folder / "trial.png")
         _grid(result, learner, learner.tasks, drawn[-1])
@@ -47,15 +48,15 @@ def draw_trials(result: Result, learner: TrialLearner, folder: Path) -> list[Pat
     return drawn
 
 
-def _known(learner: TrialLearner, seed: int, split: str) -> list[Row]:
+def _known(learner: TrialLearner, seed: int, split: str, trials: int) -> list[Row]:
     """The oracle first; nothing where there are no known methods, or where the policy's curve is no curve over a trial's episodes."""
-    if learner.algorithm.episodes(learner.tasks) != learner.tasks.episodes:
+    if learner.algorithm.by_gradient_steps:
         return []
     try:
         names = [name for name in possible(learner.tasks) if name not in SLOW]
     except ConfigError:
         return []
-    return compare(learner.tasks, names, trials=TRIALS, seed=seed, split=split)
+    return compare(learner.tasks, names, trials=trials, seed=seed, split=split)
 
 
 def _played(result: Result, learner: TrialLearner, state: State, count: int) -> Trials:

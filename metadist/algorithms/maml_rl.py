@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,8 @@ class MAMLRL(PolicySearch):
     rollouts_per_task: int = 20
     kl_penalty: float = 5e-4
     normalize: bool = True
+
+    by_gradient_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

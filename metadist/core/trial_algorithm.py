@@ -49,6 +49,8 @@ class TrialAlgorithm:
 
     #: whether the policy's own value is fitted to the trials after a step within a trust region
     fits_value: ClassVar[bool] = False
+    #: what a trial's returns are counted by: its episodes from 1, or gradient steps from 0
+    by_gradient_steps: ClassVar[bool] = False
 
     epochs: int
     minibatches: int

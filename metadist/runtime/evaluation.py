@@ -54,12 +54,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrialEvaluation(Evaluation):
-    """Of a meta-environment: ``mean``, ``ci95`` and ``median`` are those of the return in episode 1, 2, …, n of a trial;
+    """Of a meta-environment: ``mean``, ``ci95`` and ``median`` are those of the return in episode 1, 2, …, n of a trial (or after 0,
+    1, …, k gradient steps);
     ``totals`` those of a trial's whole return, by how actions were chosen (greedy, sampled), with the standard error."""
 
     totals: dict[str, dict[str, float]]
     policy: str
-    #: every trial's whole return, by how actions were chosen: float64 [tasks]
+    by_gradient_steps: bool
+    #: every trial's return by episode, by how actions were chosen: float64 [tasks, episodes]
     trials: dict[str, torch.Tensor] = field(repr=False, compare=False)
     #: means over trials of the highest value in episode 1, 2, …, n of what the environment measures (success: 1 in any step)
     measured: dict[str, list[float]] = field(default_factory=dict)
@@ -131,7 +133,8 @@ def summarise_trials(records: Records, learner: TrialLearner, *, seed: int, spli
         totals=totals,
         measured=measured,
         policy=learner.policy,
-        trials={name: learner.algorithm.total(records.columns[name]) for name in ("greedy", "sampled")},
+        by_gradient_steps=learner.algorithm.by_gradient_steps,
+        trials={name: records.columns[name] for name in ("greedy", "sampled")},
     )
 
 

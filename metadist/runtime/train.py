@@ -170,7 +170,8 @@ def evaluation_metrics(judged: Evaluation) -> dict[str, float]:
     prefix = f"eval/{judged.split}/{judged.metric}"
     last = len(judged.mean) - 1
     if isinstance(judged, TrialEvaluation):
-        values = {f"{prefix}/episode_{k + 1}": judged.mean[k] for k in range(last + 1) if k + 1 in EPISODES_SHOWN or k == last}
+        name = "step_{}" if judged.by_gradient_steps else "episode_{}"
+        values = {f"{prefix}/{name.format(k + (not judged.by_gradient_steps))}": judged.mean[k] for k in range(last + 1) if k + 1 in EPISODES_SHOWN or k == last}
         values |= {f"{prefix}/{policy}": total["mean"] for policy, total in judged.totals.items()}
         return values | {prefix: judged.score, f"{prefix}/ci95": judged.score_ci95, f"{prefix}/median": judged.score_median}
     values = {f"{prefix}/step_{k}": judged.mean[k] for k in range(last + 1) if k in (0, 1, 2, 3, 5, 10, 20, 50) or k == last}

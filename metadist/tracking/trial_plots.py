@@ -10,20 +10,28 @@ import numpy as np
 
 from metadist.tracking.plots import BLUE, GREEN, GREY, ORANGE, RED, _array, _figure, _integers
 
-_COLOURS = (BLUE, ORANGE, GREEN, RED, "#7c3aed", "#0e7490", "#a16207", GREY)
+_COLOURS = (BLUE, ORANGE, GREEN, RED, "#7c3aed", "#0e7490", "#a16207", "#be185d", "#4d7c0f", "#1e293b")
 
 
-def returns_by_episode(path: str | Path, curves: Mapping[str, tuple[Any, Any | None]], metric: str, split: str) -> Path:
-    """Label → (mean return in episode 1, 2, …, 95 % CI or None). The policy's own curve comes first."""
+def _style(place: int, label: str) -> dict[str, Any]:
+    """The policy's own curve stands out; random play is a dotted grey."""
+    if label == "random":
+        return {"color": GREY, "linestyle": ":"}
+    return {"color": _COLOURS[place % len(_COLOURS)], "linewidth": 1.3 if place else 2.6, "alpha": 0.85 if place else 1.0, "zorder": 2 if place else 3}
+
+
+def returns_by_episode(path: str | Path, curves: Mapping[str, tuple[Any, Any | None]], metric: str, split: str, first: int = 1) -> Path:
+    """Label → (mean return in episode 1, 2, …, 95 % CI or None), or after ``first`` = 0, 1, … gradient steps. The policy's own curve comes
+    first."""
     with _figure(path, 6.4, 4.2) as figure:
         axes = figure.add_subplot()
         for place, (label, (mean, ci)) in enumerate(curves.items()):
-            mean, colour = _array(mean), _COLOURS[place % len(_COLOURS)]
-            episodes = np.arange(1, len(mean) + 1)
-            axes.plot(episodes, mean, color=colour, marker="o" if len(mean) <= 20 else "", markersize=4, label=label, alpha=1 if not place else 0.8)
+            mean, style = _array(mean), _style(place, label)
+            episodes = np.arange(first, len(mean) + first)
+            axes.plot(episodes, mean, marker="o" if len(mean) <= 20 else "", markersize=4, label=label, **style)
             if ci is not None:
-                axes.fill_between(episodes, mean - _array(ci), mean + _array(ci), color=colour, alpha=0.2, linewidth=0)
-        axes.set(xlabel="episode of a trial", ylabel=metric, title=f"Adaptation within a trial, {split} split")
+                axes.fill_between(episodes, mean - _array(ci), mean + _array(ci), color=style["color"], alpha=0.2, linewidth=0)
+        axes.set(xlabel="episode of a trial" if first else "gradient steps", ylabel=metric, title=f"Adaptation within a trial, {split} split")
         axes.xaxis.set_major_locator(_integers())
         axes.legend(fontsize=8.5)
     return Path(path)
@@ -35,7 +43,7 @@ def regret(path: str | Path, curves: Mapping[str, Any], oracle: str) -> Path:
         axes = figure.add_subplot()
         for place, (label, per_episode) in enumerate(curves.items()):
             total = np.cumsum(_array(per_episode))
-            axes.plot(np.arange(1, len(total) + 1), total, color=_COLOURS[place % len(_COLOURS)], label=label, alpha=1 if not place else 0.8)
+            axes.plot(np.arange(1, len(total) + 1), total, label=label, **_style(place, label))
         axes.axhline(0, color=GREY, linewidth=0.8)
         axes.set(xlabel="episode of a trial", ylabel=f"regret against {oracle}, summed up", title="Regret in the same trials")
         axes.xaxis.set_major_locator(_integers())
@@ -63,6 +71,7 @@ def grid_trials(path: str | Path, size: int, goal: tuple[int, int], trials: Mapp
 
 def planar_trials(path: str | Path, goals: Sequence[tuple[float, float]], trials: Sequence[Sequence[Any]]) -> Path:
     """Trials side by side: the goal and the positions [steps, 2] of every episode."""
+    far = 1.1 * max(np.abs(_array(p)).max() for p in [goals, *(episode for trial in trials for episode in trial)])
     with _figure(path, 3.1 * len(trials), 3.4) as figure:
         row = figure.subplots(1, len(trials), squeeze=False)[0]
         for axes, goal, episodes in zip(row, goals, trials):
@@ -70,7 +79,7 @@ def planar_trials(path: str | Path, goals: Sequence[tuple[float, float]], trials
                 x, y = _array(positions[:, 0]), _array(positions[:, 1])
                 axes.plot(x, y, color=_COLOURS[number % len(_COLOURS)], marker=".", markersize=3, linewidth=1.1, label=f"episode {number + 1}")
             axes.plot(*goal, color=GREEN, marker="*", markersize=15, linestyle="", label="goal (hidden)")
-            axes.set_aspect("equal")
+            axes.set(xlim=(-far, far), ylim=(-far, far), aspect="equal")
         row[0].legend(fontsize=8)
     return Path(path)
 

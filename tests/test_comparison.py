@@ -1,0 +1,89 @@
+"""A policy beside known methods, and the plots of runs in meta-environments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from metadist.comparison import oracles
+from metadist.config import build
+from metadist.core.errors import ConfigError
+from metadist.experiment import Experiment, evaluate_run, train
+
+BANDIT = {"name": "bandit", "arms": 2, "episodes": 4}
+
+
+def document(environment, algorithm=None, model=None):
+    return {
+        "name": "small", "environment": environment, "model": model or {"name": "gru", "hidden": 4},
+        "algorithm": algorithm or {"name": "rl2", "minibatches": 1, "epochs": 1},
+        "outer": {"meta_batch_size": 4, "shard_size": 4, "meta_steps": 2},
+        "evaluate": {"every": 2, "tasks": 8, "test_tasks": 50}, "workers": [{"max": 0, "min": 0}], "tracking": {"uri": "none"},
+    }  # fmt: skip
+
+
+def trained(tmp_path, *arguments):
+    return train(Experiment.of(build(document(*arguments))), run_dir=str(tmp_path / "run"))
+
+
+def test_known_methods_by_environment_or_config():
+    by_name = oracles("bandit", ["arms=2", "episodes=4"], ["all"], trials=200, split="test", seed=3)
+    rows = {row["name"]: row for row in by_name["rows"]}
+    assert rows["optimal"]["percent"] == 100 and rows["random"]["percent"] == 0
+    assert rows["optimal"]["mean"] > rows["thompson"]["mean"] > rows["random"]["mean"]
+    by_config = oracles("bandit_rl2", ["environment.arms=2", "environment.episodes=4"], ["gittins"], trials=200, split="test", seed=3)
+    assert by_config["rows"] == [rows["gittins"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "methods", "expected"),
+    [
+        ("bandti", [], ["all"], "'bandti' is neither an environment .*did you mean 'bandit'"),
+        ("bandit", ["armz=3"], ["all"], "unknown key 'environment.armz'; did you mean 'arms'"),
+        ("bandit", [], ["gitins"], "'gitins' is not one of .*did you mean 'gittins'"),
+        ("sinusoid_maml", [], ["all"], "key 'environment' is missing"),
+        ("half_cheetah_vel", [], ["all"], "there are no oracles for 'HalfCheetahVel'"),
+    ],
+)
+def test_mistakes_are_named(name, overrides, methods, expected):
+    pytest.importorskip("gymnasium")
+    with pytest.raises(ConfigError, match=expected):
+        oracles(name, overrides, methods, trials=4, split="test", seed=0)
+
+
+def test_a_policy_beside_known_methods(tmp_path):
+    result = trained(tmp_path, BANDIT)
+    judged = evaluate_run(result.run_dir, tasks=300, beside=["gittins"]).evaluations[0]
+    rows = {row["name"]: row for row in judged.beside}
+    own = rows["this policy, greedy"]
+    assert own["mean"] == pytest.approx(judged.score) and own["difference"] == 0
+    assert rows.keys() == {"this policy, greedy", "this policy, sampled", "optimal", "gittins", "random"}
+    for row in rows.values():
+        assert own["mean"] - row["mean"] == pytest.approx(row["difference"], abs=1e-9)
+    whole = oracles("bandit", ["arms=2", "episodes=4"], ["gittins"], trials=300, split="test", seed=0)
+    assert whole["rows"][0]["mean"] == pytest.approx(rows["gittins"]["mean"])
+
+
+@pytest.mark.parametrize(
+    ("environment", "names"),
+    [
+        (BANDIT, {"learning_curve", "returns_test", "regret_test"}),
+        ({"name": "gridworld", "episodes": 2, "horizon": 3}, {"learning_curve", "returns_test", "regret_test", "trial"}),
+        ({"name": "navigation", "horizon": 5}, {"learning_curve", "returns_test", "regret_test", "trials"}),
+    ],
+)
+def test_the_plots(environment, names, tmp_path):
+    trained(tmp_path, environment)
+    drawn = {path.stem: path for path in (tmp_path / "run" / "plots").glob("*.png")}
+    assert drawn.keys() == names
+    for path in drawn.values():
+        assert len(torch.unique(torch.tensor(list(Image.open(path).convert("L").getdata())))) > 8, path
+
+
+def test_adaptation_by_gradient_steps_has_no_curve_over_episodes_to_compare(tmp_path):
+    algorithm = {"name": "maml_rl", "rollouts_per_task": 2, "epochs": 1}
+    result = trained(tmp_path, {"name": "navigation", "horizon": 4}, algorithm, {"name": "reactive", "hidden": [4]})
+    assert {path.stem for path in (tmp_path / "run" / "plots").glob("*.png")} == {"learning_curve", "returns_test"}
+    with pytest.raises(ConfigError, match="--beside"):
+        evaluate_run(result.run_dir, tasks=4, inner_steps=2, beside=["random"])
