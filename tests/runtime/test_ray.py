@@ -125,6 +125,7 @@ def test_killing_busy_actors_changes_nothing(actors, mischief, expected):
     assert fleet.tasks_done == 200
 
 
+@pytest.mark.long
 def test_killing_all_actors_at_once_changes_nothing(actors, mischief, expected):
     settle(actors, 2)
 
@@ -259,6 +260,7 @@ def memory(actors, learner, steps):
     return psutil.Process().memory_info().rss - before, fleet
 
 
+@pytest.mark.long
 def test_the_drivers_memory_is_flat(actors, mischief):
     settle(actors, 2)
     grown, fleet = memory(actors, mischief[0], 150)
@@ -349,6 +351,7 @@ def test_gpus_are_shared_per_group(monkeypatch):
     assert share([pair, WorkerGroup(gpus=9)])[pair] == 0.0
 
 
+@pytest.mark.long
 def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
     """Validations, the choice of the best θ (not the last one here) and its test."""
     from metadist.experiment import evaluate_run

@@ -31,6 +31,7 @@ def assert_fast(calls: list[float]) -> None:
     assert calls[-1] < 0.5
 
 
+@pytest.mark.long
 def test_every_point_once_in_sqlite_whenever_the_driver_is_killed(tmp_path, points, query):
     steps = 1000
     command = [sys.executable, str(DRIVER), str(tmp_path), "auto", str(steps)]
