@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +60,13 @@ def start(*arguments: object, folder: Path, **more: str) -> subprocess.Popen[str
     command = [sys.executable, "-m", "metadist.cli", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=folder, env=environment(folder, **more), text=True, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_hear_signals,
     )  # fmt: skip
+
+
+def _hear_signals() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*arguments: object, folder: Path, timeout: float = 150, **more: str) -> subprocess.CompletedProcess[str]:
