@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class BaseLearner:
     """The half of a learner that knows nothing of what is learned: state, device, shards."""
 
-    #: functions of shards whose results are summed, and whether their sums are gradients
+    #: functions of shards whose sums have slots: gradients and what is laid out like them
     gradients: ClassVar[tuple[str, ...]] = ("gradient",)
 
     algorithm: Any

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadist.core.meta_environment import Actions, Continuous, Discrete
+from metadist.core.meta_environment import Actions, Discrete
 from metadist.core.model import BoundModel
 
 
@@ -26,29 +26,6 @@ class PolicyModule(Protocol):
     memory_size: int
 
     def forward(self, features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-class ActionDistribution(Protocol):
-    """How a head [..., A] is read. ``noise``: uniform float32 [..., words]."""
-
-    words: int
-    head_size: int
-
-    def sample(self, head: Tensor, noise: Tensor) -> Tensor: ...
-
-    def mode(self, head: Tensor) -> Tensor: ...
-
-    def log_probability(self, head: Tensor, action: Tensor) -> Tensor: ...
-
-    def entropy(self, head: Tensor) -> Tensor: ...
-
-    def divergence(self, before: Tensor, head: Tensor) -> Tensor:
-        """KL(before ‖ head) [...]."""
-        ...
-
-    def features(self, action: Tensor) -> Tensor:
-        """The action as the policy is shown it at the next step: [..., size]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -197,13 +174,3 @@ class PolicyPerTask(Policy):
         found: tuple[Tensor, ...] = torch.func.vmap(self.model)(self.parameters, apart(features), apart(memory))
         head, value, memory = (t.flatten(0, 1) for t in found)
         return head, value, memory
-
-
-def feature_size(observation_size: int, actions: Actions, sees_history: bool) -> int:
-    return observation_size + (actions.size + 2 if sees_history else 0)
-
-
-__all__ = [
-    "ActionDistribution", "Categorical", "Continuous", "Discrete", "Gaussian", "Policy", "PolicyModule", "PolicyPerTask", "Seen",
-    "distribution", "feature_size", "standard_normal",
-]  # fmt: skip
