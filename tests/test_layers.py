@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "metadist"
 
 #: room → rooms beneath it that it may import. What lies in the package itself (config, cli, …) is on top of all, and so are:
-ON_TOP = {"bench"}
+ON_TOP = {"bench", "commands"}
 BENEATH = {
     "core": (),
     "algorithms": ("core",),
@@ -40,7 +40,7 @@ IMPORTERS = {
     "mlflow": ("tracking/",),
     "grpc": ("control/",),
     "ray": ("runtime/ray_executor.py",),
-    "typer": ("cli.py", "terminal.py", "bench/commands.py"),
+    "typer": ("cli.py", "terminal.py", "bench/commands.py", "commands/"),
     "rich": ("display.py",),
     "higher": ("bench/",),
     "torchopt": ("bench/",),

@@ -1,0 +1,1 @@
+"""Commands of the command line beside those of training, a file each; ``cli`` names them."""
