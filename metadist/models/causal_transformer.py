@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from metadist.core.errors import ConfigError
 class CausalTransformer:
     """A pre-norm transformer over the steps of a trial; every block attends to the last ``window`` of them, this one included.
 
-    The memory holds each block's keys and values of ``window`` − 1 steps (Dai et al. 2019, "Transformer-XL"), so that a step costs
-    the same however long the trial, and the whole sequence at once comes to what step after step does. What is
-    known of a step's place is how long ago it was: a learned bias per head and distance (Shaw et al. 2018).
+    A step is embedded together with the one before it, by two layers: what came of an action stands beside the observation that
+    it was taken at, and a single block can then look up what was tried here before. What is known of a step's place
+    is how long ago it was: a learned bias per head and distance (Shaw et al. 2018). The memory is a ring of each block's keys and values
+    (Dai et al. 2019, "Transformer-XL"), so that a step costs the same however long the trial.
     """
 
     width: int = 64
@@ -31,8 +33,12 @@ class CausalTransformer:
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is below 1")
         if self.width % self.heads:
             raise ConfigError(f"model.width: {self.width} is no multiple of model.heads = {self.heads}")
-        if int(self.width * self.mlp_ratio) < 1:
+        if self.hidden < 1:
             raise ConfigError(f"model.mlp_ratio: {self.mlp_ratio} leaves no hidden unit of model.width = {self.width}")
+
+    @property
+    def hidden(self) -> int:
+        return int(self.width * self.mlp_ratio)
 
     def build_policy(self, observation: int, action: int, continuous: bool) -> nn.Module:
         return TransformerPolicy(observation + action + 2, 2 * action if continuous else action, continuous, self)
@@ -41,15 +47,17 @@ class CausalTransformer:
 class TransformerPolicy(nn.Module):
     """features [B, T, F], memory [B, M] → head [B, T, A], value [B, T], memory [B, M]; separate linear heads.
 
-    A step of memory is, for each block, keys [width] and values [width]; then 1, or 0 where there was no step yet.
+    The memory holds the last step's features [F], the number of steps so far [1], the number of the step that stands in each place
+    of the ring [window] (from 1; 0 where there is none), and the places [depth, window, 2 · width]: keys, then values.
+    Without gradients a single step writes into the memory that it is given; a copy each step would cost more than all else.
     """
 
     sees_history = True
 
     def __init__(self, features: int, head: int, log_std: bool, config: CausalTransformer) -> None:
         super().__init__()
-        self.past, self.step_size = config.window - 1, 2 * config.width * config.depth + 1
-        self.embedding = nn.Linear(features, config.width)
+        self.features, self.window, self.shape = features, config.window, (config.depth, config.window, 2 * config.width)
+        self.embedding = nn.Sequential(nn.Linear(2 * features, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.width))
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.head, self.value = nn.Linear(config.width, head // 2 if log_std else head), nn.Linear(config.width, 1)
@@ -61,46 +69,93 @@ class TransformerPolicy(nn.Module):
 
     @property
     def memory_size(self) -> int:
-        return self.past * self.step_size
+        return self.features + 1 + self.window + self.shape[0] * self.shape[1] * self.shape[2]
 
     def forward(self, features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length = features.shape[:2]
-        past = memory.view(batch, self.past, self.step_size)
-        there = torch.cat([past[..., -1], past.new_ones(batch, length)], 1)
-        ago = self.past + torch.arange(length, device=memory.device).unsqueeze(1) - torch.arange(self.past + length, device=memory.device)
-        seen = ((ago >= 0) & (ago <= self.past)) & (there > 0).unsqueeze(1)  # [B, T, past + T]
-        x, kept = self.embedding(features), []
-        caches = past[..., :-1].chunk(len(self.blocks), -1)
-        for block, cache in zip(self.blocks, caches):
-            x, cache = block(x, cache, ago.clamp(0, self.past), seen)
-            kept.append(cache)
-        memory = torch.cat([*kept, there.unsqueeze(-1)], -1)[:, length:].flatten(1)
+        length, alone = features.shape[1], features.shape[1] == 1 and not torch.is_grad_enabled()
+        last, count, numbers, ring = memory.split([self.features, 1, self.window, memory.shape[1] - self.features - 1 - self.window], 1)
+        x = self.embedding(torch.cat([features, torch.cat([last.unsqueeze(1), features[:, :-1]], 1)], -1))
+        new = count + torch.arange(1, length + 1, device=memory.device)  # the numbers of these steps [B, T]
+        x, kept = self._alone(x, new, numbers, ring.unflatten(1, self.shape)) if alone else self._together(x, new, numbers, ring)
+        if alone:
+            last.copy_(features[:, -1])
+            count.copy_(new)
+        else:
+            memory = torch.cat([features[:, -1], new[:, -1:], *kept], 1)
         x = self.norm(x)
         head = self.head(x)
         if self.log_std is not None:
             head = torch.cat([head, self.log_std.expand_as(head)], -1)
         return head, self.value(x).squeeze(-1), memory
 
+    def _alone(self, x: Tensor, new: Tensor, numbers: Tensor, ring: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One step, which takes its place in the ring before it looks there."""
+        place = (new - 1).long() % self.window
+        numbers.scatter_(1, place, new)
+        ago = (new - numbers).long().clamp(0, self.window - 1)
+        for block, keys_values in zip(self.blocks, ring.unbind(1)):
+            x = cast(_Block, block).step(x, keys_values, place, ago, numbers > 0)
+        return x, ()
+
+    def _together(self, x: Tensor, new: Tensor, numbers: Tensor, ring: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Several steps at once; what the ring remembers stands before them."""
+        caches: tuple[Tensor | None, ...] = (None,) * len(self.blocks)
+        there = new
+        if bool(numbers.any()):  # at a trial's start there is nothing to attend to
+            caches, there = ring.unflatten(1, self.shape).unbind(1), torch.cat([numbers, new], 1)
+        ago = (new.unsqueeze(2) - there.unsqueeze(1)).long()
+        seen = (ago >= 0) & (ago < self.window) & (there > 0).unsqueeze(1)
+        ago = ago.clamp(0, self.window - 1)
+        same = ago[0] if bool((new == new[0]).all() & (there == there[0]).all()) else ago
+        newest = slice(-self.window, None)
+        place, kept = (new[:, newest] - 1).long() % self.window, []
+        for block, cache in zip(self.blocks, caches):
+            x, made = block(x, cache, same, seen)
+            kept.append(made[:, newest])
+        places = place[:, None, :, None].expand(-1, len(kept), -1, self.shape[2])
+        ring = ring.unflatten(1, self.shape).scatter(2, places, torch.stack(kept, 1))
+        return x, (numbers.scatter(1, place, new[:, newest]), ring.flatten(1))
+
 
 class _Block(nn.Module):
-    """x [B, T, D], cache [B, past, 2 D] → x, cache [B, past + T, 2 D]. ``ago`` [T, past + T]: how many steps ago each was."""
-
     def __init__(self, config: CausalTransformer) -> None:
         super().__init__()
-        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        width = config.width
         self.heads = config.heads
         self.attention_norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.distance = nn.Parameter(torch.zeros(config.heads, config.window))
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(nn.Linear(width, config.hidden), nn.GELU(), nn.Linear(config.hidden, width))
 
-    def forward(self, x: Tensor, cache: Tensor, ago: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        width = x.shape[-1]
-        query, new = self.qkv(self.attention_norm(x)).split([width, 2 * width], -1)
-        cache = torch.cat([cache, new], 1)
+    def forward(self, x: Tensor, cache: Tensor | None, ago: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, D], cache [B, window, 2 D] → x, keys and values of these steps [B, T, 2 D]. ``ago`` [T, steps] or [B, T, steps]:
+        how many steps ago each was; ``seen`` [B, T, steps]."""
+        query, new = self._project(x)
+        cache = new if cache is None else torch.cat([cache, new], 1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, *cache.chunk(2, -1)))  # [B, heads, steps, D / heads]
         # A product and a softmax alone: torch's fused kernels know no second derivative, which TRPO needs.
-        logits = q @ k.mT * q.shape[-1] ** -0.5 + self.distance[:, ago]
+        logits = q @ k.mT * q.shape[-1] ** -0.5 + self._bias(ago)
         weights = logits.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
         x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(self.mlp_norm(x)), new
+
+    def step(self, x: Tensor, cache: Tensor, place: Tensor, ago: Tensor, seen: Tensor) -> Tensor:
+        """As ``forward``, of one step [B, 1, D] that takes its ``place`` [B, 1] in ``cache``. All heads' queries, each alone in its part of the
+        width, meet the keys as they lie: a head's own keys would have to be copied out."""
+        query, new = self._project(x)
+        cache.scatter_(1, place.unsqueeze(-1).expand_as(new), new)
+        keys, values = cache.chunk(2, -1)
+        part = torch.eye(self.heads, device=x.device, dtype=x.dtype).repeat_interleave(query.shape[-1] // self.heads, 1)
+        logits = (query * part) @ keys.mT * (query.shape[-1] // self.heads) ** -0.5 + self._bias(ago.unsqueeze(1)).squeeze(2)
+        weights = logits.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
+        x = x + self.out(((weights @ values) * part).sum(1, keepdim=True))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query, new = self.qkv(self.attention_norm(x)).split([x.shape[-1], 2 * x.shape[-1]], -1)
+        return query, new
+
+    def _bias(self, ago: Tensor) -> Tensor:
+        """[T, steps] → [heads, T, steps]; [B, T, steps] → [B, heads, T, steps]."""
+        found = self.distance[:, ago]
+        return found if ago.dim() == 2 else found.transpose(0, 1)

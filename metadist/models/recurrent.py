@@ -63,5 +63,3 @@ class LSTM(GRU):
     """A long short-term memory with a policy head and a value head."""
 
     cell = "lstm"
-
-

@@ -25,10 +25,9 @@ def features(length, batch=5):
 @pytest.mark.parametrize(("window", "length"), [(1, 6), (4, 3), (4, 4), (4, 25), (30, 25)])
 def test_steps_one_by_one_are_the_whole_sequence(window, length, continuous):
     module, x = policy(window, continuous), features(length)
-    start = torch.zeros(5, module.memory_size)
     with torch.no_grad():
-        head, value, last = module(x, start)
-        memory, heads, values = start, [], []
+        head, value, last = module(x, torch.zeros(5, module.memory_size))
+        memory, heads, values = torch.zeros(5, module.memory_size), [], []
         for t in range(length):
             h, v, memory = module(x[:, t : t + 1], memory)
             heads.append(h), values.append(v)
@@ -55,7 +54,7 @@ def test_a_step_depends_on_nothing_later_and_on_what_its_blocks_can_see():
         changed = x.clone()
         changed[:, t] += 1.0
         moved = (module(changed, start)[0] - head).abs().amax((0, 2))
-        reach = 2 * (4 - 1)  # depth · (window − 1) steps on
+        reach = 2 * (4 - 1) + 1  # depth · (window − 1) steps on, and one that embeds it with its own
         assert not moved[:t].any() and (moved[t : t + reach + 1] > 1e-6).all() and not moved[t + reach + 1 :].any()
 
 
@@ -78,7 +77,7 @@ def test_gradients_reach_back_through_memory_within_a_sequence():
     module, x = policy(3), features(8).requires_grad_()
     head, _, _ = module(x, torch.zeros(5, module.memory_size))
     (slope,) = torch.autograd.grad(head[:, -1].sum(), x)
-    assert (slope[:, -5:].abs().amax((0, 2)) > 0).all() and not slope[:, :-5].any()
+    assert (slope[:, -6:].abs().amax((0, 2)) > 0).all() and not slope[:, :-6].any()
 
 
 @pytest.mark.parametrize(
