@@ -1,5 +1,6 @@
 # make            a virtual environment with metadist in it
 # make train      the main job: MAML on sinusoids through Ray; ARGS="outer.meta_steps=100" for more or less of it
+# make protos    the generated half of metadist/control/protos, anew
 # make test       every test that fits in minutes; make test-long the rest
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 # The pins need Python 3.11; on 3.10 the newest versions that still support it are taken.
 PINS   := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: all train test test-long lint clean
+.PHONY: all train test test-long lint protos clean
 all: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -28,6 +29,12 @@ test-long: all
 lint: all
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# By the lowest supported version: what it generates imports under all later ones.
+protos:
+	$(PYTHON) -m venv $(VENV)/protos
+	$(VENV)/protos/bin/python -m pip install --quiet --disable-pip-version-check 'grpcio-tools==1.62.3' 'protobuf<5' 'setuptools<81'
+	$(VENV)/protos/bin/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. metadist/control/protos/*.proto
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,1 +1,1 @@
-"""The gRPC control plane, outside workers and the adaptation service will live here; the only importer of grpc."""
+"""gRPC: the secure endpoint, and on it the control plane, outside workers and the adaptation service; the only importer of grpc."""
