@@ -10,9 +10,9 @@ from torch import Tensor
 from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
 from metadist.core.state import State
-from metadist.core.trial import EPISODE_END, Trials, rollout
+from metadist.core.trial import EPISODE_END, VALID, Trials, rollout
 from metadist.core.trial_learner import TrialContext, TrialLearner
-from metadist.envs import Gridworld, Navigation
+from metadist.envs import Gridworld, HalfCheetahVel, Navigation
 from metadist.experiment import Result
 from metadist.oracles import Row, compare, possible
 from metadist.runtime.evaluation import TrialEvaluation
@@ -20,6 +20,8 @@ from metadist.tracking import trial_plots as plots
 
 #: trials of which known methods' curves are means
 TRIALS = 1000
+#: tasks whose speeds are drawn: a simulator steps them one by one
+RUNS = 32
 #: methods whose planning would take longer than the training of a small run
 SLOW = ("psrl", "opsrl", "ucrl2", "beb")
 
@@ -36,7 +38,10 @@ def draw_trials(result: Result, learner: TrialLearner, folder: Path) -> list[Pat
         plots.returns_by_episode(drawn[-1], curves, judged.metric, judged.split, first=0 if judged.by_gradient_steps else 1)
         if rows:
             drawn.append(folder / f"regret_{judged.split}.png")
-            best, same = torch.tensor(rows[0].by_episode), judged.trials[judged.policy][:TRIALS].mean(0)  # of the trials that they were played in
+            best, same = (
+                torch.tensor(rows[0].by_episode),
+                judged.trials[judged.policy][:TRIALS].mean(0),
+            )  # of the trials that they were played in
             regrets = {f"this policy, {judged.policy}": same, **{r.name: torch.tensor(r.by_episode) for r in rows[1:]}}
             plots.regret(drawn[-1], {name: best - curve for name, curve in regrets.items()}, rows[0].name)
     if isinstance(learner.tasks, Gridworld):
@@ -45,6 +50,9 @@ def draw_trials(result: Result, learner: TrialLearner, folder: Path) -> list[Pat
     elif isinstance(learner.tasks, Navigation) and learner.model.module.sees_history:
         drawn.append(folder / "trials.png")
         _plane(result, learner, drawn[-1])
+    elif isinstance(learner.tasks, HalfCheetahVel) and learner.model.module.sees_history:
+        drawn.append(folder / "speeds.png")
+        _speeds(result, learner, learner.tasks, drawn[-1])
     return drawn
 
 
@@ -87,3 +95,14 @@ def _plane(result: Result, learner: TrialLearner, path: Path) -> None:
     goals = [tuple(goal) for goal in learner.tasks.sample(keys)["goal"].tolist()]
     trials = _played(result, learner, result.state, 3)
     plots.planar_trials(path, goals, [_episodes(trials, i) for i in range(3)])
+
+
+def _speeds(result: Result, learner: TrialLearner, environment: HalfCheetahVel, path: Path) -> None:
+    targets = environment.sample(TaskKey.of(result.experiment.seed, "test", 0, range(RUNS)))["target"]
+    trials = _played(result, learner, result.state, RUNS)
+    speed, episode, valid = trials.measured["x_velocity"], trials.episode(), trials.flag(VALID)
+    means = []
+    for number in range(environment.episodes):
+        here = valid & (episode == number)
+        means.append(torch.where(here, speed, 0.0).sum(1) / here.sum(1))
+    plots.speeds_against_targets(path, targets, means)

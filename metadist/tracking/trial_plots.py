@@ -17,7 +17,12 @@ def _style(place: int, label: str) -> dict[str, Any]:
     """The policy's own curve stands out; random play is a dotted grey."""
     if label == "random":
         return {"color": GREY, "linestyle": ":"}
-    return {"color": _COLOURS[place % len(_COLOURS)], "linewidth": 1.3 if place else 2.6, "alpha": 0.85 if place else 1.0, "zorder": 2 if place else 3}
+    return {
+        "color": _COLOURS[place % len(_COLOURS)],
+        "linewidth": 1.3 if place else 2.6,
+        "alpha": 0.85 if place else 1.0,
+        "zorder": 2 if place else 3,
+    }
 
 
 def returns_by_episode(path: str | Path, curves: Mapping[str, tuple[Any, Any | None]], metric: str, split: str, first: int = 1) -> Path:
@@ -31,7 +36,9 @@ def returns_by_episode(path: str | Path, curves: Mapping[str, tuple[Any, Any | N
             axes.plot(episodes, mean, marker="o" if len(mean) <= 20 else "", markersize=4, label=label, **style)
             if ci is not None:
                 axes.fill_between(episodes, mean - _array(ci), mean + _array(ci), color=style["color"], alpha=0.2, linewidth=0)
-        axes.set(xlabel="episode of a trial" if first else "gradient steps", ylabel=metric, title=f"Adaptation within a trial, {split} split")
+        axes.set(
+            xlabel="episode of a trial" if first else "gradient steps", ylabel=metric, title=f"Adaptation within a trial, {split} split"
+        )
         axes.xaxis.set_major_locator(_integers())
         axes.legend(fontsize=8.5)
     return Path(path)
@@ -63,7 +70,13 @@ def grid_trials(path: str | Path, size: int, goal: tuple[int, int], trials: Mapp
                 shift = np.linspace(-0.18, 0.18, len(x))  # so that steps over the same cells stay apart
                 axes.plot(x + shift, y + shift, color=BLUE, marker=".", linewidth=1.2)
                 axes.plot(x[0] + shift[0], y[0] + shift[0], color=ORANGE, marker="s", markersize=7)
-                axes.set(xlim=(-0.5, size - 0.5), ylim=(-0.5, size - 0.5), xticks=np.arange(size) - 0.5, yticks=np.arange(size) - 0.5, aspect="equal")
+                axes.set(
+                    xlim=(-0.5, size - 0.5),
+                    ylim=(-0.5, size - 0.5),
+                    xticks=np.arange(size) - 0.5,
+                    yticks=np.arange(size) - 0.5,
+                    aspect="equal",
+                )
                 axes.tick_params(labelbottom=False, labelleft=False, length=0)
                 axes.set_title(f"{label}: episode {number}" if number == 1 else f"episode {number}", fontsize=9)
     return Path(path)
@@ -77,10 +90,34 @@ def planar_trials(path: str | Path, goals: Sequence[tuple[float, float]], trials
         for axes, goal, episodes in zip(row, goals, trials):
             for number, positions in enumerate(episodes):
                 x, y = _array(positions[:, 0]), _array(positions[:, 1])
-                axes.plot(x, y, color=_COLOURS[number % len(_COLOURS)], marker=".", markersize=3, linewidth=1.1, label=f"episode {number + 1}")
+                axes.plot(
+                    x, y, color=_COLOURS[number % len(_COLOURS)], marker=".", markersize=3, linewidth=1.1, label=f"episode {number + 1}"
+                )
             axes.plot(*goal, color=GREEN, marker="*", markersize=15, linestyle="", label="goal (hidden)")
             axes.set(xlim=(-far, far), ylim=(-far, far), aspect="equal")
         row[0].legend(fontsize=8)
+    return Path(path)
+
+
+def speeds_against_targets(path: str | Path, targets: Any, means: Sequence[Any]) -> Path:
+    """A point per task and episode: the hidden speed [tasks] and the mean speed that was run at, for every episode [tasks]. Metres a second."""
+    targets = _array(targets)
+    with _figure(path, 5.2, 4.8) as figure:
+        axes = figure.add_subplot()
+        ends = np.array([targets.min(), targets.max()])
+        axes.plot(ends, ends, color=GREY, linestyle=":", label="the hidden speed itself")
+        for number, speeds in enumerate(means):
+            axes.plot(
+                targets,
+                _array(speeds),
+                marker="o",
+                markersize=5,
+                linestyle="",
+                color=_COLOURS[number % len(_COLOURS)],
+                label=f"episode {number + 1}",
+            )
+        axes.set(xlabel="hidden target speed, m/s", ylabel="mean speed over the episode, m/s", title="Speed against target, held-out tasks")
+        axes.legend(fontsize=8.5)
     return Path(path)
 
 
