@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from metadist.bench.commands import app as bench
+from metadist.commands import jobs
 from metadist.terminal import AsJson, Overrides, Workers, clean_errors, numbers, only_results_on_stdout, say, set_up_logging
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench, name="bench")
+app.command(epilog="Example:  metadist submit omniglot_maml_5w1s --address http://HEAD:8265 --run-dir s3://bucket/runs/a --wait")(jobs.submit)
+app.add_typer(jobs.app, name="jobs")
 
 
 class _Stop:
@@ -59,6 +62,7 @@ def train(
     seeds: Annotated[str | None, typer.Option(help="Several seeds, such as 0,1,2: child runs under one parent.")] = None,
     run_dir: Annotated[str | None, typer.Option(help="Folder or fsspec URL of the run; default: a new one under METADIST_RUNS.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    run_id: Annotated[str | None, typer.Option(help="The id of a new run; default: name, time and chance.", hidden=True)] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the config with every default and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -78,10 +82,10 @@ def train(
         if seeds is not None:
             _train_seeds(document, numbers("--seeds", seeds), run_dir, resume, as_json)
         else:
-            _train_one(document, run_dir, resume, as_json)
+            _train_one(document, run_dir, resume, as_json, run_id)
 
 
-def _train_one(document: dict[str, Any], run_dir: str | None, resume: bool, as_json: bool) -> None:
+def _train_one(document: dict[str, Any], run_dir: str | None, resume: bool, as_json: bool, run_id: str | None = None) -> None:
     from metadist import config as configuration
     from metadist.display import live, show_result
     from metadist.experiment import Experiment
@@ -90,7 +94,7 @@ def _train_one(document: dict[str, Any], run_dir: str | None, resume: bool, as_j
     experiment = Experiment.of(configuration.build(document))
     stop = _Stop()
     with only_results_on_stdout(), live(experiment) as display:
-        result = run_training(experiment, run_dir=run_dir, resume=resume, display=display, stop=stop)
+        result = run_training(experiment, run_dir=run_dir, resume=resume, display=display, stop=stop, run_id=run_id)
     interrupted = result.outcome.stopped == "interrupted"
     if interrupted:
         say(f"stopped at meta-step {result.outcome.progress.meta_step}; go on with: metadist train … --run-dir {result.run_dir} --resume")

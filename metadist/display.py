@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from metadist import run_page
 from metadist.core.trial_learner import EPISODES_SHOWN
 from metadist.experiment import Experiment, Result
 from metadist.runtime.evaluation import Evaluation, TrialEvaluation
@@ -95,6 +96,8 @@ def show_result(result: Result) -> None:
     print(f"run             {result.run_dir}")
     if sum(result.retried.values()):
         print(f"shards retried  {', '.join(f'{n} {cause}' for cause, n in result.retried.items())}")
+    if url := run_page.job_url():
+        print(f"Ray job         {url}")
     if result.tracking_url:
         print(f"MLflow          {result.tracking_url}")
     if result.undelivered:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import metadist
 from metadist import config as configuration
+from metadist import run_page
 from metadist.comparison import paired
 from metadist.config import CheckpointSettings, Config, EngineSettings, EvaluateSettings, TrackingSettings
 from metadist.core.check import check
@@ -162,6 +163,7 @@ def train(
     parent: str | None = None,
     test: bool = True,
     plots: bool = True,
+    run_id: str | None = None,
 ) -> Result:
     """Meta-train, test once, and record everything under ``run_dir`` (default: a new folder under ``METADIST_RUNS``)."""
     began = time.perf_counter()
@@ -169,7 +171,7 @@ def train(
     learner = experiment.learner
     if resume and run_dir is None:
         run_dir = newest_run(experiment.name)
-    run_id = new_run_id(experiment.name)
+    run_id = run_id or new_run_id(experiment.name)
     folder = RunFolder(run_dir or f"{runs_root()}/{run_id}")
     checkpoints = Checkpoints(folder.url, keep=experiment.checkpoint.keep, higher_is_better=learner.tasks.higher_is_better)
     learner.prepare(torch.device("cpu"))
@@ -182,6 +184,7 @@ def train(
     tracker = _start_tracker(experiment, folder, run_id, parent, earlier.manifest.get("mlflow_run_id") if earlier else None)
     status, result = "FAILED", None
     try:
+        run_page.record(folder, None)
         planner = obey(earlier.manifest.get("engine", {})) if earlier else planner_for(experiment)
         with fleet(experiment, run_id, planner, expected=expected, watch=watch, folder=folder, note=display.note) as workers:
             run = _run(experiment, run_id, _facts(experiment, workers))
@@ -205,6 +208,7 @@ def train(
         raise
     finally:
         left = tracker.finish(status, timeout=60.0 if status == "FINISHED" else 10.0)
+        run_page.record(folder, tracker.url())
     result.undelivered, result.tracking_url = left, tracker.url()
     result.wall_seconds = time.perf_counter() - began
     return result
@@ -302,6 +306,7 @@ def _start_tracker(experiment: Experiment, folder: RunFolder, run_id: str, paren
         "torch": torch.__version__,
         "host": platform.node(),
         "platform": platform.platform(),
+        **run_page.tags(),
     }
     tracker.start(
         run_id=run_id, name=folder.url.rsplit("/", 1)[-1], params=flatten(experiment.document),

@@ -39,7 +39,7 @@ LIBRARIES = {
 IMPORTERS = {
     "mlflow": ("tracking/",),
     "grpc": ("control/",),
-    "ray": ("runtime/ray_executor.py",),
+    "ray": ("runtime/ray_executor.py", "runtime/ray_jobs.py"),
     "typer": ("cli.py", "terminal.py", "bench/commands.py", "commands/"),
     "rich": ("display.py",),
     "higher": ("bench/",),

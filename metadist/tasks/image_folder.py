@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -90,9 +91,11 @@ class ImageFolder(Episodes):
     def _located(self) -> str:
         import fsspec
 
+        root = os.environ.get("METADIST_DATA")
+        given = Path(self.path).expanduser()
+        if root and "://" in root and "://" not in self.path and not given.is_absolute() and not given.exists():
+            return dataclasses.replace(self, path=f"{root.rstrip('/')}/{self.path}")._located()
         if "://" not in self.path:
-            given = Path(self.path).expanduser()
-            root = os.environ.get("METADIST_DATA")
             tried = [given, Path(root).expanduser() / given] if root and not given.is_absolute() else [given]
             for path in tried:
                 if path.exists():

@@ -17,7 +17,7 @@ import numpy as np
 from metadist.core.errors import ConfigError, DataError, nearest
 from metadist.tasks.episodes import Episodes, Rotations
 from metadist.tasks.images import ImageSet, cached
-from metadist.tasks.sources import Decode, Files, download, in_folder, in_zip, split_list
+from metadist.tasks.sources import Decode, Files, data_folder, download, in_folder, in_zip, split_list
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 #: part → (MD5 of its archive, classes, drawings)
@@ -45,8 +45,8 @@ class Omniglot(Episodes):
     Quarter turns: ``classes``, each turned character is a class of its own (×4); ``slot``, each class of an episode is
     turned at random; or ``none``. ``rotations`` is for training, ``evaluation_rotations`` for validation and test.
 
-    The data: ``omniglot/`` in ``METADIST_DATA`` with omniglot28.npz, or images_background and images_evaluation as
-    folders or .zip. The official archives are downloaded where that variable is unset.
+    The data: ``omniglot/`` in ``METADIST_DATA`` with omniglot28.npz, or images_background and images_evaluation as folders
+    or .zip (where that is an fsspec URL, as .zip). The official archives are downloaded where that variable is unset.
     """
 
     split_list: str = "vinyals"
@@ -80,15 +80,14 @@ class Omniglot(Episodes):
         return {**super().protocol(split), "split_list": self.split_list}
 
     def load(self) -> ImageSet:
-        root = os.environ.get("METADIST_DATA")
-        if not root:
+        folder = data_folder("omniglot", ("omniglot28.npz", *(f"{part}.zip" for part in PARTS)))
+        if folder is None:
             archives = {f"{URL}/{part}.zip": md5 for part, (md5, _, _) in PARTS.items()}
             return cached(
                 "omniglot28",
                 DECODE.source(str(archives)),
                 lambda: _build([in_zip(download(url, md5), url) for url, md5 in archives.items()]),
             )
-        folder = Path(root).expanduser() / "omniglot"
         prepared = folder / "omniglot28.npz"
         if prepared.is_file():
             data = hashlib.sha256(prepared.read_bytes()).hexdigest()
@@ -113,7 +112,7 @@ def _official(folder: Path, part: str) -> Files:
     if archive.is_file():
         return in_zip(archive.read_bytes(), str(archive))
     raise DataError(
-        f"METADIST_DATA = {folder.parent} has no Omniglot: looked for {folder}/omniglot28.npz, then for {archive} or that "
+        f"METADIST_DATA = {os.environ['METADIST_DATA']} has no Omniglot: looked for {folder}/omniglot28.npz, then for {archive} or that "
         f"folder; download {URL}/{part}.zip into {folder}, or unset METADIST_DATA to have it downloaded"
     )
 

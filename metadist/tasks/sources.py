@@ -125,6 +125,31 @@ def _stamp(path: Path) -> list:
     return [stat.st_size, stat.st_mtime_ns]
 
 
+def data_folder(name: str, files: Sequence[str]) -> Path | None:
+    """The folder ``name`` in METADIST_DATA, if that is set. Of an fsspec URL, those of ``files`` that are there are copied to this
+    node's cache, once for each state that they had."""
+    root = os.environ.get("METADIST_DATA")
+    if not root:
+        return None
+    if "://" not in root:
+        return Path(root).expanduser() / name
+    import fsspec
+
+    try:
+        system, base = fsspec.core.url_to_fs(f"{root.rstrip('/')}/{name}")
+        there = {f: f"{base}/{f}" for f in files if system.exists(f"{base}/{f}")}
+        state = sorted((f, str(system.ukey(path))) for f, path in there.items())
+        copy = cache_directory() / "data" / hashlib.sha256(json.dumps([root, name, state]).encode()).hexdigest()[:16] / name
+        for f, path in there.items():
+            if not (copy / f).is_file():
+                copy.mkdir(parents=True, exist_ok=True)
+                with replacing(copy / f) as temporary:
+                    system.get_file(path, str(temporary))
+    except (ImportError, OSError, ValueError) as error:
+        raise DataError(f"METADIST_DATA = {root} cannot be reached ({' '.join(str(error).split())})") from error
+    return copy
+
+
 def in_zip(data: bytes, where: str) -> Files:
     """The images in a zip archive."""
     try:
