@@ -14,6 +14,7 @@ _WHERE = {
     "metadist.api": ("compose", "load", "train"),
     "metadist.algorithms": ("ANIL", "CNP", "MAML", "MetaSGD", "ProtoNet", "RL2", "Reptile"),
     "metadist.config": ("CheckpointSettings", "EngineSettings", "EvaluateSettings", "TrackingSettings"),
+    "metadist.control.adapt_client": ("Client",),
     "metadist.core.algorithm": ("Algorithm", "TaskContext"),
     "metadist.core.errors": ("MetadistError",),
     "metadist.core.inner": ("InnerLoop",),
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from metadist.algorithms import ANIL, CNP, MAML, RL2, MetaSGD, ProtoNet, Reptile
     from metadist.api import compose, load, train
     from metadist.config import CheckpointSettings, EngineSettings, EvaluateSettings, TrackingSettings
+    from metadist.control.adapt_client import Client
     from metadist.core.algorithm import Algorithm, TaskContext
     from metadist.core.errors import MetadistError
     from metadist.core.inner import InnerLoop

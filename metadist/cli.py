@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from metadist.bench.commands import app as bench
-from metadist.commands import jobs
+from metadist.commands import jobs, predict, serve
 from metadist.terminal import AsJson, Overrides, Workers, clean_errors, numbers, only_results_on_stdout, say, set_up_logging
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.command(epilog="Example:  metadist submit omniglot_maml_5w1s --address http://HEAD:8265 --run-dir s3://bucket/runs/a --wait")(jobs.submit)
 app.add_typer(jobs.app, name="jobs")
+app.command(epilog="Examples:  metadist serve runs/a   |   metadist serve runs/a b=runs/b --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --token-file token")(serve.serve)
+app.command(epilog="Example:  metadist predict runs/a --support animals/few --query animals/many")(predict.predict)
 
 
 class _Stop:

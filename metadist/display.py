@@ -164,6 +164,21 @@ def show_comparison(report: Mapping[str, Any]) -> None:
     _show_methods(title, report["rows"], "more than the oracle")
 
 
+def show_predictions(report: Mapping[str, Any]) -> None:
+    """One row per image."""
+    title = f"{report['model']} ({report['algorithm']}), adapted to {report['support']} images of {len(report['classes'])} classes"
+    table = Table(title=escape(title), title_justify="left")
+    known = any("class" in row for row in report["predictions"])
+    for heading in ("image", "predicted", *(("class",) if known else ())):
+        table.add_column(heading)
+    table.add_column("probability", justify="right")
+    for row in report["predictions"]:
+        table.add_row(escape(row["image"]), escape(row["predicted"]), *([escape(row.get("class", ""))] if known else []), f"{row['probability']:.4f}")
+    Console(file=sys.stdout, width=120, highlight=False).print(table)
+    if report["accuracy"] is not None:
+        print(f"accuracy        {report['accuracy']:.4f}")
+
+
 def show_group(group: Group) -> None:
     table = Table(title=f"{len(group.results)} seeds, mean ± SD", title_justify="left")
     table.add_column("metric")

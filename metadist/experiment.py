@@ -47,6 +47,10 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 
+#: in an exported file: the names of what isn't the model's
+BEYOND = "slots/"
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A learner and everything around it. From YAML by ``Experiment.of(config)``, or made in Python."""
@@ -117,8 +121,16 @@ class Result:
         return learner
 
     def export(self, path: str | Path) -> None:
-        """The model's parameters under their own names, as one safetensors file."""
-        export_parameters(path, self.experiment.learner.parameters(self.state), {"run_id": self.run_id, "format": "metadist"})
+        """The model's parameters under their own names, as one safetensors file; beside them what else the algorithm learned
+        (Meta-SGD's rates), and the config in the metadata, so that the file can be served."""
+        learner = self.experiment.learner
+        beyond = {
+            f"{BEYOND}{slot}/{name}": tensor
+            for slot in learner.algorithm.slots(learner.model, learner.model.initial(0)[0])
+            for name, tensor in self.state.theta(learner.slots)[slot].items()
+        }
+        metadata = {"run_id": self.run_id, "format": "metadist", "config": json.dumps(self.experiment.document)}
+        export_parameters(path, {**learner.parameters(self.state), **beyond}, metadata)
 
     def as_dict(self) -> dict[str, Any]:
         about = {
@@ -244,7 +256,7 @@ def _initial(experiment: Experiment) -> Mapping[str, Tensor] | None:
     if source is None:
         return None
     if source.endswith(".safetensors"):
-        return load_parameters(source)
+        return {name: tensor for name, tensor in load_parameters(source).items() if not name.startswith(BEYOND)}
     folder = RunFolder(source)
     if folder.read("run.json") is None:
         raise ConfigError(f"init_from: '{source}' is neither a .safetensors file nor a run directory")

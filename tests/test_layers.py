@@ -39,7 +39,9 @@ LIBRARIES = {
 IMPORTERS = {
     "mlflow": ("tracking/",),
     "grpc": ("control/",),
-    "ray": ("runtime/ray_executor.py", "runtime/ray_jobs.py"),
+    "starlette": ("control/adapt_http.py",),
+    "uvicorn": ("control/adapt_http.py",),
+    "ray": ("runtime/ray_executor.py", "runtime/ray_jobs.py", "runtime/ray_serve.py"),
     "typer": ("cli.py", "terminal.py", "bench/commands.py", "commands/"),
     "rich": ("display.py",),
     "higher": ("bench/",),

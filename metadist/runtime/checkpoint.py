@@ -294,6 +294,18 @@ def load_parameters(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is no readable safetensors file: {_why(error)}") from error
 
 
+def exported_metadata(path: str | Path) -> dict[str, str]:
+    """What ``export_parameters`` was given beside the parameters; empty for files of others."""
+    try:
+        data = _Store(path).read("")
+        size = int.from_bytes(data[:8], "little")
+        return {str(k): str(v) for k, v in json.loads(data[8 : 8 + size]).get("__metadata__", {}).items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {path}") from None
+    except Exception as error:
+        raise CheckpointError(f"{path} is no readable safetensors file: {_why(error)}") from error
+
+
 class _Store:
     """Whole files below one root, on a local disk (synced, renamed into place) or any fsspec file system."""
 

@@ -56,11 +56,14 @@ class ImageFolder(Episodes):
             )
         object.__setattr__(self, "input_shape", (self.channels, self.image_size, self.image_size))
 
+    @property
+    def decode(self) -> Decode:
+        return Decode(self.image_size, self.channels, self.invert)
+
     def load(self) -> ImageSet:
         import fsspec
 
-        path = self._located()
-        decode = Decode(self.image_size, self.channels, self.invert)
+        path, decode = self._located(), self.decode
         name = "images-" + re.sub(r"\W+", "-", Path(self.path).name)
         if path.lower().endswith(TABLES):
             system, root = fsspec.core.url_to_fs(path)

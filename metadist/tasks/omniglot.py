@@ -65,6 +65,10 @@ class Omniglot(Episodes):
             hint = nearest(self.split_list, SPLIT_LISTS)
             raise ConfigError(f"tasks.split_list = {self.split_list}: must be vinyals, lake or a .json file{hint}")
 
+    @property
+    def decode(self) -> Decode:
+        return DECODE
+
     def rotations_in(self, split: str) -> Rotations:
         return self.rotations if split == "train" else self.evaluation_rotations
 

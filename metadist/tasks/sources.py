@@ -74,6 +74,12 @@ class Decode:
                 pixels[i] = decoded
         return pixels
 
+    def by_class(self, path: str) -> tuple[np.ndarray, list[str], list[str]]:
+        """The images anywhere below a folder or URL: float32 in [0, 1] as in training, their names, and the class (the folder) of each."""
+        files = in_folder(path)
+        pixels = files.decode(self, files.names)
+        return pixels.astype(np.float32) * np.float32(1 / 255), list(files.names), [n.rpartition("/")[0] for n in files.names]
+
     def source(self, what: str) -> str:
         """A text that identifies ``what`` as decoded by this Pillow, for ``images.cached``."""
         import PIL

@@ -1,0 +1,104 @@
+"""``metadist serve``: trained models as an adaptation service."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Annotated
+
+import typer
+
+from metadist.terminal import clean_errors, only_results_on_stdout, say, set_up_logging
+
+TokenFile = Annotated[str | None, typer.Option("--token-file", metavar="FILE", help="The bearer token that every call must carry.")]
+TlsCert = Annotated[str | None, typer.Option("--tls-cert", metavar="FILE", help="The server's certificate (PEM).")]
+TlsKey = Annotated[str | None, typer.Option("--tls-key", metavar="FILE", help="Its private key (PEM).")]
+
+
+def serve(
+    sources: Annotated[list[str], typer.Argument(metavar="[NAME=]RUN_OR_MODEL…", help="Run directories, or files of metadist export.")],
+    host: Annotated[str, typer.Option(help="Anything but loopback needs TLS and a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of gRPC; 0 takes a free one.", min=0, max=65535)] = 8470,
+    http_port: Annotated[int, typer.Option(help="Of JSON over HTTP; 0 takes a free one, -1 does without.", min=-1, max=65535)] = 8471,
+    token_file: TokenFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    normalization: Annotated[str | None, typer.Option(help="transductive or inductive batch norm; default: the run's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the computation; default: PyTorch's.", min=1)] = None,
+    max_batch: Annotated[int, typer.Option(help="Requests computed together at most; 1 serves one at a time.", min=1)] = 64,
+    batch_wait_ms: Annotated[float, typer.Option(help="How long a request may wait for company.", min=0.0)] = 2.0,
+    budget_mib: Annotated[float, typer.Option(help="Memory for adapted parameters; the least recently used are evicted.", min=0.0)] = 256.0,
+    max_message_mib: Annotated[float, typer.Option(help="Of one request or answer.", min=0.01, max=1024)] = 8.0,
+    max_calls: Annotated[int, typer.Option(help="Calls at once.", min=1)] = 128,
+    max_support: Annotated[int, typer.Option(help="Rows of a support set.", min=1)] = 1000,
+    max_queries: Annotated[int, typer.Option(help="Rows to predict in one call.", min=1)] = 1000,
+    ray_serve: Annotated[bool, typer.Option("--ray-serve", help="Deploy on Ray Serve: JSON over HTTP, replicas, autoscaling.")] = False,
+    replicas: Annotated[str, typer.Option(metavar="N|MIN-MAX", help="With --ray-serve: replicas, or the bounds of autoscaling.")] = "1",
+    replica_cpus: Annotated[float, typer.Option(help="With --ray-serve: CPUs that a replica reserves.", min=0.0)] = 1.0,
+    replica_gpus: Annotated[float, typer.Option(help="With --ray-serve: GPUs that a replica reserves.", min=0.0)] = 0.0,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what the server does.")] = False,
+) -> None:
+    """Adapt to support sets that callers send, and predict: over gRPC (metadist.adapt.v1) and as JSON over HTTP."""
+    set_up_logging(verbose)
+    with clean_errors():
+        from metadist import serving
+        from metadist.control.endpoint import Endpoint
+
+        with only_results_on_stdout():
+            message_bytes = int(max_message_mib * 2**20)
+            settings = serving.Serving(
+                tuple(sources), normalization, device, threads, max_batch, batch_wait_ms, budget_mib, max_support, max_queries
+            )
+            if ray_serve:
+                on_ray(settings, host, http_port, token_file, tls_cert, message_bytes, max_calls, replicas, replica_cpus, replica_gpus)
+                return
+            endpoint = Endpoint(
+                host, port, tls_cert, tls_key, token_file, message_bytes=message_bytes, concurrent=max_calls
+            )  # refuses what is not safe, before anything is loaded
+            endpoint.token(), endpoint.credentials()
+            service = serving.adaptation(settings)
+            with serving.serve(service, endpoint, None if http_port < 0 else http_port) as running:
+                for model in service.models.values():
+                    say(f"model  {model.name}: {model.algorithm}, {model.learner.tasks.kind}, {model.source}")
+                say(f"gRPC   {running.address}" + (" (TLS)" if endpoint.secure else ""))
+                if running.http_address:
+                    say(f"HTTP   {running.http_address}/v1/models")
+                _until_stopped()
+            say("stopped: " + ", ".join(f"{name} {value:g}" for name, value in service.statistics().items()))
+
+
+def on_ray(
+    settings: object, host: str, port: int, token_file: str | None, tls_cert: str | None, message_bytes: int, max_calls: int, replicas: str,
+    cpus: float, gpus: float,
+) -> None:  # fmt: skip
+    from metadist.control.trust import is_loopback, read_token
+    from metadist.core.errors import ConfigError
+
+    low, dash, high = replicas.partition("-")
+    if not low.isdecimal() or (dash and not high.isdecimal()) or int(low) < 1 or (dash and int(high) < int(low)):
+        raise ConfigError(f"--replicas {replicas}: expected a number such as 2, or bounds such as 1-4")
+    if tls_cert is not None:
+        raise ConfigError("--tls-cert: Ray Serve's proxy does no TLS; put one that does (an ingress, a gateway) before it")
+    if not is_loopback(host) and token_file is None:
+        raise ConfigError(f"--host {host}: any other machine could connect; give --token-file, and put a proxy with TLS before Ray Serve")
+    from metadist.runtime.ray_serve import deploy
+
+    token = read_token(token_file) if token_file else None
+    options = {"token": token, "seconds": 60.0, "message_bytes": message_bytes, "concurrent": max_calls}
+    bounds = int(low), int(high or low)
+    with deploy(
+        "metadist.serving:http_application", settings, options, host=host, port=max(port, 0) or 8471, replicas=bounds, cpus=cpus, gpus=gpus
+    ) as address:  # fmt: skip
+        say(f"HTTP   {address}/v1/models (Ray Serve, {replicas} replica{'s' if bounds[1] > 1 else ''})")
+        _until_stopped()
+
+
+def _until_stopped() -> None:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    say("\nstopping; running calls end first, press Ctrl-C again to stop at once")
