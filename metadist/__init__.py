@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "metadist.api": ("compose", "load", "train"),
     "metadist.algorithms": ("ANIL", "CNP", "MAML", "MetaSGD", "ProtoNet", "RL2", "Reptile"),
-    "metadist.config": ("CheckpointSettings", "EngineSettings", "EvaluateSettings", "TrackingSettings"),
+    "metadist.config": ("CheckpointSettings", "ControlSettings", "EngineSettings", "EvaluateSettings", "TrackingSettings"),
     "metadist.control.adapt_client": ("Client",),
     "metadist.core.algorithm": ("Algorithm", "TaskContext"),
     "metadist.core.errors": ("MetadistError",),
@@ -48,7 +48,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from metadist.algorithms import ANIL, CNP, MAML, RL2, MetaSGD, ProtoNet, Reptile
     from metadist.api import compose, load, train
-    from metadist.config import CheckpointSettings, EngineSettings, EvaluateSettings, TrackingSettings
+    from metadist.config import CheckpointSettings, ControlSettings, EngineSettings, EvaluateSettings, TrackingSettings
     from metadist.control.adapt_client import Client
     from metadist.core.algorithm import Algorithm, TaskContext
     from metadist.core.errors import MetadistError

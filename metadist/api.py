@@ -12,6 +12,7 @@ from torch import nn
 
 from metadist.config import (
     CheckpointSettings,
+    ControlSettings,
     EngineSettings,
     EvaluateSettings,
     TrackingSettings,
@@ -46,6 +47,7 @@ def compose(
     checkpoint: CheckpointSettings = CheckpointSettings(),  # noqa: B008
     engine: EngineSettings = EngineSettings(),  # noqa: B008
     tracking: TrackingSettings | str = "auto",
+    control: ControlSettings = ControlSettings(),  # noqa: B008
 ) -> Experiment:
     """An experiment from objects. ``model`` is a function that builds an ``nn.Module`` (initialised from ``seed``), a module (its
     parameters are where training starts) or a model config such as ``metadist.Conv4()``. ``workers=0`` computes in this process.
@@ -69,9 +71,10 @@ def compose(
         "engine": as_plain(engine),
         "checkpoint": as_plain(checkpoint),
         "tracking": as_plain(settings),
+        "control": as_plain(control),
         "init_from": init_from,
     }
-    return Experiment(name, seed, learner, evaluate, (group,), engine, checkpoint, settings, init_from, document)
+    return Experiment(name, seed, learner, evaluate, (group,), engine, checkpoint, settings, control, init_from=init_from, document=document)
 
 
 def train(*, run_dir: str | None = None, resume: bool = False, **parts: Any) -> Result:

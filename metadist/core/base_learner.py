@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from metadist.core.parameters import Layout, Parameters
 from metadist.core.state import Slot, State
 
 log = logging.getLogger(__name__)
+AnyLearner = TypeVar("AnyLearner", bound="BaseLearner")
 
 
 class BaseLearner:
@@ -79,6 +82,18 @@ class BaseLearner:
         """The model's parameters and buffers under their own names, for export and for prediction."""
         theta = state.theta(self.slots)
         return {n: t for slot in theta if slot in ("model", "frozen") or slot.startswith(BUFFERS) for n, t in theta[slot].items()}
+
+    def with_meta_batch_size(self: AnyLearner, size: int) -> AnyLearner:
+        """The same learner with meta-steps of ``size`` tasks, to make rounds with; it computes nothing itself. ConfigError where
+        the algorithm can't do with so many."""
+        outer = replace(self.outer, meta_batch_size=size)
+        self._check_outer(outer)
+        other = copy.copy(self)
+        other.outer = outer
+        return other
+
+    def _check_outer(self, outer: OuterLoop) -> None:
+        """ConfigError where the algorithm doesn't go with ``outer``."""
 
     # Where it runs ----------------------------------------------------------------------------------------------------
 

@@ -54,19 +54,22 @@ class TrialLearner(BaseLearner):
                 f"algorithm '{type(self.algorithm).__name__}' does not suit environment '{type(self.tasks).__name__}' with model "
                 f"'{type(self.model.module).__name__}': {reason}"
             )
-        shards = math.ceil(self.outer.meta_batch_size / self.outer.shard_size)
-        if self.algorithm.minibatches > shards:
-            raise ConfigError(
-                f"algorithm.minibatches: {self.algorithm.minibatches} of {shards} shards (outer.meta_batch_size {self.outer.meta_batch_size} "
-                f"÷ outer.shard_size {self.outer.shard_size}); a minibatch is made of whole shards, so use smaller ones"
-            )
-        if self.algorithm.trust_region is not None and self.algorithm.fits_value and self.outer.weight_decay:
-            raise ConfigError(
-                f"outer.weight_decay: {self.outer.weight_decay} would move the policy beside its trust region; use 0 with optimizer: trpo"
-            )
+        self._check_outer(self.outer)
         self.slots = {name: slot for name, (slot, _) in self._declare(0).items()}
         self.device = torch.device("cpu")
         self._prepared = False
+
+    def _check_outer(self, outer: OuterLoop) -> None:
+        shards = math.ceil(outer.meta_batch_size / outer.shard_size)
+        if self.algorithm.minibatches > shards:
+            raise ConfigError(
+                f"algorithm.minibatches: {self.algorithm.minibatches} of {shards} shards (outer.meta_batch_size {outer.meta_batch_size} "
+                f"÷ outer.shard_size {outer.shard_size}); a minibatch is made of whole shards, so use smaller ones"
+            )
+        if self.algorithm.trust_region is not None and self.algorithm.fits_value and outer.weight_decay:
+            raise ConfigError(
+                f"outer.weight_decay: {outer.weight_decay} would move the policy beside its trust region; use 0 with optimizer: trpo"
+            )
 
     # The rounds of a meta-step ----------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +36,24 @@ class Display(Protocol):
     def evaluated(self, meta_step: int, evaluation: Evaluation) -> None: ...
 
     def note(self, message: str) -> None: ...
+
+
+class Steering(Protocol):
+    """What the loop needs of whoever steers it."""
+
+    def boundary(self, meta_step: int, fleet: Scheduler, save: Callable[[], bool]) -> tuple[Learner | TrialLearner, str | None]:
+        """Between meta-steps: the learner for the next one, and why to stop, if at all. Returns when the run may go on."""
+        ...
+
+    def history(self, before: int) -> Sequence[Mapping[str, Any]]:
+        """The commands that the parameters after ``before`` meta-steps were trained under."""
+        ...
+
+    def saved(self, meta_step: int) -> None: ...
+
+    def over(self) -> None:
+        """No boundary is to come."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -100,31 +118,37 @@ class Outcome:
 
 
 def meta_train(
-    run: Run, progress: Progress, fleet: Scheduler, tracker: Tracker, checkpoints: Checkpoints, display: Display,
-    stop: Callable[[], bool] = lambda: False,
-) -> Outcome:  # fmt: skip
+    run: Run, progress: Progress, fleet: Scheduler, tracker: Tracker, checkpoints: Checkpoints, display: Display, steering: Steering
+) -> Outcome:
     """θ ← outer(θ, Σ contributions / Σ weights), ``meta_steps`` times, with validation and checkpoints when due."""
     began = progress.meta_step
+
+    def save() -> bool:
+        return _save(run, progress, tracker, checkpoints, steering)
+
     try:
-        return _loop(run, progress, fleet, tracker, checkpoints, display, stop)
+        return _loop(run, progress, fleet, tracker, checkpoints, display, steering, save)
     except WorkerError:  # the run ends, but nothing that it learned is lost
         if progress.meta_step > began:
-            _save(run, progress, tracker, checkpoints)
+            save()
         raise
+    finally:
+        steering.over()
 
 
 def _loop(
-    run: Run, progress: Progress, fleet: Scheduler, tracker: Tracker, checkpoints: Checkpoints, display: Display, stop: Callable[[], bool]
-) -> Outcome:
-    learner, higher = run.learner, run.learner.tasks.higher_is_better
+    run: Run, progress: Progress, fleet: Scheduler, tracker: Tracker, checkpoints: Checkpoints, display: Display, steering: Steering,
+    save: Callable[[], bool],
+) -> Outcome:  # fmt: skip
+    higher = run.learner.tasks.higher_is_better
     meter, saved = _Meter(fleet), progress.meta_step
     stopped = None
     while progress.meta_step < run.meta_steps:
         if run.patience is not None and progress.stale(higher) >= run.patience:
             stopped = f"no better validation in {run.patience} evaluations"
             break
-        if stop():
-            stopped = "interrupted"
+        learner, stopped = steering.boundary(progress.meta_step, fleet, save)
+        if stopped:
             break
         report: dict[str, float] = {}
         state = progress.state
@@ -143,10 +167,10 @@ def _loop(
         if step % run.evaluate_every == 0 or last:
             improved = _validate(run, progress, fleet, tracker, display)
         if step % run.checkpoint_every == 0 or last or improved:
-            _save(run, progress, tracker, checkpoints)
+            save()
             saved = step
     if saved != progress.meta_step:
-        _save(run, progress, tracker, checkpoints)
+        save()
     best_step, best = _best(run, progress, checkpoints, display)
     return Outcome(progress, best, best_step, meter.average, stopped)
 
@@ -179,7 +203,7 @@ def evaluation_metrics(judged: Evaluation) -> dict[str, float]:
     return values | {f"eval/{judged.split}/loss": judged.loss[last], f"eval/{judged.split}/divergence_rate": judged.divergence_rate}
 
 
-def _save(run: Run, progress: Progress, tracker: Tracker, checkpoints: Checkpoints) -> None:
+def _save(run: Run, progress: Progress, tracker: Tracker, checkpoints: Checkpoints, steering: Steering) -> bool:
     tracker.flush()  # every point before this meta-step is safe before the checkpoint that makes a resume skip it
     here = [v["mean"] for v in progress.validation if v["meta_step"] == progress.meta_step]
     manifest = {
@@ -189,8 +213,12 @@ def _save(run: Run, progress: Progress, tracker: Tracker, checkpoints: Checkpoin
         "mlflow_run_id": tracker.mlflow_run_id,
         "validation": as_json(progress.validation),
         "curve": as_json(progress.curve),
+        "commands": list(steering.history(progress.meta_step)),
     }
-    checkpoints.save(progress.meta_step, progress.state, manifest, slots=run.learner.slots, score=here[0] if here else None)
+    done = checkpoints.save(progress.meta_step, progress.state, manifest, slots=run.learner.slots, score=here[0] if here else None)
+    if done:
+        steering.saved(progress.meta_step)
+    return done
 
 
 def _best(run: Run, progress: Progress, checkpoints: Checkpoints, display: Display) -> tuple[int, State]:

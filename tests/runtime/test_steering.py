@@ -1,0 +1,401 @@
+"""Steering in process: commands take effect between meta-steps, are written ahead, and a resumed run ends with the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from metadist import config
+from metadist.core.errors import CheckpointError, ConfigError, MetadistError
+from metadist.core.steering import Command, RefusedError
+from metadist.experiment import Experiment, Quiet, train
+from metadist.runtime.board import KEPT, Board
+from metadist.runtime.command_log import CommandLog, history
+from metadist.runtime.steering import Steering
+
+OFF = "control.enabled=false"
+BOUNDARY = Steering.boundary
+
+
+class Hand:
+    """Gives commands to a run as it goes: ``orders`` by the meta-step at whose boundary they are to take effect."""
+
+    def __init__(self, monkeypatch, orders=(), stop_at=None):
+        self.orders, self.stop_at, self.steering = dict(orders), stop_at, None
+        self.refusals, self.sizes = [], []
+
+        def boundary(steering, meta_step, fleet, save):
+            self.steering = steering
+            for command in self.orders.pop(meta_step, ()):
+                try:
+                    steering.submit(command, 0.0)
+                except MetadistError as error:
+                    self.refusals.append(str(error))
+            result = BOUNDARY(steering, meta_step, fleet, save)
+            self.sizes.append(result[0].outer.meta_batch_size)
+            return (result[0], "interrupted") if meta_step == self.stop_at else result
+
+        monkeypatch.setattr(Steering, "boundary", boundary)
+
+
+def run(where, *overrides, resume=False, **more):
+    return train(tiny.experiment(OFF, *overrides), run_dir=str(where), resume=resume, plots=False, **more)
+
+
+def size(value):
+    return Command("set_meta_batch_size", value)
+
+
+def lines(where):
+    return [json.loads(line) for line in (Path(where) / "commands.jsonl").read_text().splitlines()]
+
+
+# The same bits --------------------------------------------------------------------------------------------------------
+
+
+def test_a_steered_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path, monkeypatch):
+    """Uninterrupted; ended before, at and after the command, the last with a checkpoint older than the command; and given from the start."""
+    hand = Hand(monkeypatch, {3: [size(4)]})
+    whole = run(tmp_path / "whole")
+    assert hand.sizes == [10, 10, 10, 4, 4, 4]
+    assert whole.params_sha256 != run(tmp_path / "plain").params_sha256, "steering changes the bits, or nothing is proved"
+    for stop in (2, 3, 5):
+        Hand(monkeypatch, {3: [size(4)]}, stop_at=stop)
+        assert run(tmp_path / f"run{stop}").outcome.stopped == "interrupted"
+        hand = Hand(monkeypatch, {3: [size(4)]} if stop < 3 else {})
+        done = run(tmp_path / f"run{stop}", resume=True)
+        assert done.params_sha256 == whole.params_sha256, stop
+        assert done.evaluations == whole.evaluations
+    Hand(monkeypatch)
+    (tmp_path / "given").mkdir()
+    shutil.copy(tmp_path / "whole/commands.jsonl", tmp_path / "given")
+    assert run(tmp_path / "given").params_sha256 == whole.params_sha256
+
+
+def test_killed_between_checkpoints(tmp_path, monkeypatch):
+    """The command fell after the checkpoint that is resumed from, so it is obeyed again."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(scheduler, shard):
+        if shard.meta_step == 5:
+            raise Killed
+
+    Hand(monkeypatch, {3: [size(4), size(6)]})
+    whole = run(tmp_path / "whole", "checkpoint.every=100", "evaluate.every=100")
+    for every, hand in ((2, {3: [size(4), size(6)]}), (100, {3: [size(4), size(6)]})):
+        Hand(monkeypatch, hand)
+        with pytest.raises(Killed):
+            run(tmp_path / f"run{every}", f"checkpoint.every={every}", "evaluate.every=100", watch=killed)
+        hand = Hand(monkeypatch)
+        done = run(tmp_path / f"run{every}", f"checkpoint.every={every}", "evaluate.every=100", resume=True)
+        assert done.params_sha256 == whole.params_sha256
+        assert hand.sizes[-1] == 6
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(commands=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([2, 3, 4, 7, 12])), max_size=4), stops=st.sets(st.integers(1, 5), max_size=3))
+def test_whatever_is_commanded_and_wherever_it_stops(tmp_path_factory, commands, stops):
+    folder = tmp_path_factory.mktemp("steered")
+    orders = {}
+    for at, value in sorted(commands, key=lambda c: c[0]):
+        orders.setdefault(at, []).append(size(value))
+    short = ("evaluate.every=100", "evaluate.test_tasks=2", "checkpoint.every=3")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        Hand(monkeypatch, orders)
+        whole = run(folder / "whole", *short, test=False)
+    orders = {at: [size(c.value) for c in given] for at, given in orders.items()}
+    for stop in [*sorted(stops), None]:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            hand = Hand(monkeypatch, orders, stop_at=stop)
+            done = run(folder / "run", *short, resume=True, test=False)
+            orders = hand.orders
+    assert done.params_sha256 == whole.params_sha256
+
+
+def test_pause_and_checkpoint_change_no_bits(tmp_path, monkeypatch):
+    plain = run(tmp_path / "plain", "checkpoint.every=100", "evaluate.every=100")
+    hand = Hand(monkeypatch, {2: [Command("checkpoint")], 3: [Command("pause")]})
+    phases = []
+
+    def later():
+        while hand.steering is None or hand.steering.standing().phase != "paused":
+            time.sleep(0.01)
+        phases.append(hand.steering.standing())
+        time.sleep(0.3)
+        phases.append(hand.steering.standing())
+        hand.steering.submit(Command("checkpoint"), 5.0)
+        hand.steering.submit(Command("resume"), 5.0)
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    done = run(tmp_path / "run", "checkpoint.every=100", "evaluate.every=100")
+    thread.join()
+    assert done.params_sha256 == plain.params_sha256
+    assert [p.meta_step for p in phases] == [3, 3], "nothing happens while it is paused"
+    assert phases[0].checkpoint == 2
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} >= {"step-00000003", "step-00000006"}
+    assert [(line["command"], line["meta_step"]) for line in lines(tmp_path / "run")] == [
+        ("checkpoint", 2), ("pause", 3), ("checkpoint", 3), ("resume", 3),
+    ]  # fmt: skip
+
+
+def test_reinforcement_learning_too(tmp_path, monkeypatch):
+    """RL²'s minibatches are of whole shards: what would leave one empty is refused, the rest is obeyed and repeated."""
+    document = {
+        "name": "rl", "environment": {"name": "bandit", "arms": 2, "episodes": 3}, "model": {"name": "gru", "hidden": 4},
+        "algorithm": {"name": "rl2", "minibatches": 2, "epochs": 1}, "outer": {"meta_batch_size": 8, "shard_size": 2, "meta_steps": 4},
+        "evaluate": {"every": 100, "tasks": 4, "test_tasks": 4}, "workers": [{"min": 0, "max": 0}], "tracking": {"uri": "none"},
+        "checkpoint": {"every": 3}, "control": {"enabled": False},
+    }  # fmt: skip
+
+    def go(where, **more):
+        return train(Experiment.of(config.build(document)), run_dir=str(where), test=False, plots=False, **more)
+
+    hand = Hand(monkeypatch, {1: [size(2), size(12)], 2: [size(4)]})
+    whole = go(tmp_path / "whole")
+    assert hand.sizes == [8, 12, 4, 4]
+    assert len(hand.refusals) == 1
+    assert "algorithm.minibatches: 2 of 1 shards" in hand.refusals[0]
+    Hand(monkeypatch, {1: [size(12)], 2: [size(4)]}, stop_at=3)
+    go(tmp_path / "run")
+    Hand(monkeypatch)
+    assert go(tmp_path / "run", resume=True).params_sha256 == whole.params_sha256
+
+
+# Refusals: the run goes on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "overrides", "told"),
+    [
+        (lambda: size(0), (), "meta_batch_size: 0 is not between 1"),
+        (lambda: size(1 << 40), (), "is not between 1"),
+        (lambda: Command("set_workers", 2), (), "in its own process; stop it, and go on with --resume --workers N"),
+        (lambda: size(9), ("outer.meta_batch_size=4", "outer.shard_size=8"), "would make shards of 8 tasks"),
+        (lambda: Command("set_meta_batch_size"), (), "a value is missing"),
+        (lambda: Command("pause", 3), (), "3 where no value goes"),
+        (lambda: Command("explode"), (), "'explode' is not one of"),
+    ],
+)
+def test_what_can_not_be_is_refused_with_the_reason(tmp_path, monkeypatch, make, overrides, told):
+    plain = run(tmp_path / "plain", *overrides)
+    hand = Hand(monkeypatch)
+    tried = []
+
+    class Now(dict):
+        def pop(self, meta_step, default):
+            if meta_step == 2:
+                try:
+                    tried.append(hand.steering.submit(make(), 0.0))
+                except MetadistError as error:
+                    hand.refusals.append(str(error))
+            return default
+
+    hand.orders = Now()
+    done = run(tmp_path / "run", *overrides)
+    assert done.params_sha256 == plain.params_sha256
+    assert not (tmp_path / "run/commands.jsonl").exists(), "what is refused is not recorded"
+    assert len(hand.refusals) == 1 or tried
+    assert told in (hand.refusals or [""])[0]
+
+
+def test_a_log_that_can_not_be_written_refuses_the_command(tmp_path, monkeypatch):
+    plain = run(tmp_path / "plain")
+    hand = Hand(monkeypatch, {2: [command := size(4)]})
+
+    def full(descriptor, data):
+        raise OSError(28, "No space left on device")
+
+    write = os.write
+    monkeypatch.setattr("metadist.runtime.command_log.os.write", full)
+    done = run(tmp_path / "run")
+    monkeypatch.setattr("metadist.runtime.command_log.os.write", write)
+    assert done.params_sha256 == plain.params_sha256
+    with pytest.raises(MetadistError, match="can't be recorded in .*No space left"):
+        hand.steering.submit(command, 0.0)
+    assert (tmp_path / "run/commands.jsonl").read_bytes() == b""
+
+
+def test_commands_after_the_last_meta_step_are_refused(tmp_path, monkeypatch):
+    hand = Hand(monkeypatch)
+    run(tmp_path / "run")
+    with pytest.raises(RefusedError, match="training is over"):
+        hand.steering.submit(size(4), 1.0)
+    assert hand.steering.standing().phase == "finishing"
+
+
+def test_one_id_is_obeyed_once(tmp_path, monkeypatch):
+    command = size(4)
+    hand = Hand(monkeypatch, {2: [command], 4: [command]})
+    run(tmp_path / "run")
+    assert [line["meta_step"] for line in lines(tmp_path / "run")] == [2]
+    assert hand.steering.submit(command, 0.0).meta_step == 2
+    with pytest.raises(RefusedError, match="was given to 'meta_batch_size = 4'"):
+        hand.steering.submit(dataclasses.replace(command, value=6), 0.0)
+
+
+def test_stopping_while_paused(tmp_path, monkeypatch):
+    """By Ctrl-C, and by command; each leaves a checkpoint."""
+    for name, orders, stop in (("command", [Command("pause"), Command("stop")], lambda: False), ("key", [Command("pause")], None)):
+        hand = Hand(monkeypatch, {3: orders})
+        pressed = stop or (lambda hand=hand: hand.steering is not None and hand.steering.standing().phase == "paused")
+        half = run(tmp_path / name, "checkpoint.every=100", stop=pressed)
+        assert (half.outcome.stopped, half.outcome.progress.meta_step) == ("interrupted", 3)
+        Hand(monkeypatch)
+        assert run(tmp_path / name, "checkpoint.every=100", resume=True).outcome.progress.meta_step == 6
+
+
+@pytest.mark.long
+def test_it_shows_in_mlflow(tmp_path, monkeypatch):
+    Hand(monkeypatch, {3: [size(4)]})
+    done = run(tmp_path / "run", "tracking.uri=" + f"sqlite:///{tmp_path}/mlflow.db")
+    assert done.undelivered == 0
+    client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [found] = client.search_runs(["1"])
+    points = [(p.step, p.value) for p in client.get_metric_history(found.info.run_id, "steering/meta_batch_size")]
+    assert points == [(0, 10.0), (3, 4.0)]
+    assert "commands.jsonl" in [a.path for a in client.list_artifacts(found.info.run_id)]
+
+
+# The log --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steered(tmp_path, monkeypatch):
+    """A run that was commanded at 1 and 4 and interrupted at 5, whose newest checkpoint is of 5; and what it should end with."""
+    orders = {1: [size(4)], 4: [size(6), Command("checkpoint")]}
+    Hand(monkeypatch, orders)
+    whole = run(tmp_path / "whole")
+    Hand(monkeypatch, orders, stop_at=5)
+    run(tmp_path / "run")
+    Hand(monkeypatch)
+    return tmp_path / "run", whole.params_sha256
+
+
+@pytest.mark.parametrize("cut", [1, 30, 100])
+def test_a_torn_last_line_never_took_effect(steered, caplog, cut):
+    where, expected = steered
+    log = where / "commands.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole + b'{"seq": 9, "meta_step": 5, "command": "set_meta_batch_size", "value": 3, "id": "x", "time": 1.0, "by": "y", "check":'[:cut])
+    assert run(where, resume=True).params_sha256 == expected
+    assert "torn last line" in caplog.text
+    assert log.read_bytes() == whole
+
+
+def test_a_torn_line_that_a_checkpoint_knows_comes_back(steered):
+    """Not by this code's own doing (it syncs first), but disks have been seen to lie."""
+    where, expected = steered
+    log = where / "commands.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:1]))
+    assert run(where, resume=True).params_sha256 == expected
+    assert [c["value"] for c in history(CommandLog(str(where)).entries)] == [4, 6]
+
+
+def test_a_lost_log_comes_back_from_the_checkpoint(steered):
+    where, expected = steered
+    (where / "commands.jsonl").unlink()
+    assert run(where, resume=True).params_sha256 == expected
+    assert [c["value"] for c in history(CommandLog(str(where)).entries)] == [4, 6]
+
+
+def test_a_damaged_line_in_the_middle_is_told(steered):
+    where, _ = steered
+    log = where / "commands.jsonl"
+    first, *rest = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(first.replace(b'"value": 4', b'"value": 5') + b"".join(rest))
+    with pytest.raises(CheckpointError, match="line 1 of 3 is damaged"):
+        run(where, resume=True)
+
+
+def test_a_log_that_contradicts_the_checkpoint_is_told(steered):
+    where, _ = steered
+    log = CommandLog(str(where))
+    log.append(size(8), 2)
+    with pytest.raises(CheckpointError, match="set_meta_batch_size 8 at meta-step 2, the checkpoint was trained under .* 6 at meta-step 4"):
+        run(where, resume=True)
+
+
+def test_the_newest_order_wins(tmp_path):
+    log = CommandLog(str(tmp_path))
+    for value, at in ((64, 15), (16, 12), (8, 14), (4, 14)):
+        log.append(size(value), at)
+    assert [log.value_at("set_meta_batch_size", at) for at in (11, 12, 13, 14, 20)] == [None, 16, 16, 4, 4]
+    assert [(c["meta_step"], c["value"]) for c in history(CommandLog(str(tmp_path)).entries, before=14)] == [(12, 16)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, 10**6), flip=st.integers(1, 255))
+def test_no_flipped_byte_goes_unseen(tmp_path, at, flip):
+    (tmp_path / "commands.jsonl").unlink(missing_ok=True)
+    log = CommandLog(str(tmp_path))
+    for value in (3, 4, 5):
+        log.append(size(value), value)
+    data = bytearray((tmp_path / "commands.jsonl").read_bytes())
+    data[at % len(data)] ^= flip
+    (tmp_path / "commands.jsonl").write_bytes(data)
+    try:
+        found = CommandLog(str(tmp_path))
+    except CheckpointError:
+        return
+    assert found.entries == log.entries[: len(found.entries)], "a prefix at the least, and never another command"
+    assert len(found.entries) >= 2
+
+
+def test_on_a_store_that_can_not_append(tmp_path, monkeypatch):
+    monkeypatch.setenv("METADIST_CACHE", str(tmp_path / "cache"))
+    url = f"memory://steered-{random.random()}/a"
+    Hand(monkeypatch, {3: [size(4)]})
+    whole = run(tmp_path / "whole")
+    Hand(monkeypatch, {3: [size(4)]}, stop_at=4)
+    run(url)
+    assert fsspec.filesystem("memory").cat_file(f"{url}/commands.jsonl").count(b"\n") == 1
+    shutil.rmtree(tmp_path / "cache")  # another machine goes on
+    Hand(monkeypatch)
+    assert run(url, resume=True).params_sha256 == whole.params_sha256
+
+
+def test_two_drivers_on_one_run(tmp_path, monkeypatch):
+    told = []
+
+    def second(scheduler, shard):
+        if not told:
+            told.append(None)
+            with pytest.raises(ConfigError, match=rf"is being trained by process {os.getpid()} on"):
+                run(tmp_path / "run", resume=True)
+
+    first = run(tmp_path / "run", watch=second)
+    assert told
+    assert first.params_sha256 == run(tmp_path / "plain").params_sha256
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run(tmp_path / "run")
+
+
+# Watching -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_watcher_gets_the_newest():
+    board = Board(Quiet())
+    with board.watch() as feed:
+        for step in range(1, 2 * KEPT + 1):
+            board.step(step, {"loss": 1.0 / step}, 10.0)
+        assert [s.meta_step for s in feed.next(0.0)] == list(range(KEPT + 1, 2 * KEPT + 1))
+        assert feed.dropped == KEPT
+        assert feed.next(0.0) == []
+        board.close()
+        with pytest.raises(EOFError):
+            feed.next(0.0)
