@@ -46,7 +46,7 @@ class RayCluster:
         try:
             self._start(
                 "--head", f"--port={self.port}", "--num-cpus=0", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
-                "--ray-client-server-port=0", f"--temp-dir={self.folder}/ray",
+                f"--temp-dir={self.folder}/ray",
             )  # fmt: skip
             self._await(self._answers, "its dashboard")
             self._start(f"--address=127.0.0.1:{self.port}", f"--num-cpus={self._cpus}")
