@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from metadist.bench.commands import app as bench
-from metadist.commands import jobs, predict, serve
+from metadist.commands import control, jobs, predict, render, serve, worker
 from metadist.terminal import AsJson, Overrides, Workers, clean_errors, numbers, only_results_on_stdout, say, set_up_logging
 
 app = typer.Typer(
@@ -26,6 +26,9 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.command(epilog="Example:  metadist submit omniglot_maml_5w1s --address http://HEAD:8265 --run-dir s3://bucket/runs/a --wait")(jobs.submit)
 app.add_typer(jobs.app, name="jobs")
+app.command(epilog="Example:  metadist render kubernetes omniglot_maml_5w1s --run-dir s3://bucket/runs/a --image REGISTRY/metadist:0.1.0")(render.render)
+app.command(epilog="Examples:  metadist control runs/a status   |   metadist control runs/a set meta_batch_size=64 workers=3")(control.control)
+app.command(epilog="Example:  metadist worker --connect driver.example:8471 --token-file token --tls-ca ca.pem")(worker.worker)
 app.command(epilog="Examples:  metadist serve runs/a   |   metadist serve runs/a b=runs/b --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --token-file token")(serve.serve)
 app.command(epilog="Example:  metadist predict runs/a --support animals/few --query animals/many")(predict.predict)
 
@@ -61,6 +64,9 @@ def train(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config (metadist list configs).")],
     overrides: Overrides = None,
     workers: Workers = None,
+    outside: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Take workers from outside here, too (metadist worker --connect HOST:PORT).")
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Several seeds, such as 0,1,2: child runs under one parent.")] = None,
     run_dir: Annotated[str | None, typer.Option(help="Folder or fsspec URL of the run; default: a new one under METADIST_RUNS.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
@@ -76,6 +82,8 @@ def train(
         document = configuration.override(configuration.read_document(config), overrides or [])
         if workers is not None:
             document = configuration.set_workers(document, workers)
+        if outside is not None:
+            document = configuration.set_outside(document, outside)
         if print_config:
             import yaml
 

@@ -64,6 +64,56 @@ class TrackingSettings:
 
 
 @dataclass(frozen=True)
+class ControlSettings:
+    """Steering while it trains (``metadist control``). ``port`` 0 takes a free one; without ``token_file`` a token is made that this
+    user alone can read. Another ``host`` than loopback needs ``tls_cert`` and ``tls_key``; ``tls_ca`` is what clients trust."""
+
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: int = 0
+    token_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"control.port: {self.port}; expected 0 (any free one) to 65535")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("control.tls_cert, control.tls_key: TLS takes both, a certificate and its private key")
+
+
+@dataclass(frozen=True)
+class OutsideSettings:
+    """Where workers from outside (groups with ``outside: true``) connect: ``listen`` is HOST:PORT, port 0 takes a free one. On
+    loopback the token is optional; anywhere else ``token_file``, ``tls_cert`` and ``tls_key`` are needed. A worker of which
+    nothing was heard for ``lease`` seconds has lost its shards to others.
+    """
+
+    listen: str | None = None
+    token_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    lease: float = 15.0
+
+    def __post_init__(self) -> None:
+        if self.listen is not None:
+            host, _, port = self.listen.rpartition(":")
+            if not host or not port.isdecimal() or int(port) > 65535:
+                raise ConfigError(f"outside.listen: '{self.listen}'; expected HOST:PORT, such as 127.0.0.1:8471")
+        if not 1 <= self.lease <= 3600:
+            raise ConfigError(f"outside.lease: {self.lease:g}; expected 1 to 3600 seconds")
+
+    @property
+    def host(self) -> str:
+        return (self.listen or "127.0.0.1:0").rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        return int((self.listen or "127.0.0.1:0").rpartition(":")[2])
+
+
+@dataclass(frozen=True)
 class MetricSettings:
     """A metric of the user's: an import path ``package.module:function`` and which way is better."""
 
@@ -87,6 +137,8 @@ class Config:
     engine: EngineSettings
     checkpoint: CheckpointSettings
     tracking: TrackingSettings
+    control: ControlSettings
+    outside: OutsideSettings
     init_from: str | None
     document: Document = field(repr=False)
 
@@ -109,9 +161,11 @@ def supervised(learner: Learner | TrialLearner) -> Learner:
     return learner
 
 
+#: how many workers of a role may come from outside where the config doesn't say
+MOST_OUTSIDE = 16
 KEYS = (
     "name", "seed", "tasks", "environment", "model", "algorithm", "outer", "evaluate", "workers", "engine", "checkpoint", "tracking",
-    "init_from", "loss", "metric",
+    "control", "outside", "init_from", "loss", "metric",
 )  # fmt: skip
 
 
@@ -195,7 +249,7 @@ def set_workers(document: Document, workers: str) -> Document:
         raise ConfigError(f"workers: expected a list of groups, such as [{{role: learner, max: 2}}], got {groups!r}")
     groups = [dict(g) for g in groups]
     for role, count in _counts(workers, "environment" in document).items():
-        chosen = [g for g in groups if g.get("role", "learner") == role]
+        chosen = [g for g in groups if g.get("role", "learner") == role and not g.get("outside")]
         if not chosen:
             chosen = [{"role": role, "gpus": 0 if role == "environment" else "auto"}]
             groups += chosen
@@ -205,6 +259,19 @@ def set_workers(document: Document, workers: str) -> Document:
         for group in groups:
             group.update(min=0, max=0)
     return {**document, "workers": groups}
+
+
+def set_outside(document: Document, listen: str) -> Document:
+    """``--outside HOST:PORT``: workers may also come from outside, in every role that the config's workers have."""
+    groups = [dict(g) for g in document.get("workers") or [{"role": "learner"}]]
+    roles = {g.get("role", "learner") for g in groups if g.get("max", 1) or g.get("role", "learner") == "learner"}
+    for role in sorted(roles):
+        outside = [g for g in groups if g.get("outside") and g.get("role", "learner") == role]
+        if not outside:
+            groups.append({"role": role, "min": 0, "max": MOST_OUTSIDE, "outside": True})
+        for group in outside:
+            group["max"] = group.get("max") or MOST_OUTSIDE
+    return {**document, "workers": groups, "outside": {**(document.get("outside") or {}), "listen": listen}}
 
 
 def _counts(workers: str, trials: bool) -> dict[str, int]:
@@ -279,10 +346,13 @@ def build(document: Document) -> Config:
         engine=settings("engine", document.get("engine"), EngineSettings),
         checkpoint=settings("checkpoint", document.get("checkpoint"), CheckpointSettings),
         tracking=settings("tracking", document.get("tracking"), TrackingSettings),
+        control=settings("control", document.get("control"), ControlSettings),
+        outside=settings("outside", document.get("outside"), OutsideSettings),
         init_from=typed("init_from", document.get("init_from"), Union[str, None]),
         document=document,
     )
     _check_name(config.name)
+    _check_outside(config, what)
     for key, value in (
         ("evaluate.every", config.evaluate.every),
         ("evaluate.tasks", config.evaluate.tasks),
@@ -303,6 +373,20 @@ def build(document: Document) -> Config:
         if limit is not None and limit < lowest:
             raise ConfigError(f"{key}: {limit} is below {lowest}")
     return config
+
+
+def _check_outside(config: Config, what: str) -> None:
+    """Groups of workers from outside that nobody could join, or that nothing could be asked of."""
+    groups = [(i, g) for i, g in enumerate(config.workers) if g.outside and g.max]
+    for i, group in groups:
+        if config.outside.listen is None:
+            raise ConfigError(f"workers.{i}.outside: true, but there is no address to connect to; give outside: {{listen: HOST:PORT}}, or --outside HOST:PORT")
+        if group.role == "environment" and what == "tasks":
+            raise ConfigError(f"workers.{i}.role: environment, but supervised tasks have no environments; expected learners")
+        if sum(other.role == group.role for _, other in groups) > 1:
+            raise ConfigError(f"workers.{i}: two groups of {group.role}s from outside; expected one for each role")
+    if groups and config.engine.wire != "exact":
+        raise ConfigError(f"engine.wire: {config.engine.wire} is for workers of the Ray cluster; with workers from outside use exact")
 
 
 def environment(document: Document) -> MetaEnvironment:
@@ -449,6 +533,6 @@ def resolved(config: Config) -> Document:
     document["outer"] = as_plain(config.outer)
     document["evaluate"] = as_plain(config.evaluate)
     document["workers"] = [as_plain(g) for g in config.workers]
-    for key in ("engine", "checkpoint", "tracking"):
+    for key in ("engine", "checkpoint", "tracking", "control", "outside"):
         document[key] = as_plain(getattr(config, key))
     return {**document, **{k: config.document.get(k) for k in ("init_from", "loss", "metric")}}

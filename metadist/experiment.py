@@ -21,7 +21,7 @@ import metadist
 from metadist import config as configuration
 from metadist import run_page
 from metadist.comparison import paired
-from metadist.config import CheckpointSettings, Config, EngineSettings, EvaluateSettings, TrackingSettings
+from metadist.config import CheckpointSettings, Config, ControlSettings, EngineSettings, EvaluateSettings, OutsideSettings, TrackingSettings
 from metadist.core.check import check
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.core.executor import Shard
@@ -31,6 +31,7 @@ from metadist.core.task import Examples
 from metadist.core.trial_learner import TrialLearner
 from metadist.fleet import fleet, planner_for
 from metadist.run_folder import RunFolder, new_run_id, newest_run, runs_root
+from metadist.runtime.board import Board
 from metadist.runtime.checkpoint import Checkpoints, export_parameters, load_parameters
 from metadist.runtime.evaluation import Evaluation, TrialEvaluation, as_json, evaluate
 from metadist.runtime.groups import WorkerGroup
@@ -38,12 +39,13 @@ from metadist.runtime.plan import as_it_is, obey
 from metadist.runtime.scheduler import Scheduler
 from metadist.runtime.train import Display, Outcome, Progress, Run, evaluation_metrics, meta_train
 from metadist.schema import flatten, parse_yaml
+from metadist.steered import checked, claimed, served, steering_of
 
 log = logging.getLogger(__name__)
 
 #: what may differ between a run and its resumption: nothing of it enters θ
 FREE_ON_RESUME = (
-    "workers", "tracking", "checkpoint", "evaluate", "engine.exact", "engine.shard_timeout", "engine.worker_patience",
+    "workers", "outside", "tracking", "control", "checkpoint", "evaluate", "engine.exact", "engine.shard_timeout", "engine.worker_patience",
 )  # fmt: skip
 
 
@@ -63,6 +65,8 @@ class Experiment:
     engine: EngineSettings = EngineSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
+    control: ControlSettings = ControlSettings()
+    outside: OutsideSettings = OutsideSettings()
     init_from: str | None = None
     document: dict[str, Any] = field(default_factory=dict)
 
@@ -70,7 +74,7 @@ class Experiment:
     def of(cls, config: Config) -> Experiment:
         return cls(
             config.name, config.seed, config.learner(), config.evaluate, config.workers, config.engine, config.checkpoint,
-            config.tracking, config.init_from, configuration.resolved(config),
+            config.tracking, config.control, config.outside, config.init_from, configuration.resolved(config),
         )  # fmt: skip
 
 
@@ -95,6 +99,8 @@ class Result:
     retried: dict[str, int]
     wall_seconds: float
     undelivered: int = 0
+    #: who computed other bits than the run began with, where it may not be exact
+    inexact: list[str] = field(default_factory=list)
     tracking_url: str | None = None
 
     @property
@@ -144,6 +150,7 @@ class Result:
             "validation": self.outcome.progress.validation[-1:],
             "shards_retried": self.retried,
             "stopped": self.outcome.stopped,
+            "inexact": self.inexact,
             "wall_seconds": round(self.wall_seconds, 2),
             "undelivered": self.undelivered,
             "tracking_url": self.tracking_url,
@@ -181,6 +188,7 @@ def train(
     began = time.perf_counter()
     display = display or Quiet()
     learner = experiment.learner
+    checked(experiment.control)
     if resume and run_dir is None:
         run_dir = newest_run(experiment.name)
     run_id = run_id or new_run_id(experiment.name)
@@ -188,7 +196,19 @@ def train(
     checkpoints = Checkpoints(folder.url, keep=experiment.checkpoint.keep, higher_is_better=learner.tasks.higher_is_better)
     learner.prepare(torch.device("cpu"))
     check(learner, experiment.seed)  # before the folder is claimed: a mistake in the config leaves nothing behind
-    run_id = _open(folder, experiment, run_id, resume)
+    with claimed(folder):
+        run_id = _open(folder, experiment, run_id, resume)
+        result = _train(experiment, folder, checkpoints, run_id, display, stop, watch, parent, test, plots)
+    result.wall_seconds = time.perf_counter() - began
+    return result
+
+
+def _train(
+    experiment: Experiment, folder: RunFolder, checkpoints: Checkpoints, run_id: str, display: Display, stop: Callable[[], bool],
+    watch: Callable[[Scheduler, Shard], None] | None, parent: str | None, test: bool, plots: bool,
+) -> Result:  # fmt: skip
+    """``train`` in a folder that is this process's."""
+    began, learner = time.perf_counter(), experiment.learner
     earlier = checkpoints.latest(learner.slots)
     progress = Progress.of(earlier) if earlier else Progress(0, learner.initial(experiment.seed, _initial(experiment)))
     expected = _checked_manifest(experiment, earlier.manifest) if earlier else None
@@ -198,21 +218,36 @@ def train(
     try:
         run_page.record(folder, None)
         planner = obey(earlier.manifest.get("engine", {})) if earlier else planner_for(experiment)
-        with fleet(experiment, run_id, planner, expected=expected, watch=watch, folder=folder, note=display.note) as workers:
-            run = _run(experiment, run_id, _facts(experiment, workers))
+        board = Board(display)
+        inexact = list(earlier.manifest.get("inexact", ())) if earlier else []
+
+        def mark(other: str) -> None:
+            if other not in inexact:
+                inexact.append(other)
+                board.note(f"the run is inexact from now on: {other}")
+                tracker.tags({"metadist.inexact": "; ".join(inexact)})
+
+        steering = steering_of(experiment, folder, run_id, earlier, board, tracker, stop)
+        with (
+            served(steering, board, experiment.control, folder, run_id),
+            fleet(experiment, run_id, planner, expected=expected, watch=watch, folder=folder, note=board.note, mark=mark) as workers,
+        ):
+            # The list itself: what joins later stands in the checkpoints from then on.
+            run = _run(experiment, run_id, {**_facts(experiment, workers), "inexact": inexact})
             if progress.meta_step:
-                display.note(f"resumed at meta-step {progress.meta_step}")
-            outcome = meta_train(run, progress, workers, tracker, checkpoints, display, stop)
+                board.note(f"resumed at meta-step {progress.meta_step}")
+            outcome = meta_train(run, progress, workers, tracker, checkpoints, board, steering)
             evaluations = []
             if test and outcome.stopped != "interrupted":
                 evaluations = [_test(experiment, run_id, workers, outcome)]
                 tracker.metrics(progress.meta_step, evaluation_metrics(evaluations[0]))
-            retried = dict(workers.retried)
+            retried, workers.ended = dict(workers.retried), outcome.stopped or ""
         learner.prepare(torch.device("cpu"))  # an executor in this process may have moved it to a GPU
         ended = "KILLED" if outcome.stopped == "interrupted" else "FINISHED"
         result = Result(
-            run_id, folder.url, experiment, outcome, evaluations, progress.state.sha256(), retried, time.perf_counter() - began
-        )
+            run_id, folder.url, experiment, outcome, evaluations, progress.state.sha256(), retried, time.perf_counter() - began,
+            inexact=inexact,
+        )  # fmt: skip
         _record(folder, result, tracker, plots and ended == "FINISHED")
         status = ended
     except KeyboardInterrupt:
@@ -222,7 +257,6 @@ def train(
         left = tracker.finish(status, timeout=60.0 if status == "FINISHED" else 10.0)
         run_page.record(folder, tracker.url())
     result.undelivered, result.tracking_url = left, tracker.url()
-    result.wall_seconds = time.perf_counter() - began
     return result
 
 
@@ -400,6 +434,8 @@ def evaluate_run(
     if workers is not None:
         groups = configuration.set_workers(experiment.document, workers)
         experiment = dataclasses.replace(experiment, workers=configuration.build(groups).workers)
+    mine = tuple(g for g in experiment.workers if not g.outside) or (WorkerGroup(min=0, max=0),)
+    experiment = dataclasses.replace(experiment, workers=mine)  # nobody waits outside for an evaluation
     settings = experiment.evaluate
     learner = experiment.learner
     if normalization is not None:

@@ -3,50 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 from torch import Tensor
 
 from metadist.core.engine import Engine
-from metadist.core.executor import OutputKey, Shard
+from metadist.core.executor import Shard
 from metadist.core.learner import Learner
+from metadist.core.lease import Call, MissingError
 from metadist.core.state import Records
 from metadist.core.trial_learner import TrialLearner
 from metadist.runtime.worker import Worker
 from metadist.wire.codec import RejectedError, decode_output, decode_theta, output_parts, result_parts
 from metadist.wire.feedback import ErrorFeedback
-
-#: (shard, attempt) of contributions, and whether they were summed
-Settled = list[tuple[tuple[Shard, int], bool]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One attempt at a shard, as the driver asks for it. ``version`` names θ; ``token`` this call, and the output that it keeps.
-
-    ``needs``: the shards whose outputs it needs, each with the token of the call that made it. ``settled``: what became of
-    earlier contributions, where they travel in half precision; None where they don't.
-    """
-
-    shard: Shard
-    attempt: int
-    version: int
-    token: int
-    needs: tuple[tuple[Shard, int], ...] = ()
-    settled: Settled | None = None
-
-
-class MissingError(Exception):
-    """An output that a shard needs did not arrive whole. ``keys`` are those to be computed anew."""
-
-    def __init__(self, message: str, keys: tuple[OutputKey, ...] = ()) -> None:
-        super().__init__(message)
-        self.keys = keys
-
-    def __reduce__(self) -> Any:
-        return type(self), (str(self), self.keys)
 
 
 class Actor:

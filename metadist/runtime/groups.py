@@ -18,7 +18,9 @@ class WorkerGroup:
     """``min`` must be there to begin, ``max`` are asked for. ``gpus`` may be a fraction; ``auto`` shares out what there is among
     the learners.
 
-    ``max: 0`` computes in the driver's own process. ``threads`` is PyTorch's intra-op count in each worker.
+    ``max: 0`` computes in the driver's own process. ``threads`` is PyTorch's intra-op count in each worker. ``outside`` groups
+    are of workers that connect from elsewhere (``metadist worker``): they come and go, up to ``max`` at a time, bring their own
+    devices, and where no other group has the role, one must be there to begin.
     """
 
     role: str = "learner"
@@ -27,6 +29,7 @@ class WorkerGroup:
     cpus: float = 1.0
     gpus: Union[float, Literal["auto"]] = "auto"
     threads: int = 1
+    outside: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.min <= self.max:

@@ -27,8 +27,12 @@ class Kept(Generic[Theta, Output]):
         self.thetas = {r: t for r, t in self.thetas.items() if r in self._rounds}
         self.thetas[round] = theta
 
+    def hold(self, round: int) -> None:
+        """Keep this round's θ although its outputs may all lie elsewhere."""
+        self._rounds.add(round)
+
     def keep(self, shard: Shard, output: Output) -> None:
-        self._rounds.add(shard.round)
+        self.hold(shard.round)
         self.outputs[shard.key] = output
 
     def lacking(self, shard: Shard) -> tuple[OutputKey, ...]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from metadist.core.errors import NonFiniteError
-from metadist.core.executor import Event, Failed, Finished, Shard
+from metadist.core.executor import Event, Failed, Finished, OutputKey, Shard
 from metadist.core.learner import Learner
+from metadist.core.lease import Content
 from metadist.core.state import Records, State
 from metadist.core.trial_learner import TrialLearner
 from metadist.runtime.kept import Kept
@@ -37,6 +38,8 @@ class LocalExecutor:
             note(f"compiled in {about['compile_seconds']:.1f} s")
         self._queue: deque[tuple[Shard, int]] = deque()
         self._kept: Kept[dict[str, torch.Tensor], Records] = Kept()
+        #: by output: the shard that it comes from
+        self._kept_by: dict[OutputKey, Shard] = {}
 
     def publish(self, meta_step: int, round: int, state: State) -> int:
         self._kept.publish(round, {n: v.to(self._worker.device) for n, v in state.slots.items()})
@@ -66,7 +69,7 @@ class LocalExecutor:
             detail = "".join(traceback.format_exception(error))
             return [Failed(shard, attempt, "local", "error", str(error), error.tasks, detail=detail)]
         if output is not None:
-            self._kept.keep(shard, output)
+            self._keep(shard, output)
         return [Finished(shard, attempt, "local", result, stats)]
 
     def shortage(self) -> str:
@@ -74,6 +77,38 @@ class LocalExecutor:
 
     def workers(self) -> dict[str, dict[str, Any]]:
         return {"local": {"role": "learner", **self._worker.about()}}
+
+    # Beside other executors -------------------------------------------------------------------------------------------
+
+    def _keep(self, shard: Shard, output: Records) -> None:
+        self._kept.keep(shard, output)
+        self._kept_by = {key: s for key, s in self._kept_by.items() if key in self._kept.outputs} | {shard.key: shard}
+
+    def lacking(self, shard: Shard) -> tuple[OutputKey, ...]:
+        return self._kept.lacking(shard)
+
+    def hold(self, round: int) -> None:
+        self._kept.hold(round)
+
+    def output(self, key: OutputKey) -> tuple[Shard, Content] | None:
+        from metadist.wire.codec import output_parts
+
+        records = self._kept.outputs.get(key)
+        if records is None:
+            return None
+        shard = self._kept_by[key]
+        return shard, lambda: output_parts(records, shard, attempt=0, worker="local")
+
+    def adopt(self, shard: Shard, content: Content) -> None:
+        from metadist.wire.codec import decode_output
+
+        self._keep(shard, decode_output(list(content()), shard, device=self._worker.device))
+
+    def cannot_resize(self, role: str, count: int) -> str | None:
+        return "this run computes in its own process; stop it, and go on with --resume --workers N to have workers"
+
+    def resize(self, role: str, count: int) -> None:
+        raise NotImplementedError
 
     def close(self) -> None:
         torch.set_num_threads(self._threads)

@@ -150,6 +150,7 @@ class Plan:
 
 def sharing(device: Device, groups: Sequence[WorkerGroup]) -> float:
     """How many workers may have to share the memory of one device."""
+    groups = [g for g in groups if not g.outside]  # those have machines of their own
     if device.kind == "cuda":
         return max((1 / g.gpus for g in groups if isinstance(g.gpus, float) and 0 < g.gpus < 1), default=1.0)
     cpus = min((g.cpus for g in groups if g.cpus > 0), default=1.0)

@@ -24,11 +24,13 @@ import ray.exceptions
 from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, WorkerError, one_of
 from metadist.core.executor import Event, Failed, Finished, OutputKey, Shard
 from metadist.core.learner import Learner
+from metadist.core.lease import Call, Content, MissingError, Settled
 from metadist.core.state import State
 from metadist.core.trial_learner import TrialLearner
-from metadist.runtime.actor import Actor, Call, MissingError, Settled
-from metadist.runtime.groups import WorkerGroup, expected_by_role
+from metadist.runtime.actor import Actor
+from metadist.runtime.groups import WorkerGroup
 from metadist.runtime.kept import Kept
+from metadist.runtime.numerics import Numerics
 from metadist.runtime.plan import Plan, Planner, as_it_is
 from metadist.runtime.worker import TaskError
 from metadist.wire.codec import RejectedError, decode_result, theta_parts
@@ -42,6 +44,8 @@ DEPTH = 2
 STATISTICS_BYTES = 16 << 10
 #: replacements in a row that died before they were ready
 MAX_FAILED_STARTS = 3
+#: what a worker from outside needs is fetched from the object store within so many seconds, or rolled out anew
+RELAY_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class _Member:
     settled: Settled = field(default_factory=list)
     #: tokens of the outputs that it has decoded, or made
     holds: set[int] = field(default_factory=set)
+    #: asked for in the middle of the run, which goes on without it where it can't serve
+    extra: bool = False
 
 
 class RayExecutor:
@@ -91,7 +97,8 @@ class RayExecutor:
 
     ``expected`` is the numerics fingerprint of the run, if known (the learners', with the environments' as ``environment``
     where that is another one); with ``exact`` a worker with another one than its role's is refused.
-    ``planner`` makes the run's plan from the device of the first learner that is there; all must comply with it.
+    ``planner`` makes the run's plan from the device of the first learner that is there; all must comply with it. Beside other
+    executors, whose workers have a word in both, ``numerics`` and ``plan`` are given.
     ``note`` shows a message to the user. ``wire`` is how contributions travel; with ``bfloat16`` the result depends on who computed what, so not with ``exact``.
     """
 
@@ -109,18 +116,23 @@ class RayExecutor:
         planner: Planner = as_it_is,
         seed: int = 0,
         note: Callable[[str], None] = lambda message: None,
+        numerics: Numerics | None = None,
+        plan: Plan | None = None,
     ) -> None:
         one_of("engine.wire", wire, WIRES)
         if exact and wire != "exact":
             raise ConfigError(f"engine.wire: {wire} rounds by worker, so results depend on who computed what; it goes with engine.exact: false")
         self._wire = wire
         self._planner, self._seed, self._note = planner, seed, note
-        self.plan: Plan | None = None
+        self.plan = plan
         # Shards of the published θ whose contribution was not yet counted: the first one that arrives is.
         self._open: set[Shard] = set()
         self._learner, self._groups, self._run, self._device = learner, groups, run, device
-        self._exact, self._expected = exact, expected_by_role(expected, groups, exact)
+        self._numerics = numerics or Numerics(groups, expected, exact)
+        self._expected = self._numerics.expected
         self._owns_cluster = _connect(groups)
+        # On a machine of our own logical CPUs only count; a cluster that is joined may get more of them at any time.
+        self._cpus = ray.cluster_resources().get("CPU", 0.0) if self._owns_cluster and not ray_environment.ADDRESS else math.inf
         self._gpus = _shared_gpus(groups)
         self._learner_ref: Any = ray.put(learner)
         # θ with the number of its publication: one meta-step sees several (of its rounds, its validation, the test of the best).
@@ -141,19 +153,21 @@ class RayExecutor:
 
     # Members ----------------------------------------------------------------------------------------------------------
 
-    def _start(self, group: WorkerGroup) -> None:
+    def _start(self, group: WorkerGroup, extra: bool = False) -> None:
         name = f"{group.role}-{self._serial}"
         self._serial += 1
-        options: dict[str, Any] = {"num_cpus": group.cpus, "num_gpus": self._gpus[group], "max_restarts": 0, "max_task_retries": 0}
+        room = self._cpus - sum(m.group.cpus for m in self._members.values())
+        options: dict[str, Any] = {"num_cpus": group.cpus if group.cpus <= room else 0, "num_gpus": self._gpus[group], "max_restarts": 0, "max_task_retries": 0}
         threads, gpus, learns = str(group.threads), self._gpus[group], group.role == "learner"
         direct = "RAY_max_direct_call_object_size"
         limit = os.environ[direct] if learns else str(STATISTICS_BYTES)
         options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, direct: limit}}
         remote = ray.remote(**options)(Actor)
         device = self._device if learns or gpus else "cpu"
-        places = {n: os.path.abspath(os.environ[n]) for n in ("METADIST_DATA", "METADIST_CACHE") if os.environ.get(n)}
+        given = {n: os.environ[n] for n in ("METADIST_DATA", "METADIST_CACHE") if os.environ.get(n)}
+        places = {n: where if "://" in where else os.path.abspath(where) for n, where in given.items()}
         handle: Any = remote.remote(self._learner_ref, name, group.role, device, gpus, group.threads, places)
-        self._members[name] = _Member(name, group, handle, handle.start.remote())
+        self._members[name] = _Member(name, group, handle, handle.start.remote(), extra=extra)
 
     def _await_minimum(self, patience: float) -> None:
         """``patience`` is for workers that aren't there; compiling takes as long as it takes."""
@@ -175,7 +189,8 @@ class RayExecutor:
         return sum(m.about is not None and m.group is group for m in self._members.values())
 
     def shortage(self) -> str:
-        wanted = ", ".join(f"{g.max} × {{cpus: {g.cpus}, gpus: {self._gpus[g]}}} for role {g.role}" for g in self._groups)
+        asked = {g: sum(m.group is g for m in self._members.values()) for g in self._groups}
+        wanted = ", ".join(f"{asked[g]} × {{cpus: {g.cpus}, gpus: {self._gpus[g]}}} for role {g.role}" for g in self._groups)
         total, free = ray.cluster_resources(), ray.available_resources()
         there = ", ".join(f"{total.get(r, 0):g} {r}s ({free.get(r, 0):g} free)" for r in ("CPU", "GPU"))
         return f"asked for {wanted}; the cluster has {there}. Ask for fewer with --workers, or add nodes"
@@ -206,7 +221,8 @@ class RayExecutor:
         mine = getattr(self._learner.tasks, "data_sha256", None)
         if mine and about["data_sha256"] and about["data_sha256"] != mine:
             raise WorkerError(f"worker {member.name} on {about['host']} has other data: sha256 {about['data_sha256'][:12]}…, the driver {mine[:12]}…")
-        self._check_numerics(member, about)
+        if refusal := self._numerics.refusal(member.name, about["host"], member.group.role, about["fingerprint"]):
+            raise WorkerError(refusal)
         member.about = about
 
     def _configure(self) -> None:
@@ -215,28 +231,39 @@ class RayExecutor:
             if self.plan is not None and member.configured and member.about is None and member.starting is None:
                 member.starting = member.handle.configure.remote(self.plan.engine, self._seed)
 
-    def _check_numerics(self, member: _Member, about: dict[str, Any]) -> None:
-        """Workers of one role must agree: whichever rolls out, the trials are the same; whichever learns, the gradient. Between
-        roles nothing need be equal, since what a role computes is never computed by another."""
-        role, mine = member.group.role, about["fingerprint"]
-        first = self._expected.setdefault(role, mine)
-        if self._exact and mine["id"] != first["id"]:
-            differing = {k: (first.get(k), v) for k, v in mine.items() if k != "id" and first.get(k) != v}
-            raise WorkerError(
-                f"worker {member.name} on {about['host']} computes other bits than this run ({differing}, run's first); "
-                "use like machines, or engine.exact: false to give exactness up"
-            )
-
     def _replace(self, member: _Member, reason: str) -> None:
         """Forget an actor, start another, and report what it had in flight; only the oldest call can have killed it."""
+        if self._forget(member, reason, blame=True):
+            log.warning("worker %s %s; a replacement starts", member.name, reason)
+            self._start(member.group, member.extra)
+
+    def _forget(self, member: _Member, reason: str, blame: bool = False) -> bool:
+        """False where it was forgotten before."""
         if self._members.pop(member.name, None) is None:
-            return
-        log.warning("worker %s %s; a replacement starts", member.name, reason)
+            return False
         with contextlib.suppress(Exception):
             ray.kill(member.handle)
         for position, (shard, attempt) in enumerate(asked.attempt for asked in member.calls.values()):
-            self._events.append(Failed(shard, attempt, member.name, "lost", reason, guilty=position == 0))
-        self._start(member.group)
+            self._events.append(Failed(shard, attempt, member.name, "lost", reason, guilty=blame and position == 0))
+        return True
+
+    def cannot_resize(self, role: str, count: int) -> str | None:
+        groups = [g for g in self._groups if g.role == role]
+        if not groups:
+            return f"this run has no {role}s, so none can be added; it has {', '.join(g.role + 's' for g in self._groups)}"
+        gpus = self._gpus[groups[0]] * count
+        if gpus and self._cpus < math.inf and gpus > (there := ray.cluster_resources().get("GPU", 0.0)):
+            return f"{count} {role}s would take {gpus:g} GPUs ({self._gpus[groups[0]]:g} each), and this machine has {there:g}"
+        return None
+
+    def resize(self, role: str, count: int) -> None:
+        group = next(g for g in self._groups if g.role == role)
+        members = [m for m in reversed(self._members.values()) if m.group.role == role]
+        for _ in range(count - len(members)):
+            self._start(group, extra=True)
+        # Those that aren't ready go first, then those that are idle.
+        for member in sorted(members, key=lambda m: (m.about is not None, len(m.calls)))[: max(0, len(members) - count)]:
+            self._forget(member, "was told to go")
 
     # The protocol -----------------------------------------------------------------------------------------------------
 
@@ -308,7 +335,14 @@ class RayExecutor:
             if reference in member.calls:
                 self._collect(member, reference)
             elif member.name in self._members:
-                self._joined(member)
+                try:
+                    self._joined(member)
+                except MetadistError as error:
+                    if not member.extra:
+                        raise
+                    self._failed_starts = 0
+                    self._forget(member, "can't serve")
+                    self._note(f"the run goes on without the additional worker {member.name}: {error}")
 
     def _collect(self, member: _Member, reference: Any) -> None:
         asked = member.calls[reference]
@@ -356,13 +390,24 @@ class RayExecutor:
         return Failed(*asked.attempt, worker, "missing", reason, missing=missing)
 
     def workers(self) -> dict[str, dict[str, Any]]:
-        """Learners first: the run's fingerprint is theirs, and names the environments' where that is another one."""
-        there = {m.name: m.about for m in sorted(self._members.values(), key=lambda m: m.group.role != "learner") if m.about is not None}
-        other = self._expected.get("environment")
-        for name, about in there.items():
-            if about["role"] == "learner" and other is not None and other["id"] != about["fingerprint"]["id"]:
-                there[name] = {**about, "fingerprint": {**about["fingerprint"], "environment": other}}
-        return there
+        return self._numerics.of_run({m.name: m.about for m in self._members.values() if m.about is not None})
+
+    # Beside other executors -------------------------------------------------------------------------------------------
+
+    def lacking(self, shard: Shard) -> tuple[OutputKey, ...]:
+        return self._kept.lacking(shard)
+
+    def hold(self, round: int) -> None:
+        self._kept.hold(round)
+
+    def output(self, key: OutputKey) -> tuple[Shard, Content] | None:
+        """Fetched into the driver only when it is read."""
+        kept = self._kept.outputs.get(key)
+        return None if kept is None else (kept.shard, lambda: ray.get(kept.reference, timeout=RELAY_SECONDS))
+
+    def adopt(self, shard: Shard, content: Content) -> None:
+        self._token += 1
+        self._kept.keep(shard, _Output(shard, self._token, ray.put(content())))
 
     def _kill(self, member: _Member) -> None:
         if member.about is not None and member.about["host"] == platform.node():

@@ -106,6 +106,8 @@ class Scheduler:
         self.tasks_done = 0
         #: shards given out again since the start, by cause
         self.retried: Counter[str] = Counter()
+        #: why the run ended, once it did as it should: workers from outside are told
+        self.ended = ""
 
     def run(self, round: Round) -> Any:
         """Publish the round's θ, compute its shards, and return their sum (``reduce``) or their records in shard order."""
@@ -137,6 +139,11 @@ class Scheduler:
             self._second_thoughts(progress)
         self.measured.seconds["gather"] += time.monotonic() - began
         return total.result() if round.reduce else Records.concatenate([records[i] for i in range(len(round.shards))])
+
+    def idle(self) -> None:
+        """Between rounds: workers that start go on with it. Answers that come too late are dropped."""
+        for event in self.executor.wait(0.0):
+            self._outstanding.pop((event.shard, event.attempt), None)
 
     def _begin(self, round: Round) -> None:
         if round.index == 0:

@@ -54,8 +54,12 @@ def numerics_fingerprint(device: torch.device, threads: int, dtype: torch.dtype,
     }
     if engine.chunk is not None:  # a library's kernels may choose otherwise for other batches
         facts["chunk"] = engine.chunk
-    facts["id"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return facts
+    return {**facts, "id": fingerprint_id(facts)}
+
+
+def fingerprint_id(facts: Mapping[str, Any]) -> str:
+    """A hash of everything but the ``id``."""
+    return hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "id"}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:

@@ -38,6 +38,9 @@ class Tracker(Protocol):
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records points; of several with the same (key, step), also across resumes, the first counts."""
 
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Sets tags of the run."""
+
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Records a copy of the file as it is now, under ``folder``."""
 
@@ -75,6 +78,9 @@ class NullTracker:
         """Does nothing."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
         """Does nothing."""
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
@@ -145,6 +151,10 @@ class MLflowTracker:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One append to a local file."""
         self._opened().metrics(step, values)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """One append to a local file."""
+        self._opened().set_tags(values)
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Copies the file into the spool."""
