@@ -65,7 +65,8 @@ def steering_of(
         board.note(note)
     asked: dict[str, int] = {}
     for group in experiment.workers:
-        asked[group.role] = asked.get(group.role, 0) + group.max
+        if not group.outside:  # those come and go by themselves
+            asked[group.role] = asked.get(group.role, 0) + group.max
     return Steering(commands, board, experiment.learner, tracker, run_id=run_id, run_dir=folder.url, asked=asked, stop=stop)
 
 

@@ -38,21 +38,22 @@ def control(
     set_up_logging()
     with clean_errors():
         from metadist.core.errors import ConfigError, nearest
+        from metadist.core.steering import COMMANDS, Command
 
         if action not in ACTIONS:
             raise ConfigError(f"control: '{action}' is not one of {', '.join(ACTIONS)}{nearest(action, ACTIONS)}")
         if (action == "set") != bool(assignments):
             given = " ".join(assignments or [])
             raise ConfigError("control set: expected meta_batch_size=N or workers=N" if action == "set" else f"control {action}: '{given}' is not expected")
-        orders = _orders(assignments or []) if action == "set" else [(action, None, "learner")]
+        orders = [Command(*order) for order in _orders(assignments or [])] or [Command(action)] if action in ("set", *COMMANDS) else []
         with _connected(run, token_file, tls_ca) as remote:
             if action == "status":
                 _show_status(remote.status(), as_json)
             elif action == "watch":
                 _watch(remote, seconds, as_json)
             else:
-                for name, value, role in orders:
-                    _obey(remote, name, value, role, timeout, as_json)
+                for command in orders:
+                    _obey(remote, command, timeout, as_json)
 
 
 @contextmanager
@@ -103,13 +104,10 @@ def _orders(assignments: Sequence[str]) -> list[tuple[str, int, str]]:
     return orders
 
 
-def _obey(remote: Any, name: str, value: int | None, role: str, timeout: float, as_json: bool) -> None:
-    from metadist.core.steering import Command
-
-    command = Command(name, value, role)
+def _obey(remote: Any, command: Any, timeout: float, as_json: bool) -> None:
     answer = remote.obey(command, timeout)
     if as_json:
-        print(json.dumps({"command": name, "value": value, "meta_step": answer.meta_step, "message": answer.message}))
+        print(json.dumps({"command": command.name, "value": command.value, "meta_step": answer.meta_step, "message": answer.message}))
     elif answer.meta_step is None:
         print(f"{answer.message}; look for it with: metadist control … status")
     else:

@@ -1,0 +1,225 @@
+"""``metadist control``: what it prints of a live run, what it says where nothing can be steered, and a Ray run steered to the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import tiny
+from steerable import Live
+
+from metadist.experiment import train
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    with Live(tmp_path_factory.mktemp("live") / "run") as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def over(tmp_path_factory):
+    """A run that is finished, as it was interrupted half way; and as a folder."""
+    where = tmp_path_factory.mktemp("over") / "run"
+    calls = iter(range(100))
+    train(tiny.experiment(), run_dir=str(where), stop=lambda: next(calls) >= 3, plots=False)
+    return where
+
+
+def out(result):
+    assert result.exit_code == 0, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    return result.stdout
+
+
+def mistake(result, *expected):
+    lines = result.stderr.splitlines()
+    assert (result.exit_code, len(lines), result.stdout) == (2, 1, ""), f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    for text in expected:
+        assert text in lines[0], lines[0]
+
+
+def test_a_live_run(cli, live):
+    shown = out(cli("control", live.folder, "status"))
+    assert "phase       training" in shown
+    assert "workers     none: the driver computes itself" in shown
+    assert re.search(r"meta-step   \d+ of 1000000", shown)
+    status = json.loads(out(cli("control", live.folder, "status", "--json")))
+    assert (status["phase"], status["meta_batch_size"]) == ("training", 8)
+    assert re.fullmatch(r"meta-step \d+: paused; .*\n", out(cli("control", live.folder, "pause")))
+    assert json.loads(out(cli("control", live.folder, "checkpoint", "--json")))["message"] == "checkpoint written"
+    assert "goes on" in out(cli("control", live.folder, "resume"))
+    assert "meta_batch_size 6 from here on" in out(cli("control", live.folder, "set", "meta_batch_size=6"))
+    lines = out(cli("control", live.folder, "watch", "--seconds", "0.5", "--json")).splitlines()
+    assert {"kind", "meta_step", "values", "message", "time"} == json.loads(lines[-1]).keys()
+    assert "meta-step" in out(cli("control", live.folder, "watch", "--seconds", "0.3"))
+    address = live.record["address"]
+    assert json.loads(out(cli("control", address, "status", "--json", "--token-file", live.record["token_file"])))["meta_batch_size"] == 6
+    mistake(cli("control", live.folder, "set", "workers=3"), "workers: this run computes in its own process", "--resume --workers N")
+    mistake(cli("control", address, "status"), "--token-file FILE")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["statsu"], ["'statsu' is not one of status, watch", "did you mean 'status'?"]),
+        (["set"], ["expected meta_batch_size=N or workers=N"]),
+        (["set", "meta_batchsize=3"], ["'meta_batchsize=3'", "did you mean 'meta_batch_size'?"]),
+        (["set", "meta_batch_size=many"], ["'many' is not a whole number"]),
+        (["set", "workers=learners=x"], ["'learners=x' is not a whole number or role=number"]),
+        (["set", "meta_batch_size=0"], ["meta_batch_size: 0 is not between 1 and"]),
+        (["pause", "now"], ["control pause: 'now' is not expected"]),
+        (["status"], ["ended at meta-step 3 of 6", "go on with: metadist train", "--resume"]),
+    ],
+)
+def test_mistakes(cli, over, arguments, told):
+    mistake(cli("control", over, *arguments), *told)
+
+
+def test_where_no_driver_is(cli, over, tmp_path):
+    mistake(cli("control", tmp_path / "nothing", "status"), "neither a run directory", "nor HOST:PORT")
+    mistake(cli("control", "127.0.0.1:1", "status", "--token-file", over / "control.token"), "no server answers there")
+    record = json.loads((over / "control.json").read_text())
+    where = tmp_path / "run"
+    shutil.copytree(over, where)
+
+    def recorded(**changes):
+        (where / "control.json").write_text(json.dumps({**record, "ended": None, **changes}))
+        return cli("control", where, "status")
+
+    gone = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitpid(gone, 0)
+    mistake(recorded(pid=gone), f"is gone without a word (process {gone}: killed, or crashed)", f"{where}/config.yaml --run-dir {where} --resume")
+    mistake(recorded(started=1.0), "is gone without a word"), "the number is another process's by now"
+    mistake(recorded(host="elsewhere"), "the driver runs on elsewhere and listens there alone")
+    mistake(recorded(address=None, off="no port"), "can't be steered: no port")
+    (where / "control.json").unlink()
+    mistake(cli("control", where, "status"), "nothing trains this run, or it has just begun")
+    (where / "run.json").unlink()
+    (where / "group.json").write_text('{"seeds": [0, 1]}')
+    mistake(cli("control", where, "status"), "a group of seeds", "seed-0", "seed-1")
+
+
+def test_another_run_at_the_recorded_address(cli, live, tmp_path):
+    shutil.copytree(live.folder, tmp_path / "run")
+    record = {**live.record, "run_id": "mine"}
+    (tmp_path / "run/control.json").write_text(json.dumps(record))
+    mistake(cli("control", tmp_path / "run", "status"), "another run answers", "out of date")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("control.host=0.0.0.0", "control.host: 0.0.0.0: other machines could steer this run in the clear"),
+        ("control.token_file=nowhere", "control.token_file: token-file nowhere"),
+        ("control.tls_cert=nowhere", "control.tls_cert, control.tls_key: TLS takes both"),
+        ("control.port=99999", "control.port: 99999"),
+        ("control.hots=1", "did you mean 'host'?"),
+    ],
+)
+def test_mistakes_in_the_config(cli, config, tmp_path, override, told):
+    mistake(cli("train", config(override), "--run-dir", tmp_path / "run"), told)
+    assert not (tmp_path / "run").exists()
+
+
+# A Ray run, in processes of their own ---------------------------------------------------------------------------------
+
+STEPS = 600
+RAY = ("evaluate.every=100", "checkpoint.every=50", "engine.compile=never", f"outer.meta_steps={STEPS}", "outer.meta_batch_size=32", "outer.shard_size=4")
+
+
+class Driver:
+    """A training in a process, and the commands for it, each in another."""
+
+    def __init__(self, folder, where, *arguments):
+        self.folder, self.where = folder, where
+        self.process = tiny.start("train", tiny.write(folder, *RAY), "--run-dir", where, "--json", *arguments, folder=folder)
+
+    def control(self, *arguments):
+        done = tiny.run("control", self.where, *arguments, folder=self.folder)
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def status(self):
+        return json.loads(self.control("status", "--json"))
+
+    def until(self, condition, seconds=180.0):
+        deadline = time.monotonic() + seconds
+        while True:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, "it never happened"
+            if (self.where / "control.json").exists() and condition(status := self.status()):
+                return status
+            time.sleep(0.2)
+
+    def end(self, code=0):
+        out, err = self.process.communicate(timeout=400)
+        assert self.process.returncode == code, f"{out}\n{err}"
+        return tiny.last_json(out), err
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_ray_run_steered_killed_and_resumed_ends_with_the_same_bits(tmp_path):
+    """Every command on a live run; stopped by command, resumed, its driver killed, resumed; and the same history without interruption,
+    in one process and given from the start."""
+    driver = Driver(tmp_path, tmp_path / "run", "--workers", "2")
+    try:
+        driver.until(lambda s: s["phase"] == "training" and s["meta_step"] > 2)
+        watched = [json.loads(line) for line in driver.control("watch", "--seconds", "1", "--json").splitlines()]
+        assert any(w["kind"] == "step" and w["values"]["loss"] for w in watched)
+        driver.control("pause")
+        paused = driver.status()
+        assert paused["phase"] == "paused"
+        time.sleep(1.0)
+        assert driver.status()["meta_step"] == paused["meta_step"]
+        driver.control("checkpoint")
+        assert (tmp_path / "run/checkpoints" / f"step-{paused['meta_step']:08d}").is_dir()
+        driver.control("set", "workers=3")
+        joined = driver.until(lambda s: s["there"] == {"learner": 3})
+        assert joined["phase"] == "paused", "workers join a paused run"
+        driver.control("resume")
+        changed = json.loads(driver.control("set", "meta_batch_size=64", "--json"))
+        assert changed["meta_step"] > paused["meta_step"]
+        refused = tiny.run("control", tmp_path / "run", "set", "workers=environments=2", folder=tmp_path)
+        assert (refused.returncode, "this run has no environments" in refused.stderr) == (2, True)
+        driver.until(lambda s: s["meta_step"] > changed["meta_step"] + 3)
+        driver.control("set", "workers=1")
+        driver.until(lambda s: s["there"] == {"learner": 1})
+        driver.control("stop")
+        stopped, err = driver.end(130)
+        assert stopped["stopped"] == "interrupted"
+        assert f"stopped at meta-step {stopped['meta_step']}" in err
+
+        driver = Driver(tmp_path, tmp_path / "run", "--workers", "2", "--resume")
+        status = driver.until(lambda s: s["meta_step"] > stopped["meta_step"] + 5)
+        assert status["meta_batch_size"] == 64
+        again = json.loads(driver.control("set", "meta_batch_size=24", "--json"))
+        driver.until(lambda s: s["meta_step"] > again["meta_step"] + 2)
+        driver.process.send_signal(signal.SIGKILL)
+        driver.process.communicate()
+        gone = tiny.run("control", tmp_path / "run", "status", folder=tmp_path)
+        assert "is gone without a word" in gone.stderr
+
+        driver = Driver(tmp_path, tmp_path / "run", "--workers", "2", "--resume")
+        done, err = driver.end()
+        assert "as the command log says" in err or done["meta_step"] == STEPS
+    finally:
+        if driver.process.poll() is None:
+            driver.process.kill()
+    history = [json.loads(line) for line in (tmp_path / "run/commands.jsonl").read_text().splitlines()]
+    assert [c["command"] for c in history] == [
+        "pause", "checkpoint", "set_workers", "resume", "set_meta_batch_size", "set_workers", "stop", "set_meta_batch_size",
+    ]  # fmt: skip
+    (tmp_path / "unbroken").mkdir()
+    shutil.copy(tmp_path / "run/commands.jsonl", tmp_path / "unbroken")
+    unbroken = tiny.run("train", tiny.write(tmp_path, *RAY), "--run-dir", tmp_path / "unbroken", "--workers", "0", "--json", folder=tmp_path, timeout=600)
+    assert unbroken.returncode == 0, unbroken.stderr
+    plain = tiny.run("train", tiny.write(tmp_path, *RAY), "--run-dir", tmp_path / "plain", "--workers", "0", "--json", folder=tmp_path, timeout=600)
+    hashes = {name: tiny.last_json(o)["params_sha256"] for name, o in (("unbroken", unbroken.stdout), ("plain", plain.stdout))}
+    print({"steered, stopped, killed, resumed": done["params_sha256"], **hashes, "commands": [(c["command"], c["meta_step"]) for c in history]})
+    assert done["params_sha256"] == hashes["unbroken"] != hashes["plain"]

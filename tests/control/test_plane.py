@@ -1,0 +1,225 @@
+"""The control plane of a real run: a real client steers it over loopback, and training never waits for anyone."""
+
+from __future__ import annotations
+
+import stat
+import threading
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+import tiny
+import tls
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from steerable import Live
+
+from metadist.control.endpoint import Endpoint, ServiceError, connect, serve
+from metadist.control.plane import WATCHERS, services
+from metadist.control.protos import control_pb2 as pb
+from metadist.control.protos import control_pb2_grpc as rpc
+from metadist.control.remote_run import RemoteRun
+from metadist.core.steering import Command
+from metadist.experiment import Quiet
+from metadist.runtime.board import KEPT, Board
+from metadist.runtime.command_log import CommandLog
+from metadist.runtime.steering import Steering
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    with Live(tmp_path_factory.mktemp("live") / "run") as run:
+        yield run
+
+
+@pytest.fixture
+def remote(live):
+    with RemoteRun(live.record["address"], live.record["token_file"]) as run:
+        yield run
+
+
+def obey(remote, name, value=None, **more):
+    return remote.obey(Command(name, value, **more), 30.0)
+
+
+def refused(remote, name, value=None, **more):
+    with pytest.raises(ServiceError) as caught:
+        obey(remote, name, value, **more)
+    assert len(str(caught.value).splitlines()) == 1
+    return caught.value
+
+
+def test_status_and_every_command(live, remote):
+    first = remote.status()
+    assert (first.phase, first.meta_steps, first.meta_batch_size, first.run_dir) == ("training", 1000000, 8, str(live.folder))
+    assert first.values["loss"] > 0
+    assert first.pid == live.record["pid"]
+    paused = obey(remote, "pause")
+    assert remote.status().phase == "paused"
+    time.sleep(0.3)
+    assert remote.status().meta_step == paused.meta_step, "nothing happens while it is paused"
+    assert any(f"metadist control {live.folder} resume" in note for note in live.notes), "the driver's display says so"
+    assert obey(remote, "pause").message == "paused already"
+    assert obey(remote, "checkpoint").meta_step == paused.meta_step
+    assert (live.folder / "checkpoints" / f"step-{paused.meta_step:08d}" / "manifest.json").exists()
+    assert remote.status().checkpoint == paused.meta_step
+    obey(remote, "resume")
+    changed = obey(remote, "set_meta_batch_size", 4)
+    after = remote.status()
+    assert (after.phase, after.meta_batch_size) == ("training", 4)
+    assert [c["command"] for c in after.commands] == ["pause", "checkpoint", "resume", "set_meta_batch_size"]
+    assert after.commands[-1]["meta_step"] == changed.meta_step > paused.meta_step
+
+
+def test_refusals_have_the_reason_and_the_run_goes_on(live, remote):
+    assert refused(remote, "set_workers", 3).code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "--resume --workers N" in str(refused(remote, "set_workers", 3))
+    stub = rpc.ControlPlaneStub(connect(live.record["address"], live.record["token_file"]))
+    for size in (0, -1, 1 << 60):
+        with pytest.raises(grpc.RpcError, match="is not between 1 and") as caught:
+            stub.SetMetaBatchSize(pb.SetMetaBatchSizeRequest(meta_batch_size=size))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.RpcError, match="1 to 64 printable"):
+        stub.Pause(pb.CommandRequest(order=pb.Order(id="x" * 65)))
+    before = remote.status().meta_step
+    time.sleep(0.2)
+    assert remote.status().meta_step > before
+
+
+def test_a_command_waits_for_its_meta_step_and_is_obeyed_once(tmp_path):
+    """A run that is still starting: the call ends, the command stays, and sent again it is not another one."""
+    steering = Steering(
+        CommandLog(str(tmp_path)), Board(Quiet()), tiny.learner(), None, run_id="r", run_dir="d", asked={"learner": 0}
+    )  # fmt: skip
+    with serve(Endpoint(), services(steering)) as served, RemoteRun(served.address) as remote:
+        command = Command("set_meta_batch_size", 4)
+        for _ in range(2):
+            answer = remote.obey(command, 0.2)
+            assert (answer.meta_step, answer.message) == (None, "meta_batch_size = 4 waits for the next meta-step")
+        assert remote.status().waiting == ["meta_batch_size = 4"]
+        assert remote.status().phase == "starting"
+        steering.over()
+        assert "training is over" in str(refused(remote, "pause"))
+
+
+def test_watching(live, remote):
+    sights = []
+    for sight in remote.watch():
+        sights.append(sight)
+        if len(sights) == 20:
+            break
+    steps = [s.meta_step for s in sights if s.kind == "step"]
+    assert steps == sorted(set(steps))
+    assert all(s.values["loss"] > 0 and s.values["tasks_per_second"] > 0 for s in sights if s.kind == "step")
+    began = time.monotonic()
+    list(remote.watch(0.5))
+    assert time.monotonic() - began < 5, "for as long as was asked"
+
+
+def test_readers_that_read_nothing_hold_up_nobody(live, remote):
+    """As many as may watch, none of them reading: training goes on, and what they missed is counted."""
+    channel = connect(live.record["address"], live.record["token_file"])
+    stub = rpc.ControlPlaneStub(channel)
+    watches = [stub.Watch(pb.WatchRequest()) for _ in range(WATCHERS)]
+    first = [next(watch) for watch in watches]
+    assert all(update.dropped == 0 for update in first)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(stub.Watch(pb.WatchRequest()))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    before = live.meta_step
+    time.sleep(0.5)
+    assert live.meta_step > before
+    assert remote.status().phase == "training", "others are answered meanwhile"
+    for watch in watches:
+        watch.cancel()
+    deadline = time.monotonic() + 10
+    while True:  # their places are free again
+        try:
+            watch = stub.Watch(pb.WatchRequest())
+            next(watch)
+            watch.cancel()
+            break
+        except grpc.RpcError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    channel.close()
+
+
+def test_a_slow_reader_misses_the_oldest():
+    """Through the whole way: more than gRPC's own buffers hold."""
+    board = Board(Quiet())
+
+    class Watched:
+        watch = staticmethod(board.watch)
+
+    padding = {f"metric_{i}": 1.0 for i in range(500)}
+    with serve(Endpoint(), services(Watched())) as served:
+        channel = connect(served.address)
+        watch = rpc.ControlPlaneStub(channel).Watch(pb.WatchRequest())
+        while not board._feeds:
+            time.sleep(0.01)
+        began = time.monotonic()
+        for step in range(1, 20 * KEPT):
+            board.step(step, padding, 1.0)
+        assert time.monotonic() - began < 10
+        board.close()
+        seen = [(update.meta_step, update.dropped) for update in watch]
+        channel.close()
+    assert seen[-1][0] == 20 * KEPT - 1, "the newest is there"
+    assert seen[-1][1] > 0, "and what is not is counted"
+    assert len(seen) + seen[-1][1] == 20 * KEPT - 1
+
+
+def test_who_gets_in(live, tmp_path):
+    """The token is this user's alone; without it nobody learns anything but that it serves."""
+    token = Path(live.record["token_file"])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    (tmp_path / "wrong").write_text("0" * 64)
+    for file in (None, str(tmp_path / "wrong")):
+        with RemoteRun(live.record["address"], file) as stranger:
+            for call in (stranger.status, lambda: obey(stranger, "stop"), lambda: list(stranger.watch(5.0))):
+                with pytest.raises(ServiceError) as caught:
+                    call()
+                assert caught.value.code == grpc.StatusCode.UNAUTHENTICATED
+    with connect(live.record["address"]) as channel:
+        assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == 1
+    with connect(live.record["address"], str(token)) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        [answer] = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    assert "metadist.control.v1.ControlPlane" in [s.name for s in answer.list_services_response.service]
+
+
+def test_stop_leaves_a_checkpoint_and_the_record_says_so(tmp_path):
+    with Live(tmp_path / "run") as live:
+        with RemoteRun(live.record["address"], live.record["token_file"]) as remote:
+            ended = []
+            watcher = threading.Thread(target=lambda: ended.append(list(remote.watch())))
+            watcher.start()
+            stopped = obey(remote, "stop")
+            watcher.join(20)
+            assert ended, "those who watch are told that it is over"
+        live.join()
+    assert live.result.outcome.stopped == "interrupted"
+    assert live.result.outcome.progress.meta_step == stopped.meta_step
+    assert (tmp_path / "run/checkpoints" / f"step-{stopped.meta_step:08d}" / "manifest.json").exists()
+    assert live.record["ended"]["meta_step"] == stopped.meta_step
+
+
+def test_with_tls(tmp_path):
+    files = tls.make(tmp_path / "tls")
+    with (
+        Live(tmp_path / "run", f"control.tls_cert={files.certificate}", f"control.tls_key={files.key}", f"control.token_file={files.token}") as live,
+        RemoteRun(live.record["address"], files.token, files.authority) as remote,
+    ):
+        assert remote.status().phase == "training"
+        with RemoteRun(live.record["address"], files.token) as plaintext, pytest.raises(ServiceError, match="TLS"):
+            plaintext.status()
+
+
+def test_where_no_port_can_be_had_the_run_trains_all_the_same(live, tmp_path):
+    port = live.record["address"].rpartition(":")[2]
+    with Live(tmp_path / "run", f"control.port={port}") as other:
+        assert other.record["address"] is None
+        assert "can't listen on" in other.record["off"]
+        assert any("can't be steered while it trains: can't listen on" in note for note in other.notes)
