@@ -86,7 +86,7 @@ class Endpoint:
             ("grpc.max_send_message_length", self.message_bytes),
             ("grpc.max_metadata_size", self.metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.metadata_bytes),
-            ("grpc.max_concurrent_streams", self.concurrent),
+            ("grpc.max_concurrent_streams", 2 * self.concurrent),  # more than are served: a caller is told, and does not wait
             ("grpc.max_connection_idle_ms", milliseconds(self.idle_seconds)),
             ("grpc.max_connection_age_ms", milliseconds(self.connection_seconds)),
             ("grpc.max_connection_age_grace_ms", milliseconds(self.seconds)),

@@ -98,9 +98,10 @@ class ServedModel:
         """x as the model computes with it."""
         if not x.is_floating_point():
             raise Wrong(f"{what} holds {str(x.dtype).removeprefix('torch.')}; inputs are floating point, images in [0, 1]")
+        x = x.to(self.learner.device, self.dtype)
         if not bool(torch.isfinite(x).all()):
-            raise Wrong(f"{what} holds NaN or Inf; every input must be finite")
-        return x.to(self.learner.device, self.dtype)
+            raise Wrong(f"{what} holds NaN or Inf; every input must be finite (as {str(self.dtype).removeprefix('torch.')})")
+        return x
 
     def check_target_shape(self, shape: Sequence[int], rows: int) -> None:
         if tuple(shape) != (rows, *self.target_shape):
