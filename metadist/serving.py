@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from metadist import config as configuration
-from metadist.core.errors import CheckpointError, ConfigError, one_of
+from metadist.core.errors import CheckpointError, ConfigError, nearest, one_of
 from metadist.core.learner import Learner
 from metadist.core.state import State
 from metadist.experiment import BEYOND, Experiment, load_run
+from metadist.run_folder import runs_root
 from metadist.runtime.checkpoint import exported_metadata, load_parameters
 
 if TYPE_CHECKING:
@@ -43,12 +45,16 @@ class Serving:
 
 
 def open_model(source: str, *, normalization: str | None = None, device: str = "cpu", **limits: Any) -> ServedModel:
-    """A run directory, or a file that ``metadist export`` wrote, ready to be served; NAME=SOURCE names it."""
+    """A run directory, a file that ``metadist export`` wrote or a registered model (``models:/NAME@champion``), ready to be served; NAME=SOURCE names it."""
     from metadist.control.served_model import Limits, ServedModel
 
     name, separator, location = source.partition("=")
     if not separator or "/" in name or ":" in name:
         name, location = "", source
+    if location.startswith(("models:/", "runs:/")):
+        from metadist.tracking.registry import fetch
+
+        location = str(fetch(location, Path(runs_root()).resolve()))
     origin, experiment, state = _exported(location) if location.endswith(".safetensors") else _run(location)
     learner = experiment.learner
     if not isinstance(learner, Learner):
@@ -108,23 +114,18 @@ def _move(learner: Learner, device: str) -> None:
     learner.device = place
 
 
-def adaptation(serving: Serving) -> Adaptation:
+def adaptation(serving: Serving, shelf: Callable[..., Any] | None = None) -> Adaptation:
     """The service without a door."""
     from metadist.control.adaptation import MIB, Adaptation
 
     if serving.threads is not None:
         torch.set_num_threads(serving.threads)
-    models = [
-        open_model(
-            source, normalization=serving.normalization, device=serving.device, support=serving.max_support, queries=serving.max_queries,
-            inner_steps=serving.max_inner_steps,
-        )
-        for source in serving.sources
-    ]  # fmt: skip
+    limits = {"support": serving.max_support, "queries": serving.max_queries, "inner_steps": serving.max_inner_steps}
+    models = [open_model(source, normalization=serving.normalization, device=serving.device, **limits) for source in serving.sources]
     for model in models:
         model.warm_up()
-    patience = serving.batch_wait_ms / 1000
-    return Adaptation(models, budget=int(serving.budget_mib * MIB), largest=serving.max_batch, patience=patience)
+    budget, patience = int(serving.budget_mib * MIB), serving.batch_wait_ms / 1000
+    return Adaptation(models, budget=budget, largest=serving.max_batch, patience=patience, shelf=shelf)
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,22 @@ def serve(service: Adaptation, endpoint: Endpoint, http_port: int | None = None)
         yield Running(served.address, http, service)
 
 
-def http_application(serving: Serving, *, token: str | None, seconds: float, message_bytes: int, concurrent: int) -> Any:
-    """The HTTP door as an ASGI application, for Ray Serve's replicas."""
+def replica(
+    settings: Mapping[str, Any], *, shelf: Callable[..., Any], token_file: str | None = None, message_bytes: int = 8 << 20,
+    concurrent: int = 128, seconds: float = 60.0,
+) -> Any:  # fmt: skip
+    """The HTTP door as an ASGI application, of one of Ray Serve's replicas. ``settings`` are fields of ``Serving``."""
     from metadist.control.adapt_http import app
+    from metadist.control.trust import read_token
 
-    return app(adaptation(serving), token=token, seconds=seconds, message_bytes=message_bytes, concurrent=concurrent)
+    unknown = settings.keys() - {f.name for f in fields(Serving)}
+    if unknown:
+        raise ConfigError(
+            f"args.{min(unknown)}: unknown; there are {', '.join(f.name for f in fields(Serving))}{nearest(min(unknown), Serving.__annotations__)}"
+        )
+    serving = Serving(**{**settings, "sources": tuple(settings["sources"])})
+    token = read_token(token_file) if token_file else None
+    return app(adaptation(serving, shelf), token=token, seconds=seconds, message_bytes=message_bytes, concurrent=concurrent)
 
 
 def _allow_many_connections() -> None:

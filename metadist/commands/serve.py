@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
+from metadist.core.errors import ConfigError
 from metadist.terminal import clean_errors, only_results_on_stdout, say, set_up_logging
 
 TokenFile = Annotated[str | None, typer.Option("--token-file", metavar="FILE", help="The bearer token that every call must carry.")]
@@ -51,7 +54,15 @@ def serve(
                 tuple(sources), normalization, device, threads, max_batch, batch_wait_ms, budget_mib, max_support, max_queries
             )
             if ray_serve:
-                on_ray(settings, host, http_port, token_file, tls_cert, message_bytes, max_calls, replicas, replica_cpus, replica_gpus)
+                args = {
+                    **asdict(settings),
+                    "replicas": replicas,
+                    "cpus": replica_cpus,
+                    "gpus": replica_gpus,
+                    "message_bytes": message_bytes,
+                }
+                args |= {"concurrent": max_calls, "token_file": token_file and os.path.abspath(token_file)}
+                _on_ray(args, host, http_port, tls_cert, tls_key)
                 return
             endpoint = Endpoint(
                 host, port, tls_cert, tls_key, token_file, message_bytes=message_bytes, concurrent=max_calls
@@ -68,30 +79,25 @@ def serve(
             say("stopped: " + ", ".join(f"{name} {value:g}" for name, value in service.statistics().items()))
 
 
-def on_ray(
-    settings: object, host: str, port: int, token_file: str | None, tls_cert: str | None, message_bytes: int, max_calls: int, replicas: str,
-    cpus: float, gpus: float,
-) -> None:  # fmt: skip
-    from metadist.control.trust import is_loopback, read_token
-    from metadist.core.errors import ConfigError
+def _on_ray(args: dict[str, Any], host: str, port: int, tls_cert: str | None, tls_key: str | None) -> None:
+    from metadist.control.endpoint import Endpoint
 
-    low, dash, high = replicas.partition("-")
-    if not low.isdecimal() or (dash and not high.isdecimal()) or int(low) < 1 or (dash and int(high) < int(low)):
-        raise ConfigError(f"--replicas {replicas}: expected a number such as 2, or bounds such as 1-4")
-    if tls_cert is not None:
-        raise ConfigError("--tls-cert: Ray Serve's proxy does no TLS; put one that does (an ingress, a gateway) before it")
-    if not is_loopback(host) and token_file is None:
-        raise ConfigError(f"--host {host}: any other machine could connect; give --token-file, and put a proxy with TLS before Ray Serve")
+    endpoint = Endpoint(host, max(port, 0), tls_cert, tls_key, args["token_file"])  # the same rules for other hosts than loopback
+    endpoint.token(), endpoint.credentials()
+    if port < 1:
+        raise ConfigError(f"--http-port {port}: Ray Serve has HTTP alone, and needs a port of its own")
     from metadist.runtime.ray_serve import deploy
 
-    token = read_token(token_file) if token_file else None
-    options = {"token": token, "seconds": 60.0, "message_bytes": message_bytes, "concurrent": max_calls}
-    bounds = int(low), int(high or low)
-    with deploy(
-        "metadist.serving:http_application", settings, options, host=host, port=max(port, 0) or 8471, replicas=bounds, cpus=cpus, gpus=gpus
-    ) as address:  # fmt: skip
-        say(f"HTTP   {address}/v1/models (Ray Serve, {replicas} replica{'s' if bounds[1] > 1 else ''})")
+    args["sources"] = [_absolute(source) for source in args["sources"]]
+    with deploy(args, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key) as address:
+        say(f"HTTP   {address}/v1/models (Ray Serve, replicas: {args['replicas']})")
         _until_stopped()
+
+
+def _absolute(source: str) -> str:
+    """Replicas run in folders of their own."""
+    name, separator, location = source.rpartition("=")
+    return source if "://" in location or ":/" in location else f"{name}{separator}{os.path.abspath(location)}"
 
 
 def _until_stopped() -> None:

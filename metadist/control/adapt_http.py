@@ -57,10 +57,12 @@ def app(service: Adaptation, *, token: str | None, seconds: float, message_bytes
         return answer
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"models": [m.describe() for m in service.models.values()], "statistics": service.statistics()})
+        counts = await asyncio.get_running_loop().run_in_executor(pool, service.statistics)
+        return JSONResponse({"models": [m.describe() for m in service.models.values()], "statistics": counts})
 
     async def metrics(request: Request) -> Response:
-        lines = [f"metadist_serve_{name} {value}" for name, value in service.statistics().items()]
+        counts = await asyncio.get_running_loop().run_in_executor(pool, service.statistics)
+        lines = [f"metadist_serve_{name} {value}" for name, value in counts.items()]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     async def health(request: Request) -> Response:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metadist.control.batching import Batcher
 from metadist.control.guard import Refused
-from metadist.control.handles import Handles
+from metadist.control.handles import Handles, SharedHandles
 from metadist.control.served_model import Adapted, Diverged, ServedModel, Wrong
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import Examples
@@ -25,15 +25,28 @@ MIB = 1 << 20
 Left = Callable[[], float]
 """The seconds that the caller still waits."""
 
+Shelf = Callable[..., Any]
+"""(method, *arguments) → the answer of a ``handles.Shelf`` elsewhere, which several servers share."""
+
 
 class Adaptation:
     """Several models, one thread that computes for all of them, one budget for what is kept. Every method refuses by ``Refused``."""
 
-    def __init__(self, models: Sequence[ServedModel], *, budget: int = 256 * MIB, largest: int = 64, patience: float = 0.002) -> None:
+    def __init__(
+        self,
+        models: Sequence[ServedModel],
+        *,
+        budget: int = 256 * MIB,
+        largest: int = 64,
+        patience: float = 0.002,
+        shelf: Shelf | None = None,
+    ) -> None:
         self.models = {model.name: model for model in models}
         if len(self.models) < len(models) or not models:
             raise ConfigError(f"serve: models need different names, got {', '.join(m.name for m in models) or 'none'}; use NAME=RUN")
-        self.kept: Handles[tuple[ServedModel, Adapted]] = Handles(budget)
+        self.kept: Handles[tuple[ServedModel, Adapted]] = (
+            Handles(budget) if shelf is None else SharedHandles(budget, shelf, self._pack, self._unpack)
+        )
         self.adaptations = self.predictions = 0
         self._adapting = Batcher(self._compute, largest=largest, patience=patience)
 
@@ -92,9 +105,18 @@ class Adaptation:
         cuts = statistics.quantiles(times, n=100) if len(times) > 1 else [*times, 0.0] * 99
         return {
             "adaptations": self.adaptations, "predictions": self.predictions, "batches": counts.batches, "largest_batch": counts.largest,
-            "handles": len(self.kept), "handle_bytes": self.kept.bytes, "budget_bytes": self.kept.budget, "evictions": self.kept.evictions,
+            **self.kept.counts(),
             "p50_ms": round(cuts[49], 3), "p99_ms": round(cuts[98], 3),
         }  # fmt: skip
+
+    def _pack(self, kept: tuple[ServedModel, Adapted]) -> Any:
+        model, adapted = kept
+        return model.name, model.pack(adapted)
+
+    def _unpack(self, packed: Any) -> tuple[tuple[ServedModel, Adapted], int]:
+        name, parts = packed
+        adapted = self.models[name].unpack(parts)
+        return (self.models[name], adapted), adapted.bytes
 
     # How it is computed -----------------------------------------------------------------------------------------------
 

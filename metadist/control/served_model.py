@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -35,6 +37,8 @@ class Adapted(NamedTuple):
     support: Tensor | None
     bytes: int
     structure: int
+    #: inner steps and the shapes of x and y: what an empty one of the same structure is made by
+    made_by: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Limits:
 @dataclass
 class ServedModel:
     """``adapt`` and ``predict`` take lists, whose tensors have one shape, and equal ``Learner.adapt`` and ``predict`` one by one but
-    for the last bits. Not for two threads at once.
+    for the last bits. One thread at a time computes.
     """
 
     name: str
@@ -71,7 +75,7 @@ class ServedModel:
         self.params_sha256 = self.state.sha256()
         self.state = State({n: t.to(self.learner.device) for n, t in self.state.slots.items()})
         self._own = {t.untyped_storage().data_ptr() for t in self.state.slots.values()}
-        self._stackable = True
+        self._stackable, self._lock = True, threading.Lock()
         self._needs_support = self.learner.normalization == "inductive"
 
     def describe(self) -> dict[str, Any]:
@@ -132,18 +136,16 @@ class ServedModel:
         return max(1, self.limits.batch_elements // max(1, elements))
 
     def adapt(self, supports: Sequence[Examples], inner_steps: int | None) -> list[Adapted | Exception]:
-        return [
-            adapted
-            for some in _parts(supports, self.together(supports[0].x.numel()))
-            for adapted in self._adapt(some, inner_steps)
-        ]  # fmt: skip
+        parts = _parts(supports, self.together(supports[0].x.numel()))
+        with self._lock:
+            return [adapted for some in parts for adapted in self._adapt(some, inner_steps)]
 
     def _adapt(self, supports: Sequence[Examples], inner_steps: int | None) -> list[Adapted | Exception]:
         if len(supports) > 1 and self._stackable:
             stacked = Examples(torch.stack([s.x for s in supports]), torch.stack([s.y for s in supports]))
             try:
                 many = torch.func.vmap(lambda s: self.learner.adapt(self.state, s, inner_steps))(stacked)
-                return [self._kept(pytree.tree_map(lambda t, i=i: t[i], many), s) for i, s in enumerate(supports)]
+                return [self._kept(pytree.tree_map(lambda t, i=i: t[i], many), s, inner_steps) for i, s in enumerate(supports)]
             except (RuntimeError, TypeError, ValueError) as error:  # an algorithm whose φ holds more than tensors
                 log.warning("model '%s': adaptations can't be computed together (%s), so one after the other", self.name, error)
                 self._stackable = False
@@ -151,17 +153,17 @@ class ServedModel:
 
     def _alone(self, support: Examples, inner_steps: int | None) -> Adapted | Exception:
         try:
-            return self._kept(self._explained(lambda: self.learner.adapt(self.state, support, inner_steps)), support)
+            return self._kept(self._explained(lambda: self.learner.adapt(self.state, support, inner_steps)), support, inner_steps)
         except Exception as error:
             return error
 
-    def _kept(self, phi: Any, support: Examples) -> Adapted | Exception:
+    def _kept(self, phi: Any, support: Examples, inner_steps: int | None) -> Adapted | Exception:
         """φ in memory of its own, but for what is θ's."""
         total, finite = 0, True
 
         def own(t: Any) -> Any:
             nonlocal total, finite
-            if not isinstance(t, Tensor) or t.untyped_storage().data_ptr() in self._own:
+            if not self._is_apart(t):
                 return t
             finite = finite and (not t.is_floating_point() or bool(torch.isfinite(t).all()))
             total += t.numel() * t.element_size()
@@ -171,13 +173,40 @@ class ServedModel:
         if not finite:
             return Diverged("the adaptation gave NaN or Inf; are the inputs scaled as in training?")
         inputs = support.x if self._needs_support else None
-        leaves, spec = pytree.tree_flatten(phi)
-        structure = hash((str(spec), *(tuple(t.shape) if isinstance(t, Tensor) else t for t in leaves)))
-        return Adapted(phi, inputs, total + (0 if inputs is None else inputs.numel() * inputs.element_size()), structure)
+        total += 0 if inputs is None else inputs.numel() * inputs.element_size()
+        return Adapted(phi, inputs, total, _structure(phi), (inner_steps, tuple(support.x.shape), tuple(support.y.shape)))
+
+    # From one replica to another --------------------------------------------------------------------------------------
+
+    def pack(self, adapted: Adapted) -> tuple[Any, ...]:
+        """What is not θ's, as safetensors, and what the rest is found by."""
+        leaves = [t for t in pytree.tree_leaves(adapted.phi) if self._is_apart(t)]
+        tensors = {f"phi/{i}": t.cpu().contiguous() for i, t in enumerate(leaves)}
+        if adapted.support is not None:
+            tensors["support"] = adapted.support.cpu().contiguous()
+        return safetensors.torch.save(tensors), adapted.made_by
+
+    def unpack(self, packed: tuple[Any, ...]) -> Adapted:
+        data, (inner_steps, x, y) = packed
+        tensors = {n: t.clone().to(self.learner.device) for n, t in safetensors.torch.load(data).items()}
+        with self._lock:
+            targets = torch.zeros(y, dtype=torch.int64 if self.classification else self.dtype, device=self.learner.device)
+            empty = self.learner.adapt(
+                self.state, Examples(torch.zeros(x, dtype=self.dtype, device=self.learner.device), targets), inner_steps
+            )
+        leaves, spec = pytree.tree_flatten(empty)
+        own = iter(range(len(leaves)))
+        phi = pytree.tree_unflatten([tensors[f"phi/{next(own)}"] if self._is_apart(t) else t for t in leaves], spec)
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        return Adapted(phi, tensors.get("support"), total, _structure(phi), (inner_steps, x, y))
+
+    def _is_apart(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self._own
 
     def predict(self, adapted: Sequence[Adapted], queries: Sequence[Tensor]) -> list[Tensor]:
         parts = _parts(list(zip(adapted, queries)), self.together(queries[0].numel()))
-        return [prediction for some in parts for prediction in self._predict(some)]
+        with self._lock:
+            return [prediction for some in parts for prediction in self._predict(some)]
 
     def _predict(self, pairs: Sequence[tuple[Adapted, Tensor]]) -> list[Tensor]:
         if len(pairs) == 1:
@@ -215,6 +244,11 @@ class ServedModel:
         adapted = self.adapt([Examples(x, y.to(self.learner.device))], None)[0]
         if isinstance(adapted, Adapted):
             self.predict([adapted], [x])
+
+
+def _structure(phi: Any) -> int:
+    leaves, spec = pytree.tree_flatten(phi)
+    return hash((str(spec), *(tuple(t.shape) if isinstance(t, Tensor) else t for t in leaves)))
 
 
 def _parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

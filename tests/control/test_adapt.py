@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 import re
 import threading
 import urllib.error
@@ -24,7 +25,8 @@ from metadist.control.adaptation import Adaptation
 from metadist.control.batching import Batcher
 from metadist.control.channel import connect
 from metadist.control.endpoint import Endpoint
-from metadist.control.handles import Handles
+from metadist.control.guard import Refused
+from metadist.control.handles import Handles, Shelf
 from metadist.control.protos import adapt_pb2 as pb
 from metadist.control.protos import adapt_pb2_grpc
 from metadist.control.served_model import Adapted
@@ -344,3 +346,28 @@ def test_a_diverged_adaptation_is_refused(client):
     with pytest.raises(MetadistError, match="scaled as in training") as caught:
         client.adapt(huge, huge, model="curves", inner_steps=3)
     assert caught.value.code == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_replicas_share_what_they_adapted():
+    """Adapted by one, predicted by the other, forgotten and evicted for both: every algorithm's φ travels."""
+    for algorithm, normalization in KINDS:
+        shelf = Shelf(30_000)
+
+        def call(method, *arguments, shelf=shelf):
+            return getattr(shelf, method)(*pickle.loads(pickle.dumps(arguments)))  # as Ray would
+
+        one, other = (Adaptation([served(algorithm, normalization)], budget=30_000, shelf=call) for _ in range(2))
+        model = one.model("")
+        x, y, query = tasks(model, 1)[0]
+        handle, _ = one.adapt(model, Examples(x, y), 2, lambda: 10)
+        for replica in (one, other, other):
+            assert torch.equal(replica.predict(*replica.found(handle), query, lambda: 10), expected(model, x, y, query, 2))
+        assert one.statistics()["handles"] == other.statistics()["handles"] == 1
+        assert one.forget(handle)
+        handle, _ = one.adapt(model, Examples(x, y), 2, lambda: 10)
+        while not shelf.evictions:
+            other.adapt(model, Examples(x, y), 2, lambda: 10)
+        for replica in (one, other):
+            with pytest.raises(Refused, match="adapt again"):
+                replica.found(handle)
+            replica.close()
