@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,18 +104,17 @@ def work(
         raise ConfigError(f"--role: '{role}' is not one of {', '.join(ROLES)}{nearest(role, ROLES)}")
     bench = ActorBench(build, device, gpus=1.0 if role == "learner" and torch.cuda.is_available() else 0.0)
     name = name or re.sub(r"[^A-Za-z0-9_.-]", "-", platform.node()).strip("-._")[:48] or "worker"
-    waiting_for, pause = "", 1.0
+    waiting_for, pause, process = "", 1.0, secrets.token_hex(16)
     while not stopped():
         channel, began = connect(address, token_file, tls_ca), time.monotonic()
         try:
             if waiting_for:
                 say(f"{waiting_for}; waiting up to {patience:g} s for a driver")
-                time.sleep(pause)  # a driver that is there and has no place
                 if not wait_until_ready(channel, patience, stopped):
                     break
                 waiting_for = ""
             began = time.monotonic()
-            ended = converse(channel, address, name=name, role=role, versions=versions(), bench=bench, say=say, stopped=stopped)
+            ended = converse(channel, address, name=name, role=role, process=process, versions=versions(), bench=bench, say=say, stopped=stopped)
             if ended is None:
                 break
             if ended.then == "refused":
@@ -122,13 +122,15 @@ def work(
             if ended.then == "over" and not stay:
                 return ended.reason
             waiting_for = ended.reason
+            # A driver that is there, and has no place or no use for this worker: gRPC's own pauses are for one that is not.
+            pause = 1.0 if time.monotonic() - began > 30 else min(2 * pause, 15.0)
+            time.sleep(pause)
         except ServiceError as error:
             if not passing(error):
                 raise
             waiting_for = str(error)
         finally:
             channel.close()
-        pause = 1.0 if time.monotonic() - began > 30 else min(2 * pause, 15.0)
     if stopped():
         return "stopped by its user"
     raise WorkerError(f"{waiting_for}; gave up after {patience:g} s (--patience)")

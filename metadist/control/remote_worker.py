@@ -77,7 +77,7 @@ class _Outbox:
 
 
 def converse(
-    channel: grpc.Channel, address: str, *, name: str, role: str, versions: dict[str, str], bench: Bench,
+    channel: grpc.Channel, address: str, *, name: str, role: str, process: str, versions: dict[str, str], bench: Bench,
     say: Callable[[str], None], stopped: Callable[[], bool],
 ) -> Dismissal | None:  # fmt: skip
     """Work for the driver until it says that it is over, and return how; None where ``stopped`` ended it: the shard that was being
@@ -86,7 +86,8 @@ def converse(
     Raises ServiceError where the connection fails, and MetadistError where this machine can't do what the run asks.
     """
     outbox, inbox = _Outbox(), queue.SimpleQueue[Any]()
-    outbox.put(pb.FromWorker(hello=pb.Hello(name=name, role=role, host=platform.node(), pid=os.getpid(), versions=versions)))
+    hello = pb.Hello(name=name, role=role, host=platform.node(), pid=os.getpid(), versions=versions, process=process)
+    outbox.put(pb.FromWorker(hello=hello))
     with calling(address):
         answers = work_pb2_grpc.WorkStub(channel).Join(iter(outbox))
     reader = threading.Thread(target=_receive, args=(answers, inbox), name="lease-reader", daemon=True)

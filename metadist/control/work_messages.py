@@ -86,7 +86,8 @@ def facts(text: str) -> dict[str, Any]:
 
 
 def applicant_of(hello: pb.Hello) -> Applicant:
-    return Applicant(hello.name, hello.role, hello.host[:255], hello.pid, {k[:40]: v[:80] for k, v in list(hello.versions.items())[:16]})
+    versions = {k[:40]: v[:80] for k, v in list(hello.versions.items())[:16]}
+    return Applicant(hello.name, hello.role, hello.host[:255], hello.pid, versions, hello.process[:64])
 
 
 def terms_message(terms: Terms) -> pb.Terms:

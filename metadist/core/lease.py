@@ -47,13 +47,14 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Applicant:
-    """Who wants to work. ``versions``: of metadist, torch and python."""
+    """Who wants to work. ``versions``: of metadist, torch and python. ``process`` tells one that comes back from another one."""
 
     name: str
     role: str
     host: str
     pid: int
     versions: Mapping[str, str]
+    process: str
 
 
 @dataclass(frozen=True)

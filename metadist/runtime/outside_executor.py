@@ -96,7 +96,7 @@ class OutsideExecutor:
             if mine != theirs:
                 raise self._refused(applicant, f"the run is one of metadist {mine}, this worker has {theirs[:40]}; install the same version")
             taken = {s.name for s in self._seats}
-            for old in [s for s in self._seats if (s.applicant.host, s.applicant.pid) == (applicant.host, applicant.pid)]:
+            for old in [s for s in self._seats if applicant.process and s.applicant.process == applicant.process]:
                 old.left("it connected anew")
                 taken.discard(old.name)
             if sum(s.group is group for s in self._seats if s.name in taken) >= group.max:

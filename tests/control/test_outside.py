@@ -1,0 +1,505 @@
+"""Workers from outside, over a real endpoint on loopback: the same bits with and without them, whatever they do."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import grpc
+import pytest
+import tls
+import torch
+from outsiders import HERE, OUTSIDE, Hand, document, experiment, hands, listening, train, wait_for
+
+from metadist import outside
+from metadist.control import remote_worker
+from metadist.control.endpoint import connect
+from metadist.control.protos import work_pb2 as pb
+from metadist.control.protos import work_pb2_grpc
+from metadist.control.work_messages import Arriving, GarbledError, chunks, facts, shard_message, shard_of
+from metadist.core.errors import ConfigError, WorkerError
+from metadist.core.executor import Shard
+from metadist.core.lease import Answer, Failure
+from metadist.experiment import train as train_experiment
+from metadist.runtime.bench import ActorBench
+from metadist.runtime.joint_executor import JointExecutor
+from metadist.runtime.local_executor import LocalExecutor
+from metadist.runtime.outside_executor import OutsideExecutor
+
+ENVIRONMENTS = {**OUTSIDE, "role": "environment"}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {trials: train(experiment(document(HERE, trials=trials)))[0] for trials in (False, True)}
+
+
+@pytest.mark.parametrize(
+    ("trials", "groups", "roles"),
+    [
+        (False, (HERE, OUTSIDE), ("learner", "learner")),
+        (False, (OUTSIDE,), ("learner",)),
+        (True, (HERE, OUTSIDE), ("learner", "learner")),
+        (True, (HERE, ENVIRONMENTS), ("environment", "environment")),
+        (True, (OUTSIDE, ENVIRONMENTS), ("learner", "environment")),
+    ],
+)
+def test_the_bits_of_this_process(expected, trials, groups, roles):
+    groups = [{**g, "min": roles.count(g.get("role", "learner"))} if g is not HERE else g for g in groups]
+    run = experiment(document(*groups, trials=trials))
+    with hands(run, *roles) as working:
+        sha256, scheduler = train(run)
+        for hand in working:
+            hand.join()
+    assert sha256 == expected[trials]
+    assert [hand.ended for hand in working] == ["the run is over"] * len(roles)
+    assert sum("computed" in line for hand in working for line in hand.said), "somebody outside computed something"
+    assert not scheduler.retried
+
+
+def test_outputs_pass_through_the_driver_both_ways_and_are_rolled_out_anew_where_lost(expected, monkeypatch):
+    """Trials rolled out in this process serve gradients outside, and the other way round; some are lost in between."""
+    adopted = {LocalExecutor: 0, OutsideExecutor: 0}
+    for kind in adopted:
+
+        def adopt(self, shard, content, kind=kind, original=kind.adopt):
+            adopted[kind] += 1
+            original(self, shard, content)
+
+        monkeypatch.setattr(kind, "adopt", adopt)
+    run, lost = experiment(document(HERE, OUTSIDE, trials=True)), []
+
+    def lose(scheduler, shard):
+        if shard.needs and shard.round > 1 and len(lost) < 3:
+            lost.append(shard.needs[0])
+            for executor in (scheduler.executor._inside, scheduler.executor._outside):
+                executor._kept.outputs.pop(shard.needs[0], None)
+
+    with hands(run, "learner"):
+        sha256, scheduler = train(run, watch=lose)
+    assert sha256 == expected[True]
+    assert all(adopted.values()), adopted
+    assert isinstance(scheduler.executor, JointExecutor)
+    assert scheduler.retried["missing"] >= 1
+
+
+# What misbehaves ------------------------------------------------------------------------------------------------------
+
+
+class Rogue(ActorBench):
+    """Does ``deed`` to its third answer."""
+
+    deed = ""
+    asked = 0
+
+    def compute(self, lease):
+        type(self).asked += 1
+        answer = super().compute(lease)
+        if type(self).asked != 3:
+            return answer
+        frame = bytearray(b"".join(memoryview(p).tobytes() for p in answer.result))
+        if self.deed == "flip":
+            frame[len(frame) // 2] ^= 4
+        if self.deed == "garbage":
+            frame = bytearray(b"\x00\xff" * 500)
+        if self.deed == "cut":
+            return Answer([bytes(frame), _Breaks()])
+        if self.deed == "oversized":
+            return Answer([bytes(frame)] + [bytes(1 << 20)] * 80)
+        if self.deed == "nan":
+            from metadist.wire.codec import decode_result, result_parts
+
+            slots = self._built[1].slots
+            result, _ = decode_result(bytes(frame), lease.call.shard, slots)
+            for vector in result.slots.values():
+                vector[0] = float("nan")
+            return Answer(result_parts(result, lease.call.shard, slots, attempt=lease.call.attempt, worker="rogue"))
+        if self.deed == "hang":
+            time.sleep(4.0)
+        if self.deed == "unable":
+            return Failure("unable", "the simulator is not installed here")
+        if self.deed == "error":
+            return Failure("error", "ValueError: this box is broken", detail="Traceback …")
+        return Answer([bytes(frame)])
+
+
+class _Breaks:
+    """A buffer that can't be read to its end: the connection breaks in mid-stream."""
+
+    def __buffer__(self, flags):
+        raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("deed", "said"),
+    [
+        ("flip", "hash mismatch"),
+        ("garbage", "damaged frame"),
+        ("oversized", "RESOURCE_EXHAUSTED"),
+        ("nan", "NaN or Inf"),
+        ("hang", None),
+        ("unable", "the simulator is not installed here"),
+        ("error", None),
+    ],
+)
+def test_what_misbehaves_changes_nothing(expected, deed, said, monkeypatch):
+    class Mine(Rogue):
+        pass
+
+    Mine.deed, Mine.asked = deed, 0
+    monkeypatch.setattr("metadist.runtime.bench.ActorBench", Mine)
+    run = experiment(document(HERE, OUTSIDE), f"engine.shard_timeout={1.0 if deed == 'hang' else 60.0}")
+    with hands(run, "learner") as [hand]:
+        sha256, scheduler = train(run)
+        assert sha256 == expected[False]
+        assert Mine.asked >= 3
+        if deed == "hang":
+            assert scheduler.retried["lost"] or scheduler.measured.counts["backups"]
+        else:
+            assert sum(scheduler.retried.values()) in (1, 2), "and what waited behind it"
+            assert scheduler.retried["rejected"] == (deed in ("flip", "garbage", "nan"))
+        if said and said != "RESOURCE_EXHAUSTED":
+            hand.join()
+            assert said in str(hand.error), hand.said
+            assert "refused this worker" in str(hand.error)
+        elif said:
+            hand.join()
+            assert "a limit is exceeded: a frame of" in str(hand.error)
+
+
+class Raw:
+    """A worker's call by hand, message by message."""
+
+    def __init__(self, run, token_file=None, **hello):
+        self._messages, self._more = [], threading.Condition()
+        self.channel = connect(run.outside.listen, token_file)
+        self.send(pb.FromWorker(hello=pb.Hello(**{"name": "raw", "role": "learner", "versions": outside.versions(), **hello})))
+        self.answers = work_pb2_grpc.WorkStub(self.channel).Join(self._stream(), wait_for_ready=True)
+
+    def send(self, message):
+        with self._more:
+            self._messages.append(message)
+            self._more.notify()
+
+    def _stream(self):
+        while True:
+            with self._more:
+                self._more.wait_for(lambda: self._messages)
+                message = self._messages.pop(0)
+            if message is None:
+                return
+            yield message
+
+    def become_ready(self, run):
+        """Until the first lease."""
+        from metadist.control.work_messages import engine_of, terms_of
+
+        bench = ActorBench(outside.build)
+        device, about = bench.start(terms_of(next(self.answers).terms))
+        self.send(pb.FromWorker(described=pb.Described(device=json.dumps(device), about=json.dumps(about))))
+        about = bench.configure(engine_of(next(self.answers).engine))
+        self.send(pb.FromWorker(configured=pb.Configured(about=json.dumps(about))))
+        return next(self.answers).lease
+
+    def close(self):
+        self.answers.cancel()
+        self.channel.close()
+
+
+def behind(run, deed):
+    """``deed(raw, run)`` in a thread while the run trains: the run's hash, its scheduler and what the deed gave."""
+    given = []
+
+    def act():
+        listening(run.outside.listen)
+        raw = Raw(run)
+        try:
+            given.append(deed(raw, run))
+        except Exception as error:
+            given.append(error)
+        raw.close()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    sha256, scheduler = train(run, each=lambda step, scheduler: wait_for(lambda: given, scheduler) if step == 3 else None)
+    thread.join(30)
+    return sha256, scheduler, given[0]
+
+
+def vanish(raw, run):
+    raw.become_ready(run)
+    raw.close()
+
+
+def cut_in_mid_stream(raw, run):
+    lease = raw.become_ready(run)
+    raw.send(pb.FromWorker(result=pb.Result(token=lease.token, result_bytes=5000)))
+    raw.send(pb.FromWorker(chunk=pb.Chunk(data=bytes(1000))))
+    time.sleep(0.2)
+    raw.close()
+
+
+def fall_silent(raw, run):
+    raw.become_ready(run)
+    return next(m.dismissed for m in raw.answers if m.WhichOneof("message") == "dismissed")
+
+
+def out_of_place(raw, run):
+    lease = raw.become_ready(run)
+    raw.send(pb.FromWorker(result=pb.Result(token=lease.token, result_bytes=5000)))
+    raw.send(pb.FromWorker(beat=pb.Beat()))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(raw.answers)
+    return caught.value.code()
+
+
+def too_much(raw, run):
+    lease = raw.become_ready(run)
+    raw.send(pb.FromWorker(result=pb.Result(token=lease.token, result_bytes=1 << 40)))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(raw.answers)
+    return caught.value.code()
+
+
+def nonsense_about_itself(raw, run):
+    next(raw.answers)
+    raw.send(pb.FromWorker(described=pb.Described(device="[" * 9000, about="{}")))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(raw.answers)
+    return caught.value.code()
+
+
+@pytest.mark.parametrize("deed", [vanish, cut_in_mid_stream, fall_silent, out_of_place, too_much, nonsense_about_itself])
+def test_a_client_that_breaks_the_conversation(expected, deed):
+    run = experiment(document(HERE, {**OUTSIDE, "min": 0 if deed is nonsense_about_itself else 1}, lease=1.0))
+    sha256, scheduler, given = behind(run, deed)
+    assert sha256 == expected[False]
+    if deed is fall_silent:
+        assert given.then == "again"
+        assert "nothing was heard of it for 1 s" in given.reason
+    elif deed is too_much:
+        assert given == grpc.StatusCode.RESOURCE_EXHAUSTED
+    elif deed in (out_of_place, nonsense_about_itself):
+        assert given == grpc.StatusCode.INVALID_ARGUMENT
+    else:
+        assert given is None, given
+    if deed is not nonsense_about_itself:
+        assert scheduler.retried["lost"] >= 1
+
+
+def test_results_of_expired_leases_are_ignored(expected):
+    """Nor does it matter what is in them."""
+
+    def late(raw, run):
+        lease = raw.become_ready(run)
+        for _ in range(200):  # its own leases end one by one as the run goes on; here they never existed
+            raw.send(pb.FromWorker(result=pb.Result(token=10_000 + lease.token, result_bytes=3)))
+            raw.send(pb.FromWorker(chunk=pb.Chunk(data=b"???")))
+        raw.send(pb.FromWorker(goodbye=pb.Goodbye(reason="enough")))
+
+    sha256, scheduler, _ = behind(experiment(document(HERE, OUTSIDE)), late)
+    assert sha256 == expected[False]
+    assert scheduler.retried["rejected"] == 0
+
+
+# Who may join ---------------------------------------------------------------------------------------------------------
+
+
+def refused(run, hand, match):
+    """The hand is refused while the run waits for it."""
+    with pytest.raises(WorkerError, match=match):
+        train(run)
+    hand.join()
+    assert "refused this worker" in str(hand.error)
+    return str(hand.error)
+
+
+def test_another_version_is_refused(monkeypatch):
+    run = experiment(document(OUTSIDE), "engine.worker_patience=2")
+    real = outside.versions()
+    monkeypatch.setattr(outside, "versions", lambda: {**real, "metadist": "0.0.1" if threading.current_thread().daemon else real["metadist"]})
+    hand = Hand(run)
+    assert "install the same version" in refused(run, hand, r"0 of 1 learners from outside had joined after 2 s.*this worker has 0.0.1")
+
+
+def test_other_data_are_refused(monkeypatch):
+    class Elsewhere(ActorBench):
+        def start(self, terms):
+            device, about = super().start(terms)
+            return device, {**about, "data_sha256": "f" * 64}
+
+    monkeypatch.setattr("metadist.runtime.bench.ActorBench", Elsewhere)
+    run = experiment(document(OUTSIDE), "engine.worker_patience=2")
+    assert "set METADIST_DATA to the same data" in refused(run, Hand(run), "it has other data")
+
+
+def test_a_role_that_is_not_wanted_and_one_that_does_not_exist():
+    run = experiment(document(OUTSIDE), "engine.worker_patience=2")
+    assert "it takes --role learner" in refused(run, Hand(run, role="environment"), "takes no environment")
+    with pytest.raises(ConfigError, match="--role: 'learners' is not one of learner, environment; did you mean 'learner'"):
+        outside.work(
+            "127.0.0.1:1", token_file=None, tls_ca=None, role="learners", name=None, device=None, patience=0, stay=False,
+            say=print, stopped=lambda: False,
+        )  # fmt: skip
+
+
+class Other(ActorBench):
+    """Computes what is right, and calls itself another processor."""
+
+    def configure(self, order):
+        from metadist.runtime.worker import fingerprint_id
+
+        about = super().configure(order)
+        facts = {**about["fingerprint"], "device": "a processor of yore"}
+        return {**about, "fingerprint": {**facts, "id": fingerprint_id(facts)}}
+
+
+def test_other_numerics_are_refused(expected, monkeypatch):
+    monkeypatch.setattr("metadist.runtime.bench.ActorBench", Other)
+    run = experiment(document(HERE, {**OUTSIDE, "min": 0}))
+    hand = Hand(run)
+    assert train(run, each=lambda step, scheduler: wait_for(lambda: hand.error, scheduler) if step == 2 else None)[0] == expected[False]
+    assert "a processor of yore" in str(hand.error)
+    assert "computes other bits than this run" in str(hand.error)
+
+
+def test_other_numerics_mark_a_run_that_may_be_inexact(tmp_path, monkeypatch):
+    from metadist.runtime.checkpoint import Checkpoints
+
+    monkeypatch.setattr("metadist.runtime.bench.ActorBench", Other)
+    run = experiment(document(HERE, OUTSIDE), "engine.exact=false")
+    with hands(run, "learner"):
+        result = train_experiment(run, run_dir=str(tmp_path / "run"), test=False, plots=False)
+    [mark] = result.inexact
+    assert "device a processor of yore, not" in mark
+    assert result.as_dict()["inexact"] == [mark]
+    assert Checkpoints(str(tmp_path / "run")).latest(run.learner.slots).manifest["inexact"] == [mark]
+
+
+# Coming, going and coming back ----------------------------------------------------------------------------------------
+
+
+def test_workers_join_and_leave_in_the_middle(expected):
+    run = experiment(document(HERE, {**OUTSIDE, "min": 0}))
+    working = []
+
+    def each(step, scheduler):
+        if step == 1:
+            working.append(Hand(run, name="early"))
+            wait_for(lambda: "outside-early" in scheduler.executor.workers(), scheduler)
+        if step == 2:
+            working.append(Hand(run, name="late"))
+            wait_for(lambda: "outside-late" in scheduler.executor.workers(), scheduler)
+            working[0].stop()
+
+    sha256, scheduler = train(run, each=each)
+    for hand in working:
+        hand.join()
+    assert sha256 == expected[False]
+    assert working[0].ended == "stopped by its user"
+    assert scheduler.retried["error"] == scheduler.retried["rejected"] == 0
+
+
+def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
+    run = experiment(document(HERE, OUTSIDE))
+    plain = train_experiment(experiment(document(HERE)), run_dir=str(tmp_path / "plain"), test=False, plots=False)
+    steps = iter(range(3))
+    with hands(run, "learner") as [hand]:
+        first = train_experiment(run, run_dir=str(tmp_path / "run"), stop=lambda: next(steps) == 2, test=False, plots=False)
+        assert first.outcome.stopped == "interrupted"
+        wait_for(lambda: any("may be resumed; waiting up to 60 s" in line for line in hand.said))
+        again = experiment(document(HERE, OUTSIDE, port=run.outside.port))
+        second = train_experiment(again, run_dir=str(tmp_path / "run"), resume=True, test=False, plots=False)
+        hand.join()
+    assert second.params_sha256 == plain.params_sha256 == expected[False]
+    assert hand.ended == "the run is over"
+    assert sum("ready" in line for line in hand.said) == 2
+
+
+def test_a_token_and_tls_are_asked_for_where_they_are_set(tmp_path, expected):
+    own = tls.make(tmp_path)
+    run = experiment(document(HERE, OUTSIDE, token_file=own.token, tls_cert=own.certificate, tls_key=own.key))
+    (tmp_path / "wrong").write_text("x" * 32)
+    (tmp_path / "wrong").chmod(0o600)
+    working = {
+        "right": Hand(run, token_file=own.token, tls_ca=own.authority),
+        "wrong token": Hand(run, token_file=str(tmp_path / "wrong"), tls_ca=own.authority),
+        "no token": Hand(run, tls_ca=own.authority),
+        "another authority": Hand(run, token_file=own.token, tls_ca=tls.make(tmp_path / "other").authority),
+    }
+    wrong = [hand for name, hand in working.items() if name != "right"]
+    sha256, _ = train(run, each=lambda step, scheduler: wait_for(lambda: all(hand.error for hand in wrong), scheduler))
+    assert sha256 == expected[False]
+    working["right"].join()
+    assert working["right"].ended == "the run is over"
+    for name in ("wrong token", "no token"):
+        assert "the server refused the token" in str(working[name].error)
+    assert "TLS handshake failed" in str(working["another authority"].error)
+
+
+def test_a_driver_that_nobody_can_reach_is_not_waited_for_longer_than_asked():
+    hand = Hand(experiment(document(OUTSIDE)), patience=1.0)
+    hand.join(20)
+    assert "no server answers there" in str(hand.error)
+    assert "gave up after 1 s (--patience)" in str(hand.error)
+
+
+# Configuration and messages -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"outside": {}}, r"workers.0.outside: true, but there is no address to connect to"),
+        ({"outside": {"listen": "here"}}, r"outside.listen: 'here'; expected HOST:PORT"),
+        ({"outside": {"listen": "127.0.0.1:0", "lease": 0.1}}, "outside.lease: 0.1; expected 1 to 3600 seconds"),
+        ({"workers": [ENVIRONMENTS]}, "supervised tasks have no environments"),
+        ({"workers": [OUTSIDE, OUTSIDE]}, "two groups of learners from outside"),
+        ({"engine": {"exact": False, "wire": "bfloat16"}}, "engine.wire: bfloat16 is for workers of the Ray cluster"),
+    ],
+)
+def test_impossible_configurations(change, match):
+    with pytest.raises(ConfigError, match=match):
+        experiment({**document(OUTSIDE), **change})
+
+
+def test_another_address_than_loopback_needs_tls_and_a_token():
+    with pytest.raises(ConfigError, match="there is no TLS and a token"):
+        train(experiment({**document(OUTSIDE), "outside": {"listen": "0.0.0.0:0"}}))
+
+
+def test_shards_are_the_same_after_the_way():
+    shard = Shard(
+        "run", 3, 2, 7, "gradient", 14, 2, 11, "train", 3, "environment", ((3, 0, 7), (3, 0, 8)),
+        settings=(("clip", 0.1), ("mean", -1.2345678901234567e-300), ("none", None), ("steps", (1, 2))), keeps=True,
+    )  # fmt: skip
+    assert shard_of(pb.Shard.FromString(shard_message(shard).SerializeToString())) == shard
+
+
+def test_frames_arrive_in_chunks_of_a_megabyte():
+    frames = [[b"a" * 10, torch.arange(300_000).numpy()], [], [b"c"]]
+    pieces = list(chunks(frames))
+    assert max(len(p.data) for p in pieces) == 1 << 20
+    arriving = Arriving([sum(memoryview(p).nbytes for p in f) for f in frames])
+    for piece in pieces:
+        assert not arriving.complete
+        arriving.take(piece.data)
+    assert [b"".join(f) for f in arriving.frames] == [b"".join(memoryview(p).tobytes() for p in f) for f in frames]
+    with pytest.raises(GarbledError, match="where 0 are to come"):
+        arriving.take(b"x")
+    with pytest.raises(GarbledError, match="4 bytes where 3 are to come"):
+        Arriving([3]).take(b"four")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"a": [1]}', '{"a": {"b": {}}}', "{" + "1" * 20_000])
+def test_facts_are_plain(text):
+    with pytest.raises(GarbledError):
+        facts(text)
+
+
+def test_a_passing_fault_is_one_of_the_connection():
+    error = remote_worker.ServiceError
+    assert remote_worker.passing(error("gone", grpc.StatusCode.UNAVAILABLE))
+    assert not remote_worker.passing(error("the TLS handshake failed", grpc.StatusCode.UNAVAILABLE))
+    assert not remote_worker.passing(error("no", grpc.StatusCode.UNAUTHENTICATED))

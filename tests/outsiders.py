@@ -1,0 +1,124 @@
+"""Runs whose workers come from outside: what is learned, who works where, and workers in threads that can be told to misbehave."""
+
+from __future__ import annotations
+
+import copy
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tiny
+
+from metadist import config, outside
+from metadist.core.errors import MetadistError
+from metadist.experiment import Experiment
+from metadist.fleet import fleet
+
+OUTSIDE = {"min": 1, "max": 4, "outside": True}
+HERE = {"role": "learner", "min": 0, "max": 0}
+TRIALS = {
+    "name": "tiny-trials",
+    "seed": 5,
+    "environment": {"name": "bandit", "arms": 3, "episodes": 4},
+    "model": {"name": "gru", "hidden": 8},
+    "algorithm": {"name": "rl2", "epochs": 2, "minibatches": 2},
+    "outer": {"lr": 0.01, "meta_batch_size": 16, "shard_size": 2, "meta_steps": 4},
+    "evaluate": {"every": 100, "tasks": 4, "test_tasks": 4},
+    "tracking": {"uri": "none"},
+}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def document(*groups: dict[str, Any], trials: bool = False, port: int = 0, **keys: Any) -> dict[str, Any]:
+    plain = copy.deepcopy(TRIALS) if trials else tiny.document("outer.meta_steps=4")
+    listen = {"outside": {"listen": f"127.0.0.1:{port or free_port()}", **keys}} if any(g.get("outside") for g in groups) else {}
+    return {**plain, "workers": [dict(g) for g in groups], **listen}
+
+
+def experiment(made: dict[str, Any], *overrides: str) -> Experiment:
+    return Experiment.of(config.build(config.override(made, overrides)))
+
+
+def rounds(run: Experiment, scheduler: Any, each: Callable[[int, Any], None] = lambda step, scheduler: None) -> str:
+    """All meta-steps, without what surrounds them; the hash of the parameters."""
+    learner = run.learner
+    state = learner.initial(run.seed)
+    for step in range(learner.outer.meta_steps):
+        each(step, scheduler)
+        for round in learner.rounds("run", step, run.seed, state, {}):
+            state = round.apply(state, scheduler.run(round))
+    return state.sha256()
+
+
+def train(run: Experiment, *, watch: Any = None, each: Callable[[int, Any], None] = lambda step, scheduler: None, **options: Any) -> tuple[str, Any]:
+    with fleet(run, "run", watch=watch, **options) as scheduler:
+        return rounds(run, scheduler, each), scheduler
+
+
+class Hand:
+    """``outside.work`` in a thread, as soon as somebody listens."""
+
+    def __init__(self, run: Experiment, *, role: str = "learner", name: str = "hand", **options: Any) -> None:
+        self.said: list[str] = []
+        self.ended: str | None = None
+        self.error: MetadistError | None = None
+        self._stop = threading.Event()
+        settings = {"token_file": None, "tls_ca": None, "device": None, "patience": 60.0, "stay": False, **options}
+        self._arguments = (run.outside.listen, dict(role=role, name=name, say=self.said.append, stopped=self._stop.is_set, **settings))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        address, options = self._arguments
+        if options["patience"] > 5:
+            listening(address)
+        try:
+            self.ended = outside.work(address, **options)
+        except MetadistError as error:
+            self.error = error
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def join(self, timeout: float = 60.0) -> None:
+        self._thread.join(timeout)
+        assert not self._thread.is_alive(), self.said
+
+
+@contextmanager
+def hands(run: Experiment, *roles: str) -> Iterator[list[Hand]]:
+    working = [Hand(run, role=role, name=f"{role}-{i}") for i, role in enumerate(roles)]
+    try:
+        yield working
+    finally:
+        for hand in working:
+            hand.stop()
+            hand.join()
+
+
+def listening(address: str) -> None:
+    host, _, port = address.rpartition(":")
+
+    def open() -> bool:
+        with socket.socket() as tried:
+            return tried.connect_ex((host, int(port))) == 0
+
+    wait_for(open)
+
+
+def wait_for(what: Callable[[], Any], scheduler: Any = None, seconds: float = 60.0) -> None:
+    """``scheduler``: of a driver that waits in the meantime, between rounds."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come to be"
+        if scheduler is not None:
+            scheduler.idle()
+        time.sleep(0.02)
