@@ -6,11 +6,12 @@ import platform
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from metadist.core.errors import ConfigError
 from metadist.run_folder import RunFolder
 
-RECORD = "control.json"
+RECORD, LOCK = "control.json", "driver.lock"
 
 
 def driver_of(run: str) -> dict[str, Any]:
@@ -23,6 +24,10 @@ def driver_of(run: str) -> dict[str, Any]:
         raise ConfigError(f"'{run}' is neither a run directory (the folder that train printed) nor HOST:PORT of a driver")
     again = f"go on with: metadist train {folder.url}/config.yaml --run-dir {folder.url} --resume"
     record = folder.read_json(RECORD)
+    here = record is not None and record["host"] == platform.node()
+    stale = record is None or bool(record.get("ended")) or (here and not _alive(record["pid"], record["started"]))
+    if stale and _locked(folder):
+        raise ConfigError(f"a driver has just taken the run in {folder.url} and is still starting; ask again in a moment")
     if record is None:
         raise ConfigError(f"no driver has left word in {folder.url}/{RECORD}: nothing trains this run, or it has just begun; {again}")
     ended = record.get("ended")
@@ -30,8 +35,7 @@ def driver_of(run: str) -> dict[str, Any]:
         raise ConfigError(f"the run in {folder.url} is finished, with {ended['meta_step']} meta-steps; there is nothing to steer")
     if ended:
         raise ConfigError(f"nothing trains the run in {folder.url}: it ended at meta-step {ended['meta_step']} of {ended['meta_steps']}; {again}")
-    here = record["host"] == platform.node()
-    if here and not _alive(record["pid"], record["started"]):
+    if stale:
         raise ConfigError(f"the driver of the run in {folder.url} is gone without a word (process {record['pid']}: killed, or crashed); {again}")
     if record["address"] is None:
         raise ConfigError(f"the run in {folder.url} can't be steered: {record['off']}. Ctrl-C or SIGTERM to process {record['pid']} on {record['host']} stops it")
@@ -41,6 +45,20 @@ def driver_of(run: str) -> dict[str, Any]:
             "run control.host, control.tls_cert and control.tls_key"
         )
     return record
+
+
+def _locked(folder: RunFolder) -> bool:
+    """Whether a driver on this machine has the run, word of it or not."""
+    path = folder.scratch / LOCK
+    if not path.exists():
+        return False
+    try:
+        with FileLock(str(path), timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
 
 
 def _alive(pid: int, started: float) -> bool:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from metadist.config import ControlSettings
 from metadist.core.errors import ConfigError, MetadistError
-from metadist.driver_record import RECORD
+from metadist.driver_record import LOCK, RECORD
 from metadist.run_folder import RunFolder
 from metadist.runtime.board import Board
 from metadist.runtime.checkpoint import Loaded
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOCK, TOKEN = "driver.lock", "control.token"
+TOKEN = "control.token"
 
 
 @contextmanager
@@ -67,7 +67,10 @@ def steering_of(
     for group in experiment.workers:
         if not group.outside:  # those come and go by themselves
             asked[group.role] = asked.get(group.role, 0) + group.max
-    return Steering(commands, board, experiment.learner, tracker, run_id=run_id, run_dir=folder.url, asked=asked, stop=stop)
+    steering = Steering(commands, board, experiment.learner, tracker, run_id=run_id, run_dir=folder.url, asked=asked, stop=stop)
+    if earlier is not None:
+        steering.saved(earlier.meta_step)
+    return steering
 
 
 def checked(settings: ControlSettings) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from metadist.core.errors import MetadistError
+from metadist.core.executor import Executor
 from metadist.core.learner import Learner
 from metadist.core.steering import Answer, Command, Feed, RefusedError, Standing
 from metadist.core.trial_learner import TrialLearner
@@ -100,7 +101,7 @@ class Steering:
         self._meta_step = 0
         self._checkpoint: int | None = None
         self._counted, self._started = 0.0, time.time()
-        self._executor: Any = None
+        self._executor: Executor | None = None
 
     # From any thread --------------------------------------------------------------------------------------------------
 
@@ -196,9 +197,8 @@ class Steering:
             assert command.value is not None
             resized(self._learner, command.value)
         if command.name == "set_workers" and self._executor is not None:
-            ask = getattr(self._executor, "cannot_resize", None)
-            reason = ask(command.role, command.value) if ask else "these workers come and go by themselves; start or stop them where they are"
-            if reason:
+            assert command.value is not None
+            if reason := self._executor.cannot_resize(command.role, command.value):
                 raise RefusedError(f"workers: {reason}")
 
     def _obey(self, order: _Order, save: Callable[[], bool]) -> bool:
@@ -243,6 +243,7 @@ class Steering:
             return f"meta_batch_size {value} from here on"
         if command.name == "set_workers":
             before = self._asked.get(command.role, 0)
+            assert self._executor is not None
             self._executor.resize(command.role, value)
             self._asked[command.role] = value
             return f"{command.role}s {before} → {value}" + ("; the new ones join when they are ready" if value > before else "")
@@ -258,6 +259,7 @@ class Steering:
         return False
 
     def _count(self) -> None:
+        assert self._executor is not None
         if time.monotonic() - self._counted > COUNT_SECONDS:
             self._counted, there = time.monotonic(), dict[str, int]()
             for about in self._executor.workers().values():

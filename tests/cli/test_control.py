@@ -11,6 +11,7 @@ import time
 
 import pytest
 import tiny
+from filelock import FileLock
 from steerable import Live
 
 from metadist.experiment import train
@@ -104,6 +105,13 @@ def test_where_no_driver_is(cli, over, tmp_path):
     mistake(cli("control", where, "status"), "a group of seeds", "seed-0", "seed-1")
 
 
+def test_a_driver_that_has_just_begun(cli, over, tmp_path):
+    where = tmp_path / "run"
+    shutil.copytree(over, where)
+    with FileLock(str(where / "driver.lock")):
+        mistake(cli("control", where, "status"), "is still starting; ask again in a moment")
+
+
 def test_another_run_at_the_recorded_address(cli, live, tmp_path):
     shutil.copytree(live.folder, tmp_path / "run")
     record = {**live.record, "run_id": "mine"}
@@ -128,7 +136,7 @@ def test_mistakes_in_the_config(cli, config, tmp_path, override, told):
 
 # A Ray run, in processes of their own ---------------------------------------------------------------------------------
 
-STEPS = 600
+STEPS = 2000
 RAY = ("evaluate.every=100", "checkpoint.every=50", "engine.compile=never", f"outer.meta_steps={STEPS}", "outer.meta_batch_size=32", "outer.shard_size=4")
 
 
@@ -152,8 +160,10 @@ class Driver:
         while True:
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < deadline, "it never happened"
-            if (self.where / "control.json").exists() and condition(status := self.status()):
+            done = tiny.run("control", self.where, "status", "--json", folder=self.folder)
+            if done.returncode == 0 and condition(status := json.loads(done.stdout)):
                 return status
+            assert done.returncode == 0 or re.search("still starting|neither a run directory|nothing trains", done.stderr), done.stderr
             time.sleep(0.2)
 
     def end(self, code=0):
