@@ -70,6 +70,6 @@ def test_a_worker_that_fits_no_node(tmp_path):
 def test_the_wheel_has_the_files(root):
     """What ``render`` reads is forced into the wheel, under the names that it looks for."""
     text = (root / "pyproject.toml").read_text()
-    for folder in ("cluster", "deploy", "configs"):
+    for folder in ("cluster", "deploy/helm", "configs"):
         assert f'"{folder}" = "metadist/{folder}"' in text
         assert (root / folder).is_dir()
