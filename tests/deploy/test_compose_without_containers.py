@@ -49,7 +49,7 @@ class Services:
     def filled(self, text: str) -> str:
         """As compose would, then with this machine's folders and ports in place of the containers'."""
         text = re.sub(r"\$\{(\w+)(?::([-?+])([^}]*))?\}", self._variable, str(text))
-        text = re.sub(r"(?<=[@/=])(database|mlflow|head)(?=:)", "127.0.0.1", text).replace("localhost:6379", "127.0.0.1:6379").replace("mlflow:5000", "127.0.0.1:5000")
+        text = re.sub(r"(?<=[@/=])(database|mlflow|head)(?=:\d{4}\b)", "127.0.0.1", text).replace("localhost:6379", "127.0.0.1:6379").replace("mlflow:5000", "127.0.0.1:5000")
         for port, free in self.ports.items():
             text = re.sub(rf"(?<=[:=]){port}\b|^{port}$", free, text)
         return re.sub(r"^/(runs|cache|artifacts)", rf"{self.folder}/\1", text)

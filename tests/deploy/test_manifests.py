@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -86,6 +87,21 @@ def test_what_is_promised_of_a_job(chart):
         assert container["image"] == "registry/metadist:1"
         assert container["envFrom"] == [{"secretRef": {"name": "store"}}]
     assert found["ConfigMap"]["data"]["config.yaml"].strip() == EVERYTHING["run"]["config"].strip()
+
+
+@pytest.mark.long
+def test_the_service_is_what_ray_serve_and_our_application_take(chart):
+    serve = pytest.importorskip("ray.serve.schema")
+    from metadist.runtime.ray_serve import _OWN, application, bounds
+    from metadist.serving import Serving
+
+    found = documents(chart.render(EVERYTHING, release="run", namespace="ns"))
+    config = serve.ServeDeploySchema.parse_obj(yaml.safe_load(found["RayService"]["spec"]["serveConfigV2"]))
+    [deployed] = config.applications
+    module, _, name = deployed.import_path.partition(":")
+    assert (module, name) == (application.__module__, application.__name__)
+    assert deployed.args.keys() <= {*_OWN, *(field.name for field in dataclasses.fields(Serving))}
+    assert deployed.args["sources"] == EVERYTHING["service"]["models"] and bounds(deployed.args["replicas"]) == (1, 4)
 
 
 def test_no_secret_has_a_value(root):
