@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from metadist.bench.commands import app as bench
-from metadist.commands import control, jobs, predict, render, serve, worker
+from metadist.commands import control, jobs, predict, register, render, serve, worker
 from metadist.terminal import AsJson, Overrides, Workers, clean_errors, numbers, only_results_on_stdout, say, set_up_logging
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command(epilog="Example:  metadist render kubernetes omniglot_maml_5w1s --ru
 app.command(epilog="Examples:  metadist control runs/a status   |   metadist control runs/a set meta_batch_size=64 workers=3")(control.control)
 app.command(epilog="Example:  metadist worker --connect driver.example:8471 --token-file token --tls-ca ca.pem")(worker.worker)
 app.command(epilog="Examples:  metadist serve runs/a   |   metadist serve runs/a b=runs/b --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --token-file token")(serve.serve)
+app.command(epilog="Example:  metadist register runs/a omniglot-5w1s")(register.register)
 app.command(epilog="Example:  metadist predict runs/a --support animals/few --query animals/many")(predict.predict)
 
 

@@ -56,11 +56,19 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class TrackingSettings:
-    """``uri``: any MLflow tracking URI, ``auto`` (``MLFLOW_TRACKING_URI``, else a SQLite file beside the runs) or ``none``."""
+    """``uri``: any MLflow tracking URI, ``auto`` (``MLFLOW_TRACKING_URI``, else a SQLite file beside the runs) or ``none``.
+    ``register``: the registered model that the best parameters become a version of, at the end."""
 
     uri: str = "auto"
     experiment: str = "metadist"
     log_every: int = 10
+    register: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.register is not None and (not self.register.strip() or set("/:") & set(self.register)):
+            raise ConfigError(f"tracking.register: {self.register!r} is no name of a model; expected one without '/' and ':'")
+        if self.register is not None and self.uri == "none":
+            raise ConfigError(f"tracking.register: {self.register!r} needs MLflow, and tracking.uri is none")
 
 
 @dataclass(frozen=True)

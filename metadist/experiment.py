@@ -248,7 +248,7 @@ def _train(
             run_id, folder.url, experiment, outcome, evaluations, progress.state.sha256(), retried, time.perf_counter() - began,
             inexact=inexact,
         )  # fmt: skip
-        _record(folder, result, tracker, plots and ended == "FINISHED")
+        _record(folder, result, tracker, finished=ended == "FINISHED", plots=plots)
         status = ended
     except KeyboardInterrupt:
         status = "KILLED"
@@ -387,15 +387,19 @@ def _test(experiment: Experiment, run_id: str, workers: Scheduler, outcome: Outc
     )  # fmt: skip
 
 
-def _record(folder: RunFolder, result: Result, tracker: Any, plots: bool) -> None:
-    """The model, the scores and the plots, in the run's folder and as MLflow artifacts."""
+def _record(folder: RunFolder, result: Result, tracker: Any, *, finished: bool, plots: bool) -> None:
+    """The model and the scores, and of a finished run the registered model and the plots, in the run's folder and as MLflow artifacts."""
     result.export(f"{folder.url}/model.safetensors")
     folder.write("result.json", json.dumps(result.as_dict(), indent=1))
     if folder.local:
         tracker.artifact(Path(folder.url) / "model.safetensors")
     if result.evaluations:
         folder.write("evaluation.json", json.dumps([e.as_dict() for e in result.evaluations], indent=1))
-    if not plots:
+    if finished and result.experiment.tracking.register:
+        from metadist.registered import log_models
+
+        log_models(tracker, folder, result, result.experiment.tracking.register)
+    if not (finished and plots):
         return
     from metadist.pictures import draw
 

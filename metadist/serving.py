@@ -65,7 +65,7 @@ def open_model(source: str, *, normalization: str | None = None, device: str = "
     if normalization is not None:
         one_of("--normalization", normalization, ("transductive", "inductive"))
         learner.normalization = normalization
-    _move(learner, device)
+    move(learner, device)
     decode = getattr(learner.tasks, "decode", None)
     images = None if decode is None else (decode.size, decode.channels, decode.invert)
     return ServedModel(name or experiment.name, learner, state, origin, Limits(**limits), images)
@@ -103,7 +103,7 @@ def _exported(path: str) -> tuple[str, Experiment, State]:
     return metadata.get("run_id", ""), experiment, State(slots, {})
 
 
-def _move(learner: Learner, device: str) -> None:
+def move(learner: Learner, device: str) -> None:
     """Where the model computes; its tasks' data stay where they are, and needn't be there at all."""
     try:
         place = torch.device(device)

@@ -187,6 +187,13 @@ class Delivery(threading.Thread):
                 self._store.log_artifact(path, folder)
             else:
                 self._reject(record, "its file is gone")
+        for record in {r["key"]: r for r in records if r["kind"] == "model"}.values():
+            try:
+                self._store.log_model(record["key"], self.folder / "models" / record["key"], record["value"])
+            except MlflowException as error:
+                if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "FEATURE_DISABLED"):
+                    raise
+                self._reject(record, str(error))
         for record in [r for r in records if r["kind"] == "status"][-1:]:
             if record["value"] != "RUNNING":
                 self._store.delete_twins(self._identity["run_id"])

@@ -3,7 +3,8 @@
 A spool folder holds::
 
     run.json      which run this is and where it goes (written by the driver)
-    spool.jsonl   one record per line: seq, kind (metric | param | tag | artifact | status), key, value, step, timestamp_ms
+    spool.jsonl   one record per line: seq, kind (metric | param | tag | artifact | model | status), key, value, step, timestamp_ms
+    models/       what models to be logged are made of, by name
     files/        copies of the artifacts, by destination: a later version replaces an earlier one
     acked.json    how far MLflow has it, and as which MLflow run (written by whoever delivers)
     rejected.jsonl  records that MLflow refused for good, if any
@@ -22,7 +23,7 @@ import posixpath
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,18 @@ class Spool:
             return
         now = time.time_ns() // 1_000_000
         self._append([{"kind": "artifact", "key": source.name, "value": folder, "timestamp_ms": now}])
+
+    def model(self, name: str, files: Iterable[Path], about: Mapping[str, Any]) -> None:
+        """Copies what a model is made of into the spool, to be logged as the MLflow model ``name``."""
+        target = self.folder / "models" / name
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            for source in files:
+                shutil.copyfile(source, target / source.name)
+        except OSError as error:
+            logger.warning("model %s is not recorded: %s", name, error)
+            return
+        self._append([{"kind": "model", "key": name, "value": dict(about), "timestamp_ms": time.time_ns() // 1_000_000}])
 
     def status(self, status: str) -> None:
         """Appends the run's status: RUNNING, FINISHED, FAILED or KILLED."""

@@ -176,6 +176,12 @@ class RunStore:
         """Uploads a file; a later version replaces an earlier one."""
         self._client.log_artifact(self.run_id, str(path), folder or None)
 
+    def log_model(self, folder: str, source: Path, about: Mapping[str, Any]) -> None:
+        """The model as an artifact, registered where ``about`` names it; a later one replaces an earlier one."""
+        from metadist.tracking.registry import log_and_register
+
+        log_and_register(self._client, self.run_id, folder, source, about)
+
     def set_status(self, status: str, timestamp_ms: int) -> None:
         """Opens the run again (RUNNING) or ends it at ``timestamp_ms``."""
         if status == "RUNNING":

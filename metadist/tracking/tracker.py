@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from metadist.core.errors import ConfigError
 from metadist.tracking.delivery import Delivery
@@ -43,6 +43,9 @@ class Tracker(Protocol):
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Records a copy of the file as it is now, under ``folder``."""
+
+    def model(self, name: str, files: Sequence[Path], about: Mapping[str, Any]) -> None:
+        """Records a model as it is now; see ``registry.log_and_register`` for ``about``."""
 
     def flush(self) -> None:
         """Makes everything so far survive a power cut. Call it before a checkpoint counts as written."""
@@ -84,6 +87,9 @@ class NullTracker:
         """Does nothing."""
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
+        """Does nothing."""
+
+    def model(self, name: str, files: Sequence[Path], about: Mapping[str, Any]) -> None:
         """Does nothing."""
 
     def flush(self) -> None:
@@ -159,6 +165,10 @@ class MLflowTracker:
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Copies the file into the spool."""
         self._opened().artifact(Path(path), folder)
+
+    def model(self, name: str, files: Sequence[Path], about: Mapping[str, Any]) -> None:
+        """Copies the files into the spool; the delivery makes the model of them."""
+        self._opened().model(name, files, about)
 
     def flush(self) -> None:
         """Syncs the spool to disk."""

@@ -1,0 +1,100 @@
+"""Registered models, with a real store: versions, aliases by a rule, and what a loaded model answers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mlflow")
+
+import mlflow
+import mlflow.entities.model_registry
+
+import metadist
+from metadist.config import build, override, read_document
+from metadist.core.errors import ConfigError
+from metadist.experiment import Experiment, load_run, train
+from metadist.registered import register_run
+from metadist.tracking.registry import _beats
+
+
+def trained(folder: Path, *overrides: str) -> metadist.experiment.Result:
+    small = ["outer.meta_steps=4", "evaluate.every=2", "evaluate.tasks=20", "evaluate.test_tasks=10", "workers=[]", *overrides]
+    document = override(read_document("sinusoid_maml"), small)
+    return train(Experiment.of(build(document)), run_dir=str(folder), plots=False)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("METADIST_RUNS", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield tmp_path
+    mlflow.set_tracking_uri(before)
+
+
+def test_the_best_run_is_champion_and_answers_as_it_does_in_process(root):
+    trained(root / "a")
+    assert register_run(str(root / "a"), "sinus") == "1"
+    assert register_run(str(root / "a"), "sinus") == "1"  # again: no second version
+    trained(root / "b", "outer.lr=0.0")  # learns nothing
+    assert register_run(str(root / "b"), "sinus") == "2"
+    client = mlflow.MlflowClient()
+    assert client.get_model_version_by_alias("sinus", "candidate").version == 2
+    scores = {v.version: float(v.tags["metadist.validation"]) for v in client.search_model_versions("name='sinus'")}
+    champion = client.get_model_version_by_alias("sinus", "champion").version
+    assert scores[champion] == min(scores.values())
+
+    loaded, ours = mlflow.pyfunc.load_model("models:/sinus/1"), load_run(str(root / "a"))
+    x = np.linspace(-5, 5, 10, dtype=np.float32)[:, None]
+    y, query = np.sin(x), np.linspace(-4, 4, 7, dtype=np.float32)[:, None]
+    for steps in (0, 1, 3):
+        answer = loaded.predict({"support_x": x, "support_y": y, "query_x": query}, params={"inner_steps": steps})
+        adapted = ours.adapt(torch.from_numpy(x), torch.from_numpy(y), inner_steps=steps)
+        np.testing.assert_allclose(answer, ours.predict(adapted, torch.from_numpy(query)).numpy(), rtol=0, atol=1e-6)
+
+    from metadist.serving import open_model
+
+    assert open_model("models:/sinus@candidate").source == load_run(str(root / "b")).run_id
+    with pytest.raises(ConfigError, match="models:/nothing@champion"):
+        open_model("models:/nothing@champion")
+
+
+@pytest.mark.parametrize(("score", "higher", "wins"), [(0.9, True, True), (0.7, True, False), (0.7, False, True), (0.8, True, False)])
+def test_the_champion_falls_to_a_better_one_only(score, higher, wins):
+    champion = mlflow.entities.model_registry.ModelVersion("m", "1", 0, tags=[])
+    champion._tags = {"metadist.protocol": "p", "metadist.validation": "0.8"}
+    assert _beats({"protocol": "p", "score": score, "higher_is_better": higher}, champion) is wins
+    assert not _beats({"protocol": "other", "score": score, "higher_is_better": higher}, champion)
+
+
+def test_a_name_that_cannot_be_registered_is_refused_at_once(root):
+    with pytest.raises(ConfigError, match="tracking.register: 'a/b'"):
+        trained(root / "a", "tracking.register=a/b")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_fresh_environment_loads_it(root):
+    """Nothing but what the model's own requirements name; metadist itself comes with the model."""
+    trained(root / "a", "tracking.register=sinus")
+    python = root / "venv/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", str(root / "venv")], check=True)
+    model = next(root.glob("mlartifacts/**/MLmodel")).parent
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", str(model / "requirements.txt")], check=True)
+    code = (
+        "import mlflow, numpy as np; m = mlflow.pyfunc.load_model('models:/sinus@champion'); x = np.linspace(-5, 5, 10, dtype=np.float32)[:, None]; "
+        "print(m.predict({'support_x': x, 'support_y': np.sin(x), 'query_x': x}).shape)"
+    )
+    environment = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "METADIST_DATA")}
+    done = subprocess.run(
+        [python, "-c", code], cwd=root, env={**environment, "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"}, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.stdout.strip() == "(10, 1)", done.stderr[-2000:]
