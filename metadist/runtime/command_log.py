@@ -50,21 +50,6 @@ class Entry:
         return cls(int(fields["seq"]), int(fields["meta_step"]), command, float(fields["time"]), str(fields["by"]))
 
 
-def history(entries: Sequence[Entry], before: int | None = None) -> list[dict[str, Any]]:
-    """The commands that made the parameters what they are, of meta-steps below ``before``: what a checkpoint's manifest holds.
-
-    The newest order wins: one given at meta-step 12 (of a run that was resumed there) takes back those that an earlier attempt
-    was given at 12 and later.
-    """
-    valid: list[Entry] = []
-    for entry in entries:
-        if entry.command.name in CHANGES_PARAMETERS:
-            valid = [e for e in valid if e.meta_step < entry.meta_step] + [entry]
-    return [
-        {"meta_step": e.meta_step, "command": e.command.name, "value": e.command.value} for e in valid if before is None or e.meta_step < before
-    ]
-
-
 class CommandLog:
     """One driver writes, and holds a lock of the run meanwhile; any process may read. ``copy``: a local file that shows the log
     where the run directory is not local."""
@@ -76,6 +61,8 @@ class CommandLog:
         self.path: Path | None = Path(self._path) if self.local else copy
         self.where = self._path if self.local else f"{run_dir.rstrip('/')}/{NAME}"
         self.entries: list[Entry] = []
+        #: of those that change the parameters: what holds, by meta-step
+        self._valid: list[Entry] = []
         self._lines: list[bytes] = []
         self._read()
 
@@ -90,8 +77,7 @@ class CommandLog:
         for number, line in enumerate(lines, 1):
             entry = _parsed(line)
             if entry is not None and (not self.entries or entry.seq > self.entries[-1].seq):
-                self.entries.append(entry)
-                self._lines.append(line)
+                self._add(entry, line)
             elif number == len(lines):
                 # Written ahead: what was not written whole never took effect.
                 log.warning("%s: cutting off a torn last line of %d bytes; its command never took effect", self.where, len(line))
@@ -114,9 +100,24 @@ class CommandLog:
                 self._put(b"".join([*self._lines, line]))
         except Exception as error:  # every fsspec backend raises its own
             raise MetadistError(f"the command can't be recorded in {self.where}: {error}; it has no effect") from error
+        self._add(entry, line)
+        return entry
+
+    def _add(self, entry: Entry, line: bytes) -> None:
+        """The newest order wins: one given at meta-step 12 (of a run that was resumed there) takes back those that an earlier
+        attempt was given at 12 and later."""
         self.entries.append(entry)
         self._lines.append(line)
-        return entry
+        if entry.command.name in CHANGES_PARAMETERS:
+            self._valid = [e for e in self._valid if e.meta_step < entry.meta_step] + [entry]
+
+    def history(self, before: int | None = None) -> list[dict[str, Any]]:
+        """The commands that made the parameters what they are, of meta-steps below ``before``: what a checkpoint's manifest holds."""
+        return [
+            {"meta_step": e.meta_step, "command": e.command.name, "value": e.command.value}
+            for e in self._valid
+            if before is None or e.meta_step < before
+        ]
 
     def _append(self, line: bytes) -> None:
         path = Path(self._path)
@@ -155,8 +156,7 @@ class CommandLog:
 
     def value_at(self, name: str, meta_step: int) -> int | None:
         """What ``name`` was last set to, for the meta-step ``meta_step``."""
-        values = [c["value"] for c in history(self.entries, meta_step + 1) if c["command"] == name]
-        return values[-1] if values else None
+        return next((e.command.value for e in reversed(self._valid) if e.command.name == name and e.meta_step <= meta_step), None)
 
     def obeyed(self, id: str) -> Entry | None:
         return next((e for e in self.entries if e.command.id == id), None)
@@ -167,11 +167,11 @@ class CommandLog:
         Commands that the log has lost come back from the manifest (returns a note for the user). Commands that the checkpoint was
         not trained under can't be true: CheckpointError.
         """
-        mine, theirs = history(self.entries, meta_step), [dict(c) for c in recorded]
+        mine, theirs = self.history(meta_step), [dict(c) for c in recorded]
         if mine == theirs:
             return None
         lost = theirs[len(mine) :]
-        later = [c for c in history(self.entries) if lost and c["meta_step"] >= lost[0]["meta_step"]]
+        later = [c for c in self.history() if lost and c["meta_step"] >= lost[0]["meta_step"]]
         if theirs[: len(mine)] != mine or later:
             raise CheckpointError(
                 f"{self.where} and the checkpoint of meta-step {meta_step} contradict each other: the log has {_told(mine)}, the checkpoint was "

@@ -25,7 +25,7 @@ from metadist.core.learner import Learner
 from metadist.core.steering import Answer, Command, Feed, RefusedError, Standing
 from metadist.core.trial_learner import TrialLearner
 from metadist.runtime.board import Board
-from metadist.runtime.command_log import CommandLog, history
+from metadist.runtime.command_log import CommandLog
 from metadist.runtime.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,10 @@ class Steering:
                 return _same(known, command)
             if (entry := self._log.obeyed(command.id)) is not None:
                 return _same(_Order(entry.command, answer=Answer(entry.meta_step, f"{command} took effect before already")), command)
-            self._check(command)
+        self._check(command)
+        with self._changed:
+            if (known := self._orders.get(command.id)) is not None:  # sent twice at once
+                return _same(known, command)
             if self._phase == "finishing":
                 raise RefusedError(OVER)
             if len(self._waiting) >= WAITING:
@@ -172,11 +175,11 @@ class Steering:
         return self._steered, "interrupted" if interrupted else None
 
     def saved(self, meta_step: int) -> None:
-        self._checkpoint = meta_step
+        self._checkpoint = self._meta_step = meta_step
 
     def history(self, before: int) -> list[dict[str, Any]]:
         """What the parameters after ``before`` meta-steps were trained under."""
-        return history(self._log.entries, before)
+        return self._log.history(before)
 
     def over(self) -> None:
         """The loop has ended: what still waits is refused, and so is what comes."""
@@ -214,6 +217,10 @@ class Steering:
         except MetadistError as error:
             log.warning("command %s refused: %s", command, error)
             order.settle(refusal=error)
+            return False
+        except Exception as error:  # a cluster that breaks at this moment is the loop's affair, not the command's
+            log.exception("command %s failed", command)
+            order.settle(refusal=RefusedError(f"{command} failed: {type(error).__name__}; the driver's log says more"))
             return False
         self._board.note(f"meta-step {self._meta_step}: {message}")
         order.settle(Answer(self._meta_step, message))

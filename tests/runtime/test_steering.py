@@ -22,7 +22,7 @@ from metadist.core.errors import CheckpointError, ConfigError, MetadistError
 from metadist.core.steering import Command, RefusedError
 from metadist.experiment import Experiment, Quiet, train
 from metadist.runtime.board import KEPT, Board
-from metadist.runtime.command_log import CommandLog, history
+from metadist.runtime.command_log import CommandLog
 from metadist.runtime.steering import Steering
 
 OFF = "control.enabled=false"
@@ -303,14 +303,14 @@ def test_a_torn_line_that_a_checkpoint_knows_comes_back(steered):
     log = where / "commands.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:1]))
     assert run(where, resume=True).params_sha256 == expected
-    assert [c["value"] for c in history(CommandLog(str(where)).entries)] == [4, 6]
+    assert [c["value"] for c in CommandLog(str(where)).history()] == [4, 6]
 
 
 def test_a_lost_log_comes_back_from_the_checkpoint(steered):
     where, expected = steered
     (where / "commands.jsonl").unlink()
     assert run(where, resume=True).params_sha256 == expected
-    assert [c["value"] for c in history(CommandLog(str(where)).entries)] == [4, 6]
+    assert [c["value"] for c in CommandLog(str(where)).history()] == [4, 6]
 
 
 def test_a_damaged_line_in_the_middle_is_told(steered):
@@ -335,7 +335,7 @@ def test_the_newest_order_wins(tmp_path):
     for value, at in ((64, 15), (16, 12), (8, 14), (4, 14)):
         log.append(size(value), at)
     assert [log.value_at("set_meta_batch_size", at) for at in (11, 12, 13, 14, 20)] == [None, 16, 16, 4, 4]
-    assert [(c["meta_step"], c["value"]) for c in history(CommandLog(str(tmp_path)).entries, before=14)] == [(12, 16)]
+    assert [(c["meta_step"], c["value"]) for c in CommandLog(str(tmp_path)).history(before=14)] == [(12, 16)]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
