@@ -29,6 +29,7 @@ from metadist.core.learner import Learner
 from metadist.core.state import State
 from metadist.core.task import Examples
 from metadist.core.trial_learner import TrialLearner
+from metadist.exporting import exporting
 from metadist.fleet import fleet, planner_for
 from metadist.run_folder import RunFolder, new_run_id, newest_run, runs_root
 from metadist.runtime.board import Board
@@ -236,11 +237,12 @@ def _train(
             run = _run(experiment, run_id, {**_facts(experiment, workers), "inexact": inexact})
             if progress.meta_step:
                 board.note(f"resumed at meta-step {progress.meta_step}")
-            outcome = meta_train(run, progress, workers, tracker, checkpoints, board, steering)
+            watched = exporting(tracker, experiment.workers, run_id)
+            outcome = meta_train(run, progress, workers, watched, checkpoints, board, steering)
             evaluations = []
             if test and outcome.stopped != "interrupted":
                 evaluations = [_test(experiment, run_id, workers, outcome)]
-                tracker.metrics(progress.meta_step, evaluation_metrics(evaluations[0]))
+                watched.metrics(progress.meta_step, evaluation_metrics(evaluations[0]))
             retried, workers.ended = dict(workers.retried), outcome.stopped or ""
         learner.prepare(torch.device("cpu"))  # an executor in this process may have moved it to a GPU
         ended = "KILLED" if outcome.stopped == "interrupted" else "FINISHED"

@@ -269,6 +269,7 @@ class _Meter:
             "engine/tasks_per_second": self._window_tasks / self._window_seconds if self._window_seconds else 0.0,
             "engine/workers": float(len(fleet.executor.workers())),
             "engine/shards_retried": float(sum(fleet.retried.values())),
+            "engine/results_too_late": float(taken.counts["duplicates"]),
         }
         for name in ("bytes_published", "bytes_received"):
             values[f"engine/{name}_per_step"] = taken.counts[name] / steps

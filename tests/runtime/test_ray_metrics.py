@@ -1,0 +1,62 @@
+"""What Prometheus gets of a run, and the dashboard that draws it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+
+from metadist.config import build, override, read_document
+from metadist.experiment import Experiment, train
+from metadist.runtime.ray_metrics import exported
+
+DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/metadist.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "labels"),
+    [
+        ("engine/tasks_per_second", "metadist_engine_tasks_per_second", {}),
+        ("engine/seconds_per_step/compute/gradient", "metadist_engine_seconds_per_step", {"phase": "compute/gradient"}),
+        ("sys/learner-0/cpu_percent", "metadist_sys_cpu_percent", {"worker": "learner-0"}),
+        ("eval/test/accuracy/step_1", "metadist_eval", {"split": "test", "name": "accuracy/step_1"}),
+        ("meta/loss", "metadist_meta", {"name": "loss"}),
+    ],
+)
+def test_names_that_differ_in_a_place_become_one_with_a_label(name, metric, labels):
+    assert exported(name) == (metric, labels)
+
+
+def drawn() -> set[str]:
+    """The names of a run's measurements that the dashboard asks for, as Ray exports them."""
+    expressions = [target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]]
+    return {name for expression in expressions for name in re.findall(r"ray_metadist_\w+", expression)}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_every_panel_of_the_dashboard_has_what_it_draws(tmp_path, monkeypatch):
+    monkeypatch.setenv("METADIST_RUNS", str(tmp_path))
+    small = ["outer.meta_steps=20", "evaluate.every=10", "evaluate.tasks=20", "evaluate.test_tasks=20", "tracking.log_every=1", "tracking.uri=none"]
+    ray.init("local", num_cpus=2, include_dashboard=False)
+    try:
+        document = override(read_document("sinusoid_maml"), [*small, "workers=[{role: learner, min: 1, max: 1}]"])
+        result = train(Experiment.of(build(document)), run_dir=str(tmp_path / "a"), plots=False)
+        port, text, deadline = ray.nodes()[0]["MetricsExportPort"], "", time.monotonic() + 60
+        wanted = drawn() - {"ray_metadist_sys_gpu_memory_bytes"}  # no GPU here
+        while time.monotonic() < deadline and not all(f"{name}{{" in text for name in wanted):
+            time.sleep(1)
+            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+        assert {name for name in wanted if f"{name}{{" not in text} == set()
+        steps = [line for line in text.splitlines() if line.startswith("ray_metadist_meta_step{")]
+        assert any(f'run="{result.run_id}"' in line and line.endswith(" 20.0") for line in steps)
+    finally:
+        ray.shutdown()
