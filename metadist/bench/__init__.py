@@ -18,6 +18,7 @@ BENCHMARKS = {
     "transport": "θ out and contributions back through one Ray actor against a memcpy of the same bytes",
     "scaling": "N Ray actors against N processes without driver, Ray and transport; what a meta-step costs besides",
     "rl2": "environment steps and end-to-end steps of RL² against a plain Gymnasium vector environment",
+    "serve": "adaptations over gRPC from 1, 8 and 64 callers: batched against one at a time",
     "driver-memory": "resident memory of the driver over meta-steps, through one Ray actor",
 }
 

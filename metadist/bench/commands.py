@@ -155,6 +155,29 @@ def rl2(
     measure("rl2", as_json, environments=counts, hidden=hidden, threads=threads, device=device, rounds=rounds)
 
 
+@app.command(epilog="Examples:  metadist bench serve omniglot_maml_5w1s   |   metadist bench serve sinusoid_maml --requests 100000")
+def serve(
+    config: Config = "omniglot_maml_5w1s",
+    overrides: Overrides = None,
+    clients: Annotated[str, typer.Option(metavar="N,N,…", help="Callers at a time, a table each.")] = "1,8,64",
+    turns: Annotated[int, typer.Option(help="Turns per contestant and table.", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="Of one turn.", min=0.1)] = 5.0,
+    threads: Annotated[int, typer.Option(help="CPU threads of each server.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    requests: Annotated[int, typer.Option(help="Then so many adaptations more, and the server's memory on the way.", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Adaptations over gRPC by callers with different support sets: batched against one at a time."""
+    with clean_errors():
+        from metadist import config as configuration
+
+        counts = numbers("--clients", clients)
+        document = configuration.override(configuration.read_document(config), overrides or [])
+    measure(
+        "serve", as_json, document=document, clients=counts, turns=turns, seconds=seconds, threads=threads, device=device, requests=requests
+    )
+
+
 @app.command("driver-memory", epilog="Example:  metadist bench driver-memory sinusoid_maml --steps 2000")
 def driver_memory(config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False) -> None:
     """Resident memory of the driver over meta-steps, through one Ray actor."""

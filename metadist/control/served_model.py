@@ -145,7 +145,7 @@ class ServedModel:
             stacked = Examples(torch.stack([s.x for s in supports]), torch.stack([s.y for s in supports]))
             try:
                 many = torch.func.vmap(lambda s: self.learner.adapt(self.state, s, inner_steps))(stacked)
-                return [self._kept(pytree.tree_map(lambda t, i=i: t[i], many), s, inner_steps) for i, s in enumerate(supports)]
+                return self._kept(many, supports, inner_steps)
             except (RuntimeError, TypeError, ValueError) as error:  # an algorithm whose φ holds more than tensors
                 log.warning("model '%s': adaptations can't be computed together (%s), so one after the other", self.name, error)
                 self._stackable = False
@@ -153,28 +153,31 @@ class ServedModel:
 
     def _alone(self, support: Examples, inner_steps: int | None) -> Adapted | Exception:
         try:
-            return self._kept(self._explained(lambda: self.learner.adapt(self.state, support, inner_steps)), support, inner_steps)
+            phi = self._explained(lambda: self.learner.adapt(self.state, support, inner_steps))
+            return self._kept(pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, phi), [support], inner_steps)[0]
         except Exception as error:
             return error
 
-    def _kept(self, phi: Any, support: Examples, inner_steps: int | None) -> Adapted | Exception:
-        """φ in memory of its own, but for what is θ's."""
-        total, finite = 0, True
-
-        def own(t: Any) -> Any:
-            nonlocal total, finite
-            if not self._is_apart(t):
-                return t
-            finite = finite and (not t.is_floating_point() or bool(torch.isfinite(t).all()))
-            total += t.numel() * t.element_size()
-            return t.detach().clone()
-
-        phi = pytree.tree_map(own, phi)
-        if not finite:
-            return Diverged("the adaptation gave NaN or Inf; are the inputs scaled as in training?")
-        inputs = support.x if self._needs_support else None
-        total += 0 if inputs is None else inputs.numel() * inputs.element_size()
-        return Adapted(phi, inputs, total, _structure(phi), (inner_steps, tuple(support.x.shape), tuple(support.y.shape)))
+    def _kept(self, many: Any, supports: Sequence[Examples], inner_steps: int | None) -> list[Adapted | Exception]:
+        """Each φ of a stacked one in memory of its own, but for what is θ's."""
+        leaves, spec = pytree.tree_flatten(many)
+        apart = [self._is_apart(t) for t in leaves]
+        finite = torch.ones(len(supports), dtype=torch.bool, device=self.learner.device)
+        for t in (t for t, own in zip(leaves, apart) if own and t.is_floating_point()):
+            finite &= torch.isfinite(t).reshape(len(supports), -1).all(1)
+        rows = [t.unbind() if isinstance(t, Tensor) else [t] * len(supports) for t in leaves]
+        structure = hash((str(spec), *(tuple(t.shape[1:]) if isinstance(t, Tensor) else t for t in leaves)))
+        size = sum(row[0].numel() * row[0].element_size() for row, own in zip(rows, apart) if own)
+        kept: list[Adapted | Exception] = []
+        for i, (support, good) in enumerate(zip(supports, finite.tolist())):
+            if not good:
+                kept.append(Diverged("the adaptation gave NaN or Inf; are the inputs scaled as in training?"))
+                continue
+            phi = pytree.tree_unflatten([row[i].detach().clone() if own else row[i] for row, own in zip(rows, apart)], spec)
+            inputs = support.x if self._needs_support else None
+            total = size + (0 if inputs is None else inputs.numel() * inputs.element_size())
+            kept.append(Adapted(phi, inputs, total, structure, (inner_steps, tuple(support.x.shape), tuple(support.y.shape))))
+        return kept
 
     # From one replica to another --------------------------------------------------------------------------------------
 
@@ -198,7 +201,8 @@ class ServedModel:
         own = iter(range(len(leaves)))
         phi = pytree.tree_unflatten([tensors[f"phi/{next(own)}"] if self._is_apart(t) else t for t in leaves], spec)
         total = sum(t.numel() * t.element_size() for t in tensors.values())
-        return Adapted(phi, tensors.get("support"), total, _structure(phi), (inner_steps, x, y))
+        structure = hash((str(spec), *(tuple(t.shape) if isinstance(t, Tensor) else t for t in leaves)))
+        return Adapted(phi, tensors.get("support"), total, structure, (inner_steps, x, y))
 
     def _is_apart(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self._own
@@ -244,11 +248,6 @@ class ServedModel:
         adapted = self.adapt([Examples(x, y.to(self.learner.device))], None)[0]
         if isinstance(adapted, Adapted):
             self.predict([adapted], [x])
-
-
-def _structure(phi: Any) -> int:
-    leaves, spec = pytree.tree_flatten(phi)
-    return hash((str(spec), *(tuple(t.shape) if isinstance(t, Tensor) else t for t in leaves)))
 
 
 def _parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -1,0 +1,253 @@
+"""Hostile callers against a real server in a process of its own: the right status each, and a healthy server of the same size after."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import socket
+import time
+
+import grpc
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+import tiny
+import tls
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from metadist import Client
+from metadist.control.channel import connect
+from metadist.control.protos import adapt_pb2 as pb
+from metadist.control.protos import adapt_pb2_grpc
+from metadist.control.tensors import to_message
+from metadist.experiment import train
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+SERVICE = "/metadist.adapt.v1.Adaptation/"
+GROWTH_MIB = 50
+
+
+class Server:
+    def __init__(self, folder, *options):
+        self.process = tiny.start("serve", folder / "run", "--port", 0, "--http-port", 0, *options, folder=folder, OMP_NUM_THREADS="1")
+        said = {}
+        while "HTTP" not in said:
+            line = self.process.stderr.readline()
+            assert line, "the server ended"
+            said[line.split()[0]] = line.split()[1]
+        self.address = said["gRPC"]
+        self.http = said["HTTP"].split("//")[1].partition("/")[0]
+
+    def mib(self):
+        return psutil.Process(self.process.pid).memory_info().rss / 2**20
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory):
+    return tls.make(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    return folder, train(tiny.experiment("outer.meta_steps=2"), run_dir=str(folder / "run"), plots=False)
+
+
+@pytest.fixture(scope="module")
+def server(home, secrets):
+    own = Server(home[0], "--token-file", secrets.token, "--budget-mib", 1)
+    yield own
+    own.process.terminate()
+    _, err = own.process.communicate(timeout=60)
+    assert own.process.returncode == 0 and "Traceback" not in err, err[-5000:]
+
+
+X, Y = torch.linspace(-1, 1, 6).unsqueeze(1), torch.linspace(0, 1, 6).unsqueeze(1)
+
+
+@pytest.fixture
+def unharmed(server, home, secrets):
+    """Right answers before and after, and no more memory than before."""
+
+    def right():
+        with Client(server.address, token_file=secrets.token) as client:
+            for _ in range(200):
+                client.adapt(X, Y)
+            assert torch.equal(client.adapt_predict(X, Y, X), home[1].predict(home[1].adapt(X, Y), X))
+        health = health_pb2_grpc.HealthStub(connect(server.address))
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+
+    right()
+    before = server.mib()
+    yield
+    began = time.monotonic()
+    right()
+    assert time.monotonic() - began < 30
+    print(f"server {before:.0f} → {server.mib():.0f} MiB")
+    assert server.mib() - before < GROWTH_MIB
+
+
+def codes(channel, requests, method="Adapt", at_once=32, **options):
+    """How often each status was answered."""
+    counts, waiting = {}, []
+    call = channel.unary_unary(SERVICE + method)
+
+    def take():
+        error = waiting.pop(0).exception()
+        code = error.code() if error is not None else grpc.StatusCode.OK
+        counts[code] = counts.get(code, 0) + 1
+
+    for request in requests:
+        waiting.append(call.future(request, timeout=60, **options))
+        if len(waiting) >= at_once:
+            take()
+    while waiting:
+        take()
+    return counts
+
+
+def test_ten_thousand_malformed_messages(server, secrets, unharmed):
+    draw = random.Random(0)
+    good = pb.AdaptRequest(x=to_message(X), y=to_message(Y)).SerializeToString()
+
+    def message(i):
+        if i % 2:
+            return draw.randbytes(draw.randint(1, 300))
+        return good[: draw.randrange(1, len(good))] if i % 4 else bytes(b ^ (draw.random() < 0.05) * 0xFF for b in good)
+
+    counts = codes(connect(server.address, secrets.token), (message(i) for i in range(10_000)))
+    print(counts)
+    assert sum(counts.values()) == 10_000
+    # A flipped bit may leave a valid request, or one for a model that isn't there.
+    assert set(counts) <= {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.OK, grpc.StatusCode.FAILED_PRECONDITION}
+    assert counts[grpc.StatusCode.INVALID_ARGUMENT] > 9_000
+
+
+def test_no_token_wrong_token_and_too_large(server, secrets, unharmed):
+    channel = connect(server.address)
+    good = pb.AdaptRequest(x=to_message(X), y=to_message(Y)).SerializeToString()
+    assert codes(channel, [good] * 500) == {grpc.StatusCode.UNAUTHENTICATED: 500}
+    wrong = [("authorization", "Bearer " + "x" * 64)]
+    assert codes(channel, [good] * 500, metadata=wrong) == {grpc.StatusCode.UNAUTHENTICATED: 500}
+    assert codes(connect(server.address, secrets.token), [b"\0" * (9 << 20)] * 40, at_once=2) == {grpc.StatusCode.RESOURCE_EXHAUSTED: 40}
+
+
+def test_tensors_that_lie(server, secrets, unharmed):
+    channel = connect(server.address, secrets.token)
+    zeros = pa.array(np.zeros(20_000_000))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema([pa.field("x", zeros.type)]), options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays([zeros], names=["x"]))
+    bomb = sink.getvalue().to_pybytes()
+    longer = bytearray(to_message(X, arrow=True).arrow)
+    at = longer.find((6).to_bytes(8, "little"))
+    longer[at : at + 8] = (2**40).to_bytes(8, "little")
+    many = 10_000
+    lies = [
+        pb.AdaptRequest(x=pb.Tensor(arrow=bomb), y=to_message(Y)),
+        pb.AdaptRequest(x=pb.Tensor(arrow=bytes(longer)), y=to_message(Y)),
+        pb.AdaptRequest(x=pb.Tensor(shape=[2**31 - 1, 1], dtype="float64", data=b"\0" * 8), y=to_message(Y)),
+        pb.AdaptRequest(x=to_message(X * float("nan")), y=to_message(Y)),
+        pb.AdaptRequest(x=to_message(X), y=to_message(Y * float("inf"))),
+        pb.AdaptRequest(x=to_message(torch.zeros(many, 1)), y=to_message(torch.arange(many))),
+        pb.AdaptRequest(x=to_message(X), y=to_message(Y), inner_steps=10**6),
+    ]
+    for lie in lies:
+        assert codes(channel, [lie.SerializeToString()] * 200) == {grpc.StatusCode.INVALID_ARGUMENT: 200}
+
+
+def test_malformed_http(server, secrets, unharmed):
+    draw, seen = random.Random(0), {}
+    host, _, port = server.http.rpartition(":")
+    token = {"Authorization": f"Bearer {open(secrets.token).read().strip()}"}  # noqa: SIM115
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    many = json.dumps({"x": [[0.0]] * 10_000, "y": [[0.0]] * 10_000}).encode()
+    bodies = [b"{", b"[" * 200_000, b'{"x": NaN}', b'{"x": 1e999, "y": 1}', many, b'{"x": ' + b"9" * 5000 + b"}", b"\xff" * 100]
+    for i in range(3000):
+        body = bodies[i % len(bodies)] if i % 3 else draw.randbytes(draw.randint(0, 200))
+        connection.request("POST", "/v1/adapt", body, token)
+        answer = connection.getresponse()
+        assert json.loads(answer.read())["error"]
+        seen[answer.status] = seen.get(answer.status, 0) + 1
+    assert seen == {400: 3000}
+    connection.close()
+    for body, headers, status in ((b" " * (9 << 20), token, 413), (b"{}", {}, 401)):
+        connection = http.client.HTTPConnection(host, int(port), timeout=60)
+        try:
+            connection.request("POST", "/v1/adapt", body, headers)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it answered before it had read all
+        assert connection.getresponse().status == status
+        connection.close()
+
+
+def test_a_thousand_idle_and_slow_connections(server, secrets, unharmed):
+    """Half of them on each port; then some that send a byte at a time, and some that never read."""
+    token = open(secrets.token).read().strip()  # noqa: SIM115
+    doors = [server.address.rpartition(":"), server.http.rpartition(":")]
+    idle = [socket.create_connection((doors[i % 2][0], int(doors[i % 2][2])), timeout=30) for i in range(1000)]
+    with Client(server.address, token_file=secrets.token) as client:
+        assert client.adapt_predict(X, Y, X).shape == X.shape
+    request = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+    for i, connection in enumerate(idle[1::2]):
+        connection.sendall(request * 20 if i % 2 else request[: i % len(request)])
+    host, _, port = server.http.rpartition(":")
+    statuses = []
+    while not statuses or (statuses[-1] == 429 and len(statuses) < 100):  # more at once than are served
+        connection = http.client.HTTPConnection(host, int(port), timeout=60)
+        connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {token}"})
+        statuses.append(connection.getresponse().status)
+        connection.close()
+        time.sleep(0.1)
+    assert statuses[-1] == 200 and set(statuses) <= {200, 429}
+    with Client(server.address, token_file=secrets.token) as client:
+        assert client.adapt_predict(X, Y, X).shape == X.shape
+    time.sleep(25)  # the patience with connections that never ask
+    closed = 0
+    for connection in idle[0::2]:
+        connection.settimeout(5)
+        try:
+            while data := connection.recv(4096):  # gRPC's server speaks first
+                assert data
+            closed += 1
+        except (ConnectionResetError, TimeoutError) as error:
+            closed += isinstance(error, ConnectionResetError)
+    assert closed == 500
+    for connection in idle:
+        connection.close()
+
+
+def test_readers_that_do_not_read(server, secrets, unharmed):
+    """Large answers asked for over gRPC by callers that are stopped in the middle."""
+    stub = adapt_pb2_grpc.AdaptationStub(connect(server.address, secrets.token))
+    handle = stub.Adapt(pb.AdaptRequest(x=to_message(X), y=to_message(Y))).handle
+    query = pb.PredictRequest(handle=handle, x=to_message(torch.rand(1000, 1)))
+    for _ in range(5):
+        futures = [adapt_pb2_grpc.AdaptationStub(connect(server.address, secrets.token)).Predict.future(query) for _ in range(40)]
+        for future in futures:
+            future.cancel()
+
+
+def test_plaintext_to_tls(home, secrets):
+    server = Server(home[0], "--tls-cert", secrets.certificate, "--tls-key", secrets.key, "--token-file", secrets.token)
+    try:
+        for door in (server.address, server.http):
+            host, _, port = door.rpartition(":")
+            for _ in range(200):
+                with socket.create_connection((host, int(port)), timeout=30) as plain:
+                    plain.sendall(b"POST /v1/adapt HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+                    try:
+                        assert b"200" not in plain.recv(1000)
+                    except ConnectionResetError:
+                        pass
+        counts = codes(connect(server.address, secrets.token), [b"x"] * 20)
+        assert counts == {grpc.StatusCode.UNAVAILABLE: 20}
+        with Client(server.address, token_file=secrets.token, tls_ca=secrets.authority) as client:
+            assert torch.equal(client.adapt_predict(X, Y, X), home[1].predict(home[1].adapt(X, Y), X))
+    finally:
+        server.process.terminate()
+        _, err = server.process.communicate(timeout=60)
+    assert server.process.returncode == 0 and "Traceback" not in err, err[-5000:]
