@@ -66,17 +66,17 @@ def submit(
 @app.callback(epilog="Example:  metadist jobs --address http://HEAD:8265")
 def default(context: typer.Context, address: Address = None, as_json: AsJson = False) -> None:
     if context.invoked_subcommand is None:
-        list_(address, as_json)
+        list_(context, address, as_json)
     else:
         context.obj = address  # jobs --address URL status is jobs status --address URL
 
 
 @app.command("list", epilog="Example:  metadist jobs list --address http://HEAD:8265")
-def list_(address: Address = None, as_json: AsJson = False) -> None:
+def list_(context: typer.Context, address: Address = None, as_json: AsJson = False) -> None:
     """The jobs that were submitted to the cluster, the newest first."""
     set_up_logging()
     with clean_errors():
-        jobs = _cluster(address).all()
+        jobs = _cluster(address or context.obj).all()
         width = max((len(job.id) for job in jobs), default=0)
         for job in jobs:
             print(f"{job.id:<{width}}  {job.status:<9}  {_when(job.started)}  {_lasted(job):>8}  {job.metadata.get('metadist.run_dir', '')}".rstrip())
@@ -87,14 +87,14 @@ def list_(address: Address = None, as_json: AsJson = False) -> None:
 
 
 @app.command(epilog="Example:  metadist jobs status sinusoid-maml-20260101-120000-ab12 --address http://HEAD:8265")
-def status(id: Name = None, address: Address = None, as_json: AsJson = False) -> None:
+def status(context: typer.Context, id: Name = None, address: Address = None, as_json: AsJson = False) -> None:
     """What a job does, and where it can be looked at."""
     set_up_logging()
     with clean_errors():
         from metadist.jobs import find
         from metadist.run_folder import RunFolder
 
-        cluster = _cluster(address)
+        cluster = _cluster(address or context.obj)
         job = find(cluster, id)
         about = _as_dict(job)
         links: dict[str, Any] = {}
@@ -112,13 +112,18 @@ def status(id: Name = None, address: Address = None, as_json: AsJson = False) ->
 
 
 @app.command(epilog="Example:  metadist jobs logs -f --address http://HEAD:8265")
-def logs(id: Name = None, follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False, address: Address = None) -> None:
+def logs(
+    context: typer.Context,
+    id: Name = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
+    address: Address = None,
+) -> None:
     """What a job's driver printed."""
     set_up_logging()
     with clean_errors():
         from metadist.jobs import find
 
-        cluster = _cluster(address)
+        cluster = _cluster(address or context.obj)
         job = find(cluster, id)
         for text in cluster.follow(job.id) if follow else [cluster.logs(job.id)]:
             sys.stdout.write(text)
@@ -127,6 +132,7 @@ def logs(id: Name = None, follow: Annotated[bool, typer.Option("--follow", "-f",
 
 @app.command(epilog="Example:  metadist jobs stop sinusoid-maml-20260101-120000-ab12 --address http://HEAD:8265")
 def stop(
+    context: typer.Context,
     id: Annotated[str, typer.Argument(help="A job's id or a run's.")],
     address: Address = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for its end.", min=0)] = 150.0,
@@ -137,7 +143,7 @@ def stop(
         from metadist.core.errors import ConfigError, WorkerError
         from metadist.jobs import RUN_ID, find
 
-        cluster = _cluster(address)
+        cluster = _cluster(address or context.obj)
         job = find(cluster, id)
         if job.over:
             raise ConfigError(f"job {job.id} is over already ({job.status.lower()})")
@@ -155,8 +161,7 @@ def stop(
 def _cluster(address: str | None) -> Any:
     from metadist.core.errors import ConfigError
 
-    context = typer_context()
-    address = address or context or os.environ.get("RAY_API_SERVER_ADDRESS")
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address:
         raise ConfigError("--address is missing; expected the URL of the cluster's dashboard, such as http://HEAD:8265 (or RAY_API_SERVER_ADDRESS)")
     try:
@@ -164,14 +169,6 @@ def _cluster(address: str | None) -> Any:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed, which jobs need; pip install 'ray[default]'") from error
     return RayJobs(address)
-
-
-def typer_context() -> str | None:
-    """The address that was given before the subcommand."""
-    import click
-
-    context = click.get_current_context(silent=True)
-    return context.obj if context is not None and isinstance(context.obj, str) else None
 
 
 def _environment(given: list[str]) -> dict[str, str]:

@@ -67,7 +67,8 @@ class RayJobs:
 
     def __init__(self, address: str) -> None:
         self.address = _checked(address)
-        logging.getLogger("ray").setLevel(logging.ERROR)  # it reports every upload, and a missing token twice
+        for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # they report every upload, and a missing token twice
         # Ray lets these override the address that it is given.
         others = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
         try:
