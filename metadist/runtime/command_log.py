@@ -73,18 +73,23 @@ class CommandLog:
             return
         except OSError as error:
             raise MetadistError(f"{self.where} can't be read: {error}") from error
-        lines = data.splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
+        *whole, last = data.split(b"\n")  # nothing comes last, where the last line ends as it should
+        lines = [line + b"\n" for line in whole]
+        ended = next((line for line in (last + b"\n", last[:-1] + b"\n") if last and _parsed(line)), None)
+        if ended is not None:  # all there but for its end
+            lines, last = [*lines, ended], b""
+            self._put(b"".join(lines))
+        for number, line in enumerate([*lines, last] if last else lines, 1):
             entry = _parsed(line)
             if entry is not None and (not self.entries or entry.seq > self.entries[-1].seq):
                 self._add(entry, line)
-            elif number == len(lines):
+            elif line is last and not _holds_a_record(line):
                 # Written ahead: what was not written whole never took effect.
                 log.warning("%s: cutting off a torn last line of %d bytes; its command never took effect", self.where, len(line))
                 self._put(b"".join(self._lines))
             else:
                 raise CheckpointError(
-                    f"{self.where}, line {number} of {len(lines)} is damaged, and its command did take effect; restore the file from a copy, or "
+                    f"{self.where}, line {number} is damaged, and its command did take effect; restore the file from a copy, or "
                     f"remove the line to go on without the command (the parameters then differ from those of an unbroken run)"
                 )
 
@@ -204,6 +209,15 @@ def _parsed(line: bytes) -> Entry | None:
         return Entry.of(fields) if check == _checksum(fields) else None
     except (ValueError, TypeError, AttributeError, KeyError, MetadistError):
         return None
+
+
+def _holds_a_record(tail: bytes) -> bool:
+    """Whether a last line without its end is more than one that was cut short: lines that lost what stood between them."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(tail.decode("utf-8", "replace"))
+        return end < len(tail)
+    except ValueError:
+        return False
 
 
 def _sync_directory(path: Path) -> None:
