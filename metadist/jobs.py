@@ -253,6 +253,14 @@ def find(cluster: RayJobs, name: str | None) -> Job:
     raise ConfigError(f"'{name}' is neither a job nor a run of the cluster at {cluster.address}; metadist jobs list names them")
 
 
+def reason(job: Job) -> str:
+    """What a job says of its end, in one line: of the log that Ray quotes, the error, or else the last line."""
+    what, quoted, log = job.message.partition(", last available logs")
+    lines = [line.strip() for line in log.splitlines()[1:] if line.strip()]
+    said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+    return ": ".join(" ".join(part.split()) for part in (what, said) if part.strip())[:400]
+
+
 def why_it_failed(job: Job) -> MetadistError:
     """One line on a job that ended badly, with what to do."""
     again = f"metadist submit … --run-id {job.metadata[RUN_ID]} goes on with it" if RUN_ID in job.metadata else "submit it again"
@@ -263,5 +271,4 @@ def why_it_failed(job: Job) -> MetadistError:
         )
     if job.exit_code is not None and job.exit_code < 0 or job.exit_code in (137, 139):
         return WorkerError(f"job {job.id}: its driver was killed (exit code {job.exit_code}); {again}")
-    reason = " ".join(job.message.split())[:400]
-    return WorkerError(f"job {job.id} {job.status.lower()}{f' (exit code {job.exit_code})' if job.exit_code else ''}: {reason or 'no reason given'}; {again}")
+    return WorkerError(f"job {job.id} {job.status.lower()}: {reason(job) or 'no reason given'}; {again}")

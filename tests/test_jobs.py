@@ -18,6 +18,9 @@ from metadist.runtime.ray_jobs import Job, RayJobs
 
 CONFIG = {"name": "lines", "tasks": {"name": "mine.lines:Lines"}, "model": {"name": "network:build"}, "loss": "torch.nn.functional:l1_loss"}
 
+#: how Ray ends the message of a failed job
+QUOTED = "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars):\nRunning entrypoint\n"
+
 
 def job(run_id, attempt, status="FAILED", exit_code=1, message=""):
     return Job(f"{run_id}-{attempt}", status, message, {jobs.RUN_ID: run_id, jobs.RUN_DIR: f"s3://b/{run_id}", jobs.ATTEMPT: str(attempt)}, 1.0, 2.0, exit_code, {})
@@ -136,7 +139,8 @@ def test_the_environment_of_a_driver(monkeypatch, tmp_path):
     [
         (job("a", 1, exit_code=127), "the cluster's nodes have no metadist; install it"),
         (job("a", 1, exit_code=-9), "its driver was killed (exit code -9); metadist submit … --run-id a goes on with it"),
-        (job("a", 1, exit_code=2, message="Job entrypoint command failed\nlast lines"), "failed (exit code 2): Job entrypoint command failed last lines; metadist submit"),
+        (job("a", 1, exit_code=2, message=QUOTED + "error: no data\nbye\n"), "a-1 failed: Job entrypoint command failed with exit code 2: error: no data; metadist submit"),
+        (job("a", 1, exit_code=1, message=QUOTED + "  ValueError: x\n"), "failed with exit code 2: ValueError: x; metadist submit … --run-id a"),
         (job("a", 1, "STOPPED", None), "job a-1 stopped: no reason given"),
     ],
 )

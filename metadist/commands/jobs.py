@@ -205,7 +205,7 @@ def _failed(cluster: Any, job_id: str) -> None:
 
 
 def _as_dict(job: Any) -> dict[str, Any]:
-    from metadist.jobs import ATTEMPT, CONFIG, RUN_DIR, RUN_ID
+    from metadist.jobs import ATTEMPT, CONFIG, RUN_DIR, RUN_ID, reason
     from metadist.run_page import JOB_URL
 
     return {
@@ -218,7 +218,7 @@ def _as_dict(job: Any) -> dict[str, Any]:
         "started": _when(job.started),
         "lasted": _lasted(job),
         "exit_code": job.exit_code,
-        "message": " ".join(job.message.split()),
+        "message": reason(job),
         "job_url": job.environment.get(JOB_URL),
     }
 
