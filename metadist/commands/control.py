@@ -168,7 +168,9 @@ def _named(command: Mapping[str, Any]) -> str:
 
 
 def _figures(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{k} {v:.1f}" if k == "tasks_per_second" else f"{k} {v:.4g}" for k, v in values.items())
+    last = ("gradient_norm", "lr", "tasks_per_second")
+    shown = sorted(values, key=lambda k: (last.index(k) if k in last else -1, k))
+    return "  ".join(f"{k} {values[k]:.1f}" if k == "tasks_per_second" else f"{k} {values[k]:.4g}" for k in shown)
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
