@@ -148,7 +148,7 @@ def serve(service: Adaptation, endpoint: Endpoint, http_port: int | None = None)
     _allow_many_connections()
     with ExitStack() as stack:
         stack.callback(service.close)
-        served = stack.enter_context(serve_grpc(endpoint, {add: AdaptationServicer(service)}))
+        served = stack.enter_context(serve_grpc(endpoint, {add: AdaptationServicer(service)}, observe=service.measures.observe))
         http = None
         if http_port is not None:
             port = stack.enter_context(serve_http(service, replace(endpoint, port=http_port)))

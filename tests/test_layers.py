@@ -39,8 +39,8 @@ LIBRARIES = {
 IMPORTERS = {
     "mlflow": ("tracking/",),
     "grpc": ("control/",),
-    "starlette": ("control/adapt_http.py",),
-    "uvicorn": ("control/adapt_http.py",),
+    "starlette": ("control/adapt_http.py", "control/http_guard.py"),
+    "uvicorn": ("control/adapt_http.py", "control/http_guard.py"),
     "ray": ("runtime/ray_executor.py", "runtime/ray_jobs.py", "runtime/ray_metrics.py", "runtime/ray_serve.py"),
     "typer": ("cli.py", "terminal.py", "bench/commands.py", "commands/"),
     "rich": ("display.py",),

@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hmac
 import json
-import logging
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import grpc
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from metadist.control.adaptation import Adaptation, Left
 from metadist.control.endpoint import Endpoint
 from metadist.control.guard import Refused
+from metadist.control.http_guard import Guarded, Impatient, TooLarge, answer
 from metadist.control.served_model import ServedModel
 from metadist.control.tensors import from_json
 from metadist.core.errors import ConfigError
 from metadist.core.task import Examples
-
-log = logging.getLogger(__name__)
-
-_STATUS = {
-    grpc.StatusCode.INVALID_ARGUMENT: 400, grpc.StatusCode.UNAUTHENTICATED: 401, grpc.StatusCode.NOT_FOUND: 404,
-    grpc.StatusCode.FAILED_PRECONDITION: 422, grpc.StatusCode.RESOURCE_EXHAUSTED: 429, grpc.StatusCode.UNAVAILABLE: 503,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
-}  # fmt: skip
 
 
 def app(service: Adaptation, *, token: str | None, seconds: float, message_bytes: int, concurrent: int) -> Any:
@@ -48,33 +35,33 @@ def app(service: Adaptation, *, token: str | None, seconds: float, message_bytes
     calls = {"adapt": _adapt, "predict": _predict, "adapt_predict": _adapt_predict, "forget": _forget}
 
     def route(call: Callable[[Adaptation, dict[str, Any], Left], dict[str, Any]]) -> Any:
-        async def answer(request: Request) -> Response:
+        async def reply(request: Request) -> Response:
             end = time.monotonic() + seconds
             body = await _body(request, message_bytes)
             work = lambda: call(service, _parsed(body), lambda: end - time.monotonic())  # noqa: E731
             return JSONResponse(_strict(await asyncio.get_running_loop().run_in_executor(pool, work)))
 
-        return answer
+        return reply
 
     async def models(request: Request) -> Response:
         counts = await asyncio.get_running_loop().run_in_executor(pool, service.statistics)
         return JSONResponse({"models": [m.describe() for m in service.models.values()], "statistics": counts})
 
     async def metrics(request: Request) -> Response:
-        counts = await asyncio.get_running_loop().run_in_executor(pool, service.statistics)
-        lines = [f"metadist_serve_{name} {value}" for name, value in counts.items()]
-        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+        text = await asyncio.get_running_loop().run_in_executor(pool, service.measures.text)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     async def health(request: Request) -> Response:
         return PlainTextResponse("SERVING\n")
 
     routes = [Route(f"/v1/{name}", route(call), methods=["POST"]) for name, call in calls.items()]
     routes += [Route("/v1/models", models), Route("/metrics", metrics), Route("/healthz", health)]
-    return _Guarded(
-        Starlette(routes=routes, exception_handlers=dict.fromkeys((Refused, ConfigError, _TooLarge, HTTPException, Exception), _failed)),
+    return Guarded(
+        Starlette(routes=routes, exception_handlers=dict.fromkeys((Refused, ConfigError, TooLarge, HTTPException, Exception), _failed)),
         token,
         seconds,
         concurrent,
+        service.measures.observe,
     )
 
 
@@ -148,7 +135,7 @@ async def _body(request: Request, most: int) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > most:
-            raise _TooLarge(f"the body exceeds {most / 2**20:g} MiB")
+            raise TooLarge(f"the body exceeds {most / 2**20:g} MiB")
         parts.append(part)
     return b"".join(parts)
 
@@ -175,91 +162,8 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and value - value != 0 else value
 
 
-class _TooLarge(Exception):
-    pass
-
-
 async def _failed(request: Request, error: Exception) -> Response:
-    return _answer(error)
-
-
-def _answer(error: Exception) -> Response:
-    if isinstance(error, Refused):
-        status, message = _STATUS.get(error.code, 500), str(error)
-    elif isinstance(error, HTTPException):
-        status, message = (
-            error.status_code,
-            f"{error.detail}; the calls are POST /v1/adapt, /v1/predict, /v1/adapt_predict, /v1/forget and GET /v1/models",
-        )
-    elif isinstance(error, ConfigError):
-        status, message = 400, str(error)
-    elif isinstance(error, _TooLarge):
-        status, message = 413, str(error)
-    else:
-        number = uuid.uuid4().hex[:12]
-        log.error("a call over HTTP failed (error %s)", number, exc_info=error)
-        status, message = 500, f"internal error {number}; the server's log has it under this number"
-    return JSONResponse({"error": " ".join(message.split())[:400]}, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
-
-
-class _Guarded:
-    """Token, number of calls and time, before and around the application. A reader that doesn't read is cut off."""
-
-    def __init__(self, inner: Any, token: str | None, seconds: float, concurrent: int) -> None:
-        self._inner, self._seconds, self._concurrent, self._running = inner, seconds, concurrent, 0
-        self._token = None if token is None else b"Bearer " + token.encode()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self._inner(scope, receive, send)
-            return
-        given = [value for key, value in scope["headers"] if key == b"authorization"]
-        allowed = self._token is None or hmac.compare_digest(given[0] if len(given) == 1 else b"", self._token)
-        if not allowed and scope["path"] != "/healthz":
-            refusal = Refused(grpc.StatusCode.UNAUTHENTICATED, "this server wants a token, and the call has none or a wrong one")
-            await self._bounded(_answer(refusal)(scope, receive, send))
-        elif self._running >= self._concurrent:
-            refusal = Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._running} calls are running already; try again")
-            await self._bounded(_answer(refusal)(scope, receive, send))
-        else:
-            self._running += 1
-            try:
-                await self._bounded(self._caught(scope, receive, send))
-            finally:
-                self._running -= 1
-
-    async def _caught(self, scope: Any, receive: Any, send: Any) -> None:
-        began = False
-
-        async def sending(message: Any) -> None:
-            nonlocal began
-            began = True
-            await send(message)
-
-        try:
-            await self._inner(scope, receive, sending)
-        except Exception as error:  # Starlette has answered, and raises what it doesn't know for the server's log
-            if not began:
-                await _answer(error)(scope, receive, send)
-
-    async def _bounded(self, work: Any) -> None:
-        with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
-            await asyncio.wait_for(work, self._seconds + 1.0)
-
-
-class _Impatient(H11Protocol):
-    """Closes a connection whose first request doesn't arrive: uvicorn's own timeout begins after it."""
-
-    PATIENCE = 20.0
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self.loop.call_later(self.PATIENCE, self._close_if_idle)
-
-    def _close_if_idle(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+    return answer(error)
 
 
 @contextmanager
@@ -274,7 +178,7 @@ def serve_http(service: Adaptation, endpoint: Endpoint, *, grace: float = 5.0) -
         raise ConfigError(f"can't listen on {endpoint.host}:{endpoint.port} ({error.strerror}); choose another --http-port") from None
     application = app(service, token=token, seconds=endpoint.seconds, message_bytes=endpoint.message_bytes, concurrent=endpoint.concurrent)
     config = uvicorn.Config(
-        application, http=_Impatient, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        application, http=Impatient, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
         ssl_certfile=endpoint.tls_cert, ssl_keyfile=endpoint.tls_key, timeout_keep_alive=int(min(endpoint.idle_seconds, 60)),
         timeout_graceful_shutdown=int(grace), h11_max_incomplete_event_size=endpoint.metadata_bytes,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 from metadist.control.batching import Batcher
 from metadist.control.guard import Refused
 from metadist.control.handles import Handles, SharedHandles
+from metadist.control.measures import Measures
 from metadist.control.served_model import Adapted, Diverged, ServedModel, Wrong
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import Examples
@@ -48,6 +49,7 @@ class Adaptation:
             Handles(budget) if shelf is None else SharedHandles(budget, shelf, self._pack, self._unpack)
         )
         self.adaptations = self.predictions = 0
+        self.measures = Measures(self.statistics)
         self._adapting = Batcher(self._compute, largest=largest, patience=patience)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from metadist.control.channel import ServiceError, calling, connect, explain
-from metadist.control.guard import Guard, Refused
+from metadist.control.guard import Guard, Observe, Refused
 from metadist.control.trust import is_loopback, read_file, read_token
 from metadist.core.errors import ConfigError
 
@@ -118,14 +118,15 @@ class Served:
 
 
 @contextmanager
-def serve(endpoint: Endpoint, services: Mapping[Add, Any], *, grace: float = 5.0) -> Iterator[Served]:
+def serve(endpoint: Endpoint, services: Mapping[Add, Any], *, grace: float = 5.0, observe: Observe | None = None) -> Iterator[Served]:
     """Serve ``{add_XServicer_to_server: servicer}`` until the block is left; running calls then get ``grace`` seconds.
 
     Servicers refuse a call by raising ``Refused(code, message)``; a ConfigError becomes INVALID_ARGUMENT, another MetadistError
     FAILED_PRECONDITION, both with their message; anything else INTERNAL, with a number under which the log has it.
+    ``observe(method, status, seconds)`` hears of every call.
     """
     token, credentials = endpoint.token(), endpoint.credentials()
-    guard = Guard(token, endpoint.seconds, endpoint.stream_seconds)
+    guard = Guard(token, endpoint.seconds, endpoint.stream_seconds, observe)
     pool = ThreadPoolExecutor(endpoint.concurrent, thread_name_prefix="rpc")
     server = grpc.server(pool, interceptors=[guard], options=endpoint.options(), maximum_concurrent_rpcs=endpoint.concurrent)
     names = _Names()

@@ -23,6 +23,10 @@ OPEN = ("/grpc.health.v1.Health/Check",)
 LONGEST_MESSAGE = 400
 
 
+Observe = Callable[[str, str, float], None]
+"""(method, status, seconds) of a call that has ended."""
+
+
 class Refused(Exception):
     """A servicer's no: a status code and one line for the caller."""
 
@@ -38,10 +42,11 @@ class Guard(grpc.ServerInterceptor):
     thread for longer than it must.
     """
 
-    def __init__(self, token: str | None, seconds: float, stream_seconds: float) -> None:
+    def __init__(self, token: str | None, seconds: float, stream_seconds: float, observe: Observe | None = None) -> None:
         self.token = token.encode() if token is not None else None
         self.seconds, self.stream_seconds = seconds, stream_seconds
         self.clock = _Clock()
+        self.observe: Observe = observe or (lambda method, code, seconds: None)
 
     def close(self) -> None:
         self.clock.close()
@@ -110,8 +115,10 @@ class Guard(grpc.ServerInterceptor):
     @contextmanager
     def _answered(self, context: Any, method: str) -> Iterator[None]:
         """Whatever the servicer raises, as a status and one line that tells nothing about this machine."""
+        began, name = time.perf_counter(), method.rpartition("/")[2]
         try:
             yield
+            self.observe(name, "OK", time.perf_counter() - began)
             return
         except (GeneratorExit, grpc.RpcError):
             raise
@@ -129,6 +136,7 @@ class Guard(grpc.ServerInterceptor):
             number = uuid.uuid4().hex[:12]
             log.exception("%s failed (error %s)", method, number)
             code, message = grpc.StatusCode.INTERNAL, f"internal error {number}; the server's log has it under this number"
+        self.observe(name, code.name, time.perf_counter() - began)
         context.abort(code, " ".join(message.split())[:LONGEST_MESSAGE])
 
 

@@ -232,6 +232,23 @@ def test_many_callers_with_different_support_sets(running, client):
     assert after["p99_ms"] >= after["p50_ms"] > 0
 
 
+def test_metrics(running, client, ask, secrets):
+    """Both doors are counted, by method and status; the names are those that the dashboard in deploy/ draws."""
+    x, y, query = tasks(running.service.models["curves"], 1)[0]
+    client.adapt_predict(x, y, query, model="curves")
+    ask("/v1/adapt_predict", {"model": "nothing"}), ask("/v1/adapt_predict", {"model": "curves", "x": 1})
+    request = urllib.request.Request(running.http_address + "/metrics", headers={"Authorization": f"Bearer {Path(secrets.token).read_text().strip()}"})
+    text = urllib.request.urlopen(request, timeout=30).read().decode()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    for code in ("OK", "NOT_FOUND", "INVALID_ARGUMENT"):
+        assert float(values[f'metadist_serve_calls_total{{code="{code}",method="AdaptPredict"}}']) >= 1
+    assert float(values['metadist_serve_seconds_bucket{le="+Inf",method="AdaptPredict"}']) >= 3
+    assert float(values["metadist_serve_adaptations_total"]) == running.service.adaptations
+    dashboard = (Path(__file__).parents[2] / "deploy/grafana/metadist.json").read_text()
+    drawn = set(re.findall(r"metadist_serve_\w+", dashboard))
+    assert drawn and drawn <= {name.partition("{")[0] for name in values}
+
+
 def test_evicted_handles_say_so(running, client, ask):
     x, y, query = tasks(running.service.models["curves"], 1)[0]
     first = client.adapt(x, y, model="curves")

@@ -1,0 +1,68 @@
+"""Connections that never ask, and readers that never read."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+
+import pytest
+from serving_toys import served
+
+from metadist import serving
+from metadist.control.adaptation import Adaptation
+from metadist.control.endpoint import Endpoint
+from metadist.control.http_guard import Guarded, Impatient
+
+
+def test_a_connection_that_never_asks_is_closed(monkeypatch):
+    monkeypatch.setattr(Impatient, "PATIENCE", 0.3)
+    with serving.serve(Adaptation([served()]), Endpoint(), 0) as running:
+        host, _, port = running.http_address.removeprefix("http://").rpartition(":")
+        for sent in (b"", b"GET /v1/mod"):
+            with socket.create_connection((host, int(port)), timeout=10) as idle:
+                idle.sendall(sent)
+                began = time.monotonic()
+                assert idle.recv(100) == b"" and time.monotonic() - began < 5
+        with socket.create_connection((host, int(port)), timeout=10) as asking:
+            for _ in range(2):  # one that asks stays open
+                asking.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert b"200" in asking.recv(1000)
+                time.sleep(0.5)
+
+
+def test_a_reader_that_does_not_read_is_cut_off():
+    seen = []
+
+    async def inner(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+
+    async def never(message):
+        await asyncio.sleep(60)
+
+    async def call():
+        guarded = Guarded(inner, None, -0.7, 4, lambda *call: seen.append(call))
+        await guarded({"type": "http", "headers": [], "path": "/v1/predict"}, None, never)
+
+    began = time.monotonic()
+    asyncio.run(call())
+    assert time.monotonic() - began < 10 and seen[0][0] == "Predict"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/v1/adapt", "/nothing"])
+def test_nothing_but_health_is_told_without_the_token(path):
+    answers = []
+
+    async def inner(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+
+    async def keep(message):
+        answers.append(message.get("status"))
+
+    guarded = Guarded(inner, "right" * 4, 5.0, 4, lambda *call: None)
+    for headers in ([], [(b"authorization", b"Bearer wrong")], [(b"authorization", b"Bearer " + b"right" * 4)] * 2):
+        asyncio.run(guarded({"type": "http", "headers": headers, "path": path}, None, keep))
+    assert {a for a in answers if a is not None} == {401}
+    asyncio.run(guarded({"type": "http", "headers": [(b"authorization", b"Bearer " + b"right" * 4)], "path": path}, None, keep))
+    asyncio.run(guarded({"type": "http", "headers": [], "path": "/healthz"}, None, keep))
+    assert answers[-2:] == [200, 200]
