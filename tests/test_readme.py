@@ -17,7 +17,7 @@ SHORT = [
     "outer.meta_steps=4", "evaluate.every=2", "evaluate.tasks=8", "evaluate.test_tasks=8", "checkpoint.every=2", "tracking.log_every=1",
 ]  # fmt: skip
 #: run by .ci/run, or servers that don't end
-ELSEWHERE = ("make", "git", "cd", "pip", "metadist ui")
+ELSEWHERE = ("make", "git", "cd", "pip", "metadist ui", "metadist worker")
 
 
 def blocks(language: str) -> list[str]:

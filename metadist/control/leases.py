@@ -20,7 +20,7 @@ from metadist.control.work_messages import (
     failure_of,
     lease_messages,
     terms_message,
-)  # fmt: skip
+)
 from metadist.core.lease import Answer, Configure, Desk, Dismissal, DismissedError, Lease, Seat
 
 __all__ = ["Leases", "add_to_server"]
@@ -74,7 +74,7 @@ class Leases(work_pb2_grpc.WorkServicer):
         except Exception as error:  # gRPC's own, of a connection that broke; the call's end says so, too
             seat.left(f"its connection broke ({type(error).__name__})", guilty=True)
         else:
-            seat.left("it ended the conversation", guilty=True)
+            seat.left("its connection ended without a goodbye", guilty=True)
 
 
 def _sent(lease: Lease, seat: Seat) -> Iterator[pb.ToWorker]:

@@ -23,6 +23,8 @@ __all__ = ["ServiceError", "connect", "converse", "passing", "wait_until_ready"]
 
 #: beats for every lease's length: two may get lost
 BEATS = 4
+#: for what is still to be sent when a worker stops: a result, over a slow line
+LAST_WORDS_SECONDS = 60.0
 #: what ended the driver's side of the conversation
 _END = object()
 
@@ -99,7 +101,7 @@ def converse(
         raise
     finally:
         outbox.close()
-        reader.join(5.0)  # the driver ends its side when it has heard the last word
+        reader.join(LAST_WORDS_SECONDS)  # the driver ends its side when it has heard the last word
         answers.cancel()
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 
 import grpc
 import pytest
+import tiny
 import tls
 import torch
-from outsiders import HERE, OUTSIDE, Hand, document, experiment, hands, listening, train, wait_for
+from outsiders import HERE, OUTSIDE, Hand, document, experiment, free_port, hands, listening, train, wait_for
 
 from metadist import outside
 from metadist.control import remote_worker
@@ -378,6 +380,58 @@ def test_other_numerics_mark_a_run_that_may_be_inexact(tmp_path, monkeypatch):
 
 
 # Coming, going and coming back ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_an_inexact_run_is_tagged_in_mlflow(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr("metadist.runtime.bench.ActorBench", Other)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run = experiment(document(HERE, OUTSIDE), "engine.exact=false", f"tracking.uri={uri}")
+    with hands(run, "learner"):
+        result = train_experiment(run, run_dir=str(tmp_path / "run"), test=False, plots=False)
+    assert result.undelivered == 0
+    client = MlflowClient(uri)
+    [found] = client.search_runs([client.get_experiment_by_name("metadist").experiment_id])
+    assert found.data.tags["metadist.inexact"] == result.inexact[0]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("twice", [False, True])
+def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, twice):
+    """The command in a process of its own; it is interrupted at work, and the run goes on without it."""
+    run, started = experiment(document(HERE, OUTSIDE)), []
+    process = tiny.start("worker", "--connect", run.outside.listen, folder=tmp_path, OMP_NUM_THREADS="1")
+
+    def each(step, scheduler):
+        if step == 2:
+            process.send_signal(signal.SIGINT)
+            if twice:
+                process.send_signal(signal.SIGINT)
+            wait_for(lambda: len(scheduler.executor.workers()) == 1, scheduler)
+            started.append(step)
+
+    sha256, scheduler = train(run, each=each)
+    out, err = process.communicate(timeout=60)
+    assert sha256 == expected[False]
+    assert started
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert out == ""
+    assert ("interrupted" if twice else "done: stopped by its user") in err
+    assert not scheduler.retried["error"] and not scheduler.retried["rejected"]
+
+
+def test_the_command_tells_a_mistake_in_one_line(tmp_path):
+    done = tiny.run("worker", "--connect", f"127.0.0.1:{free_port()}", "--patience", 0, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "error: 127.0.0.1" in done.stderr.splitlines()[-1]
+    assert "gave up after 0 s (--patience)" in done.stderr.splitlines()[-1]
 
 
 def test_workers_join_and_leave_in_the_middle(expected):
