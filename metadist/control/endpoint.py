@@ -46,6 +46,7 @@ class Endpoint:
     stream_seconds: float = 3600.0
     idle_seconds: float = 300.0
     connection_seconds: float = 4 * 3600.0
+    reflection: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -135,7 +136,8 @@ def serve(endpoint: Endpoint, services: Mapping[Add, Any], *, grace: float = 5.0
         add(servicer, server)
     healthy = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    reflection.enable_server_reflection([*names.found, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    if endpoint.reflection:
+        reflection.enable_server_reflection([*names.found, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     served = Served(endpoint, _bind(server, endpoint, credentials), server, tuple(names.found))
     server.start()
     for name in ("", *names.found):
