@@ -379,6 +379,19 @@ def test_other_numerics_mark_a_run_that_may_be_inexact(tmp_path, monkeypatch):
     assert Checkpoints(str(tmp_path / "run")).latest(run.learner.slots).manifest["inexact"] == [mark]
 
 
+SLOW = """
+import os, time
+from dataclasses import dataclass
+from metadist.tasks.sinusoid import Sinusoid
+
+@dataclass(frozen=True)
+class Slow(Sinusoid):
+    def sample(self, keys, split):
+        time.sleep(float(os.environ.get("SLOW", "0")))
+        return super().sample(keys, split)
+"""
+
+
 # Coming, going and coming back ----------------------------------------------------------------------------------------
 
 
@@ -401,23 +414,29 @@ def test_an_inexact_run_is_tagged_in_mlflow(tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("twice", [False, True])
-def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, twice):
-    """The command in a process of its own; it is interrupted at work, and the run goes on without it."""
-    run, started = experiment(document(HERE, OUTSIDE)), []
-    process = tiny.start("worker", "--connect", run.outside.listen, folder=tmp_path, OMP_NUM_THREADS="1")
+def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, monkeypatch, twice):
+    """The command in a process of its own, where a shard takes seconds: interrupted at work, and the run goes on without it."""
+    (tmp_path / "slow_sines.py").write_text(SLOW)
+    monkeypatch.syspath_prepend(tmp_path)
+    made = document(HERE, OUTSIDE)
+    made["tasks"]["name"] = "slow_sines:Slow"
+    run, sent = experiment(made), []
+    process = tiny.start("worker", "--connect", run.outside.listen, folder=tmp_path, OMP_NUM_THREADS="1", SLOW="2")
 
-    def each(step, scheduler):
-        if step == 2:
+    def interrupt():
+        process.send_signal(signal.SIGINT)
+        if twice:
+            time.sleep(0.5)
             process.send_signal(signal.SIGINT)
-            if twice:
-                process.send_signal(signal.SIGINT)
-            wait_for(lambda: len(scheduler.executor.workers()) == 1, scheduler)
-            started.append(step)
 
-    sha256, scheduler = train(run, each=each)
+    def watch(scheduler, shard):
+        if shard.meta_step == 2 and not sent and scheduler.executor._outside.busy:
+            sent.append(threading.Timer(0.5, interrupt))
+            sent[0].start()
+
+    sha256, scheduler = train(run, watch=watch, each=lambda step, scheduler: step < 3 or wait_for(lambda: len(scheduler.executor.workers()) == 1, scheduler))
     out, err = process.communicate(timeout=60)
     assert sha256 == expected[False]
-    assert started
     assert process.returncode == 130
     assert "Traceback" not in err
     assert out == ""
