@@ -13,10 +13,13 @@ from torch import Tensor
 
 from metadist import config as configuration
 from metadist.core.errors import ConfigError, nearest, one_of
+from metadist.core.learner import Learner
 from metadist.core.meta_environment import MetaEnvironment
 from metadist.core.random import TaskKey
+from metadist.core.trial_algorithm import EPISODES_SHOWN
+from metadist.core.trial_learner import TrialLearner
 from metadist.oracles import compare, methods, play, possible, score
-from metadist.runtime.evaluation import TrialEvaluation
+from metadist.runtime.evaluation import Evaluation, TrialEvaluation
 
 #: trials at a time
 BATCH = 2000
@@ -34,7 +37,9 @@ def oracles(name: str, overrides: Sequence[str], chosen: Sequence[str], *, trial
         document = configuration.read_document(name)
     else:
         known = sorted([*ENVIRONMENTS, *configuration.shipped_configs()])
-        raise ConfigError(f"oracle: '{name}' is neither an environment ({', '.join(sorted(ENVIRONMENTS))}) nor a config{nearest(name, known)}")
+        raise ConfigError(
+            f"oracle: '{name}' is neither an environment ({', '.join(sorted(ENVIRONMENTS))}) nor a config{nearest(name, known)}"
+        )
     environment = configuration.environment(configuration.override(document, overrides))
     rows = compare(environment, None if "all" in chosen else list(chosen), trials=trials, seed=seed, split=split)
     about = {"environment": type(environment).__name__, "trials": trials, "split": split, "seed": seed}
@@ -51,10 +56,42 @@ def paired(judged: TrialEvaluation, environment: MetaEnvironment, chosen: Sequen
     totals = {name: _totals(environment, name, judged, seed) for name in dict.fromkeys([allowed[0], *names, "random"])}
     best, worst = float(totals[allowed[0]].mean()), float(totals["random"].mean())
     if judged.by_gradient_steps:
-        raise ConfigError("--beside: this policy is judged after gradient steps, known methods by the episodes of a trial; there is nothing to pair")
+        raise ConfigError(
+            "--beside: this policy is judged after gradient steps, known methods by the episodes of a trial; there is nothing to pair"
+        )
     ours = judged.trials[judged.policy].sum(1)
     played = {**{f"this policy, {policy}": returns.sum(1) for policy, returns in judged.trials.items()}, **totals}
     return [_row(name, returns, ours, best, worst) for name, returns in played.items()]
+
+
+class Regret:
+    """What the oracle gets more than a policy on the same trials; nothing where there is no oracle to compare with."""
+
+    def __init__(self, learner: Learner | TrialLearner, seed: int, *, trials: int = 1000) -> None:
+        self._learner, self._seed, self._trials = learner, seed, trials
+        #: the oracle's returns by episode, by split
+        self._best: dict[str, Tensor | None] = {}
+
+    def __call__(self, judged: Evaluation) -> dict[str, float]:
+        if not isinstance(self._learner, TrialLearner) or not isinstance(judged, TrialEvaluation) or judged.by_gradient_steps:
+            return {}
+        ours = judged.trials[judged.policy][: self._trials]
+        if judged.split not in self._best:
+            self._best[judged.split] = self._oracle(self._learner.tasks, judged.split, len(ours))
+        best = self._best[judged.split]
+        if best is None or best.shape != ours.shape:
+            return {}
+        lost, prefix = (best - ours).nanmean(0), f"eval/{judged.split}/regret"
+        shown = [n for n in EPISODES_SHOWN if n < len(lost)] + [len(lost)]
+        by_episode = {f"{prefix}/episode_{n}": float(lost[n - 1]) for n in shown}
+        return {prefix: float(lost.sum()), f"{prefix}/per_step": float(lost.mean()) / self._learner.tasks.horizon, **by_episode}
+
+    def _oracle(self, environment: MetaEnvironment, split: str, trials: int) -> Tensor | None:
+        try:
+            allowed = possible(environment)
+        except ConfigError:
+            return None
+        return play(environment, allowed[0], TaskKey.of(self._seed, split, 0, range(trials)))
 
 
 def _totals(environment: MetaEnvironment, method: str, judged: TrialEvaluation, seed: int) -> Tensor:

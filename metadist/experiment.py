@@ -20,7 +20,7 @@ from torch import Tensor
 import metadist
 from metadist import config as configuration
 from metadist import run_page
-from metadist.comparison import paired
+from metadist.comparison import Regret, paired
 from metadist.config import CheckpointSettings, Config, ControlSettings, EngineSettings, EvaluateSettings, OutsideSettings, TrackingSettings
 from metadist.core.check import check
 from metadist.core.errors import CheckpointError, ConfigError
@@ -242,7 +242,7 @@ def _train(
             evaluations = []
             if test and outcome.stopped != "interrupted":
                 evaluations = [_test(experiment, run_id, workers, outcome)]
-                watched.metrics(progress.meta_step, evaluation_metrics(evaluations[0]))
+                watched.metrics(progress.meta_step, {**evaluation_metrics(evaluations[0]), **run.beside(evaluations[0])})
             retried, workers.ended = dict(workers.retried), outcome.stopped or ""
         learner.prepare(torch.device("cpu"))  # an executor in this process may have moved it to a GPU
         ended = "KILLED" if outcome.stopped == "interrupted" else "FINISHED"
@@ -266,7 +266,7 @@ def _run(experiment: Experiment, run_id: str, manifest: dict[str, Any]) -> Run:
     e = experiment
     return Run(
         run_id, e.seed, e.learner, e.evaluate.every, e.evaluate.tasks, e.evaluate.inner_steps, e.evaluate.patience,
-        e.checkpoint.every, e.tracking.log_every, manifest,
+        e.checkpoint.every, e.tracking.log_every, manifest, Regret(e.learner, e.seed),
     )  # fmt: skip
 
 

@@ -52,6 +52,37 @@ def test_mistakes_are_named(name, overrides, methods, expected):
         oracles(name, overrides, methods, trials=4, split="test", seed=0)
 
 
+class Recorded:
+    """A tracker in memory."""
+
+    mlflow_run_id = None
+
+    def __init__(self):
+        self.points = {}
+
+    def metrics(self, step, values):
+        self.points |= {(name, step): value for name, value in values.items()}
+
+    def __getattr__(self, name):
+        return lambda *arguments, **named: 0 if name == "finish" else None
+
+
+def test_what_is_recorded_of_a_run(tmp_path, monkeypatch):
+    """Regret against the oracle on the very validation trials, and where the workers' seconds went."""
+    tracker = Recorded()
+    monkeypatch.setattr("metadist.tracking.make_tracker", lambda *_, **__: tracker)
+    result = trained(tmp_path, BANDIT)
+    rows = {r["name"]: r for r in oracles("bandit", ["arms=2", "episodes=4"], ["all"], trials=8, split="validation", seed=0)["rows"]}
+    points, last = tracker.points, result.outcome.progress.meta_step
+    regret = points["eval/validation/regret", last]
+    assert regret == pytest.approx(rows["optimal"]["mean"] - points["eval/validation/return", last])
+    assert points["eval/validation/regret/per_step", last] == pytest.approx(regret / 4)
+    assert sum(points[f"eval/validation/regret/episode_{n}", last] for n in (1, 2, 4)) <= regret + 4
+    seconds = {part: points[f"engine/seconds_per_step/compute/rollout{part}", last] for part in ("", "/environment", "/inference")}
+    assert 0 < seconds["/environment"] + seconds["/inference"] < seconds[""]
+    assert all(points[f"engine/steps_per_second{part}", last] > 0 for part in ("", "/environment", "/inference", "/learning"))
+
+
 def test_a_policy_beside_known_methods(tmp_path):
     result = trained(tmp_path, BANDIT)
     judged = evaluate_run(result.run_dir, tasks=300, beside=["gittins"]).evaluations[0]

@@ -14,6 +14,7 @@ from metadist.core.meta_environment import MetaEnvironment, Tasks
 from metadist.core.policy import Policy, Seen
 from metadist.core.random import TaskKey
 from metadist.core.state import Records
+from metadist.core.stopwatch import spent
 
 #: bits of ``Trials.flags``
 VALID, TERMINATED, EPISODE_END, TRIAL_END = 1, 2, 4, 8
@@ -109,15 +110,18 @@ def rollout(
     episode = torch.zeros(batch, dtype=torch.int64, device=device)
     clock = torch.zeros(batch, dtype=torch.int64, device=device)
     live = torch.ones(batch, dtype=torch.bool, device=device)
-    state, observation = environment.reset(tasks, _at(starting, episode))
+    with spent("environment"):
+        state, observation = environment.reset(tasks, _at(starting, episode))
     observation, _ = _finite(observation, observation[:, 0], live, keys)
     seen = Seen.nothing(batch, policy.actions.size, device)
     columns: dict[str, list[Tensor]] = {name: [] for name in Trials.columns() if name != "task"}
     measured: dict[str, list[Tensor]] = {}
     for t in range(length):
-        head, value, memory = policy.step(observation, seen, memory)
-        action = distribution.mode(head) if greedy else distribution.sample(head, acting[:, t])
-        step = environment.step(tasks, state, action, stepping[:, t])
+        with spent("inference"):
+            head, value, memory = policy.step(observation, seen, memory)
+            action = distribution.mode(head) if greedy else distribution.sample(head, acting[:, t])
+        with spent("environment"):
+            step = environment.step(tasks, state, action, stepping[:, t])
         observed, reward = _finite(step.observation, step.reward, live, keys)
         clock = clock + 1
         ended = (step.terminated | (clock >= environment.horizon)) & live
@@ -136,9 +140,10 @@ def rollout(
         if not bool(live.any()):
             break
         if bool(ended.any()):
-            state, observation = environment.restart(
-                tasks, state, observation, ended & live, _at(starting, episode.clamp(max=episodes - 1))
-            )
+            with spent("environment"):
+                state, observation = environment.restart(
+                    tasks, state, observation, ended & live, _at(starting, episode.clamp(max=episodes - 1))
+                )
             observation, _ = _finite(observation, reward, live, keys)
             clock = torch.where(ended, 0, clock)
     found = {n: torch.stack(c, 1) for n, c in columns.items()}

@@ -182,7 +182,9 @@ class Scheduler:
 
     def _measure(self, event: Finished) -> None:
         self.measured.seconds["compute"] += event.stats.get("seconds", 0.0)
-        self.measured.seconds[f"compute/{event.shard.function}"] += event.stats.get("seconds", 0.0)
+        for name, seconds in event.stats.items():
+            if name.startswith("seconds"):
+                self.measured.seconds[f"compute/{event.shard.function}{name.removeprefix('seconds')}"] += seconds
         self.measured.counts["bytes_received"] += int(event.stats.get("bytes", 0))
         self.measured.workers[event.worker] = event.stats
 

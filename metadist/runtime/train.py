@@ -70,6 +70,8 @@ class Run:
     checkpoint_every: int = 500
     log_every: int = 10
     manifest: dict[str, Any] = field(default_factory=dict)
+    #: what else is to be recorded of an evaluation
+    beside: Callable[[Evaluation], Mapping[str, float]] = lambda judged: {}
 
     @property
     def meta_steps(self) -> int:
@@ -157,6 +159,7 @@ def _loop(
                 total = fleet.run(round)
                 state = round.apply(state, total)
         progress.state, progress.meta_step = state, progress.meta_step + 1
+        meter.environment_steps += report.get("steps", 0.0)
         step, last = progress.meta_step, progress.meta_step == run.meta_steps
         display.step(step, report, meter.rate)
         if step % run.log_every == 0 or last:
@@ -184,7 +187,7 @@ def _validate(run: Run, progress: Progress, fleet: Scheduler, tracker: Tracker, 
     )  # fmt: skip
     entry = {"meta_step": step, "mean": judged.score, "ci95": judged.score_ci95, "median": judged.score_median, "loss": judged.loss[-1]}
     progress.validation.append(entry)
-    tracker.metrics(step, evaluation_metrics(judged))
+    tracker.metrics(step, {**evaluation_metrics(judged), **run.beside(judged)})
     display.evaluated(step, judged)
     return progress.best(higher) is entry
 
@@ -195,7 +198,11 @@ def evaluation_metrics(judged: Evaluation) -> dict[str, float]:
     last = len(judged.mean) - 1
     if isinstance(judged, TrialEvaluation):
         name = "step_{}" if judged.by_gradient_steps else "episode_{}"
-        values = {f"{prefix}/{name.format(k + (not judged.by_gradient_steps))}": judged.mean[k] for k in range(last + 1) if k + 1 in EPISODES_SHOWN or k == last}
+        values = {
+            f"{prefix}/{name.format(k + (not judged.by_gradient_steps))}": judged.mean[k]
+            for k in range(last + 1)
+            if k + 1 in EPISODES_SHOWN or k == last
+        }
         values |= {f"{prefix}/{policy}": total["mean"] for policy, total in judged.totals.items()}
         return values | {prefix: judged.score, f"{prefix}/ci95": judged.score_ci95, f"{prefix}/median": judged.score_median}
     values = {f"{prefix}/step_{k}": judged.mean[k] for k in range(last + 1) if k in (0, 1, 2, 3, 5, 10, 20, 50) or k == last}
@@ -246,6 +253,8 @@ class _Meter:
         self._fleet = fleet
         self._seconds = self._tasks = 0.0
         self._window_seconds = self._window_tasks = self._steps = 0.0
+        #: since the last reading
+        self.environment_steps = 0.0
         self.rate = 0.0
 
     def __enter__(self) -> None:
@@ -275,7 +284,22 @@ class _Meter:
             values[f"engine/{name}_per_step"] = taken.counts[name] / steps
         for name in ("publish", "gather", "compute", "reduce", *sorted(n for n in taken.seconds if n.startswith("compute/"))):
             values[f"engine/seconds_per_step/{name}"] = taken.seconds[name] / steps
+        if self.environment_steps:
+            values |= self._rates(taken.seconds)
         for worker, stats in sorted(taken.workers.items()):
-            values |= {f"sys/{worker}/{k}": stats[k] for k in ("cpu_percent", "memory_bytes", "gpu_percent", "gpu_memory_bytes") if k in stats}
-        self._window_seconds = self._window_tasks = self._steps = 0.0
+            values |= {
+                f"sys/{worker}/{k}": stats[k] for k in ("cpu_percent", "memory_bytes", "gpu_percent", "gpu_memory_bytes") if k in stats
+            }
+        self._window_seconds = self._window_tasks = self._steps = self.environment_steps = 0.0
         return values
+
+    def _rates(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Environment steps per second of the run, and per second that workers spent on each part of them."""
+        learning = sum(
+            s for n, s in seconds.items() if n.startswith("compute/") and not n.startswith(("compute/rollout", "compute/evaluate"))
+        )
+        parts = {
+            "": self._window_seconds, "/environment": seconds.get("compute/rollout/environment", 0.0),
+            "/inference": seconds.get("compute/rollout/inference", 0.0), "/learning": learning,
+        }  # fmt: skip
+        return {f"engine/steps_per_second{n}": self.environment_steps / s for n, s in parts.items() if s}

@@ -26,6 +26,7 @@ from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, Wor
 from metadist.core.executor import Result, Shard, WithOutput
 from metadist.core.learner import Learner
 from metadist.core.state import Records
+from metadist.core.stopwatch import timing
 from metadist.core.trial_learner import TrialLearner
 from metadist.runtime.plan import Device
 
@@ -121,7 +122,9 @@ class Worker:
                     f"worker {self.name} can't comply with engine.compile: {what[:400]}; engine.compile=never does without"
                 ) from error
             if wrong:
-                raise WorkerError(f"worker {self.name}: PyTorch's compiler makes a wrong graph of this model, which {wrong}; use engine.compile=never")
+                raise WorkerError(
+                    f"worker {self.name}: PyTorch's compiler makes a wrong graph of this model, which {wrong}; use engine.compile=never"
+                )
         return self.about()
 
     def about(self) -> dict[str, Any]:
@@ -142,7 +145,8 @@ class Worker:
         CPU %, GPU bytes. ``inputs``: the outputs that it needs, in their order."""
         started = time.perf_counter()
         try:
-            result, output = self._computed(shard, theta, inputs)
+            with timing() as split:
+                result, output = self._computed(shard, theta, inputs)
         except (MetadistError, NonFiniteError):
             raise
         except Exception as error:
@@ -156,7 +160,7 @@ class Worker:
         if now > self._measured_at + 1.0:  # asking the system takes as long as a small shard
             self._measured_at = now
             self._measured = {"cpu_percent": self._process.cpu_percent(), "memory_bytes": float(self._process.memory_info().rss)}
-        stats = {"seconds": now - started, **self._measured}
+        stats = {"seconds": now - started, **{f"seconds/{name}": seconds for name, seconds in split.items()}, **self._measured}
         if self.device.type == "cuda":
             stats["gpu_memory_bytes"] = float(torch.cuda.memory_allocated(self.device))
             with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # needs NVIDIA's management library
