@@ -115,7 +115,11 @@ class Impatient(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(self.PATIENCE, self._close_if_idle)
+        self._waiting = self.loop.call_later(self.PATIENCE, self._close_if_idle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._waiting.cancel()  # or it would hold on to the connection's buffers
+        super().connection_lost(exc)
 
     def _close_if_idle(self) -> None:
         if self.cycle is None and not self.transport.is_closing():
