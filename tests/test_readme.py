@@ -16,8 +16,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = [
     "outer.meta_steps=4", "evaluate.every=2", "evaluate.tasks=8", "evaluate.test_tasks=8", "checkpoint.every=2", "tracking.log_every=1",
 ]  # fmt: skip
-#: run by .ci/run, or servers that don't end
-ELSEWHERE = ("make", "git", "cd", "pip", "metadist ui", "metadist worker")
+#: run by .ci/run and by the tests of clusters, of live runs and of servers
+ELSEWHERE = (
+    "make", "git", "cd", "pip", "export", "curl", "cluster/", "metadist ui", "metadist worker", "metadist control", "metadist submit", "metadist jobs",
+    "metadist serve", "metadist predict",
+)  # fmt: skip
 
 
 def blocks(language: str) -> list[str]:
