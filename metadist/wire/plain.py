@@ -51,7 +51,8 @@ def _decode(data: bytes, most: int) -> Tensor:
     schema = ipc.read_schema(_next(messages, "schema"))
     if len(schema) != 1:
         raise RejectedError(f"{len(schema)} columns, expected one")
-    widths, kind = [], schema.field(0).type
+    widths: list[int] = []
+    kind = schema.field(0).type
     while pa.types.is_fixed_size_list(kind) and len(widths) < 8:
         widths.append(kind.list_size)
         kind = kind.value_type
