@@ -128,13 +128,15 @@ def _show_trials(evaluation: TrialEvaluation) -> None:
     """Returns by episode, which is what adaptation looks like; then those of whole trials."""
     table = Table(title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} trials, {evaluation.policy}", title_justify="left")
     first = 0 if evaluation.by_gradient_steps else 1
-    for heading in ("episode" if first else "gradient steps", "mean", "95 % CI", "median"):
+    gained = evaluation.gained
+    for heading in ("episode" if first else "gradient steps", "mean", "95 % CI", "median", *(("gained, paired", "SE") if gained else ())):
         table.add_column(heading, justify="right")
     last = len(evaluation.mean)
     for episode in range(1, last + 1):
         if last <= 10 or episode in EPISODES_SHOWN or episode == last:
             k = episode - 1
-            table.add_row(str(k + first), f"{evaluation.mean[k]:.4f}", f"± {evaluation.ci95[k]:.4f}", f"{evaluation.median[k]:.4f}")
+            row = [str(k + first), f"{evaluation.mean[k]:.4f}", f"± {evaluation.ci95[k]:.4f}", f"{evaluation.median[k]:.4f}"]
+            table.add_row(*row, *((f"{gained[k][0]:+.4f}", f"{gained[k][1]:.4f}") if gained else ()))
     Console(file=sys.stdout, width=100, highlight=False).print(table)
     what = "trial" if first else "adapted"
     for policy, total in evaluation.totals.items():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from metadist.tracking.store import prepare_sqlite
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,10 +58,21 @@ def shortened(command: str) -> list[str]:
     return words
 
 
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow store: to make one takes longer than most commands, and has tests of its own."""
+    root = tmp_path_factory.mktemp("store")
+    prepare_sqlite(f"sqlite:///{root}/mlflow.db", root)
+    return root / "mlflow.db"
+
+
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One folder for the commands of a section, since later ones use what earlier ones made."""
+    monkeypatch.delenv("METADIST_RUNS", raising=False)
     folder = tmp_path
+    (folder / "runs").mkdir()
+    shutil.copy(store, folder / "runs")
     for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.DOTALL):
         (folder / name).write_text(text)
     for text in blocks("yaml"):

@@ -65,6 +65,8 @@ class TrialEvaluation(Evaluation):
     trials: dict[str, torch.Tensor] = field(repr=False, compare=False)
     #: means over trials of the highest value in episode 1, 2, …, n of what the environment measures (success: 1 in any step)
     measured: dict[str, list[float]] = field(default_factory=dict)
+    #: by episode (or gradient step): what it brings more than the first in the same trial, mean and standard error
+    gained: list[tuple[float, float]] = field(default_factory=list)
     #: what known methods get on the same trials, where they were asked for
     beside: list[dict[str, Any]] = field(default_factory=list)
 
@@ -119,6 +121,7 @@ def summarise_trials(records: Records, learner: TrialLearner, *, seed: int, spli
     chosen = records.columns[learner.policy]
     measured = {n.removesuffix(suffix): c.nanmean(0).tolist() for n, c in records.columns.items() if n.endswith(suffix := f"/{learner.policy}")}
     deviation = chosen.std(0) if len(chosen) > 1 else torch.full_like(chosen[0], math.nan)
+    more = chosen - chosen[:, :1]
     facts = {"split": split, "seed": seed, "tasks": records.rows, "policy": learner.policy, "family": type(learner.tasks).__name__}
     return TrialEvaluation(
         split=split,
@@ -132,6 +135,7 @@ def summarise_trials(records: Records, learner: TrialLearner, *, seed: int, spli
         protocol=_with_task_list({**facts, **learner.tasks.protocol(split)}, all_rows, ("policy",)),
         totals=totals,
         measured=measured,
+        gained=list(zip(more.mean(0).tolist(), (more.std(0) / math.sqrt(len(more))).tolist())) if len(more) > 1 else [],
         policy=learner.policy,
         by_gradient_steps=learner.algorithm.by_gradient_steps,
         trials={name: records.columns[name] for name in ("greedy", "sampled")},

@@ -450,11 +450,24 @@ def _connect(groups: Sequence[WorkerGroup]) -> bool:
                 ray.init(address=address, **quiet)
             else:
                 cpus = max(os.cpu_count() or 1, sum(int(g.cpus * g.max + 0.999) for g in groups))
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+                start_here(cpus, **quiet)
         return True
-    except (OSError, ValueError, RuntimeError, OverflowError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises whatever it likes, a bare Exception included
         where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
         raise WorkerError(f"can't {where}: {_short(error)}; use --workers 0 to train in this process") from error
+
+
+def start_here(cpus: int, **options: Any) -> None:
+    """A cluster of this machine alone. Ray gives a node 30 seconds to start, which a busy machine may exceed: it gets a second try."""
+    for last in (False, True):
+        try:
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if last or "timed out during startup" not in str(error):
+                raise
+            log.warning("Ray did not start within its time; trying once more")
 
 
 def _shared_gpus(groups: Sequence[WorkerGroup]) -> dict[WorkerGroup, float]:

@@ -8,9 +8,10 @@ from metadist.bench import bench, memory
 from metadist.core.errors import ConfigError
 
 
+@pytest.mark.long
 @pytest.mark.data
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("model", [pytest.param("conv4", marks=pytest.mark.long), "transformer"])
+@pytest.mark.parametrize("model", ["conv4", "transformer"])
 def test_the_report(model, data):
     report = bench("memory", model=model, inner_steps=[1, 6], tasks=4, rounds=1)
     case = report["cases"][model]

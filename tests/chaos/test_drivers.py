@@ -113,6 +113,7 @@ def test_killed_drivers_lose_nothing(tmp_path, expected):
     assert [values[p["meta_step"]] for p in expected.outcome.progress.curve] == [p["loss"] for p in expected.outcome.progress.curve]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_killed_drivers_of_actors_leave_none_behind(tmp_path, expected):
     result, _ = kill_and_resume(tmp_path, 1, "--workers", "2")
@@ -184,6 +185,7 @@ def test_ctrl_c_checkpoints_closes_mlflow_and_can_be_resumed(tmp_path):
     assert tiny.last_json(done.stdout)["run_id"] == about["run_id"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_sigterm_is_like_ctrl_c_with_actors_too(tmp_path):
     check_interrupted(tmp_path, *interrupt(tmp_path, signal.SIGTERM, "--workers", "1"))

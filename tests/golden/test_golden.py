@@ -91,7 +91,7 @@ def test_every_bit(name, engine):
         assert digest == known["sha256"][name], f"other bits than on {known['facts']}; if meant so: {__doc__}"
 
 
-@pytest.mark.parametrize(("name", "engine"), MARKED)
+@pytest.mark.parametrize(("name", "engine"), [pytest.param(*c, marks=pytest.mark.long) if "compiled" in c[1] else c for c in CASES])
 def test_the_same_values_on_any_machine(name, engine):
     state, losses = trajectory(name, torch.float64, engine)
     golden = json.loads(GOLDEN.read_text())["values"][name]

@@ -15,7 +15,7 @@ def cluster():
     # Where workers find the tests' families; a user's are in the working directory or beside the script.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     if not ray.is_initialized():
-        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+        ray_executor.start_here(8, log_to_driver=False)
     del os.environ["PYTHONPATH"]
     yield ray
     ray.shutdown()

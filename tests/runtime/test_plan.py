@@ -181,7 +181,7 @@ def network(function):
     return Network
 
 
-@pytest.mark.parametrize(("function", "why"), [(NoForward, "fails"), (WrongForward, "is off by")])
+@pytest.mark.parametrize(("function", "why"), [pytest.param(NoForward, "fails", marks=pytest.mark.long), (WrongForward, "is off by")])
 def test_reverse_over_reverse_where_the_forward_derivative_is_missing_or_wrong(function, why):
     s = subject(factory=network(function))
     resolved = plan(s, differentiation="mixed", compile="always")  # eagerly, reverse over reverse comes first anyhow

@@ -189,6 +189,7 @@ def test_several_drivers_start_at_once_on_a_fresh_store(tmp_path, query):
     assert len(parents) == 1
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_server_dead_frozen_and_killed_never_holds_the_driver_up(tmp_path, server, monkeypatch, caplog, points, query):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
