@@ -21,7 +21,7 @@ train: all
 	$(BIN)/metadist train sinusoid_maml --workers 2 $(ARGS)
 
 test: all
-	$(BIN)/python -m pytest -n 2 -m 'not long' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long' $(ARGS)
 
 test-long: all
 	$(BIN)/python -m pytest --timeout 3600 $(ARGS)

@@ -274,6 +274,7 @@ def test_no_gpu_is_one_line_after_a_bounded_wait(tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_actors_find_ones_own_module_and_stdout_stays_clean(tmp_path):
     """The command line, the tasks of a module in the working directory, two actors: the same hash as without."""
