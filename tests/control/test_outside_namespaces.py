@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -38,13 +39,15 @@ def places():
     try:
         with undo:
             for i in range(2):
-                name, here = f"md{os.getpid()}{i}", f"10.213.{os.getpid() % 250}.{4 * i + 1}"
+                # Names of its own each time: the kernel takes a while to forget those of the test before.
+                number = secrets.randbelow(250 * 60)
+                name, here = f"md{secrets.token_hex(4)}{i}", f"10.213.{number % 250}.{4 * (number // 250) + 1}"
                 ip("netns", "add", name)
                 undo.callback(ip, "netns", "delete", name)  # its device goes with it, and so does the other end
                 ip("link", "add", f"{name}a", "type", "veth", "peer", "name", f"{name}b", "netns", name)
                 ip("address", "add", f"{here}/30", "dev", f"{name}a")
                 ip("link", "set", f"{name}a", "up")
-                ip("-n", name, "address", "add", f"{here[:-1]}{4 * i + 2}/30", "dev", f"{name}b")
+                ip("-n", name, "address", "add", f"10.213.{number % 250}.{4 * (number // 250) + 2}/30", "dev", f"{name}b")
                 ip("-n", name, "link", "set", f"{name}b", "up")
                 found.append((["ip", "netns", "exec", name], here))
             yield found
@@ -108,7 +111,9 @@ def test_the_bits_of_one_process(tmp_path, places, name):
             if process.poll() is None:
                 process.kill()
     print(f"\n{name}: in one process    sha256 {alone.params_sha256}  {alone.wall_seconds:.1f} s")
-    print(f"{name}: Ray and 2 outside  sha256 {together.params_sha256}  {seconds:.1f} s; killed with {killer.leases} leases; {together.retried}")
+    print(
+        f"{name}: Ray and 2 outside  sha256 {together.params_sha256}  {seconds:.1f} s; killed with {killer.leases} leases; {together.retried}"
+    )
     for text in said:
         print(text)
     assert together.params_sha256 == alone.params_sha256
