@@ -80,9 +80,7 @@ def train(
     with clean_errors():
         from metadist import config as configuration
 
-        document = configuration.override(configuration.read_document(config), overrides or [])
-        if workers is not None:
-            document = configuration.set_workers(document, workers)
+        document = configuration.asked(config, overrides, workers)
         if outside is not None:
             document = configuration.set_outside(document, outside)
         if print_config:
@@ -191,7 +189,7 @@ def verify(
         from metadist.verify import counts
         from metadist.verify import verify as compare
 
-        document = configuration.override(configuration.read_document(config), overrides or [])
+        document = configuration.asked(config, overrides)
         with only_results_on_stdout():
             report = compare(document, counts(workers), kill=kill, meta_steps=meta_steps, display=plain())
         show_verification(report)
@@ -216,9 +214,7 @@ def plan(
         from metadist.experiment import Experiment
         from metadist.fleet import local_plan
 
-        document = configuration.override(configuration.read_document(config), overrides or [])
-        if workers is not None:
-            document = configuration.set_workers(document, workers)
+        document = configuration.asked(config, overrides, workers)
         with only_results_on_stdout():
             report = local_plan(Experiment.of(configuration.build(document))).as_dict()
         show_plan(report)

@@ -190,6 +190,12 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for folder in reversed(config_folders()) for path in sorted(folder.glob("*.yaml"))}
 
 
+def asked(config: str, overrides: Sequence[str] | None, workers: str | None = None) -> Document:
+    """What a command line asks for: a config with ``KEY=VALUE``s and ``--workers``."""
+    document = override(read_document(config), overrides or [])
+    return document if workers is None else set_workers(document, workers)
+
+
 def read_document(config: str) -> Document:
     """The YAML file at a path, or the shipped one of that name."""
     path = Path(config)

@@ -62,7 +62,6 @@ class Request:
     data: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     driver_cpus: float = 0.0
-    driver_resources: Mapping[str, float] = field(default_factory=dict)
 
 
 # Submitting -----------------------------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ def submit(cluster: RayJobs, document: dict[str, Any], request: Request) -> Subm
                 RUN_ID: run_id, RUN_DIR: run_dir, CONFIG: digest, ATTEMPT: str(attempt),
                 "metadist.name": config.name, "metadist.version": metadist.__version__,
             },
-            cpus=request.driver_cpus, resources=request.driver_resources,
+            cpus=request.driver_cpus,
         )  # fmt: skip
     return Submitted(run_id, run_dir, job_id, attempt, url, digest)
 

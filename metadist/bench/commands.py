@@ -39,7 +39,7 @@ def _measure_config(name: str, config: str, overrides: list[str] | None, steps: 
     with clean_errors():
         from metadist import config as configuration
 
-        document = configuration.override(configuration.read_document(config), overrides or [])
+        document = configuration.asked(config, overrides)
     measure(name, as_json, document=document, steps=steps, **options)
 
 
@@ -172,7 +172,7 @@ def serve(
         from metadist import config as configuration
 
         counts = numbers("--clients", clients)
-        document = configuration.override(configuration.read_document(config), overrides or [])
+        document = configuration.asked(config, overrides)
     measure(
         "serve", as_json, document=document, clients=counts, turns=turns, seconds=seconds, threads=threads, device=device, requests=requests
     )

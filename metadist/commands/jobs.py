@@ -41,9 +41,7 @@ def submit(
         from metadist import config as configuration
         from metadist import jobs
 
-        document = configuration.override(configuration.read_document(config), overrides or [])
-        if workers is not None:
-            document = configuration.set_workers(document, workers)
+        document = configuration.asked(config, overrides, workers)
         request = jobs.Request(run_id, run_dir, data, _environment(env or []), driver_cpus)
         cluster = _cluster(address)
         submitted = jobs.submit(cluster, document, request)

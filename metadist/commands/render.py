@@ -40,9 +40,7 @@ def render(
         one_of("render", target, rendering.TARGETS)
         if not run_dir:
             raise ConfigError("--run-dir is missing; expected where checkpoints and results go: a URL such as s3://bucket/runs/a, or a folder that all nodes have")
-        document = configuration.override(configuration.read_document(config), overrides or [])
-        if workers is not None:
-            document = configuration.set_workers(document, workers)
+        document = configuration.asked(config, overrides, workers)
         run_id = run_id or new_run_id(configuration.build(document).name)
         folder = output or Path("rendered") / run_id
         wanted = rendering.Rendering(

@@ -79,14 +79,14 @@ class RayJobs:
 
     def submit(
         self, submission_id: str, entrypoint: str, *, folder: Path, environment: Mapping[str, str], metadata: Mapping[str, str],
-        cpus: float = 0.0, resources: Mapping[str, float] | None = None,
+        cpus: float = 0.0,
     ) -> None:  # fmt: skip
-        """Begin ``entrypoint`` in a copy of ``folder``: on the head, or where ``cpus`` and ``resources`` are to be had."""
+        """Begin ``entrypoint`` in a copy of ``folder``: on the head, or where ``cpus`` are to be had."""
         with self._explained("submit to"):
             self._client.submit_job(
                 entrypoint=entrypoint, submission_id=submission_id, metadata=dict(metadata),
                 runtime_env={"working_dir": str(folder), "env_vars": dict(environment)},
-                entrypoint_num_cpus=cpus or None, entrypoint_resources=dict(resources) if resources else None,
+                entrypoint_num_cpus=cpus or None,
             )  # fmt: skip
 
     def all(self) -> list[Job]:
