@@ -324,7 +324,3 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=6
 
 def main() -> None:
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -32,7 +32,7 @@ def oracles(name: str, overrides: Sequence[str], chosen: Sequence[str], *, trial
     document: dict[str, Any]
     if name in ENVIRONMENTS:
         document = {"environment": {"name": name}}
-        overrides = [f"environment.{o}" for o in overrides]
+        overrides = [f"environment.{o.removeprefix('environment.')}" for o in overrides]
     elif name in configuration.shipped_configs() or os.path.exists(name):
         document = configuration.read_document(name)
     else:

@@ -32,6 +32,7 @@ def test_known_methods_by_environment_or_config():
     rows = {row["name"]: row for row in by_name["rows"]}
     assert rows["optimal"]["percent"] == 100 and rows["random"]["percent"] == 0
     assert rows["optimal"]["mean"] > rows["thompson"]["mean"] > rows["random"]["mean"]
+    assert oracles("bandit", ["environment.arms=2", "episodes=4"], ["all"], trials=200, split="test", seed=3) == by_name
     by_config = oracles("bandit_rl2", ["environment.arms=2", "environment.episodes=4"], ["gittins"], trials=200, split="test", seed=3)
     assert by_config["rows"] == [rows["gittins"]]
 

@@ -144,6 +144,7 @@ def scaling(
 def rl2(
     environments: Annotated[str, typer.Option(metavar="N,N,…", help="Environments at a time, two tables each.")] = "1024,16384",
     hidden: Annotated[int, typer.Option(help="Units of the GRU policy.", min=1)] = 64,
+    shard_size: Annotated[int, typer.Option(help="Trials that are learnt from at a time.", min=1)] = 1024,
     threads: Annotated[int, typer.Option(help="CPU threads of every contestant.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     rounds: Annotated[int, typer.Option(help="Turns per contestant.", min=2)] = 3,
@@ -152,7 +153,7 @@ def rl2(
     """RL² in batched environments against the same policy and learner on a plain Gymnasium vector environment (extra rl)."""
     with clean_errors():
         counts = numbers("--environments", environments)
-    measure("rl2", as_json, environments=counts, hidden=hidden, threads=threads, device=device, rounds=rounds)
+    measure("rl2", as_json, environments=counts, hidden=hidden, shard_size=shard_size, threads=threads, device=device, rounds=rounds)
 
 
 @app.command(epilog="Examples:  metadist bench serve omniglot_maml_5w1s   |   metadist bench serve sinusoid_maml --requests 100000")

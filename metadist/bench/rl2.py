@@ -2,7 +2,8 @@
 
 The plain environments are written as most are: one object per environment, NumPy scalars, a trial as one Gymnasium episode (so
 that none has to be reset within). They get the same tasks and the same luck, and must pay the same rewards for the same actions
-before anything is timed. End to end is: roll out, then ``EPOCHS`` gradients of PPO on these trials.
+before anything is timed. End to end is: roll out, then ``EPOCHS`` gradients of PPO on these trials, ``shard_size`` at a time (16,384 trials at
+once would leave every cache, and take gigabytes).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from metadist.core.errors import ConfigError, MetadistError
 from metadist.core.meta_environment import Discrete
 from metadist.core.policy import Policy, Seen
 from metadist.core.random import TaskKey
+from metadist.core.state import Records
 from metadist.core.trial import EPISODE_END, TERMINATED, TRIAL_END, VALID, Trials, rollout
 from metadist.core.trial_learner import TrialContext, TrialLearner
 from metadist.envs.gridworld import MOVES
@@ -37,7 +39,9 @@ class OtherRewardsError(MetadistError):
     """The contestants' environments don't pay the same."""
 
 
-def run(*, environments: list[int], hidden: int = 64, rounds: int = 3, threads: int = 1, device: str = "cpu") -> dict[str, Any]:
+def run(
+    *, environments: list[int], hidden: int = 64, shard_size: int = 1024, rounds: int = 3, threads: int = 1, device: str = "cpu"
+) -> dict[str, Any]:
     """``environments`` at a time, a table each; ``rounds`` turns per contestant."""
     try:
         import gymnasium
@@ -50,8 +54,8 @@ def run(*, environments: list[int], hidden: int = 64, rounds: int = 3, threads: 
         _prove_same(learner)
         for count in environments:
             cases[f"{title}, {count} environments: stepping alone"] = _stepping(learner, count, rounds)
-            cases[f"{title}, {count} environments: end to end"] = _end_to_end(learner, count, rounds)
-    settings = {"hidden": hidden, "epochs": EPOCHS, "threads": threads, "device": device, "plain_environments": PLAIN_COUNT}
+            cases[f"{title}, {count} environments: end to end"] = _end_to_end(learner, count, shard_size, rounds)
+    settings = {"hidden": hidden, "epochs": EPOCHS, "shard_size": shard_size, "threads": threads, "device": device, "plain_environments": PLAIN_COUNT}
     return {"settings": settings, "cases": cases, "versions": {"gymnasium": gymnasium.__version__, "torch": torch.__version__}}
 
 
@@ -104,15 +108,16 @@ def _stepping(learner: TrialLearner, count: int, rounds: int) -> dict[str, Any]:
     return _measured({OURS: (ours, count * steps), PLAIN: (plain, PLAIN_COUNT * steps)}, rounds)
 
 
-def _end_to_end(learner: TrialLearner, count: int, rounds: int) -> dict[str, Any]:
+def _end_to_end(learner: TrialLearner, count: int, shard_size: int, rounds: int) -> dict[str, Any]:
     """Steps/s of rolling out and learning, each step counted once."""
     algorithm, theta = learner.algorithm, _theta(learner)
     assert isinstance(algorithm, RL2)
     settings = {"mean": 0.0, "deviation": 1.0}
 
-    def learn(trials: Any, context: TrialContext) -> None:
+    def learn(trials: Records, context: TrialContext) -> None:
         for _ in range(EPOCHS):
-            algorithm.gradient(theta, trials, settings, context)
+            for start in range(0, trials.rows, shard_size):
+                algorithm.gradient(theta, trials.part(slice(start, start + shard_size)), settings, context)
         _wait(learner.device)
 
     context, fewer = _context(learner, count), _context(learner, PLAIN_COUNT)

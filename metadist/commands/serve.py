@@ -15,6 +15,8 @@ import typer
 from metadist.core.errors import ConfigError
 from metadist.terminal import clean_errors, only_results_on_stdout, say, set_up_logging
 
+_TRIM_SECONDS = 2.0
+
 TokenFile = Annotated[str | None, typer.Option("--token-file", metavar="FILE", help="The bearer token that every call must carry.")]
 TlsCert = Annotated[str | None, typer.Option("--tls-cert", metavar="FILE", help="The server's certificate (PEM).")]
 TlsKey = Annotated[str | None, typer.Option("--tls-key", metavar="FILE", help="Its private key (PEM).")]
@@ -109,11 +111,18 @@ def _few_arenas() -> None:
         ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX
 
 
+def _give_back() -> None:
+    """What glibc keeps of memory that was freed goes back: a storm of connections would leave 70 MiB behind for good."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _until_stopped() -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+    while not stop.wait(_TRIM_SECONDS):
+        _give_back()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     say("\nstopping; running calls end first, press Ctrl-C again to stop at once")

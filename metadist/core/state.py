@@ -102,6 +102,10 @@ class Records:
     def rows(self) -> int:
         return next(iter(self.columns.values())).shape[0] if self.columns else 0
 
+    def part(self, rows: slice | Tensor) -> Records:
+        """The rows that a slice, or a mask [rows], picks."""
+        return Records({name: column[rows] for name, column in self.columns.items()})
+
     @staticmethod
     def concatenate(parts: Sequence[Records]) -> Records:
         return Records({n: torch.cat([p.columns[n] for p in parts]) for n in parts[0].columns})

@@ -113,7 +113,7 @@ def summarise_trials(records: Records, learner: TrialLearner, *, seed: int, spli
     counted = ~(records.columns["greedy"].isnan() | records.columns["sampled"].isnan()).any(1)  # left out where environments broke down
     if not counted.any():
         raise WorkerError(f"every one of {records.rows} {split} trials was left out (environment.on_error: skip)")
-    records = Records({n: c[counted] for n, c in records.columns.items()})
+    records = records.part(counted)
     for name in ("greedy", "sampled"):
         whole = learner.algorithm.total(records.columns[name])
         error = float(whole.std()) / math.sqrt(len(whole)) if len(whole) > 1 else math.nan

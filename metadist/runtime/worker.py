@@ -201,7 +201,7 @@ def aligned(records: Records, device: torch.device) -> Records:
 def _rows_of(records: Records, position: int, count: int) -> Records:
     """One task's rows of an output of ``count`` tasks, which lie one task after another."""
     each = records.rows // count
-    return Records({n: c[position * each : (position + 1) * each] for n, c in records.columns.items()})
+    return records.part(slice(position * each, (position + 1) * each))
 
 
 class TaskError(Exception):

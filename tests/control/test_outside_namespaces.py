@@ -92,7 +92,7 @@ def test_the_bits_of_one_process(tmp_path, places, name):
 
     working = []
     for i, (inside, host) in enumerate(places):
-        command = [*inside, sys.executable, "-m", "metadist.cli", "worker", "--connect", f"{host}:{port}", "--name", f"box-{i}"]
+        command = [*inside, sys.executable, "-m", "metadist", "worker", "--connect", f"{host}:{port}", "--name", f"box-{i}"]
         command += ["--token-file", own.token, "--tls-ca", own.authority]
         working.append(
             subprocess.Popen(
