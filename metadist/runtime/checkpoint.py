@@ -12,12 +12,10 @@ renamed. A payload that a manifest refers to is never written over: a second sav
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +23,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from metadist.core.errors import CheckpointError
 from metadist.core.state import Slot, State
+from metadist.runtime.store import Store, why
 
 FORMAT = 1
 
@@ -88,7 +85,10 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least one checkpoint must be kept")
         self.keep, self.higher_is_better = keep, higher_is_better
-        self._store = _Store(run_dir, "checkpoints")
+        try:
+            self._store = Store(run_dir, "checkpoints")
+        except (ValueError, ImportError) as error:
+            raise CheckpointError(f"{run_dir} can't be used: {error}") from error
         self._damaged: dict[int, str] = {}  # found by hashing a payload: manifest and sizes still look well
 
     def save(
@@ -137,15 +137,15 @@ class Checkpoints:
         except Exception as error:  # every fsspec backend raises its own; none of them may end the run
             with contextlib.suppress(Exception):
                 if present is not None and _MANIFEST not in present:
-                    self._store.remove_tree(directory)
+                    self._remove(directory)
                 elif present is not None and not kept:
                     self._store.remove(f"{directory}/{file}")
-            _log.warning("checkpoint of meta-step %d not saved in %s: %s", meta_step, self._store.root, _why(error))
+            _log.warning("checkpoint of meta-step %d not saved in %s: %s", meta_step, self._store.root, why(error))
             return False
         try:
             self._prune(meta_step, {file, _MANIFEST})
         except Exception as error:
-            _log.warning("old checkpoints not removed from %s: %s", self._store.root, _why(error))
+            _log.warning("old checkpoints not removed from %s: %s", self._store.root, why(error))
         return True
 
     def latest(self, slots: Mapping[str, Slot] | None = None) -> Loaded | None:
@@ -173,7 +173,7 @@ class Checkpoints:
         try:
             steps = [_STEP.fullmatch(name) for name in self._store.listing("")]
         except Exception as error:
-            raise CheckpointError(f"{self._store.root} can't be listed: {_why(error)}") from error
+            raise CheckpointError(f"{self._store.root} can't be listed: {why(error)}") from error
         return [self._entry(step) for step in sorted(int(m[1]) for m in steps if m)]
 
     def _path(self, meta_step: int) -> str:
@@ -206,11 +206,15 @@ class Checkpoints:
         keep = {current, *(e.meta_step for e in good[-self.keep :]), *(e.meta_step for e in self._ranked(good)[:1])}
         for entry in entries:
             if entry.meta_step not in keep and entry.status in ("good", "unfinished", "damaged"):
-                self._store.remove_tree(_directory(entry.meta_step))
+                self._remove(_directory(entry.meta_step))
                 self._damaged.pop(entry.meta_step, None)
         for file in self._store.listing(_directory(current)):
             if file not in files:
                 self._store.remove(f"{_directory(current)}/{file}")
+
+    def _remove(self, directory: str) -> None:
+        self._store.remove(f"{directory}/{_MANIFEST}")  # first: what is half removed must not look whole
+        self._store.remove_tree(directory)
 
     def _first(self, entries: Sequence[Entry], slots: Mapping[str, Slot] | None) -> Loaded | None:
         problems = []
@@ -233,7 +237,7 @@ class Checkpoints:
         try:
             tensors = {n: t for data in payloads.values() for n, t in _deserialize(data).items()}
         except Exception as error:  # the hashes held, so they were written like this
-            raise _Unusable(f"no safetensors file: {_why(error)}") from error
+            raise _Unusable(f"no safetensors file: {why(error)}") from error
         parts = {k: {n[6:]: t for n, t in tensors.items() if n.startswith(k)} for k in ("slots", "outer")}
         if misfit := _misfit(parts["slots"], body["slots"]):
             raise _Unusable(misfit)
@@ -246,7 +250,7 @@ class Checkpoints:
         except FileNotFoundError:
             raise _Unusable(f"{file} is missing", "unfinished" if file == _MANIFEST else "damaged") from None
         except Exception as error:
-            raise _Unusable(f"{file} can't be read: {_why(error)}", "unreadable") from error
+            raise _Unusable(f"{file} can't be read: {why(error)}", "unreadable") from error
 
     def _manifest(self, meta_step: int) -> dict[str, Any]:
         body = _unseal(self._read(meta_step, _MANIFEST))
@@ -276,9 +280,9 @@ def export_parameters(path: str | Path, parameters: Mapping[str, Tensor], metada
     """
     data = _serialize(parameters, metadata)
     try:
-        _Store(path).write("", data)
+        Store(path).write("", data)
     except Exception as error:
-        raise CheckpointError(f"parameters can't be written to {path}: {_why(error)}") from error
+        raise CheckpointError(f"parameters can't be written to {path}: {why(error)}") from error
 
 
 def load_parameters(path: str | Path) -> dict[str, Tensor]:
@@ -287,104 +291,27 @@ def load_parameters(path: str | Path) -> dict[str, Tensor]:
     There is no hash, so flipped bits in values go unseen. ``CheckpointError`` for a missing or malformed file.
     """
     try:
-        return _deserialize(_Store(path).read(""))
+        return _deserialize(Store(path).read(""))
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
     except Exception as error:  # safetensors raises KeyError, ValueError and its own for malformed headers
-        raise CheckpointError(f"{path} is no readable safetensors file: {_why(error)}") from error
+        raise CheckpointError(f"{path} is no readable safetensors file: {why(error)}") from error
 
 
 def exported_metadata(path: str | Path) -> dict[str, str]:
     """What ``export_parameters`` was given beside the parameters; empty for files of others."""
     try:
-        data = _Store(path).read("")
+        data = Store(path).read("")
         size = int.from_bytes(data[:8], "little")
         return {str(k): str(v) for k, v in json.loads(data[8 : 8 + size]).get("__metadata__", {}).items()}
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
     except Exception as error:
-        raise CheckpointError(f"{path} is no readable safetensors file: {_why(error)}") from error
-
-
-class _Store:
-    """Whole files below one root, on a local disk (synced, renamed into place) or any fsspec file system."""
-
-    def __init__(self, root: str | Path, below: str = "") -> None:
-        url = os.fspath(root)
-        self.root = os.path.join(url, below) if below else url
-        try:
-            self.fs, path = url_to_fs(url) if "://" in url else (LocalFileSystem(), os.path.abspath(os.path.expanduser(url)))
-        except (ValueError, ImportError) as error:
-            raise CheckpointError(f"{url} can't be used: {error}") from error
-        self.local = isinstance(self.fs, LocalFileSystem)
-        self._base = "/".join(filter(None, (path.rstrip("/"), below)))
-
-    def _path(self, name: str) -> str:
-        return f"{self._base}/{name}" if name else self._base
-
-    def read(self, name: str) -> bytes:
-        return self.fs.cat_file(self._path(name))
-
-    def listing(self, directory: str) -> dict[str, int | None]:
-        """Name → size of what lies in a directory; empty if there is none."""
-        path = self._path(directory)
-        self.fs.invalidate_cache(path)
-        try:
-            return {os.path.basename(i["name"].rstrip("/")): i.get("size") for i in self.fs.ls(path, detail=True)}
-        except FileNotFoundError:
-            return {}
-
-    def write(self, name: str, data: bytes) -> None:
-        parent, base = os.path.split(path := self._path(name))
-        if not self.local:
-            self.fs.makedirs(parent, exist_ok=True)
-            self.fs.pipe_file(path, data)
-            return
-        missing = [p for p in (Path(parent), *Path(parent).parents) if not p.is_dir()]
-        os.makedirs(parent, exist_ok=True)
-        for made in missing:
-            _sync_directory(made.parent)
-        temporary = f"{parent}/.{base}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-            raise
-        _sync_directory(parent)
-
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self._path(name))
-
-    def remove_tree(self, directory: str) -> None:
-        self.remove(f"{directory}/{_MANIFEST}")  # first: what is half removed must not look whole
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm(self._path(directory), recursive=True)
-
-
-def _sync_directory(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems can't sync a directory
-            raise
-    finally:
-        os.close(descriptor)
+        raise CheckpointError(f"{path} is no readable safetensors file: {why(error)}") from error
 
 
 def _directory(meta_step: int) -> str:
     return f"step-{meta_step:08d}"
-
-
-def _why(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return line if isinstance(error, OSError) and line else f"{type(error).__name__}: {line}"
 
 
 def _about(data: bytes) -> dict[str, Any]:

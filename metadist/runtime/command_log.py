@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-
 from metadist.core.errors import CheckpointError, MetadistError
 from metadist.core.steering import CHANGES_PARAMETERS, Command
+from metadist.runtime.store import Store, sync_directory, why
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +53,10 @@ class CommandLog:
     where the run directory is not local."""
 
     def __init__(self, run_dir: str, copy: Path | None = None) -> None:
-        self._fs, path = url_to_fs(run_dir)
-        self._path = f"{path.rstrip('/')}/{NAME}"
-        self.local = isinstance(self._fs, LocalFileSystem)
-        self.path: Path | None = Path(self._path) if self.local else copy
-        self.where = self._path if self.local else f"{run_dir.rstrip('/')}/{NAME}"
+        self._store = Store(run_dir)
+        self.local = self._store.local
+        self.path: Path | None = Path(self._store.path(NAME)) if self.local else copy
+        self.where = self._store.path(NAME) if self.local else f"{run_dir.rstrip('/')}/{NAME}"
         self.entries: list[Entry] = []
         #: of those that change the parameters: what holds, by meta-step
         self._valid: list[Entry] = []
@@ -68,11 +65,11 @@ class CommandLog:
 
     def _read(self) -> None:
         try:
-            data = self._fs.cat_file(self._path)
+            data = self._store.read(NAME)
         except FileNotFoundError:
             return
-        except OSError as error:
-            raise MetadistError(f"{self.where} can't be read: {error}") from error
+        except Exception as error:
+            raise MetadistError(f"{self.where} can't be read: {why(error)}") from error
         *whole, last = data.split(b"\n")  # nothing comes last, where the last line ends as it should
         lines = [line + b"\n" for line in whole]
         ended = next((line for line in (last + b"\n", last[:-1] + b"\n") if last and _parsed(line)), None)
@@ -103,8 +100,8 @@ class CommandLog:
                 self._append(line)
             else:
                 self._put(b"".join([*self._lines, line]))
-        except Exception as error:  # every fsspec backend raises its own
-            raise MetadistError(f"the command can't be recorded in {self.where}: {error}; it has no effect") from error
+        except Exception as error:
+            raise MetadistError(f"the command can't be recorded in {self.where}: {why(error)}; it has no effect") from error
         self._add(entry, line)
         return entry
 
@@ -125,7 +122,7 @@ class CommandLog:
         ]
 
     def _append(self, line: bytes) -> None:
-        path = Path(self._path)
+        path = Path(self._store.path(NAME))
         new = not path.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -141,23 +138,13 @@ class CommandLog:
         finally:
             os.close(descriptor)
         if new:
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
 
     def _put(self, data: bytes) -> None:
-        if not self.local:
-            self._fs.makedirs(self._path.rpartition("/")[0], exist_ok=True)
-            self._fs.pipe_file(self._path, data)
-            if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_bytes(data)
-            return
-        temporary = f"{self._path}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path)
-        _sync_directory(Path(self._path).parent)
+        self._store.write(NAME, data)
+        if self.path is not None and not self.local:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_bytes(data)
 
     def value_at(self, name: str, meta_step: int) -> int | None:
         """What ``name`` was last set to, for the meta-step ``meta_step``."""
@@ -218,13 +205,3 @@ def _holds_a_record(tail: bytes) -> bool:
         return end < len(tail)
     except ValueError:
         return False
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some file systems can't sync a directory
-        pass
-    finally:
-        os.close(descriptor)

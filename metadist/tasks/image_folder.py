@@ -109,7 +109,7 @@ class ImageFolder(Episodes):
             system, root = fsspec.core.url_to_fs(self.path)
             if system.exists(root):
                 return self.path
-        except (ImportError, OSError, ValueError) as error:
+        except Exception as error:  # every fsspec backend raises its own
             raise DataError(f"tasks.path = {self.path}: cannot be reached ({error})") from error
         raise DataError(f"tasks.path = {self.path}: there is nothing at that address")
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import random
 
 import fsspec
@@ -334,6 +335,6 @@ def test_a_failing_folder_is_an_error_that_names_it(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "pipe_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MetadistError, match=r"run_dir '.*': config.yaml can't be written: .*No space left"):
         train(tiny.experiment(), run_dir=str(tmp_path / "run"), plots=False)
