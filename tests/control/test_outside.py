@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -12,9 +13,10 @@ import pytest
 import tiny
 import tls
 import torch
+import yaml
 from outsiders import HERE, OUTSIDE, Hand, document, experiment, free_port, hands, listening, train, wait_for
 
-from metadist import outside
+from metadist import config, outside
 from metadist.control import remote_worker
 from metadist.control.endpoint import connect
 from metadist.control.protos import work_pb2 as pb
@@ -487,6 +489,27 @@ def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
         hand.join()
     assert second.params_sha256 == plain.params_sha256 == expected[False]
     assert hand.ended == "the run is over"
+    assert sum("ready" in line for line in hand.said) == 2
+
+
+@pytest.mark.timeout(300)
+def test_a_worker_outlives_a_driver_that_was_killed(tmp_path):
+    """SIGKILL: nobody says a word. The worker finds the driver that resumes the run, and the bits are those of an unbroken one."""
+    steps = ("outer.meta_steps=60", "checkpoint.every=2")
+    plain = train_experiment(experiment(document(HERE), *steps), run_dir=str(tmp_path / "plain"), test=False, plots=False)
+    made = config.override(document(HERE, OUTSIDE), steps)
+    (tmp_path / "outside.yaml").write_text(yaml.safe_dump(made))
+    command = ("train", "outside.yaml", "--run-dir", "run", "--json")
+    first = tiny.start(*command, folder=tmp_path, OMP_NUM_THREADS="1")
+    with hands(experiment(made), "learner") as [hand]:
+        wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("*/manifest.json")))
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+        second = tiny.run(*command, "--resume", folder=tmp_path, OMP_NUM_THREADS="1")
+        hand.join()
+    assert second.returncode == 0, second.stderr
+    assert "resumed at meta-step" in second.stderr
+    assert tiny.last_json(second.stdout)["params_sha256"] == plain.params_sha256
     assert sum("ready" in line for line in hand.said) == 2
 
 
