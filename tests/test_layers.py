@@ -41,7 +41,7 @@ IMPORTERS = {
     "grpc": ("control/",),
     "starlette": ("control/adapt_http.py", "control/http_guard.py"),
     "uvicorn": ("control/adapt_http.py", "control/http_guard.py"),
-    "ray": ("runtime/ray_executor.py", "runtime/ray_jobs.py", "runtime/ray_metrics.py", "runtime/ray_serve.py"),
+    "ray": ("runtime/ray_cluster.py", "runtime/ray_executor.py", "runtime/ray_jobs.py", "runtime/ray_metrics.py", "runtime/ray_serve.py"),
     "typer": ("cli.py", "terminal.py", "bench/commands.py", "commands/"),
     "rich": ("display.py",),
     "higher": ("bench/",),

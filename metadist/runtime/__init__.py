@@ -1,1 +1,1 @@
-"""The loop and where its shards run. Ray is imported by ``ray_executor`` alone, when it is used."""
+"""The loop and where its shards run. Ray is imported by the ``ray_…`` modules alone, when it is used."""

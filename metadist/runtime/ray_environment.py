@@ -1,6 +1,6 @@
 """Ray's settings that must stand in the environment before ray is imported, and what must surround its start.
 
-Imported by ``ray_executor`` alone.
+Imported before ray, wherever ray is.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The executor whose workers are Ray actors. The only importer of ray."""
+"""The executor whose workers are Ray actors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import platform
-import re
 import signal
 import time
 import traceback
@@ -32,6 +31,7 @@ from metadist.runtime.groups import WorkerGroup
 from metadist.runtime.kept import Kept
 from metadist.runtime.numerics import Numerics
 from metadist.runtime.plan import Plan, Planner, as_it_is
+from metadist.runtime.ray_cluster import connect, shared_gpus, short
 from metadist.runtime.worker import TaskError
 from metadist.wire.codec import RejectedError, decode_result, theta_parts
 from metadist.wire.feedback import WIRES
@@ -130,10 +130,10 @@ class RayExecutor:
         self._learner, self._groups, self._run, self._device = learner, groups, run, device
         self._numerics = numerics or Numerics(groups, expected, exact)
         self._expected = self._numerics.expected
-        self._owns_cluster = _connect(groups)
+        self._owns_cluster = connect(groups)
         # On a machine of our own logical CPUs only count; a cluster that is joined may get more of them at any time.
         self._cpus = ray.cluster_resources().get("CPU", 0.0) if self._owns_cluster and not ray_environment.ADDRESS else math.inf
-        self._gpus = _shared_gpus(groups)
+        self._gpus = shared_gpus(groups)
         self._learner_ref: Any = ray.put(learner)
         # θ with the number of its publication: one meta-step sees several (of its rounds, its validation, the test of the best).
         self._kept: Kept[tuple[int, Any], _Output] = Kept()
@@ -206,8 +206,8 @@ class RayExecutor:
         except ray.exceptions.RayError as error:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
-                raise WorkerError(f"{MAX_FAILED_STARTS} workers in a row died while starting, the last of: {_short(error)}") from error
-            self._replace(member, f"died while starting: {_short(error)}")
+                raise WorkerError(f"{MAX_FAILED_STARTS} workers in a row died while starting, the last of: {short(error)}") from error
+            self._replace(member, f"died while starting: {short(error)}")
             return
         if not member.configured:
             member.configured, member.starting = True, None
@@ -356,7 +356,7 @@ class RayExecutor:
             self._events.append(self._lost_outputs(error, asked, member.name) or _failure(error, shard, attempt, member.name))
             return
         except ray.exceptions.RayError as error:
-            self._replace(member, f"died: {_short(error)}")
+            self._replace(member, f"died: {short(error)}")
             return
         del member.calls[reference]
         try:
@@ -437,47 +437,6 @@ def _needed(group: WorkerGroup) -> int:
     return max(group.min, min(1, group.max))
 
 
-def _connect(groups: Sequence[WorkerGroup]) -> bool:
-    """Join the cluster in RAY_ADDRESS, or start one here with as many logical CPUs as are asked for; True if either was done."""
-    if ray.is_initialized():
-        return False
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    address = ray_environment.ADDRESS
-    try:
-        with ray_environment.own_signals():
-            if address:
-                ray_environment.reach(address)
-                ray.init(address=address, **quiet)
-            else:
-                cpus = max(os.cpu_count() or 1, sum(int(g.cpus * g.max + 0.999) for g in groups))
-                start_here(cpus, **quiet)
-        return True
-    except Exception as error:  # Ray raises whatever it likes, a bare Exception included
-        where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
-        raise WorkerError(f"can't {where}: {_short(error)}; use --workers 0 to train in this process") from error
-
-
-def start_here(cpus: int, **options: Any) -> None:
-    """A cluster of this machine alone. Ray gives a node 30 seconds to start, which a busy machine may exceed: it gets a second try."""
-    for last in (False, True):
-        try:
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
-            return
-        except Exception as error:
-            ray.shutdown()
-            if last or "timed out during startup" not in str(error):
-                raise
-            log.warning("Ray did not start within its time; trying once more")
-
-
-def _shared_gpus(groups: Sequence[WorkerGroup]) -> dict[WorkerGroup, float]:
-    """GPUs for each worker of a group; ``auto`` learners share evenly what the others leave, ``auto`` environments need none."""
-    left = ray.cluster_resources().get("GPU", 0.0) - sum(g.max * g.gpus for g in groups if g.gpus != "auto")
-    share = max(0.0, left) / max(1, sum(g.max for g in groups if g.gpus == "auto" and g.role == "learner"))
-    share = float(int(share)) if share >= 1 else math.floor(share * 1e4) / 1e4
-    return {g: float(g.gpus) if g.gpus != "auto" else share if g.role == "learner" else 0.0 for g in groups}
-
-
 def _failure(error: ray.exceptions.RayTaskError, shard: Shard, attempt: int, worker: str) -> Failed:
     cause = error.cause
     if isinstance(cause, NonFiniteError):
@@ -489,9 +448,3 @@ def _failure(error: ray.exceptions.RayTaskError, shard: Shard, attempt: int, wor
     tasks = cause.tasks if isinstance(cause, TaskError) else ()
     detail = "".join(traceback.format_exception(error))
     return Failed(shard, attempt, worker, "error", str(cause), tasks, detail=detail)
-
-
-def _short(error: BaseException) -> str:
-    """One line: Ray's own words, or what stands at the end of the remote traceback that they quote."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
-    return " ".join((lines[-1] if any("Traceback (most recent call last)" in line for line in lines) else " ".join(lines)).split())[:300]

@@ -341,10 +341,10 @@ class Unprepared(families.Sinusoid):
 
 
 def test_gpus_are_shared_per_group(monkeypatch):
-    from metadist.runtime import ray_executor
+    from metadist.runtime import ray_cluster
 
-    monkeypatch.setattr(ray_executor.ray, "cluster_resources", lambda: {"GPU": 4.0})
-    share = ray_executor._shared_gpus
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"GPU": 4.0})
+    share = ray_cluster.shared_gpus
     pair, single, many = WorkerGroup(max=2), WorkerGroup(gpus=1.0), WorkerGroup(max=8)
     assert share([pair]) == {pair: 2.0}
     assert share([many]) == {many: 0.5}
