@@ -123,10 +123,13 @@ class PolicySearch(TrialAlgorithm):
     objective by the outer optimiser, fewer where the mean KL divergence of one passes ``kl_limit``. ``trpo`` makes one step
     within a mean KL divergence of ``kl`` (``cg_steps``, ``damping``, ``backtracks``: core/trust_region.py). ``entropy`` weighs the
     entropy bonus in both; with ``entropy_steps`` it falls on a line to ``final_entropy`` at that meta-step, and stays there.
+    ``final_gae_lambda`` and ``gae_lambda_steps`` do the same with λ: a low one learns first steps quickly, a high one what pays late.
     """
 
     discount: float = 0.99
     gae_lambda: float = 0.95
+    final_gae_lambda: float = 0.95
+    gae_lambda_steps: int | None = None
     entropy: float = 0.0
     final_entropy: float = 0.0
     entropy_steps: int | None = None
@@ -142,10 +145,10 @@ class PolicySearch(TrialAlgorithm):
 
     def __post_init__(self) -> None:
         one_of("algorithm.optimizer", self.optimizer, ("ppo", "trpo"))
-        self._within("[0, 1]", lambda v: 0 <= v <= 1, "discount", "gae_lambda")
+        self._within("[0, 1]", lambda v: 0 <= v <= 1, "discount", "gae_lambda", "final_gae_lambda")
         self._within("above 0", lambda v: v > 0, "clip", "kl", "kl_limit")
         self._within("0 or more", lambda v: v >= 0, "entropy", "final_entropy", "damping")
-        self._within("1 or more", lambda v: v >= 1, "epochs", "minibatches", "cg_steps", "backtracks", "entropy_steps")
+        self._within("1 or more", lambda v: v >= 1, "epochs", "minibatches", "cg_steps", "backtracks", "entropy_steps", "gae_lambda_steps")
         if self.optimizer == "trpo" and self.kl_limit is not None:
             raise ConfigError(f"algorithm.kl_limit: {self.kl_limit} goes with optimizer: ppo; the bound of trpo's step is algorithm.kl")
 
@@ -156,11 +159,17 @@ class PolicySearch(TrialAlgorithm):
                 raise ConfigError(f"algorithm.{name}: {value}; expected {expected}")
 
     def at(self, meta_step: int) -> PolicySearch:
-        if self.entropy_steps is None:
-            return self
-        left = max(0.0, 1 - meta_step / self.entropy_steps)
-        return replace(self, entropy=self.final_entropy + left * (self.entropy - self.final_entropy))
+        return replace(
+            self,
+            entropy=_on_the_way(meta_step, self.entropy, self.final_entropy, self.entropy_steps),
+            gae_lambda=_on_the_way(meta_step, self.gae_lambda, self.final_gae_lambda, self.gae_lambda_steps),
+        )
 
     @property
     def trust_region(self) -> TrustRegion | None:
         return TrustRegion(self.kl, self.cg_steps, self.damping, self.backtracks) if self.optimizer == "trpo" else None
+
+
+def _on_the_way(meta_step: int, start: float, end: float, steps: int | None) -> float:
+    """On the line from ``start`` to ``end`` over ``steps``; ``start`` where there is none."""
+    return start if steps is None else end + max(0.0, 1 - meta_step / steps) * (start - end)

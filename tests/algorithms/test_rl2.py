@@ -211,7 +211,20 @@ def test_a_policy_without_memory_scores_the_memoryless_optimum():
         assert abs(returns.mean() - 5.0) < 3.5 * returns.std() / math.sqrt(TRIALS)
 
 
-def test_the_entropy_bonus_falls_on_a_line():
-    algorithm = RL2(entropy=0.05, final_entropy=0.01, entropy_steps=100)
-    assert [round(algorithm.at(step).entropy, 6) for step in (0, 50, 100, 1000)] == [0.05, 0.03, 0.01, 0.01]
-    assert RL2(entropy=0.05).at(1000).entropy == 0.05
+@pytest.mark.parametrize("name", ["entropy", "gae_lambda"])
+def test_what_changes_on_a_line(name):
+    algorithm = RL2(**{name: 0.05, f"final_{name}": 0.01, f"{name}_steps": 100})
+    assert [round(getattr(algorithm.at(step), name), 6) for step in (0, 50, 100, 1000)] == [0.05, 0.03, 0.01, 0.01]
+    assert getattr(RL2(**{name: 0.05}).at(1000), name) == 0.05
+
+
+def test_lambda_reaches_the_shards_as_it_is_at_their_meta_step():
+    """The first meta-steps are those of λ = 0, and other ones than with the λ = 1 that stands at the line's end."""
+    line = {"gae_lambda": 0.0, "final_gae_lambda": 1.0}
+    near, one, zero = (
+        train(learner(RL2(**more), GRU(hidden=8), Chance()), 2)[0].sha256()
+        for more in (line | {"gae_lambda_steps": 1}, {"gae_lambda": 1.0}, {"gae_lambda": 0.0})
+    )
+    assert len({near, one, zero}) == 3  # λ: 0 then 1; 1 and 1; 0 and 0
+    first = [train(learner(RL2(**more), GRU(hidden=8), Chance()), 1)[0].sha256() for more in (line | {"gae_lambda_steps": 1}, {"gae_lambda": 0.0})]
+    assert first[0] == first[1]
