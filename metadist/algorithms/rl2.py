@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from metadist.core.errors import ConfigError
 from metadist.core.parameters import Parameters
 from metadist.core.policy import Policy, Seen
 from metadist.core.state import Records
@@ -40,7 +41,8 @@ class RL2(PolicySearch):
     run across episode ends and are cut at a trial's end. ``reward_scale`` scales rewards in the loss only: the policy is shown
     raw ones. ``value`` weighs the value's error, ``value_clip`` bounds the change of the value as ``clip`` does the ratio's.
     With ``optimizer: trpo`` the value is fitted after the step, by ``epochs`` × ``minibatches`` updates of what the actions don't
-    depend on. ``bptt``: gradients reach back so many steps, through a memory that is carried on.
+    depend on. ``bptt``: gradients reach back so many steps, through a memory that is carried on; with ``bptt_together`` these windows are
+    rows of one batch, which takes less time than one after the other, and memory for whole trials.
     """
 
     entropy: float = 0.01
@@ -48,6 +50,7 @@ class RL2(PolicySearch):
     value_clip: float | None = None
     reward_scale: float = 1.0
     bptt: int | None = None
+    bptt_together: bool = False
 
     fits_value: ClassVar[bool] = True
 
@@ -56,6 +59,8 @@ class RL2(PolicySearch):
         self._within("above 0", lambda v: v > 0, "reward_scale", "value_clip")
         self._within("0 or more", lambda v: v >= 0, "value")
         self._within("1 or more", lambda v: v >= 1, "bptt")
+        if self.bptt_together and self.bptt is None:
+            raise ConfigError("algorithm.bptt_together: true goes with algorithm.bptt, the length of the windows")
 
     # What shards compute ----------------------------------------------------------------------------------------------
 
@@ -129,14 +134,32 @@ class RL2(PolicySearch):
         """The trials under ``policy``, ``bptt`` steps at a time; advantages are normalised by ``settings``."""
         estimate = advantages(batch, self.discount, self.gae_lambda, self.reward_scale)
         advantage = (estimate - settings.get("mean", 0.0)) / settings.get("deviation", 1.0)
-        columns = (batch.action, batch.log_probability, batch.value, advantage, estimate + batch.value, batch.flag(VALID))
+        columns: tuple[Tensor, ...] = (batch.action, batch.log_probability, batch.value, advantage, estimate + batch.value, batch.flag(VALID))
         features = policy.features(batch.observation, batch.seen(policy))
         memory, length = policy.start(len(features), features.device), features.shape[1]
-        width = self.bptt or length
-        for start in range(0, length, width):
+        width = min(self.bptt or length, length)
+        if self.bptt_together and length > width:
+            columns, features, memory = self._as_rows(policy, features, memory, columns, width)
+        for start in range(0, features.shape[1], width):
             part = slice(start, start + width)
             head, value, memory = policy(features[:, part], memory.detach())
             yield Window(head, value, *(column[:, part] for column in columns))
+
+    def _as_rows(
+        self, policy: Policy, features: Tensor, memory: Tensor, columns: tuple[Tensor, ...], width: int
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Every window of ``width`` steps as a trial of its own, padded, with the memory that it begins with."""
+        starts = [memory]
+        with torch.no_grad():
+            for start in range(0, features.shape[1] - width, width):
+                # A copy: without gradients a policy may write a step into the memory that it is given.
+                starts.append(policy(features[:, start : start + width], starts[-1].clone())[2])
+
+        def rows(t: Tensor) -> Tensor:
+            padding = t.new_zeros(len(t), -t.shape[1] % width, *t.shape[2:])
+            return torch.cat([t, padding], 1).unflatten(1, (-1, width)).flatten(0, 1)
+
+        return tuple(rows(column) for column in columns), rows(features), torch.stack(starts, 1).flatten(0, 1)
 
     def clipped(self, policy: Policy, window: Window) -> dict[str, Tensor]:
         """Sums over valid steps: ``objective`` (to be minimised; Schulman et al. 2017, eq. 9) and what it is made of."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -197,6 +198,24 @@ class BoundModel:
                 stack.enter_context(torch.autocast(self.model.device.type, torch.bfloat16, cache_enabled=False))
             return functional_call(call, tensors, (method, *args))
 
+    def holding(self, parameters: Mapping[str, Tensor]) -> BoundModel:
+        """The model under ``parameters``, those of later calls ignored: for many calls without gradients and without keyed dropout."""
+        call = copy.deepcopy(self.model._call).train(self.training).requires_grad_(False)
+        own = {**dict(call.module.named_parameters()), **dict(call.module.named_buffers())}
+        for name, tensor in {**self.fixed, **parameters}.items():
+            own[name].copy_(tensor)
+        return HeldModel(self.model, self.fixed, self.key, self.training, self.engine, call=call)
+
     @property
     def head(self) -> tuple[str, ...]:
         return self.model.head()
+
+
+@dataclass(frozen=True)
+class HeldModel(BoundModel):
+    """A model with a module of its own for its parameters: handing them over at every call costs more than a small network's step."""
+
+    call: nn.Module = field(kw_only=True)
+
+    def __call__(self, parameters: Mapping[str, Tensor], *args: Any, method: str | None = None, step: Any = QUERY) -> Any:
+        return self.call(method, *args)

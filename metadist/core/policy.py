@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -157,6 +157,10 @@ class Policy:
         head, value, memory = self(self.features(observation, seen).unsqueeze(1), memory)
         return head.squeeze(1), value.squeeze(1), memory
 
+    def held(self) -> Policy:
+        """The same bits, sooner, for many steps without gradients."""
+        return replace(self, model=self.model.holding(self.parameters))
+
     def __call__(self, features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.model(self.parameters, features, memory)
 
@@ -164,6 +168,9 @@ class Policy:
 @dataclass(frozen=True)
 class PolicyPerTask(Policy):
     """A policy with parameters [tasks, …] of each task's own: rows of a batch [tasks · n, …] belong to task after task."""
+
+    def held(self) -> Policy:
+        return self
 
     def __call__(self, features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tasks = len(next(iter(self.parameters.values())))

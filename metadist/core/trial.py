@@ -98,7 +98,7 @@ def rollout(
     ``episodes``: as many in place of the environment's. Where a task is rolled out more than once, ``stage`` and ``serial``
     ([B, 1], below 2¹⁴) give each time noise of its own.
     """
-    device, episodes = keys.tasks.device, environment.episodes if episodes is None else episodes
+    device, episodes, policy = keys.tasks.device, environment.episodes if episodes is None else episodes, policy.held()
     tasks = environment.sample(keys) if tasks is None else tasks
     batch, length, distribution = len(keys.tasks), episodes * environment.horizon, policy.distribution
     acting = keys.stream("action", stage, serial).uniform(length, distribution.words)
@@ -179,8 +179,9 @@ def advantages(trials: Trials, discount: float, gae_lambda: float, reward_scale:
     going_on = (valid & ~last).to(trials.value.dtype)
     following = torch.cat([trials.value[:, 1:], torch.zeros_like(trials.value[:, :1])], 1)
     delta = trials.reward.to(trials.value.dtype) * reward_scale + discount * following * going_on - trials.value
-    estimate, running = torch.empty_like(delta), torch.zeros_like(delta[:, 0])
-    for t in reversed(range(delta.shape[1])):
-        running = delta[:, t] + discount * gae_lambda * going_on[:, t] * running
-        estimate[:, t] = running
+    running, found = torch.zeros_like(delta[:, 0]), []
+    for now, kept in zip(reversed(delta.unbind(1)), reversed((discount * gae_lambda * going_on).unbind(1))):
+        running = now + kept * running
+        found.append(running)
+    estimate = torch.stack(found[::-1], 1)
     return torch.where(valid, estimate, torch.zeros_like(estimate))

@@ -19,8 +19,8 @@ class ReactivePolicy(nn.Module):
 
     def __init__(self, observation: int, head: int, hidden: tuple[int, ...], activation: type[nn.Module], log_std: bool) -> None:
         super().__init__()
-        self.head = _mlp(observation, hidden, head // 2 if log_std else head, activation, 0.01)
-        self.value = _mlp(observation, hidden, 1, activation, 1.0)
+        self.head = network(observation, hidden, head // 2 if log_std else head, activation, 0.01)
+        self.value = network(observation, hidden, 1, activation, 1.0)
         self.log_std = nn.Parameter(torch.zeros(head // 2)) if log_std else None
 
     def forward(self, features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,7 +30,8 @@ class ReactivePolicy(nn.Module):
         return head, self.value(features).squeeze(-1), memory
 
 
-def _mlp(inputs: int, hidden: tuple[int, ...], outputs: int, activation: type[nn.Module], gain: float) -> nn.Sequential:
+def network(inputs: int, hidden: tuple[int, ...], outputs: int, activation: type[nn.Module], gain: float) -> nn.Sequential:
+    """Layers of ``hidden`` widths and a linear one, which starts orthogonal with ``gain``."""
     layers: list[nn.Module] = []
     for size in hidden:
         layers += [nn.Linear(inputs, size), activation()]

@@ -8,24 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from metadist.core.errors import ConfigError
+from metadist.models.reactive import network
 
 
 class RecurrentPolicy(nn.Module):
-    """features [B, T, F], memory [B, M] → head [B, T, A], value [B, T], memory [B, M]; separate linear heads."""
+    """features [B, T, F], memory [B, M] → head [B, T, A], value [B, T], memory [B, M]; separate heads."""
 
     sees_history = True
 
-    def __init__(self, cell: str, features: int, head: int, hidden: int, log_std: bool) -> None:
+    def __init__(self, features: int, head: int, log_std: bool, config: GRU) -> None:
         super().__init__()
-        self.hidden, self.lstm = hidden, cell == "lstm"
+        hidden, outputs = config.hidden, head // 2 if log_std else head
+        self.hidden, self.lstm, self.shows_features = hidden, config.cell == "lstm", bool(config.heads)
         self.core: nn.RNNBase = (nn.LSTM if self.lstm else nn.GRU)(features, hidden, batch_first=True)
-        self.head, self.value = nn.Linear(hidden, head // 2 if log_std else head), nn.Linear(hidden, 1)
-        self.log_std = nn.Parameter(torch.zeros(head // 2)) if log_std else None
+        self.head, self.value = (self._head(features, config, n, gain) for n, gain in ((outputs, 0.01), (1, 1.0)))
+        self.log_std = nn.Parameter(torch.full((head // 2,), config.log_std)) if log_std else None
         nn.init.orthogonal_(self.core.get_parameter("weight_hh_l0"))
-        nn.init.orthogonal_(self.head.weight, 0.01)
-        nn.init.zeros_(self.head.bias)
-        nn.init.orthogonal_(self.value.weight, 1.0)
-        nn.init.zeros_(self.value.bias)
+        for layer, gain in ((self.head, 0.01), (self.value, 1.0)):
+            if isinstance(layer, nn.Linear):
+                nn.init.orthogonal_(layer.weight, gain)
+                nn.init.zeros_(layer.bias)
+
+    @staticmethod
+    def _head(features: int, config: GRU, outputs: int, gain: float) -> nn.Module:
+        if not config.heads:
+            return nn.Linear(config.hidden, outputs)
+        return network(features + config.hidden, config.heads, outputs, nn.Tanh, gain)
 
     @property
     def memory_size(self) -> int:
@@ -36,6 +44,8 @@ class RecurrentPolicy(nn.Module):
         state = tuple(t.contiguous() for t in first.chunk(2, -1)) if self.lstm else first.contiguous()
         out, last = self.core(features, state)
         memory = (torch.cat(last, -1) if self.lstm else last).squeeze(0)
+        if self.shows_features:
+            out = torch.cat([features, out], -1)
         head = self.head(out)
         if self.log_std is not None:
             head = torch.cat([head, self.log_std.expand_as(head)], -1)
@@ -44,18 +54,26 @@ class RecurrentPolicy(nn.Module):
 
 @dataclass(frozen=True)
 class GRU:
-    """A gated recurrent unit with a policy head and a value head (RL²'s policy, Duan et al. 2016)."""
+    """A gated recurrent unit with a policy head and a value head (RL²'s policy, Duan et al. 2016).
+
+    The heads are linear in the memory; with ``heads`` they are tanh networks of these widths that see the step's features beside it:
+    a body wants to be controlled by what it does now. ``log_std`` is that of continuous actions to begin with.
+    """
 
     hidden: int = 64
+    heads: tuple[int, ...] = ()
+    log_std: float = 0.0
 
     def __post_init__(self) -> None:
         if self.hidden < 1:
             raise ConfigError(f"model.hidden: {self.hidden} is below 1")
+        if any(width < 1 for width in self.heads):
+            raise ConfigError(f"model.heads: {list(self.heads)}: every width must be at least 1")
 
     cell = "gru"
 
     def build_policy(self, observation: int, action: int, continuous: bool) -> nn.Module:
-        return RecurrentPolicy(self.cell, observation + action + 2, 2 * action if continuous else action, self.hidden, continuous)
+        return RecurrentPolicy(observation + action + 2, 2 * action if continuous else action, continuous, self)
 
 
 @dataclass(frozen=True)

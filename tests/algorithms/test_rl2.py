@@ -110,9 +110,9 @@ def test_the_gradient_is_that_of_a_plain_implementation(options):
     assert 0.05 < sums["clip_fraction"] / weight < 0.95 and weight == float((records.columns["flags"] & VALID).bool().sum())
 
 
-def gradient(bptt, *, length=None):
+def gradient(bptt, *, together=False):
     environment = Chance(episodes=3, horizon=4)
-    algorithm = RL2(bptt=bptt)
+    algorithm = RL2(bptt=bptt, bptt_together=together)
     subject = learner(algorithm, GRU(hidden=4), environment, dtype=torch.float64)
     about, theta = context(subject, 6), somewhere(subject)
     records, _, _ = algorithm.rollout(theta, about)
@@ -127,6 +127,14 @@ def test_backpropagation_through_the_whole_trial_is_a_window_as_long_as_the_tria
     assert float((flat(short["model"]) - flat(whole["model"])).norm() / flat(whole["model"]).norm()) > 1e-3
     # The memory is carried on, so that nothing but the gradient changes.
     assert same_sums == pytest.approx(sums, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("bptt", [1, 3, 5, 12])
+def test_windows_together_are_windows_one_after_the_other(bptt):
+    (expected, sums, weight), _ = gradient(bptt)
+    (together, same_sums, same_weight), _ = gradient(bptt, together=True)
+    torch.testing.assert_close(flat(together["model"]), flat(expected["model"]), rtol=1e-9, atol=1e-11)
+    assert same_sums == pytest.approx(sums, rel=1e-9) and same_weight == weight
 
 
 def test_updates_end_once_the_divergence_passes_its_limit():
@@ -166,6 +174,7 @@ def test_advantages_are_normalised_over_all_shards():
         ({"optimizer": "adam"}, "algorithm.optimizer: 'adam' is not one of ppo, trpo"),
         ({"optimizer": "trpo", "kl_limit": 0.1}, "algorithm.kl_limit: 0.1 goes with optimizer: ppo"),
         ({"bptt": 0}, "algorithm.bptt: 0; expected 1 or more"),
+        ({"bptt_together": True}, "algorithm.bptt_together: true goes with algorithm.bptt"),
     ],
 )
 def test_bad_settings_are_named(options, message):

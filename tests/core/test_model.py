@@ -35,6 +35,18 @@ def test_names_are_the_module_s():
     assert model.head() == ("head.weight", "head.bias")
 
 
+def test_a_held_model_is_the_model_bit_for_bit():
+    model = Model(Everything, freeze=("stem.*",))
+    x = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    found = []
+    for seed in (1, 2):
+        learned, frozen, buffers = model.initial(seed)
+        bound = model.bind({**frozen, **buffers}, None, False)
+        found.append((bound.holding(learned), bound(learned, x)))
+    for held, expected in found:  # one doesn't disturb the other
+        assert held({}, x).equal(expected)
+
+
 def test_a_call_is_the_module_s_own():
     module = Everything().eval()
     model = Model(lambda: module)
