@@ -158,7 +158,7 @@ class Policy:
         return head.squeeze(1), value.squeeze(1), memory
 
     def held(self) -> Policy:
-        """The same bits, sooner, for many steps without gradients."""
+        """The same, sooner, for many steps without gradients; to the last bit where the parameters are aligned in memory, as its own always are."""
         return replace(self, model=self.model.holding(self.parameters))
 
     def __call__(self, features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
