@@ -123,7 +123,6 @@ class CommandLog:
 
     def _append(self, line: bytes) -> None:
         path = Path(self._store.path(NAME))
-        new = not path.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -132,13 +131,13 @@ class CommandLog:
                 if os.write(descriptor, line) != len(line):
                     raise OSError("the disk is full")
                 os.fsync(descriptor)
+                if not end:
+                    sync_directory(path.parent)
             except OSError:
                 os.ftruncate(descriptor, end)  # no half of a line, and none that took no effect
                 raise
         finally:
             os.close(descriptor)
-        if new:
-            sync_directory(path.parent)
 
     def _put(self, data: bytes) -> None:
         self._store.write(NAME, data)

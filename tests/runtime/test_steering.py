@@ -292,6 +292,19 @@ def steered(tmp_path, monkeypatch):
     return tmp_path / "run", whole.params_sha256
 
 
+def test_a_folder_that_cannot_be_synced_leaves_no_line_of_a_command_without_effect(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("metadist.runtime.command_log.sync_directory", fail)
+    with pytest.raises(MetadistError, match="can't be recorded in .*Input/output error; it has no effect"):
+        CommandLog(str(tmp_path)).append(size(3), 5)
+    monkeypatch.undo()
+    assert CommandLog(str(tmp_path)).entries == []
+    assert CommandLog(str(tmp_path)).append(size(4), 5).seq == 1
+
+
+
 def test_a_torn_last_line_never_took_effect(steered, caplog, tmp_path):
     where, expected = steered
     log = where / "commands.jsonl"
