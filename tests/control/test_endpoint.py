@@ -228,7 +228,19 @@ def test_calls_end(servicer):
         for future in waiting:
             assert isinstance(future.exception(), grpc.RpcError)
         assert time.monotonic() - began < 10
-        assert call(channel).handle == "x"
+        assert once_there_is_room(channel).handle == "x"
+
+
+def once_there_is_room(channel):
+    """Clients hear of a call's end before the server's thread has left it: until then it counts."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return call(channel)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def test_more_calls_than_allowed_are_told_so(servicer):
@@ -242,7 +254,7 @@ def test_more_calls_than_allowed_are_told_so(servicer):
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "limit" in explain(error)
         servicer.release.set()
         assert [w.result(10).handle for w in waiting] == ["wait"] * 3
-        assert call(channel).handle == "x"
+        assert once_there_is_room(channel).handle == "x"
 
 
 def test_stopping_lets_running_calls_end(servicer):
