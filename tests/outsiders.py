@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import tiny
+from ports import free_port
 
 from metadist import config, outside
 from metadist.core.errors import MetadistError
@@ -29,12 +30,6 @@ TRIALS = {
     "evaluate": {"every": 100, "tasks": 4, "test_tasks": 4},
     "tracking": {"uri": "none"},
 }
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def document(*groups: dict[str, Any], trials: bool = False, port: int = 0, **keys: Any) -> dict[str, Any]:
@@ -88,7 +83,7 @@ class Hand:
     def stop(self) -> None:
         self._stop.set()
 
-    def join(self, timeout: float = 60.0) -> None:
+    def join(self, timeout: float = 120.0) -> None:
         self._thread.join(timeout)
         assert not self._thread.is_alive(), self.said
 
@@ -114,7 +109,7 @@ def listening(address: str) -> None:
     wait_for(open)
 
 
-def wait_for(what: Callable[[], Any], scheduler: Any = None, seconds: float = 60.0) -> None:
+def wait_for(what: Callable[[], Any], scheduler: Any = None, seconds: float = 120.0) -> None:
     """``scheduler``: of a driver that waits in the meantime, between rounds."""
     end = time.monotonic() + seconds
     while not what():

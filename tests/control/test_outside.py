@@ -14,7 +14,8 @@ import tiny
 import tls
 import torch
 import yaml
-from outsiders import HERE, OUTSIDE, Hand, document, experiment, free_port, hands, listening, train, wait_for
+from outsiders import HERE, OUTSIDE, Hand, document, experiment, hands, listening, train, wait_for
+from ports import free_port
 
 from metadist import config, outside
 from metadist.control import remote_worker

@@ -12,7 +12,7 @@ import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
-import outsiders
+import ports
 import pytest
 import tiny
 import tls
@@ -85,7 +85,7 @@ def test_the_bits_of_one_process(tmp_path, places, name):
     alone = trained(config.set_workers(made, "0"), tmp_path / "alone")
 
     own = tls.make(tmp_path / "secrets", *{host for _, host in places})
-    port = outsiders.free_port()
+    port = ports.free_port()
     everywhere = "127.0.0.1" if places[0][1] == "127.0.0.1" else "0.0.0.0"
     made["workers"] = [{"role": "learner", "min": 1, "max": 1, "gpus": 0}, {"role": "learner", "min": 2, "max": 4, "outside": True}]
     made["outside"] = {"listen": f"{everywhere}:{port}", "token_file": own.token, "tls_cert": own.certificate, "tls_key": own.key}

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from ray_cluster import free_port
+from ports import free_port
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 

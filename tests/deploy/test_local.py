@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray_cluster import free_port
+from ports import free_port
 
 BIN = Path(sys.executable).parent
 SHORT = ["outer.meta_steps=6", "evaluate.every=3", "evaluate.tasks=8", "evaluate.test_tasks=8", "checkpoint.every=3", "engine.compile=never", "tracking.uri=none"]

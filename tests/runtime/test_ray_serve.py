@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny
 import torch
-from ray_cluster import free_port
+from ports import free_port
 
 from metadist.core.errors import ConfigError
 from metadist.experiment import train
