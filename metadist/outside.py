@@ -36,6 +36,8 @@ DRIVERS_OWN = ("workers", "outside", "control", "checkpoint", "tracking", "init_
 LONGEST_SECONDS = 24 * 24 * 3600.0
 #: calls beside those of workers: health, reflection, workers that are about to be refused
 OTHER_CALLS = 16
+#: for every worker to be told that it is over, on a busy machine; one that was not told waits for a driver in vain
+GRACE_SECONDS = 10.0
 
 
 def versions() -> dict[str, str]:
@@ -65,7 +67,7 @@ def desk(
         experiment.learner, groups, run=run_id, config=yaml.safe_dump(document, sort_keys=False, allow_unicode=True), versions=versions(),
         numerics=numerics, device=experiment.engine.device, seed=experiment.seed, lease_seconds=settings.lease, note=note,
     )  # fmt: skip
-    with serve(endpoint, {add_to_server: Leases(executor)}, grace=2.0) as served:
+    with serve(endpoint, {add_to_server: Leases(executor)}, grace=GRACE_SECONDS) as served:
         host = platform.node() if settings.host in ("0.0.0.0", "::") else settings.host
         executor.how = f"metadist worker --connect {host}:{served.port}"
         executor.how += " --token-file FILE" if settings.token_file else ""

@@ -49,10 +49,11 @@ class Leases(work_pb2_grpc.WorkServicer):
         context.add_callback(lambda: seat.left("its connection broke", guilty=True))
         yield pb.ToWorker(terms=terms_message(seat.terms))
         while context.is_active():
+            ended = not reader.is_alive()  # before the look at its problems: the last it does is to leave one
             message = seat.next(0.25)
             if problems:
                 raise problems[0]
-            if message is None and not reader.is_alive():
+            if message is None and ended:
                 return
             if isinstance(message, Dismissal):
                 yield _dismissed(message)
