@@ -43,7 +43,7 @@ class Live:
 
     def __enter__(self) -> Live:
         self._thread.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not hasattr(self, "meta_step"):
             assert self._thread.is_alive(), self.error
             assert time.monotonic() < deadline
@@ -52,10 +52,10 @@ class Live:
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
-        self._thread.join(60)
+        self._thread.join(240)
         assert not self._thread.is_alive()
         assert self.error is None, self.error
 
     def join(self) -> None:
-        self._thread.join(60)
+        self._thread.join(240)
         assert not self._thread.is_alive()

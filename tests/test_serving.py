@@ -159,10 +159,10 @@ def test_from_the_command_line(images, tmp_path):
         refused = CliRunner().invoke(app, arguments)
         assert refused.exit_code == 2 and "refused the token" in refused.stderr
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(said["HTTP"], timeout=10)
+            urllib.request.urlopen(said["HTTP"], timeout=60)
     finally:
         server.send_signal(signal.SIGTERM)
-        out, err = server.communicate(timeout=30)
+        out, err = server.communicate(timeout=120)
     assert server.returncode == 0 and "stopped: adaptations 1" in err and "Traceback" not in err
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 import tls
 import torch
+from outsiders import wait_for
 from serving_toys import SUPERVISED, close, expected, served, tasks
 
 from metadist import Client, serving
@@ -104,7 +105,7 @@ def test_requests_of_one_key_are_computed_together_and_others_apart():
     seen, gate = [], threading.Event()
 
     def compute(key, items):
-        gate.wait(10)
+        gate.wait(60)
         seen.append((key, list(items)))
         return [ValueError("odd") if item % 2 else (key, item) for item in items]
 
@@ -112,7 +113,7 @@ def test_requests_of_one_key_are_computed_together_and_others_apart():
     futures = [batcher.submit("ab"[i % 2], i) for i in range(10)]
     gate.set()
     for i, future in enumerate(futures):
-        assert isinstance(future.exception(10), ValueError) if i % 2 else future.result(10) == ("a", i)
+        assert isinstance(future.exception(60), ValueError) if i % 2 else future.result(60) == ("a", i)
     assert all(len(items) <= 3 and {"ab"[i % 2] for i in items} == {key} for key, items in seen)
     assert sorted(i for _, items in seen for i in items) == list(range(10)) and batcher.counts.largest == 3
     batcher.close()
@@ -126,11 +127,10 @@ def test_a_request_waits_for_company_no_longer_than_it_may():
     import time
 
     began = time.monotonic()
-    assert batcher.submit("a", 1).result(10) == 1
-    assert 0.15 < time.monotonic() - began < 2
-    began = time.monotonic()
-    assert batcher.submit("a", 1).result(10) == 1  # the last one came alone: no waiting
-    assert time.monotonic() - began < 0.15
+    assert batcher.submit("a", 1).result(30) == 1
+    assert 0.15 < time.monotonic() - began < 10
+    batcher.patience = 60.0
+    assert batcher.submit("a", 1).result(30) == 1  # the last one came alone: no waiting
     batcher.close()
 
 
@@ -176,7 +176,7 @@ def ask(running, secrets):
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
-            with urllib.request.urlopen(urllib.request.Request(running.http_address + path, data, headers), timeout=30) as answer:
+            with urllib.request.urlopen(urllib.request.Request(running.http_address + path, data, headers), timeout=120) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
@@ -217,8 +217,18 @@ def test_arrow_and_inner_steps(running, client, secrets):
     assert not torch.equal(client.adapt_predict(x, y, query, model="curves", inner_steps=0), from_reply(answer))
 
 
-def test_many_callers_with_different_support_sets(running, client):
+def test_many_callers_with_different_support_sets(running, client, monkeypatch):
     """Sixteen at a time, three models and two sizes: batched with whom they suit, and each gets its own answer."""
+    batcher = running.service._adapting
+    compute = batcher._compute
+
+    def once_others_wait(key, items):
+        """More of them than there are sizes: some of one size, however slowly they come."""
+        monkeypatch.undo()
+        wait_for(lambda: sum(map(len, batcher._groups.values())) > 6)
+        return compute(key, items)
+
+    monkeypatch.setattr(batcher, "_compute", once_others_wait)
     given = [(name, *task) for name in ("curves", "blobs", "images") for task in tasks(running.service.models[name], 12)]
     given = [(n, x[: len(x) - i % 2], y[: len(y) - i % 2], q) for i, (n, x, y, q) in enumerate(given)]
     before = client.statistics()
@@ -238,7 +248,7 @@ def test_metrics(running, client, ask, secrets):
     client.adapt_predict(x, y, query, model="curves")
     ask("/v1/adapt_predict", {"model": "nothing"}), ask("/v1/adapt_predict", {"model": "curves", "x": 1})
     request = urllib.request.Request(running.http_address + "/metrics", headers={"Authorization": f"Bearer {Path(secrets.token).read_text().strip()}"})
-    text = urllib.request.urlopen(request, timeout=30).read().decode()
+    text = urllib.request.urlopen(request, timeout=120).read().decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     for code in ("OK", "NOT_FOUND", "INVALID_ARGUMENT"):
         assert float(values[f'metadist_serve_calls_total{{code="{code}",method="AdaptPredict"}}']) >= 1

@@ -20,19 +20,20 @@ def test_a_connection_that_never_asks_is_closed(monkeypatch):
     with serving.serve(Adaptation([served()]), Endpoint(), 0) as running:
         host, _, port = running.http_address.removeprefix("http://").rpartition(":")
         for sent in (b"", b"GET /v1/mod"):
-            with socket.create_connection((host, int(port)), timeout=10) as idle:
+            with socket.create_connection((host, int(port)), timeout=90) as idle:
                 idle.sendall(sent)
                 began = time.monotonic()
-                assert idle.recv(100) == b"" and time.monotonic() - began < 5
-        with socket.create_connection((host, int(port)), timeout=10) as asking:
-            for _ in range(2):  # one that asks stays open
+                assert idle.recv(100) == b"" and time.monotonic() - began < 60
+        monkeypatch.setattr(Impatient, "PATIENCE", 2.0)  # on a busy machine the first request, too, takes its time
+        with socket.create_connection((host, int(port)), timeout=90) as asking:
+            for _ in range(2):  # one that has asked stays open
                 asking.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
                 answer = b""
                 while b"SERVING" not in answer:  # headers and body may come apart
                     answer += (more := asking.recv(1000))
                     assert more
                 assert b"200" in answer
-                time.sleep(0.5)
+                time.sleep(2.5)
 
 
 def test_a_reader_that_does_not_read_is_cut_off():
@@ -42,7 +43,7 @@ def test_a_reader_that_does_not_read_is_cut_off():
         await send({"type": "http.response.start", "status": 200})
 
     async def never(message):
-        await asyncio.sleep(60)
+        await asyncio.sleep(600)
 
     async def call():
         guarded = Guarded(inner, None, -0.7, 4, lambda *call: seen.append(call))
@@ -50,7 +51,7 @@ def test_a_reader_that_does_not_read_is_cut_off():
 
     began = time.monotonic()
     asyncio.run(call())
-    assert time.monotonic() - began < 10 and seen[0][0] == "Predict"
+    assert time.monotonic() - began < 60 and seen[0][0] == "Predict"
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/v1/adapt", "/nothing"])

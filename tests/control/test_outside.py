@@ -97,6 +97,7 @@ class Rogue(ActorBench):
 
     deed = ""
     asked = 0
+    over = threading.Event()
 
     def compute(self, lease):
         type(self).asked += 1
@@ -121,7 +122,7 @@ class Rogue(ActorBench):
                 vector[0] = float("nan")
             return Answer(result_parts(result, lease.call.shard, slots, attempt=lease.call.attempt, worker="rogue"))
         if self.deed == "hang":
-            time.sleep(4.0)
+            self.over.wait(120)
         if self.deed == "unable":
             return Failure("unable", "the simulator is not installed here")
         if self.deed == "error":
@@ -152,11 +153,12 @@ def test_what_misbehaves_changes_nothing(expected, deed, said, monkeypatch):
     class Mine(Rogue):
         pass
 
-    Mine.deed, Mine.asked = deed, 0
+    Mine.deed, Mine.asked, Mine.over = deed, 0, threading.Event()
     monkeypatch.setattr("metadist.runtime.bench.ActorBench", Mine)
-    run = experiment(document(HERE, OUTSIDE), f"engine.shard_timeout={1.0 if deed == 'hang' else 60.0}")
+    run = experiment(document(HERE, OUTSIDE), f"engine.shard_timeout={4.0 if deed == 'hang' else 60.0}")
     with hands(run, "learner") as [hand]:
         sha256, scheduler = train(run)
+        Mine.over.set()
         assert sha256 == expected[False]
         assert Mine.asked >= 3
         if deed == "hang":
@@ -221,14 +223,14 @@ def behind(run, deed):
         raw = Raw(run)
         try:
             given.append(deed(raw, run))
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:
             given.append(error)
         raw.close()
 
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
     sha256, scheduler = train(run, each=lambda step, scheduler: wait_for(lambda: given, scheduler) if step == 3 else None)
-    thread.join(30)
+    thread.join(60)
     return sha256, scheduler, given[0]
 
 
@@ -277,12 +279,14 @@ def nonsense_about_itself(raw, run):
 
 @pytest.mark.parametrize("deed", [vanish, cut_in_mid_stream, fall_silent, out_of_place, too_much, nonsense_about_itself])
 def test_a_client_that_breaks_the_conversation(expected, deed):
-    run = experiment(document(HERE, {**OUTSIDE, "min": 0 if deed is nonsense_about_itself else 1}, lease=1.0))
+    # Long enough for one that is well to be heard of on a busy machine.
+    lease = {"lease": 4.0} if deed is fall_silent else {}
+    run = experiment(document(HERE, {**OUTSIDE, "min": 0 if deed is nonsense_about_itself else 1}, **lease))
     sha256, scheduler, given = behind(run, deed)
     assert sha256 == expected[False]
     if deed is fall_silent:
         assert given.then == "again"
-        assert "nothing was heard of it for 1 s" in given.reason
+        assert "nothing was heard of it for 4 s" in given.reason
     elif deed is too_much:
         assert given == grpc.StatusCode.RESOURCE_EXHAUSTED
     elif deed in (out_of_place, nonsense_about_itself):
@@ -290,7 +294,8 @@ def test_a_client_that_breaks_the_conversation(expected, deed):
     else:
         assert given is None, given
     if deed is not nonsense_about_itself:
-        assert scheduler.retried["lost"] >= 1
+        # Who else was idle may have had it as well before that one was given up.
+        assert scheduler.retried["lost"] or scheduler.measured.counts["backups"]
 
 
 def test_results_of_expired_leases_are_ignored(expected):
@@ -311,6 +316,18 @@ def test_results_of_expired_leases_are_ignored(expected):
 # Who may join ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """A driver's patience begins when it has refused somebody, however long that one took to come."""
+    original = OutsideExecutor.await_minimum
+
+    def await_minimum(self, patience, minimum):
+        wait_for(lambda: self._poll(0.05) or self._last_refusal)
+        original(self, patience, minimum)
+
+    monkeypatch.setattr(OutsideExecutor, "await_minimum", await_minimum)
+
+
 def refused(run, hand, match):
     """The hand is refused while the run waits for it."""
     with pytest.raises(WorkerError, match=match):
@@ -320,27 +337,27 @@ def refused(run, hand, match):
     return str(hand.error)
 
 
-def test_another_version_is_refused(monkeypatch):
-    run = experiment(document(OUTSIDE), "engine.worker_patience=2")
+def test_another_version_is_refused(monkeypatch, patient):
+    run = experiment(document(OUTSIDE), "engine.worker_patience=1")
     real = outside.versions()
     monkeypatch.setattr(outside, "versions", lambda: {**real, "metadist": "0.0.1" if threading.current_thread().daemon else real["metadist"]})
     hand = Hand(run)
-    assert "install the same version" in refused(run, hand, r"0 of 1 learners from outside had joined after 2 s.*this worker has 0.0.1")
+    assert "install the same version" in refused(run, hand, r"0 of 1 learners from outside had joined after 1 s.*this worker has 0.0.1")
 
 
-def test_other_data_are_refused(monkeypatch):
+def test_other_data_are_refused(monkeypatch, patient):
     class Elsewhere(ActorBench):
         def start(self, terms):
             device, about = super().start(terms)
             return device, {**about, "data_sha256": "f" * 64}
 
     monkeypatch.setattr("metadist.runtime.bench.ActorBench", Elsewhere)
-    run = experiment(document(OUTSIDE), "engine.worker_patience=2")
+    run = experiment(document(OUTSIDE), "engine.worker_patience=1")
     assert "set METADIST_DATA to the same data" in refused(run, Hand(run), "it has other data")
 
 
-def test_a_role_that_is_not_wanted_and_one_that_does_not_exist():
-    run = experiment(document(OUTSIDE), "engine.worker_patience=2")
+def test_a_role_that_is_not_wanted_and_one_that_does_not_exist(patient):
+    run = experiment(document(OUTSIDE), "engine.worker_patience=1")
     assert "it takes --role learner" in refused(run, Hand(run, role="environment"), "takes no environment")
     with pytest.raises(ConfigError, match="--role: 'learners' is not one of learner, environment; did you mean 'learner'"):
         outside.work(
@@ -399,7 +416,6 @@ class Slow(Sinusoid):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
 def test_an_inexact_run_is_tagged_in_mlflow(tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
@@ -415,7 +431,6 @@ def test_an_inexact_run_is_tagged_in_mlflow(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("twice", [False, True])
 def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, monkeypatch, twice):
     """The command in a process of its own, where a shard takes seconds: interrupted at work, and the run goes on without it."""
@@ -438,7 +453,7 @@ def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, monkeypa
             sent[0].start()
 
     sha256, scheduler = train(run, watch=watch, each=lambda step, scheduler: step < 3 or wait_for(lambda: len(scheduler.executor.workers()) == 1, scheduler))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     assert sha256 == expected[False]
     assert process.returncode == 130
     assert "Traceback" not in err
@@ -493,10 +508,9 @@ def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
     assert sum("ready" in line for line in hand.said) == 2
 
 
-@pytest.mark.timeout(300)
 def test_a_worker_outlives_a_driver_that_was_killed(tmp_path):
     """SIGKILL: nobody says a word. The worker finds the driver that resumes the run, and the bits are those of an unbroken one."""
-    steps = ("outer.meta_steps=60", "checkpoint.every=2")
+    steps = ("outer.meta_steps=240", "checkpoint.every=2", "engine.compile=never")  # or the first may have ended before it is killed
     plain = train_experiment(experiment(document(HERE), *steps), run_dir=str(tmp_path / "plain"), test=False, plots=False)
     made = config.override(document(HERE, OUTSIDE), steps)
     (tmp_path / "outside.yaml").write_text(yaml.safe_dump(made))
@@ -537,7 +551,7 @@ def test_a_token_and_tls_are_asked_for_where_they_are_set(tmp_path, expected):
 
 def test_a_driver_that_nobody_can_reach_is_not_waited_for_longer_than_asked():
     hand = Hand(experiment(document(OUTSIDE)), patience=1.0)
-    hand.join(20)
+    hand.join()
     assert "no server answers there" in str(hand.error)
     assert "gave up after 1 s (--patience)" in str(hand.error)
 

@@ -13,6 +13,7 @@ import tiny
 import tls
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from outsiders import wait_for
 from steerable import Live
 
 from metadist.control.endpoint import Endpoint, ServiceError, connect, serve
@@ -83,8 +84,7 @@ def test_refusals_have_the_reason_and_the_run_goes_on(live, remote):
     with pytest.raises(grpc.RpcError, match="1 to 64 printable"):
         stub.Pause(pb.CommandRequest(order=pb.Order(id="x" * 65)))
     before = remote.status().meta_step
-    time.sleep(0.2)
-    assert remote.status().meta_step > before
+    wait_for(lambda: remote.status().meta_step > before)
 
 
 def test_a_command_waits_for_its_meta_step_and_is_obeyed_once(tmp_path):
@@ -114,36 +114,38 @@ def test_watching(live, remote):
     assert all(s.values["loss"] > 0 and s.values["tasks_per_second"] > 0 for s in sights if s.kind == "step")
     began = time.monotonic()
     list(remote.watch(0.5))
-    assert time.monotonic() - began < 5, "for as long as was asked"
+    assert 0.5 <= time.monotonic() - began < 60, "for as long as was asked"
 
 
 def test_readers_that_read_nothing_hold_up_nobody(live, remote):
     """As many as may watch, none of them reading: training goes on, and what they missed is counted."""
     channel = connect(live.record["address"], live.record["token_file"])
     stub = rpc.ControlPlaneStub(channel)
-    watches = [stub.Watch(pb.WatchRequest()) for _ in range(WATCHERS)]
-    first = [next(watch) for watch in watches]
+    watches, first = zip(*[once_there_is_room(stub) for _ in range(WATCHERS)])
     assert all(update.dropped == 0 for update in first)
     with pytest.raises(grpc.RpcError) as caught:
         next(stub.Watch(pb.WatchRequest()))
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     before = live.meta_step
-    time.sleep(0.5)
-    assert live.meta_step > before
+    wait_for(lambda: live.meta_step > before + 20)
     assert remote.status().phase == "training", "others are answered meanwhile"
     for watch in watches:
         watch.cancel()
-    deadline = time.monotonic() + 10
-    while True:  # their places are free again
-        try:
-            watch = stub.Watch(pb.WatchRequest())
-            next(watch)
-            watch.cancel()
-            break
-        except grpc.RpcError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    once_there_is_room(stub)[0].cancel()  # their places are free again
     channel.close()
+
+
+def once_there_is_room(stub):
+    """A watch and its first update. The server hears of the end of another one, those of earlier tests included, up to half a second late."""
+    deadline = time.monotonic() + 60
+    while True:
+        watch = stub.Watch(pb.WatchRequest())
+        try:
+            return watch, next(watch)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def test_a_slow_reader_misses_the_oldest():
@@ -162,7 +164,7 @@ def test_a_slow_reader_misses_the_oldest():
         began = time.monotonic()
         for step in range(1, 20 * KEPT):
             board.step(step, padding, 1.0)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
         board.close()
         seen = [(update.meta_step, update.dropped) for update in watch]
         channel.close()
@@ -193,12 +195,19 @@ def test_who_gets_in(live, tmp_path):
 def test_stop_leaves_a_checkpoint_and_the_record_says_so(tmp_path):
     with Live(tmp_path / "run") as live:
         with RemoteRun(live.record["address"], live.record["token_file"]) as remote:
-            ended = []
-            watcher = threading.Thread(target=lambda: ended.append(list(remote.watch())))
+            seen, ended = [], threading.Event()
+
+            def watch():
+                for sight in remote.watch():
+                    seen.append(sight)
+                ended.set()
+
+            watcher = threading.Thread(target=watch)
             watcher.start()
+            wait_for(lambda: seen)
             stopped = obey(remote, "stop")
-            watcher.join(20)
-            assert ended, "those who watch are told that it is over"
+            watcher.join(120)
+            assert ended.is_set(), "those who watch are told that it is over"
         live.join()
     assert live.result.outcome.stopped == "interrupted"
     assert live.result.outcome.progress.meta_step == stopped.meta_step
