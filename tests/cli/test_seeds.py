@@ -33,7 +33,6 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.timeout(300)
 def test_a_half_finished_group_goes_on_to_the_mean_of_all_seeds(runs):
     document = tiny.document("tracking.uri=auto")
     asked = itertools.count()
