@@ -69,7 +69,7 @@ def _hear_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run(*arguments: object, folder: Path, timeout: float = 150, **more: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, folder: Path, timeout: float = 400, **more: str) -> subprocess.CompletedProcess[str]:
     process = start(*arguments, folder=folder, **more)
     try:
         out, err = process.communicate(timeout=timeout)

@@ -57,7 +57,7 @@ def test_processes_that_start_together_build_once(tmp_path):
     processes = [context.Process(target=_race, args=(marks, barrier, results)) for _ in range(3)]
     for process in processes:
         process.start()
-    assert {results.get(timeout=30) for _ in processes} == {small().sha256}
+    assert {results.get(timeout=300) for _ in processes} == {small().sha256}
     for process in processes:
         process.join()
     assert len(list(marks.iterdir())) == 1

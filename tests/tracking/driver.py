@@ -19,7 +19,7 @@ def main(root: Path, uri: str, steps: int) -> None:
             checkpoint.with_suffix(".new").write_text(str(step))
             checkpoint.with_suffix(".new").replace(checkpoint)
         time.sleep(0.01)
-    print(tracker.finish("FINISHED", 60), flush=True)
+    print(tracker.finish("FINISHED", 180), flush=True)
 
 
 if __name__ == "__main__":
