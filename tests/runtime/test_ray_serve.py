@@ -26,7 +26,6 @@ def test_bounds():
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("replicas", ["2", "1-2"])
 def test_two_replicas_answer_as_this_process_does(tmp_path, replicas):
     result = train(tiny.experiment("outer.meta_steps=4"), run_dir=str(tmp_path / "run"), plots=False)

@@ -29,7 +29,7 @@ ENVIRONMENTS = WorkerGroup(role="environment", min=2, max=2)
 def executor(learner, *groups, **options):
     from metadist.runtime.ray_executor import RayExecutor
 
-    return RayExecutor(learner, groups, run="run", **options)
+    return RayExecutor(learner, groups, run="run", **{"patience": 300.0, **options})
 
 
 def train(executor, learner, watch=None, **options):
@@ -47,7 +47,7 @@ def many(learner):
 
 
 def settle(executor, count):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while len(executor.workers()) < count and time.monotonic() < deadline:
         executor.wait(0.2)
     assert len(executor.workers()) == count
@@ -314,7 +314,7 @@ def test_an_environment_that_never_ends_loses_its_worker(apart, told, expected):
     before = set(actors.workers())
     sha256, scheduler = train(actors, learner, timeout=5)
     assert sha256 == expected, "another one has rolled it out"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     judging = learner.evaluation("run", STEPS, SEED, learner.initial(SEED), split="validation", tasks=4, inner_steps=None)
     while scheduler._outstanding and time.monotonic() < deadline:
         scheduler.run(judging)
