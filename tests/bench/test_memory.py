@@ -10,7 +10,6 @@ from metadist.core.errors import ConfigError
 
 @pytest.mark.long
 @pytest.mark.data
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("model", ["conv4", "transformer"])
 def test_the_report(model, data):
     report = bench("memory", model=model, inner_steps=[1, 6], tasks=4, rounds=1)

@@ -23,7 +23,6 @@ SHORT = ["outer.meta_steps=6", "evaluate.every=3", "evaluate.tasks=8", "evaluate
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_a_run_on_this_machine(root, tmp_path):
     temporary = tempfile.mkdtemp(prefix="md-local-", dir="/tmp")
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
