@@ -104,7 +104,7 @@ def python(code, *arguments, **environment):
 
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=400, env={**os.environ, **environment},
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ _DOCUMENT = {
     "outer": {"lr": 0.01, "meta_batch_size": 10, "shard_size": 2, "meta_steps": 6},
     "evaluate": {"every": 3, "tasks": 6, "test_tasks": 8, "inner_steps": 2},
     "workers": [{"min": 0, "max": 0}],
+    "engine": {"worker_patience": 400},
     "checkpoint": {"every": 2},
     "tracking": {"uri": "none", "log_every": 1},
 }

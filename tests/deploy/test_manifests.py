@@ -217,7 +217,7 @@ def test_helm_renders_the_same(chart, root, tmp_path, values):
         pytest.skip("needs helm-sdkpy in a Python ≥ 3.12: METADIST_HELM_PYTHON")
     (tmp_path / "values.json").write_text(json.dumps(values))
     command = [python, Path(__file__).parent / "helm_install.py", root / "deploy/helm/metadist", tmp_path / "values.json", "run", "ns"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     sent = {d["kind"]: d for d in json.loads(done.stdout)}
     for document in sent.values():  # Helm's marks

@@ -104,5 +104,5 @@ def test_a_job_near_its_limit_is_queued_again_and_goes_on(root, allocation, tmp_
 
 def test_what_is_missing_is_said(root, allocation, tmp_path):
     environment = {k: v for k, v in allocation.items() if k != "RUN_DIR"}
-    done = subprocess.run(["bash", root / "cluster" / "slurm.sh"], env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["bash", root / "cluster" / "slurm.sh"], env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode != 0 and "the run directory: a folder that all nodes see" in done.stderr

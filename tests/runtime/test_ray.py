@@ -59,7 +59,7 @@ def told(mischief):
 
 def train(executor, learner, steps, first=0, state=None, watch=None, **options):
     """``steps`` meta-steps; returns the final state and the scheduler."""
-    fleet = Scheduler(executor, learner, watch=watch, **options)
+    fleet = Scheduler(executor, learner, watch=watch, **{"patience": 300.0, **options})
     state = learner.initial(SEED) if state is None else state
     for step in range(first, first + steps):
         for round in learner.rounds("run", step, SEED, state, {}):

@@ -33,7 +33,7 @@ def executor(learner, *groups, **options):
 
 
 def train(executor, learner, watch=None, **options):
-    fleet = Scheduler(executor, learner, watch=watch, **options)
+    fleet = Scheduler(executor, learner, watch=watch, **{"patience": 300.0, **options})
     state = learner.initial(SEED)
     for step in range(STEPS):
         for round in learner.rounds("run", step, SEED, state, {}):
