@@ -35,6 +35,9 @@ os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES + (64 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
+# Ray's workers are nice (15) to everything else: beside one other busy process per processor an actor would get a thirtieth of it.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 
 @contextlib.contextmanager
 def own_signals() -> Iterator[None]:
