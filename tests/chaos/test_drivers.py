@@ -50,8 +50,9 @@ def wait_for(process, condition, seconds=240.0):
         time.sleep(0.01)
 
 
-def gone(processes, seconds=30.0) -> list[str]:
-    """Those that are still there, as command lines. Ray's agents look for their raylet once a minute only."""
+def gone(processes, seconds=180.0) -> list[str]:
+    """Those that are still there, as command lines. Ray's agents look for their raylet once a minute only; a store that is
+    being made is made to its end."""
     _, alive = psutil.wait_procs([p for p in processes if not is_agent(p)], timeout=seconds)
     left = []
     for process in alive:

@@ -88,28 +88,29 @@ def until(condition, seconds=180):
 
 def test_a_killed_driver_goes_on_elsewhere_and_ends_the_same(cluster, home, tmp_path):
     runs = f"file://{tmp_path}/store"  # by URL: the driver keeps nothing beside it
-    done = metadist(cluster, home, "submit", "lines.yaml", "--workers", "2", "--run-dir", f"{runs}/a", "--run-id", "lines-a", "--json")
+    longer = "outer.meta_steps=1200"  # or it may have ended before a second command has been refused
+    done = metadist(cluster, home, "submit", "lines.yaml", longer, "--workers", "2", "--run-dir", f"{runs}/a", "--run-id", "lines-a", "--json")
     first = last_json(done)
     assert first["job_id"] == "lines-a-1"
     assert first["job_url"] == f"{cluster.address}/#/jobs/lines-a-1"
     store = tmp_path / "store" / "a" / "checkpoints"
     until(lambda: store.is_dir() and len(list(store.iterdir())) > 2)
-    again = metadist(cluster, home, "submit", "lines.yaml", "--run-id", "lines-a", expect=2)
+    again = metadist(cluster, home, "submit", "lines.yaml", longer, "--run-id", "lines-a", expect=2)
     assert "run lines-a is running as job lines-a-1" in again.stderr
     until(lambda: cluster.driver("lines-a")).kill()
     until(lambda: "FAILED" in metadist(cluster, home, "jobs", "status", "lines-a-1").stdout)
 
     done = metadist(
-        cluster, home, "submit", "lines.yaml", "--workers", "2", "--run-dir", f"{runs}/a", "--wait", "--json", "--driver-cpus", "0.5",
+        cluster, home, "submit", "lines.yaml", longer, "--workers", "2", "--run-dir", f"{runs}/a", "--wait", "--json", "--driver-cpus", "0.5",
     )  # fmt: skip
     second = last_json(done)
     assert (second["run_id"], second["attempt"], second["status"]) == ("lines-a", 2, "SUCCEEDED")
     assert second["config_sha256"] == first["config_sha256"]
     assert "resumed at meta-step" in done.stderr
     result = json.loads((tmp_path / "store" / "a" / "result.json").read_text())
-    assert (result["run_id"], result["meta_step"]) == ("lines-a", 300)
+    assert (result["run_id"], result["meta_step"]) == ("lines-a", 1200)
     assert json.loads((tmp_path / "store" / "a" / "links.json").read_text())["ray_job"].endswith("/#/jobs/lines-a-2")
-    assert result["params_sha256"] == unbroken(home, tmp_path)
+    assert result["params_sha256"] == unbroken(home, tmp_path, longer)
 
     listed = metadist(cluster, home, "jobs").stdout.splitlines()
     assert [line.split()[:2] for line in listed[:2]] == [["lines-a-2", "SUCCEEDED"], ["lines-a-1", "FAILED"]]
