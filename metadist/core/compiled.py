@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from metadist.core.errors import ConfigError
+from metadist.core.layout import channels_last
 from metadist.core.reductions import DECOMPOSITIONS
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ class Compiled:
 
         with self.around(name):
             graph, returned = trace(function, spec, examples)
+            if self.device.type == "cpu":
+                channels_last(graph)
             _write_apart(graph)
             # The loop over kernels outside of Python: a CUDA graph, or C++, which saves a fifth of a small shard's time.
             settings = {"triton.cudagraphs": True} if self.device.type == "cuda" else {"cpp_wrapper": True}

@@ -1,25 +1,70 @@
-"""Convolution as a matrix product, for compiled shards.
+"""Convolution for compiled shards, in all of its derivatives.
 
 Under ``vmap`` every task has its own kernel, and a convolution turns into one with as many groups as tasks, which no
-library is quick at, forwards or backwards. As patches times kernel it is a batched matrix product in all of its
-derivatives, forward mode included, and the gathering of patches fuses with whatever surrounds it.
+library is quick at. PyTorch's own second derivative, beside that, takes batch for channels. Here a convolution is one of
+two things. A small one is a matrix product of patches and kernel. A large one on a CPU is the library's convolution, task
+after task: it is a form that is linear in input, kernel and output's gradient each, and to differentiate one of its three
+contractions is to take another, so that derivatives of every order are calls that libraries are made for.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+aten: Any = torch.ops.aten
+
 Pair = Union[int, tuple[int, ...], list[int]]
+
+#: floating-point operations under which a library's convolution is mostly preparations
+SMALL = 7e6
 
 
 def _pair(value: Pair) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
     return (value[0], value[-1])
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """``input`` [N, C, H, W] and ``kernel`` [O, C, h, w] are shapes."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    input: tuple[int, ...]
+    kernel: tuple[int, ...]
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """Rows and columns of the output."""
+        sizes = zip(self.input[2:], self.kernel[2:], self.stride, self.padding, self.dilation)
+        high, broad = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
+        return high, broad
+
+    @property
+    def left_over(self) -> tuple[int, int]:
+        """Rows and columns of the input that no stride reaches: a transposed convolution's ``output_padding``."""
+        (down, right), (tall, wide), (apart, across) = self.stride, self.padding, self.dilation
+        (high, broad), (height, width) = self.positions, self.kernel[2:]
+        rows = self.input[2] + 2 * tall - apart * (height - 1) - 1 - (high - 1) * down
+        return rows, self.input[3] + 2 * wide - across * (width - 1) - 1 - (broad - 1) * right
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name == "output":
+            return (self.input[0], self.kernel[0], *self.positions)
+        return self.input if name == "input" else self.kernel
+
+    @property
+    def operations(self) -> int:
+        high, broad = self.positions
+        outputs, channels, height, width = self.kernel
+        return 2 * self.input[0] * high * broad * outputs * channels * height * width
 
 
 def conv2d(
@@ -34,10 +79,17 @@ def conv2d(
     """``torch.nn.functional.conv2d`` of input [N, C, H, W] and weight [O, C, h, w]; what is out of the ordinary goes there."""
     if groups != 1 or isinstance(padding, str) or input.dim() != 4:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    (down, right), (tall, wide), (apart, across) = _pair(stride), _pair(padding), _pair(dilation)
-    rows, (outputs, channels, height, width) = input.shape[0], weight.shape
-    high = (input.shape[2] + 2 * tall - apart * (height - 1) - 1) // down + 1
-    broad = (input.shape[3] + 2 * wide - across * (width - 1) - 1) // right + 1
+    geometry = _Geometry(_pair(stride), _pair(padding), _pair(dilation), tuple(input.shape), tuple(weight.shape))
+    # Autocast reaches the products, but not inside of a contraction.
+    library = input.device.type == "cpu" and geometry.operations >= SMALL and not torch.is_autocast_enabled("cpu")
+    result = _Contraction.apply(input, weight, "input", "kernel", geometry) if library else _patches(input, weight, geometry)
+    return result if bias is None else result + bias.view(-1, 1, 1)
+
+
+def _patches(input: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    """As a matrix product; its gathering of patches fuses with whatever surrounds it."""
+    (down, right), (tall, wide), (apart, across) = geometry.stride, geometry.padding, geometry.dilation
+    (rows, *_), (outputs, channels, height, width), (high, broad) = geometry.input, geometry.kernel, geometry.positions
     # Channels last: a patch is then a few runs of memory, and so is its gradient.
     padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, wide, wide, tall, tall))
     shifted = [
@@ -47,7 +99,59 @@ def conv2d(
     ]
     patches = torch.cat(shifted, dim=-1).reshape(rows * high * broad, height * width * channels)
     kernel = weight.permute(2, 3, 1, 0).reshape(height * width * channels, outputs)
-    result = patches @ kernel
-    if bias is not None:
-        result = result + bias
-    return result.reshape(rows, high, broad, outputs).permute(0, 3, 1, 2)
+    return (patches @ kernel).reshape(rows, high, broad, outputs).permute(0, 3, 1, 2)
+
+
+class _Contraction(torch.autograd.Function):
+    """Σ input · kernel · output with one of the three left out: the result is what would stand there. ``left`` and ``right``
+    name the two that are given."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, left: str, right: str, geometry: _Geometry) -> Tensor:
+        given = {left: a.contiguous(memory_format=torch.channels_last), right: b.contiguous(memory_format=torch.channels_last)}
+        third, stride, padding, dilation = _third(left, right), geometry.stride, geometry.padding, geometry.dilation
+        # Of what is left out only the shape is read.
+        given[third] = torch.empty(geometry.shape(third), dtype=a.dtype, device=a.device, memory_format=torch.channels_last)
+        x, w, y = given["input"], given["kernel"], given["output"]
+        if third == "output":
+            # As a transposed convolution's derivative, whose operands Inductor hands on in their own layout: it would turn a
+            # convolution's into channels first, and the library turns them back.
+            return aten.convolution_backward(x, y, w, None, stride, padding, dilation, True, geometry.left_over, 1, (True, False, False))[0]
+        wanted = (third == "input", third == "kernel", False)
+        return aten.convolution_backward(y, x, w, None, stride, padding, dilation, False, (0, 0), 1, wanted)[wanted.index(True)]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        a, b, ctx.left, ctx.right, ctx.geometry = inputs
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        third, (needs_a, needs_b, *_) = _third(ctx.left, ctx.right), ctx.needs_input_grad
+        of_a = _Contraction.apply(b, gradient, ctx.right, third, ctx.geometry) if needs_a else None
+        of_b = _Contraction.apply(a, gradient, ctx.left, third, ctx.geometry) if needs_b else None
+        return of_a, of_b, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, of_a: Tensor | None, of_b: Tensor | None, *_: None) -> Any:
+        a, b = ctx.saved_tensors
+        terms = [_Contraction.apply(of_a, b, ctx.left, ctx.right, ctx.geometry)] if of_a is not None else []
+        terms += [_Contraction.apply(a, of_b, ctx.left, ctx.right, ctx.geometry)] if of_b is not None else []
+        return sum(terms[1:], terms[0])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, a: Tensor, b: Tensor, left: str, right: str, geometry: _Geometry) -> Any:
+        def of(t: Tensor, dim: int | None, task: int) -> Tensor:
+            return t if dim is None else t.select(dim, task)
+
+        each = [
+            _Contraction.apply(of(a, in_dims[0], i), of(b, in_dims[1], i), left, right, geometry) for i in range(info.batch_size)
+        ]
+        return torch.stack([t.permute(0, 2, 3, 1) for t in each]).permute(0, 1, 4, 2, 3), 0
+
+
+def _third(left: str, right: str) -> str:
+    (name,) = {"input", "kernel", "output"} - {left, right}
+    return name

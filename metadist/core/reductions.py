@@ -33,9 +33,15 @@ def block_sum(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = Fals
     chosen = _dims(x, dims)
     if not x.is_floating_point() or dtype not in (None, x.dtype) or _count(x, chosen) <= SHORT:
         return NotImplemented
-    for d in reversed(chosen):
-        x = _along(x, d)
-    return x if keepdim else x.reshape([s for d, s in enumerate(x.shape) if d not in chosen])
+    kept = [d for d in range(x.dim()) if d not in chosen]
+    rest = [x.shape[d] for d in kept]
+    if kept and kept[-1] == x.dim() - 3 and x.stride(kept[-1]) == 1:  # images that lie channels last: rows are summed, of channels
+        rows = x.permute(*kept[:-1], *chosen, kept[-1]).flatten(len(rest) - 1, -2)
+        x = _along(rows, len(rest) - 1).reshape([1 if d in chosen else s for d, s in enumerate(x.shape)])
+    else:
+        for d in reversed(chosen):
+            x = _along(x, d)
+    return x if keepdim else x.reshape(rest)
 
 
 def _along(x: Tensor, d: int) -> Tensor:

@@ -10,14 +10,12 @@ from typing import ClassVar
 import pytest
 import test_gradients as spine
 import torch
-import torch.nn.functional as F
 from test_gradients import ALGORITHMS, CASES, MODELS, make, plain_cnp, plain_contribution
 from toys import Blobs, Curves, Everything, Ragged, keys, learner, relative_error, somewhere, train
 
 import metadist.core.compiled as compiled_module
 from metadist.algorithms import ANIL, CNP, MAML, Reptile
 from metadist.core.check import compiled_disagrees
-from metadist.core.convolution import conv2d
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError
 from metadist.core.inner import InnerLoop
@@ -334,41 +332,7 @@ def test_tasks_of_many_sizes_are_refused(monkeypatch):
         subject.contribute(theta, keys(1), 3)
 
 
-# Convolution as a matrix product ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stride", [1, 2, (2, 1)])
-@pytest.mark.parametrize("padding", [0, 1, (0, 2), "same"])
-@pytest.mark.parametrize("dilation", [1, (1, 2)])
-@pytest.mark.parametrize("kernel", [(3, 3), (2, 3), (1, 1)])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_convolution(stride, padding, dilation, kernel, groups):
-    """Value, gradient, Hessian-vector product in both modes: torch's own."""
-    if padding == "same" and stride != 1:
-        pytest.skip("torch has no such convolution")
-    generator = torch.Generator().manual_seed(0)
-    x, w, b, tx, tw = (
-        torch.randn(*shape, dtype=torch.float64, generator=generator)
-        for shape in ((2, 4, 7, 6), (6, 4 // groups, *kernel), (6,), (2, 4, 7, 6), (6, 4 // groups, *kernel))
-    )
-    results = []
-    for function in (conv2d, F.conv2d):
-
-        def loss(x, w, function=function):
-            return torch.tanh(function(x, w, b, stride, padding, dilation, groups)).square().sum()
-
-        gradient = torch.func.grad(loss, argnums=(0, 1))
-        value = function(x, w, b, stride=stride, padding=padding, dilation=dilation, groups=groups)
-        _, forward = torch.func.jvp(gradient, (x, w), (tx, tw))
-        _, pull = torch.func.vjp(gradient, x, w)
-        results.append([value, function(x, w, None, stride, padding, dilation, groups), *gradient(x, w), *forward, *pull((tx, tw))])
-    for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-def test_convolution_without_a_batch_is_torch_s():
-    x, w = torch.randn(1, 5, 5), torch.randn(2, 1, 3, 3)
-    assert conv2d(x, w).equal(F.conv2d(x, w))
+# Convolutions -----------------------------------------------------------------------------------------------------------
 
 
 class Convolutions(Everything):
