@@ -16,6 +16,8 @@ EVEN = 1.25
 CALL_SECONDS = 1e-3
 #: so many blocks per worker then, at least
 UNEVEN_BLOCKS = 8
+#: so many calls are with a worker at once: where there are no more shards, nobody can take any from a slower one
+AT_ONCE = 2
 #: a worker that is lost takes no more than so many seconds of work with it
 BLOCK_SECONDS = 30.0
 
@@ -34,7 +36,8 @@ def largest(count: int, paces: Sequence[float | None]) -> int:
     workers differ in speed, or may."""
     known, workers = [p for p in paces if p is not None], max(1, len(paces))
     size = 1 << (-(-count // workers) - 1).bit_length()
-    if len(known) < workers or max(known) > EVEN * min(known) + CALL_SECONDS:
+    uneven = len(known) < workers or max(known) > EVEN * min(known) + CALL_SECONDS
+    if uneven and count > AT_ONCE * workers:
         while size > 1 and size * UNEVEN_BLOCKS * workers > count:
             size //= 2
     while known and size > 1 and size * max(known) > BLOCK_SECONDS:
