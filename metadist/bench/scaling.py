@@ -70,7 +70,8 @@ def _efficiency(document: Document, count: int, turns: int) -> dict[str, Any]:
         nice = _niceness(scheduler)
         with _processes(document, count, experiment.workers[0].threads, nice) as alone:
             measured = interleaved({"alone": alone, "actors": lambda: _repeat(actors, TURN)}, rounds=turns, block=1)
-        seconds = scheduler.measured.read().seconds
+        taken = scheduler.measured.read()
+        seconds = taken.seconds
     rates = {name: [tasks / s for s in values] for name, values in measured.items()}
     step = sum(measured["actors"]) / len(measured["actors"]) / TURN
     compared = compare(rates, "alone", block=1)
@@ -81,6 +82,7 @@ def _efficiency(document: Document, count: int, turns: int) -> dict[str, Any]:
         "efficiency": row["ratio"],
         "efficiency_ci95": row["ratio_ci95"],
         "shards_per_meta_step": -(-experiment.learner.outer.meta_batch_size // experiment.learner.outer.shard_size),
+        "results_per_meta_step": round(taken.counts["results"] / actors.meta_step, 2),
         "ms_per_meta_step": {
             "all": _ms(step),
             **{name: _ms(seconds[name] / actors.meta_step) for name in ("publish", "gather", "reduce")},

@@ -185,8 +185,8 @@ class _Conversation:
         answer = self._bench.compute(lease)
         if isinstance(answer, Answer):
             self._outbox.stream(answer_messages(token, answer))
-            self._shards += 1
-            if self._shards == 1 or self._shards % 100 == 0:
+            before, self._shards = self._shards, self._shards + shard.leaves
+            if before == 0 or before // 100 < self._shards // 100:
                 self._say(f"{self._shards} shard{'s' if self._shards > 1 else ''} computed, the last of meta-step {shard.meta_step}")
         else:
             self._outbox.put(failure_message(token, answer))

@@ -16,7 +16,7 @@ CHUNK_BYTES = 1 << 20
 #: facts about a device or a worker are short, and so is what a person is told
 FACTS_CHARACTERS, MESSAGE_CHARACTERS, DETAIL_CHARACTERS = 16 << 10, 2000, 20_000
 
-_SHARD = ("run", "meta_step", "round", "index", "function", "start", "count", "seed", "split", "key_step", "role", "keeps")
+_SHARD = ("run", "meta_step", "round", "index", "function", "start", "count", "seed", "split", "key_step", "role", "keeps", "leaf")
 
 
 class GarbledError(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Union
 
 from metadist.core.state import Contribution, Records, State
@@ -23,7 +23,10 @@ class WithOutput:
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of work, of retry and of reduction: tasks [start, start + count) of one split under one θ."""
+    """The unit of work, of retry and of reduction: tasks [start, start + count) of one split under one θ.
+
+    Or a block: the sum of several shards from ``index`` on, a node of the canonical tree, that one worker computes one after the other.
+    """
 
     run: str
     meta_step: int
@@ -41,6 +44,23 @@ class Shard:
     settings: tuple[tuple[str, Any], ...] = ()
     #: whether it has an output besides its result, that later rounds need
     keeps: bool = False
+    #: how many tasks each shard of a block has (the last may have fewer); 0 where it is one shard
+    leaf: int = 0
+
+    @property
+    def leaves(self) -> int:
+        """How many shards it is the sum of."""
+        return -(-self.count // self.leaf) if self.leaf else 1
+
+    def each(self) -> tuple[Shard, ...]:
+        """The shards of a block, as they were before; itself where it is none."""
+        if not self.leaf:
+            return (self,)
+        end = self.start + self.count
+        starts = range(self.start, end, self.leaf)
+        return tuple(
+            replace(self, index=self.index + i, start=start, count=min(self.leaf, end - start), leaf=0) for i, start in enumerate(starts)
+        )
 
     @property
     def key(self) -> OutputKey:
@@ -50,7 +70,8 @@ class Shard:
     def __str__(self) -> str:
         last = self.start + self.count - 1
         tasks = f"task {self.start}" if self.count == 1 else f"tasks {self.start}…{last}"
-        return f"meta-step {self.meta_step}, round {self.round}, shard {self.index} ({self.split} {tasks}, seed {self.seed})"
+        which = f"shards {self.index}…{self.index + self.leaves - 1}" if self.leaf else f"shard {self.index}"
+        return f"meta-step {self.meta_step}, round {self.round}, {which} ({self.split} {tasks}, seed {self.seed})"
 
 
 @dataclass(frozen=True)
@@ -103,10 +124,12 @@ Event = Union[Finished, Failed]
 class Executor(Protocol):
     """Runs shards. Never blocks for longer than ``wait``'s timeout, and never raises for a worker's failure.
 
-    ``plan.engine`` is the engine that every worker computes with.
+    ``plan.engine`` is the engine that every worker computes with. ``blocks``: whether results travel, so that the one sum of
+    several shards is worth asking for.
     """
 
     plan: Any
+    blocks: bool
 
     def publish(self, meta_step: int, round: int, state: State) -> int:
         """Make θ available to every worker, for shards of this round; returns the bytes published.

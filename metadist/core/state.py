@@ -115,7 +115,8 @@ class TreeSum(Generic[T]):
     """The balanced binary tree over indices 0 … count−1, summed as its leaves arrive, in whatever order.
 
     Neighbours (0,1), (2,3), … are added, then their sums, level by level; an odd one moves up as it is. The shape
-    depends on ``count`` alone, so the floating-point result doesn't depend on who computed a leaf, or when.
+    depends on ``count`` alone, so the floating-point result doesn't depend on who computed a leaf, or when. Nor on who
+    added some up: 2^k leaves from a multiple of 2^k on (fewer at the end) are a node, and a tree of their own gives its sum.
     """
 
     def __init__(self, count: int, add: Callable[[T, T], T] = lambda a, b: a + b) -> None:  # type: ignore[operator]
@@ -128,13 +129,18 @@ class TreeSum(Generic[T]):
         self._waiting: dict[tuple[int, int], T] = {}
         self._seen: set[int] = set()
 
-    def add(self, index: int, value: T) -> None:
-        if not 0 <= index < self.count:
-            raise ValueError(f"leaf {index} is not one of {self.count}")
-        if index in self._seen:
-            raise ValueError(f"leaf {index} arrived twice")
-        self._seen.add(index)
-        level = 0
+    def add(self, index: int, value: T, leaves: int = 1) -> None:
+        """Leaf ``index``, or the sum of so many from there on."""
+        level, end = (leaves - 1).bit_length(), index + leaves
+        for leaf in range(index, end):
+            if not 0 <= leaf < self.count:
+                raise ValueError(f"leaf {leaf} is not one of {self.count}")
+            if leaf in self._seen:
+                raise ValueError(f"leaf {leaf} arrived twice")
+        if leaves < 1 or index % (1 << level) or (leaves != 1 << level and end != self.count):
+            raise ValueError(f"{leaves} leaves from {index} on are no node of a tree over {self.count}")
+        self._seen.update(range(index, end))
+        index >>= level
         while level < len(self._widths) - 1:
             sibling = index ^ 1
             if sibling < self._widths[level]:

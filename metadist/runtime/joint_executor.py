@@ -32,7 +32,7 @@ class Sharing(Executor, Protocol):
 
 class JointExecutor:
     """``inside`` (Ray actors, or this process) beside ``outside``. A shard goes to whoever serves its role, has what it needs and
-    has the most room; one that failed or was lost goes to the other side if that has room.
+    has the most room per worker; one that failed or was lost goes to the other side if that has room.
 
     Kept outputs stay on the side that made them until a shard on the other side needs one; then they pass through the driver: from
     outside into Ray's object store, from Ray to an outside worker as they are sent. ``roles`` are those that ``inside`` serves.
@@ -47,6 +47,8 @@ class JointExecutor:
         #: of this meta-step: who failed last
         self._failed: dict[Shard, Sharing] = {}
         self.plan = inside.plan
+        #: not where this process computes, which hears nobody meanwhile
+        self.blocks = inside.blocks
 
     def _serving(self, role: str) -> list[Sharing]:
         return [*([self._inside] if role in self._roles else []), self._outside]
@@ -60,7 +62,7 @@ class JointExecutor:
         return sum(max(0, e.capacity(role)) for e in self._serving(role))
 
     def submit(self, shard: Shard, attempt: int) -> None:
-        room = {e: e.capacity(shard.role) for e in self._serving(shard.role)}
+        room = {e: e.capacity(shard.role) / self._count(e, shard.role) for e in self._serving(shard.role)}
         chosen = max(room, key=lambda e: (room[e] > 0, self._failed.get(shard) is not e, -len(e.lacking(shard)), room[e]))
         for key in chosen.lacking(shard):
             for other in (self._inside, self._outside):
@@ -69,6 +71,11 @@ class JointExecutor:
                     chosen.adopt(*found)
         self._asked[shard, attempt] = chosen
         chosen.submit(shard, attempt)  # who reports what is still missing
+
+    @staticmethod
+    def _count(executor: Sharing, role: str) -> int:
+        """This process serves roles that it doesn't call itself by."""
+        return max(1, sum(about["role"] == role for about in executor.workers().values()))
 
     def cancel(self, shard: Shard, attempt: int) -> None:
         executor = self._asked.pop((shard, attempt), None)
@@ -93,7 +100,7 @@ class JointExecutor:
             for each in (self._inside, self._outside):
                 each.hold(event.shard.round)
         if isinstance(event, Failed) and executor is not None and event.kind != "missing":
-            self._failed[event.shard] = executor
+            self._failed.update(dict.fromkeys(event.shard.each(), executor))
         return event
 
     def cannot_resize(self, role: str, count: int) -> str | None:

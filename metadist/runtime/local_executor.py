@@ -23,6 +23,8 @@ from metadist.runtime.worker import TaskError, Worker
 class LocalExecutor:
     """Needs neither Ray nor Arrow. Restores PyTorch's thread count on ``close``."""
 
+    blocks = False
+
     def __init__(
         self, learner: Learner | TrialLearner, *, device: str = "auto", threads: int = 1, planner: Planner = as_it_is, seed: int = 0,
         note: Callable[[str], None] = lambda message: None,

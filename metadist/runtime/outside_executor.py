@@ -59,6 +59,8 @@ class OutsideExecutor:
     ``how`` is what people are told to start. All but ``join`` and the seats belong to the driver's thread.
     """
 
+    blocks = True
+
     def __init__(
         self, learner: Learner | TrialLearner, groups: Sequence[WorkerGroup], *, run: str, config: str, versions: dict[str, str],
         numerics: Numerics, device: str = "auto", seed: int = 0, lease_seconds: float = 15.0,
@@ -223,7 +225,7 @@ class OutsideExecutor:
             tasks = tuple(t for t in failure.tasks if shard.start <= t < shard.start + shard.count)
             # The same from another worker is news: only where it happens twice on one is it the task's fault for sure.
             message = f"{failure.message} (on {seat.name})"
-            seat.failed_at.add(shard)
+            seat.failed_at.update(shard.each())
             self._events.append(Failed(shard, attempt, seat.name, failure.kind, message, tasks, detail=failure.detail))  # type: ignore[arg-type]
         else:
             self._events.append(Failed(shard, attempt, seat.name, "lost", failure.message, guilty=False))
@@ -318,7 +320,7 @@ class OutsideExecutor:
 
         def burden(seat: Seat) -> tuple[bool, bool, int, int]:
             twice = any(c.shard == shard for c in seat.leases.values())
-            return twice, shard in seat.failed_at, len(seat.leases), sum(o.token not in seat.holds for o in needs)
+            return twice, not seat.failed_at.isdisjoint(shard.each()), len(seat.leases), sum(o.token not in seat.holds for o in needs)
 
         seat = min(ready, key=burden)
         self._token += 1

@@ -39,7 +39,7 @@ class EngineSettings:
     ``bfloat16`` for autocast in the inner loop. ``deterministic: false`` lets a GPU use kernels whose bits vary, which
     ``exact`` forbids. ``wire: bfloat16`` halves what workers send, with error feedback.
 
-    ``exact`` refuses workers with another numerics fingerprint. ``shard_timeout``: seconds before a worker counts as hung;
+    ``exact`` refuses workers with another numerics fingerprint. ``shard_timeout``: seconds per shard before a worker counts as hung;
     ``worker_patience``: seconds to wait for workers. ``non_finite``: what becomes of a task that gives NaN or Inf.
     """
 

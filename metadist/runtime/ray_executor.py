@@ -102,6 +102,8 @@ class RayExecutor:
     ``note`` shows a message to the user. ``wire`` is how contributions travel; with ``bfloat16`` the result depends on who computed what, so not with ``exact``.
     """
 
+    blocks = True
+
     def __init__(
         self,
         learner: Learner | TrialLearner,
@@ -122,8 +124,7 @@ class RayExecutor:
         one_of("engine.wire", wire, WIRES)
         if exact and wire != "exact":
             raise ConfigError(f"engine.wire: {wire} rounds by worker, so results depend on who computed what; it goes with engine.exact: false")
-        self._wire = wire
-        self._planner, self._seed, self._note = planner, seed, note
+        self._wire, self._planner, self._seed, self._note = wire, planner, seed, note
         self.plan = plan
         # Shards of the published θ whose contribution was not yet counted: the first one that arrives is.
         self._open: set[Shard] = set()
@@ -140,8 +141,7 @@ class RayExecutor:
         self._version = self._token = 0
         self._members: dict[str, _Member] = {}
         self._events: list[Event] = []
-        self._serial = 0
-        self._failed_starts = 0
+        self._serial = self._failed_starts = 0
         try:
             for group in groups:
                 for _ in range(group.max):

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from metadist.core.base_learner import BaseLearner
 from metadist.core.errors import WorkerError
 from metadist.core.executor import Event, Executor, Failed, Finished, OutputKey, Result, Round, Shard
 from metadist.core.state import Contribution, Records, TreeSum, is_finite
+from metadist.runtime.blocks import in_blocks
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +43,14 @@ class Measurements:
 
 @dataclass
 class _Progress:
-    """One round under way, with the shards of earlier ones whose outputs were lost: ``open`` are all that are still to come."""
+    """One round under way, with the shards of earlier ones whose outputs were lost: ``open`` are all that are still to come, of
+    this round ``left`` shards, given out in blocks of up to ``leaves``."""
 
     round: Round
     pending: deque[Shard]
     open: set[Shard]
     left: int
+    leaves: int
     #: shards that wait for outputs to be computed anew
     waiting: dict[Shard, set[OutputKey]] = field(default_factory=dict)
     missed: Counter[Shard] = field(default_factory=Counter)
@@ -72,12 +75,18 @@ class _Progress:
                 del self.waiting[other]
                 self.pending.appendleft(other)
         mine = shard.round == self.round.index
-        self.left -= mine
+        self.left -= shard.leaves if mine else 0
         return mine
+
+    def again(self, shard: Shard) -> None:
+        """A block goes out again as single shards: they spread over the workers, and what is wrong with one is that one's."""
+        self.open.remove(shard)
+        self.open.update(shard.each())
+        self.pending.extendleft(reversed(shard.each()))
 
 
 class Scheduler:
-    """``timeout`` seconds after which an attempt counts as hung and its worker is recycled; an idle worker gets a backup
+    """``timeout`` seconds per shard after which an attempt counts as hung and its worker is recycled; an idle worker gets a backup
     attempt long before. ``patience`` seconds without any worker end the run. ``watch`` is called after every submission
     (tests break things there).
     """
@@ -94,8 +103,10 @@ class Scheduler:
     ) -> None:
         self.executor, self._learner = executor, learner
         self._timeout, self._patience, self._watch, self._on_failure = timeout, patience, watch, on_failure
-        #: by function: a rollout may take a hundred times as long as a gradient
+        #: per shard, by function: a rollout may take a hundred times as long as a gradient
         self._durations: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=64))
+        #: seconds of computing per shard, by function and worker
+        self._paces: defaultdict[tuple[str, str], deque[float]] = defaultdict(lambda: deque(maxlen=8))
         # Attempts under way, those of earlier rounds included: a worker that lost to its backup may still hang.
         self._outstanding: dict[tuple[Shard, int], float] = {}
         # Of this meta-step: whose outputs can be asked for, and how often shards were given out.
@@ -118,7 +129,8 @@ class Scheduler:
         self.measured.counts["bytes_published"] += bytes_out
         total: TreeSum[Contribution] = TreeSum(len(round.shards), Contribution.absorb)
         records: dict[int, Records] = {}
-        progress = _Progress(round, deque(round.shards), set(round.shards), len(round.shards))
+        shards = self._blocks(round)
+        progress = _Progress(round, deque(shards), set(shards), len(round.shards), max(s.leaves for s in shards))
         began = idle_since = time.monotonic()
         while progress.left:
             self._submit(progress)
@@ -129,7 +141,7 @@ class Scheduler:
                     records[event.shard.index] = result
                 elif result is not None:
                     reducing = time.perf_counter()
-                    total.add(event.shard.index, result)
+                    total.add(event.shard.index, result, event.shard.leaves)
                     self.tasks_done += 0 if event.shard.needs else result.tasks
                     self.measured.seconds["reduce"] += time.perf_counter() - reducing
             if events or self._outstanding:
@@ -150,6 +162,17 @@ class Scheduler:
             self._producers.clear()
             self._attempts.clear()
         self._producers.update((shard.key, shard) for shard in round.shards if shard.keeps)
+
+    def _blocks(self, round: Round) -> Sequence[Shard]:
+        """The round's shards as they are given out. What a shard keeps or needs is its own, so such go one by one."""
+        gradients = all(s.function in self._learner.gradients and not s.needs and not s.keeps for s in round.shards)
+        if not (round.reduce and gradients and self.executor.blocks) or len(round.shards) == 1:
+            return round.shards
+        there, first = self.executor.workers(), round.shards[0]
+        for key in [key for key in self._paces if key[1] not in there]:
+            del self._paces[key]
+        paces = [self._paces.get((first.function, name)) for name, about in there.items() if about["role"] == first.role]
+        return in_blocks(round.shards, [statistics.median(p) if p else None for p in paces])
 
     def _submit(self, progress: _Progress) -> None:
         while progress.pending and self.executor.capacity(progress.pending[0].role) > 0:
@@ -173,7 +196,7 @@ class Scheduler:
             reduce = progress.round.reduce or shard.round != progress.round.index
             fault = fault_of(event.result, shard, self._learner, reduce)
             if fault is None:
-                self._durations[shard.function].append(time.monotonic() - started)
+                self._durations[shard.function].append((time.monotonic() - started) / shard.leaves)
                 self._measure(event)
                 return event.result if progress.finish(shard) else None
             event = Failed(shard, event.attempt, event.worker, "rejected", fault)
@@ -181,7 +204,10 @@ class Scheduler:
         return None
 
     def _measure(self, event: Finished) -> None:
+        self.measured.counts["results"] += 1
         self.measured.seconds["compute"] += event.stats.get("seconds", 0.0)
+        if "seconds" in event.stats:
+            self._paces[event.shard.function, event.worker].append(event.stats["seconds"] / event.shard.leaves)
         for name, seconds in event.stats.items():
             if name.startswith("seconds"):
                 self.measured.seconds[f"compute/{event.shard.function}{name.removeprefix('seconds')}"] += seconds
@@ -191,6 +217,17 @@ class Scheduler:
     def _failed(self, progress: _Progress, event: Failed) -> None:
         shard = event.shard
         log.warning("worker %s: %s %s: %s", event.worker, shard, event.kind, event.message)
+        if not shard.leaf:  # the shards of a block are told apart when they go out again
+            self._judge(progress, event)
+        self.retried[event.kind] += shard.leaves
+        self.measured.counts["retried"] += shard.leaves
+        queued = shard in progress.waiting or shard in progress.pending
+        if not queued and not any(other == shard for other, _ in self._outstanding):
+            progress.again(shard)
+
+    def _judge(self, progress: _Progress, event: Failed) -> None:
+        """WorkerError where trying again is of no use."""
+        shard = event.shard
         if event.kind == "lost":
             if event.guilty:
                 progress.deaths[shard] += 1
@@ -211,11 +248,6 @@ class Scheduler:
                 tasks = f"task {', '.join(map(str, event.tasks))}: " if event.tasks else ""
                 times = "alike twice" if alike else f"{MAX_FAILURES} times, the last with"
                 raise WorkerError(f"{shard} failed {times}: {tasks}{event.message}{where}")
-        self.retried[event.kind] += 1
-        self.measured.counts["retried"] += 1
-        queued = shard in progress.waiting or shard in progress.pending
-        if not queued and not any(other == shard for other, _ in self._outstanding):
-            progress.pending.appendleft(shard)
 
     def _missing(self, progress: _Progress, event: Failed) -> None:
         """Outputs that the shard needs are lost: their producers compute them anew, under the θ of their own round."""
@@ -231,11 +263,12 @@ class Scheduler:
         usual = {f: statistics.median(durations) for f, durations in self._durations.items()}
         for (shard, attempt), started in list(self._outstanding.items()):
             age = now - started
-            if age > self._timeout:
+            # It may have waited behind a block.
+            if age > self._timeout * max(shard.leaves, progress.leaves):
                 log.warning("%s: no answer for %.0f s; its worker is recycled", shard, age)
                 self.executor.cancel(shard, attempt)
                 self._outstanding[shard, attempt] = now
-            elif age > max(3.0, 8 * usual.get(shard.function, self._timeout)) and self._may_back_up(progress, shard, attempt):
+            elif age > max(3.0, 8 * shard.leaves * usual.get(shard.function, self._timeout)) and self._may_back_up(progress, shard, attempt):
                 self.measured.counts["backups"] += 1
                 self._give(shard)
 

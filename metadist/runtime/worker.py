@@ -25,7 +25,7 @@ from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, WorkerError
 from metadist.core.executor import Result, Shard, WithOutput
 from metadist.core.learner import Learner
-from metadist.core.state import Records
+from metadist.core.state import Contribution, Records, TreeSum
 from metadist.core.stopwatch import timing
 from metadist.core.trial_learner import TrialLearner
 from metadist.runtime.plan import Device
@@ -141,21 +141,11 @@ class Worker:
     def compute(
         self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()
     ) -> tuple[Result, Records | None, dict[str, float]]:
-        """The shard's result, the output that it keeps (on this worker's device), and what it took: seconds, resident bytes,
-        CPU %, GPU bytes. ``inputs``: the outputs that it needs, in their order."""
+        """The shard's result (a block's: the sum over its shards), the output that it keeps (on this worker's device), and what it
+        took: seconds, resident bytes, CPU %, GPU bytes. ``inputs``: the outputs that it needs, in their order."""
         started = time.perf_counter()
-        try:
-            with timing() as split:
-                result, output = self._computed(shard, theta, inputs)
-        except (MetadistError, NonFiniteError):
-            raise
-        except Exception as error:
-            if "deterministic" in str(error) and self.device.type == "cuda":
-                raise ConfigError(
-                    f"this model has no deterministic kernel on a GPU ({str(error).partition(chr(10))[0]}); replace the operator, or give "
-                    "exactness up by engine.deterministic=false engine.exact=false"
-                ) from error
-            raise self._blame(shard, theta, inputs, error) from error
+        with timing() as split:
+            result, output = self._summed(shard, theta) if shard.leaf else self._explained(shard, theta, inputs)
         now = time.perf_counter()
         if now > self._measured_at + 1.0:  # asking the system takes as long as a small shard
             self._measured_at = now
@@ -166,6 +156,26 @@ class Worker:
             with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # needs NVIDIA's management library
                 stats["gpu_percent"] = float(torch.cuda.utilization(self.device))
         return result, output, stats
+
+    def _summed(self, block: Shard, theta: Mapping[str, Tensor]) -> tuple[Result, None]:
+        """A block's shards one after the other, each as if it were alone, added up as the driver would."""
+        total: TreeSum[Any] = TreeSum(block.leaves, Contribution.absorb)
+        for index, shard in enumerate(block.each()):
+            total.add(index, self._explained(shard, theta, ())[0])
+        return total.result(), None
+
+    def _explained(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records]) -> tuple[Result, Records | None]:
+        try:
+            return self._computed(shard, theta, inputs)
+        except (MetadistError, NonFiniteError):
+            raise
+        except Exception as error:
+            if "deterministic" in str(error) and self.device.type == "cuda":
+                raise ConfigError(
+                    f"this model has no deterministic kernel on a GPU ({str(error).partition(chr(10))[0]}); replace the operator, or give "
+                    "exactness up by engine.deterministic=false engine.exact=false"
+                ) from error
+            raise self._blame(shard, theta, inputs, error) from error
 
     def _computed(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records]) -> tuple[Result, Records | None]:
         """One call form for all learners: ``inputs`` only where the shard needs some."""

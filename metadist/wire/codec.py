@@ -26,7 +26,7 @@ __all__ = [
     "theta_parts",
 ]  # fmt: skip
 
-_IDENTITY = ("run", "meta_step", "round", "function", "split", "start", "count", "seed", "key_step")
+_IDENTITY = ("run", "meta_step", "round", "function", "split", "start", "count", "leaf", "seed", "key_step")
 
 
 def encode_theta(state_slots: Mapping[str, Tensor], slots: Mapping[str, Slot], *, run: str, meta_step: int, round: int) -> pa.Buffer:
@@ -127,9 +127,9 @@ def decode_result(
     ``rows``: how many rows records must have, if known.
     ``wire``: what gradient slots must have travelled as; they are restored to their layout's dtype.
 
-    Raises ``RejectedError`` for damage; another run, meta-step, round, shard, function or task range; slots that are
-    unknown, constant, or of another layout, dtype or length; a weight that isn't finite and positive; a wrong number
-    of tasks.
+    Raises ``RejectedError`` for damage; another run, meta-step, round, shard, function or task range, or a sum of other
+    shards; slots that are unknown, constant, or of another layout, dtype or length; a weight that isn't finite and
+    positive; a wrong number of tasks.
     """
     own = torch.device(device).type == "cpu"
     header, columns = decode(buffer, own=own)

@@ -16,6 +16,7 @@ def test_actors_and_processes_compute_and_the_rest_is_measured() -> None:
     assert list(alone["contestants"]) == ["alone", "actors"]
     assert alone["efficiency_ci95"][0] <= alone["efficiency"] <= alone["efficiency_ci95"][1]
     assert alone["shards_per_meta_step"] == 5
+    assert 2 <= alone["results_per_meta_step"] <= 5
     assert alone["ms_per_meta_step"]["compute_per_worker"] > 0
     assert empty["overhead_of_ray_ms"] > 0
     assert empty["parameters"] == tiny.learner().slots["model"].layout.numel

@@ -583,7 +583,7 @@ def test_another_address_than_loopback_needs_tls_and_a_token():
 def test_shards_are_the_same_after_the_way():
     shard = Shard(
         "run", 3, 2, 7, "gradient", 14, 2, 11, "train", 3, "environment", ((3, 0, 7), (3, 0, 8)),
-        settings=(("clip", 0.1), ("mean", -1.2345678901234567e-300), ("none", None), ("steps", (1, 2))), keeps=True,
+        settings=(("clip", 0.1), ("mean", -1.2345678901234567e-300), ("none", None), ("steps", (1, 2))), keeps=True, leaf=1,
     )  # fmt: skip
     assert shard_of(pb.Shard.FromString(shard_message(shard).SerializeToString())) == shard
 

@@ -60,6 +60,18 @@ def test_a_meta_batch_is_cut_without_gap_or_overlap():
     assert {s.key_step for s in whole.shards("run", 4, 7, function="evaluate", split="test", tasks=19)} == {0}
 
 
+@pytest.mark.parametrize("tasks", [1, 8, 9, 17, 19, 24])
+def test_a_block_knows_its_shards(tasks):
+    shards = subject(outer=OuterLoop(shard_size=8)).shards("run", 4, 7, function="gradient", split="train", tasks=tasks)
+    assert [(s.leaves, s.each()) for s in shards] == [(1, (s,)) for s in shards]
+    for first in range(len(shards)):
+        part = shards[first:]
+        block = replace(part[0], count=sum(s.count for s in part), leaf=8)
+        assert block.leaves == len(part)
+        assert block.each() == tuple(part)
+    assert str(replace(shards[0], count=tasks, leaf=8)).startswith(f"meta-step 4, round 0, shards 0…{len(shards) - 1} (train task")
+
+
 def test_a_task_is_the_same_whatever_its_shard():
     for family in (Curves(), IMAGES, Ragged()):
         whole = learner(MAML(), mlp(family), family)

@@ -71,6 +71,66 @@ def test_a_complete_subtree_may_be_summed_elsewhere(count, data):
     assert part in summed(leaves, range(count), add)
 
 
+def nodes(count, size):
+    return [range(at, min(at + size, count)) for at in range(0, count, size)]
+
+
+@pytest.mark.parametrize("count", range(1, 65))
+def test_blocks_summed_on_their_own_give_the_bits_of_the_leaves(count):
+    """Every count and every size of block: a tree over a block, then the tree over blocks, in any order."""
+    generator = torch.Generator().manual_seed(count)
+    vectors = torch.randn(count, 9, generator=generator) * 10.0 ** torch.randint(-6, 7, (count, 1), generator=generator)
+    leaves = [Contribution({"a": v}, 0.1 * float(v[0]), 1, {"loss": float(v[1]) / 3}) for v in vectors]
+    letters = [f"{i}" for i in range(count)]
+    expected, shape = summed(leaves, range(count), lambda a, b: a + b), summed(letters, range(count), lambda a, b: f"({a}+{b})")
+    for size in (1 << k for k in range(count.bit_length() + 1)):
+        tree, drawn = TreeSum(count), TreeSum(count, lambda a, b: f"({a}+{b})")
+        order = torch.randperm(len(nodes(count, size)), generator=generator).tolist()
+        for node in (nodes(count, size)[i] for i in order):
+            part, text = TreeSum(len(node)), TreeSum(len(node), lambda a, b: f"({a}+{b})")
+            for place, leaf in enumerate(node):
+                part.add(place, leaves[leaf])
+                text.add(place, letters[leaf])
+            tree.add(node.start, part.result(), len(node))
+            drawn.add(node.start, text.result(), len(node))
+        got = tree.result()
+        assert drawn.result() == shape
+        assert got.slots["a"].equal(expected.slots["a"])
+        assert (got.weight, got.tasks, got.metrics) == (expected.weight, expected.tasks, expected.metrics)
+
+
+@given(st.integers(1, 64), st.data())
+def test_blocks_of_several_sizes_and_single_leaves_go_together(count, data):
+    add, at, parts = (lambda a, b: f"({a}+{b})"), 0, []
+    while at < count:
+        sizes = [1 << k for k in range(7) if at % (1 << k) == 0]
+        part = range(at, min(count, at + data.draw(st.sampled_from(sizes))))
+        parts.append(part)
+        at = part.stop
+    tree = TreeSum(count, add)
+    for part in data.draw(st.permutations(parts)):
+        tree.add(part.start, summed([str(i) for i in part], range(len(part)), add), len(part))
+    assert tree.result() == summed([str(i) for i in range(count)], range(count), add)
+
+
+def test_what_is_no_node_or_overlaps_is_an_error():
+    for count, index, leaves in ((8, 1, 2), (8, 2, 4), (8, 0, 3), (8, 4, 3), (8, 0, 0), (8, 4, -1), (7, 4, 4)):
+        with pytest.raises(ValueError, match=r"no node of a tree over|not one of"):
+            TreeSum(count).add(index, 1.0, leaves)
+    tree = TreeSum(7)
+    tree.add(4, 1.0, 3)
+    with pytest.raises(ValueError, match="leaf 5 arrived twice"):
+        tree.add(5, 1.0)
+    tree.add(3, 1.0)
+    with pytest.raises(ValueError, match="leaf 3 arrived twice"):
+        tree.add(0, 1.0, 4)
+    with pytest.raises(ValueError, match=r"3 of 7 leaves are missing: \[0, 1, 2\]"):
+        tree.result()
+    tree.add(0, 1.0, 2)
+    tree.add(2, 1.0)
+    assert tree.result() == 4.0
+
+
 def test_misuse_is_an_error():
     tree = TreeSum(3)
     tree.add(1, 1.0)

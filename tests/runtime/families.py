@@ -16,7 +16,8 @@ from metadist.tasks.sinusoid import Sinusoid
 
 @dataclass(frozen=True, kw_only=True)
 class Mischief(Sinusoid):
-    """Sinusoids; a training shard with task ``task`` of the file ``folder``/deed ("deed task") does that deed before."""
+    """Sinusoids; a training shard with task ``task`` of the file ``folder``/deed ("deed task") does that deed before,
+    and ``lag`` is for all shards of the process of that number."""
 
     folder: str
 
@@ -26,6 +27,8 @@ class Mischief(Sinusoid):
         if split != "train" or not file.exists():
             return task
         deed, index = file.read_text().split()
+        if deed == "lag" and int(index) == os.getpid():
+            time.sleep(0.05)
         if int(index) not in keys.tasks.tolist():
             return task
         if deed == "raise":

@@ -30,6 +30,8 @@ class Toy:
     A deed is a function (shard, attempt, worker, result) → events. ``hang`` is none of them: the worker answers no more.
     """
 
+    blocks = False
+
     def __init__(self, workers=2, order=0, learner=LEARNER):
         self.learner, self.chance = learner, random.Random(order)
         self.names = (f"toy-{n}" for n in itertools.count())

@@ -239,12 +239,26 @@ def test_the_sender_refuses_what_does_not_fit(result):
 # ---- refusals behind a good hash
 
 
-@pytest.mark.parametrize("field", ["run", "meta_step", "round", "index", "function", "split", "start", "count", "seed", "key_step"])
+@pytest.mark.parametrize("field", ["run", "meta_step", "round", "index", "function", "split", "start", "count", "leaf", "seed", "key_step"])
 def test_the_result_of_another_shard_is_rejected(field):
     value = getattr(SHARD, field)
     other = replace(SHARD, **{field: value + 1 if isinstance(value, int) else value + "x"})
     with pytest.raises(RejectedError, match=r"is .*, expected"):
         decode_result(sent(shard=other), SHARD, SLOTS)
+
+
+def test_a_block_says_how_many_shards_it_is_the_sum_of():
+    block = replace(SHARD, leaf=2)
+    assert decode_result(sent(shard=block), block, SLOTS)[0].tasks == 8
+    for asked, told in ((block, SHARD), (SHARD, block), (block, replace(SHARD, leaf=4)), (replace(SHARD, count=4), block)):
+        with pytest.raises(RejectedError, match=r"(leaf|count) is \d, expected \d"):
+            decode_result(sent(shard=told), asked, SLOTS)
+    header, _ = header_and_columns()
+    for lie in ({"leaf": "0"}, {"leaf": None}, {"leaf": False}, {"leaf": 0.0}):
+        with pytest.raises(RejectedError, match="leaf is"):
+            decode_result(reframed({**header, **lie}), SHARD, SLOTS)
+    with pytest.raises(RejectedError, match="leaf is"):
+        decode_result(reframed({n: v for n, v in header.items() if n != "leaf"}), SHARD, SLOTS)
 
 
 @pytest.mark.parametrize(
