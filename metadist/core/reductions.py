@@ -2,7 +2,7 @@
 
 A compiled loop adds up to 4096 numbers one after the other, where PyTorch's own kernels add in a tree. In float32 that costs
 two digits of batch norm's statistics and of every bias's gradient, and inner steps multiply the error. Here every long sum
-is traced as a sum of short sums.
+is traced as a sum of short sums, and a matrix product that sums one term as a product.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ def _block_var_mean(x: Tensor, dims: Sequence[int] | None = None, *, correction:
     return variance, mean if keepdim else mean.reshape(variance.shape)
 
 
+def _outer(a: Tensor, b: Tensor) -> Any:
+    """[..., M, 1] · [..., 1, N]: a library is called for nothing, and what surrounds it can't fuse with it."""
+    return a * b if a.shape[-1] == 1 else NotImplemented
+
+
 #: what ``make_fx`` traces in place of ATen's reductions; NotImplemented leaves them as they are
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.sum.dim_IntList: block_sum,
@@ -75,4 +80,6 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.mean.dim: _block_mean,
     aten.mean.default: _block_mean,
     aten.var_mean.correction: _block_var_mean,
+    aten.mm.default: _outer,
+    aten.bmm.default: _outer,
 }

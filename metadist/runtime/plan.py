@@ -26,6 +26,11 @@ from metadist.runtime.groups import WorkerGroup
 
 #: under ``auto``, shorter runs than this many inner and outer passes over a task are over before a compiler is
 WORTH_COMPILING = 50_000
+#: under ``auto``, a shard that takes less than this many times a core's cache is computed whole: a second call of the graph costs more
+#: than what leaves the cache (MLP, 25 tasks in 1.2 times a cache: 1.07 ms whole, 1.66 in chunks of 16, 1.96 of 8)
+FAR_BEYOND = 4
+#: … and chunks of tasks, the last filled up to the same size, may compute this much in vain
+MAX_FILLED_UP = 0.15
 #: under ``auto``, a graph of more inner steps than this takes minutes to compile; the pieces of mixed don't grow with them
 MAX_COMPILED_STEPS = 5
 #: share of a device's memory that a plan may fill
@@ -281,19 +286,24 @@ def _chunk(settings: EngineSettings, engine: Engine, memory: _Memory, cache: int
     if isinstance(settings.chunk, int):
         reasons["chunk"] = "as asked for"
         return replace(engine, chunk=None if settings.chunk >= shard else settings.chunk)
-    if engine.compile and cache and shard > 1:
+    if engine.compile and cache and shard > 1 and memory.peak(engine.differentiation, shard) > FAR_BEYOND * cache:
         # Without a launch to save, tasks are computed together only for as long as they stay in the cache together.
         budget, place = cache, "a core's cache of "
     if memory.fits_anyhow(shard, budget) or memory.peak(engine.differentiation, shard) <= budget:
         reasons["chunk"] = f"the whole shard of {shard} tasks fits"
         return engine
     chunk = 1 << (shard - 1).bit_length() >> 1
-    while chunk > 1 and memory.peak(engine.differentiation, chunk) > budget:
+    while chunk > 1 and (memory.peak(engine.differentiation, chunk) > budget or (engine.compile and _filled_up(shard, chunk) > MAX_FILLED_UP)):
         chunk //= 2
     need = memory.peak(engine.differentiation, chunk)
     over = f"; even so {size(need)} are predicted, more than there may be" if need > memory.budget else ""
     reasons["chunk"] = f"{shard} tasks take {size(memory.peak(engine.differentiation, shard))}, {place}{size(budget)}{over}"
     return replace(engine, chunk=chunk)
+
+
+def _filled_up(shard: int, chunk: int) -> float:
+    """How much more than ``shard`` tasks a compiled graph of ``chunk`` tasks computes for them."""
+    return -(-shard // chunk) * chunk / shard - 1
 
 
 def size(count: float) -> str:
