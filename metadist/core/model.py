@@ -37,8 +37,8 @@ def use_batch_statistics(module: nn.Module) -> nn.Module:
 
 
 class _Replaced(TorchFunctionMode):
-    """Replaces the masks of ``F.dropout`` & co. by ones drawn from the task's key, and convolutions by matrix products
-    where shards are compiled; everything else passes."""
+    """Replaces the masks of ``F.dropout`` & co. by ones drawn from the task's key, and convolutions by those of
+    ``core/convolution.py`` where shards are compiled; everything else passes."""
 
     def __init__(self, key: TaskKey | None, step: Any, convolutions: bool) -> None:
         super().__init__()
