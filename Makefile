@@ -1,6 +1,6 @@
 # make            a virtual environment with metadist in it
 # make train      the main job: MAML on sinusoids through Ray; ARGS="outer.meta_steps=100" for more or less of it
-# make protos    the generated half of metadist/control/protos, anew
+# make protos    generate the Python modules of all .proto files
 # make test       every test that fits in minutes; make test-long the rest
 PYTHON ?= python3
 VENV   ?= .venv
@@ -34,7 +34,7 @@ lint: all
 protos:
 	$(PYTHON) -m venv $(VENV)/protos
 	$(VENV)/protos/bin/python -m pip install --quiet --disable-pip-version-check 'grpcio-tools==1.62.3' 'protobuf<5' 'setuptools<81'
-	$(VENV)/protos/bin/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. metadist/control/protos/*.proto
+	$(VENV)/protos/bin/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. $(shell find metadist -name '*.proto')
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

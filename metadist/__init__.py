@@ -6,6 +6,9 @@ Importing it does nothing: every public name is imported when it is first used.
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -13,24 +16,35 @@ __version__ = "0.1.0"
 _WHERE = {
     "metadist.api": ("compose", "load", "train"),
     "metadist.algorithms": ("ANIL", "CNP", "MAML", "MetaSGD", "ProtoNet", "RL2", "Reptile"),
-    "metadist.config": ("CheckpointSettings", "ControlSettings", "EngineSettings", "EvaluateSettings", "TrackingSettings"),
-    "metadist.control.adapt_client": ("Client",),
+    "metadist.config.engine": ("EngineSettings",),
+    "metadist.config.groups": ("WorkerGroup",),
+    "metadist.config.settings": ("CheckpointSettings", "ControlSettings", "EvaluateSettings", "TrackingSettings"),
+    "metadist.serving.client": ("Client",),
     "metadist.core.algorithm": ("Algorithm", "TaskContext"),
     "metadist.core.errors": ("MetadistError",),
-    "metadist.core.inner": ("InnerLoop",),
-    "metadist.core.learner": ("Learner",),
-    "metadist.core.meta_environment": ("Continuous", "Discrete", "MetaEnvironment", "Step"),
+    "metadist.core.inner_loop": ("InnerLoop",),
+    "metadist.learners.few_shot": ("Learner",),
+    "metadist.rl.algorithm": ("TrialAlgorithm",),
+    "metadist.rl.environment": ("Continuous", "Discrete", "MetaEnvironment", "Step"),
     "metadist.core.model": ("Model", "use_batch_statistics"),
     "metadist.core.outer": ("OuterLoop",),
     "metadist.core.parameters": ("Parameters",),
     "metadist.core.random": ("TaskKey",),
     "metadist.core.task": ("Classification", "Examples", "Task", "TaskFamily"),
-    "metadist.core.trial_learner": ("TrialAlgorithm", "TrialLearner"),
+    "metadist.learners.trials": ("TrialLearner",),
     "metadist.models": ("Conv4", "GRU", "LSTM", "MLP", "Reactive"),
-    "metadist.runtime.groups": ("WorkerGroup",),
     "metadist.tasks": ("ImageFolder", "Omniglot", "Sinusoid"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
+
+#: modules of version 0.1 whose names stand in configs, MLflow models and Ray Serve manifests → their place now
+_MOVED = {
+    "metadist.bench": "metadist.benchmarks",
+    "metadist.envs": "metadist.environments",
+    "metadist.mlflow_model": "metadist.serving.mlflow_model",
+    "metadist.runtime": "metadist.workers",
+    "metadist.runtime.ray_serve": "metadist.serving.ray",
+}
 
 __all__ = ["__version__", *_MODULE]
 
@@ -45,22 +59,44 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULE])
 
 
+class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Import a moved module under its old name. The module is the same object under both names."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        parent, _, last = name.rpartition(".")
+        new = _MOVED.get(name) or (f"{_MOVED[parent]}.{last}" if parent in _MOVED else None)
+        return None if new is None else importlib.machinery.ModuleSpec(name, self, loader_state=new)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
+        module = importlib.import_module(spec.loader_state)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: Any) -> None:
+        # The import system has put the old name's spec into the module.
+        module.__spec__ = module.__spec__.loader_state
+
+
+sys.meta_path.insert(0, _Moved())
+
 if TYPE_CHECKING:
     from metadist.algorithms import ANIL, CNP, MAML, RL2, MetaSGD, ProtoNet, Reptile
     from metadist.api import compose, load, train
-    from metadist.config import CheckpointSettings, ControlSettings, EngineSettings, EvaluateSettings, TrackingSettings
-    from metadist.control.adapt_client import Client
+    from metadist.config.engine import EngineSettings
+    from metadist.config.groups import WorkerGroup
+    from metadist.config.settings import CheckpointSettings, ControlSettings, EvaluateSettings, TrackingSettings
     from metadist.core.algorithm import Algorithm, TaskContext
     from metadist.core.errors import MetadistError
-    from metadist.core.inner import InnerLoop
-    from metadist.core.learner import Learner
-    from metadist.core.meta_environment import Continuous, Discrete, MetaEnvironment, Step
+    from metadist.core.inner_loop import InnerLoop
     from metadist.core.model import Model, use_batch_statistics
     from metadist.core.outer import OuterLoop
     from metadist.core.parameters import Parameters
     from metadist.core.random import TaskKey
     from metadist.core.task import Classification, Examples, Task, TaskFamily
-    from metadist.core.trial_learner import TrialAlgorithm, TrialLearner
+    from metadist.learners.few_shot import Learner
+    from metadist.learners.trials import TrialLearner
     from metadist.models import GRU, LSTM, MLP, Conv4, Reactive
-    from metadist.runtime.groups import WorkerGroup
+    from metadist.rl.algorithm import TrialAlgorithm
+    from metadist.rl.environment import Continuous, Discrete, MetaEnvironment, Step
+    from metadist.serving.client import Client
     from metadist.tasks import ImageFolder, Omniglot, Sinusoid

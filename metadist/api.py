@@ -10,26 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from metadist.config import (
-    CheckpointSettings,
-    ControlSettings,
-    EngineSettings,
-    EvaluateSettings,
-    TrackingSettings,
-    _check_name,
-    _factory,
-)
+from metadist.config.build import EngineSettings, _check_name
+from metadist.config.components import _factory
+from metadist.config.groups import WorkerGroup
+from metadist.config.schema import as_plain
+from metadist.config.settings import CheckpointSettings, ControlSettings, EvaluateSettings, TrackingSettings
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError
-from metadist.core.learner import Learner
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.task import TaskFamily
-from metadist.experiment import Experiment, Result
-from metadist.experiment import load_run as _load_run
-from metadist.experiment import train as _train
-from metadist.runtime.groups import WorkerGroup
-from metadist.schema import as_plain
+from metadist.experiment.description import Experiment
+from metadist.experiment.load import load_run as _load_run
+from metadist.experiment.result import Result
+from metadist.experiment.train import train as _train
+from metadist.learners.few_shot import Learner
 
 
 def compose(

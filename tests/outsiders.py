@@ -13,10 +13,12 @@ from typing import Any
 import tiny
 from ports import free_port
 
-from metadist import config, outside
+from metadist.config.build import build
+from metadist.config.document import override
 from metadist.core.errors import MetadistError
-from metadist.experiment import Experiment
-from metadist.fleet import fleet
+from metadist.experiment import remote as outside
+from metadist.experiment.description import Experiment
+from metadist.experiment.fleet import fleet
 
 OUTSIDE = {"min": 1, "max": 4, "outside": True}
 HERE = {"role": "learner", "min": 0, "max": 0}
@@ -39,7 +41,7 @@ def document(*groups: dict[str, Any], trials: bool = False, port: int = 0, **key
 
 
 def experiment(made: dict[str, Any], *overrides: str) -> Experiment:
-    return Experiment.of(config.build(config.override(made, overrides)))
+    return Experiment.of(build(override(made, overrides)))
 
 
 def rounds(run: Experiment, scheduler: Any, each: Callable[[int, Any], None] = lambda step, scheduler: None) -> str:

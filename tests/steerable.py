@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tiny
 
-from metadist.experiment import train
+from metadist.experiment.train import train
 
 ENDLESS = ("outer.meta_steps=1000000", "evaluate.every=1000000", "checkpoint.every=1000000", "outer.meta_batch_size=8", "tracking.log_every=1000")
 

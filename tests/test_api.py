@@ -49,11 +49,11 @@ def test_every_public_name_is_there() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> metadist.experiment.Result:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> metadist.experiment.result.Result:
     return metadist.train(run_dir=str(tmp_path_factory.mktemp("api") / "run"), **parts())
 
 
-def test_adapts_to_a_new_line(trained: metadist.experiment.Result) -> None:
+def test_adapts_to_a_new_line(trained: metadist.experiment.result.Result) -> None:
     x = torch.linspace(-1, 1, 10).unsqueeze(1)
     for slope in (-1.5, 1.0):
         predicted = trained.predict(trained.adapt(x, slope * x, inner_steps=10), torch.tensor([[0.5]]))
@@ -62,7 +62,7 @@ def test_adapts_to_a_new_line(trained: metadist.experiment.Result) -> None:
     assert after < before / 2
 
 
-def test_loads_what_was_trained(trained: metadist.experiment.Result) -> None:
+def test_loads_what_was_trained(trained: metadist.experiment.result.Result) -> None:
     loaded = metadist.load(trained.run_dir)
     assert loaded.state.sha256() == trained.state.sha256()
     again = metadist.load(trained.run_dir, metadist.api.compose(**parts()))
@@ -72,7 +72,7 @@ def test_loads_what_was_trained(trained: metadist.experiment.Result) -> None:
     assert torch.equal(predictions[0], predictions[2])
 
 
-def test_exports_under_the_models_own_names(trained: metadist.experiment.Result, tmp_path: Path) -> None:
+def test_exports_under_the_models_own_names(trained: metadist.experiment.result.Result, tmp_path: Path) -> None:
     trained.export(tmp_path / "model.safetensors")
     module = network()
     module.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
@@ -81,7 +81,7 @@ def test_exports_under_the_models_own_names(trained: metadist.experiment.Result,
     assert torch.allclose(module(x), trained.predict(unadapted, x))
 
 
-def test_starts_from_a_module_or_an_earlier_run(trained: metadist.experiment.Result, tmp_path: Path) -> None:
+def test_starts_from_a_module_or_an_earlier_run(trained: metadist.experiment.result.Result, tmp_path: Path) -> None:
     module = network()
     started = metadist.compose(**parts(model=module)).learner.initial(0)
     assert torch.equal(started.slots["model"], torch.cat([p.detach().reshape(-1) for p in module.parameters()]))

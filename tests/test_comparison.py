@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from metadist.comparison import oracles
-from metadist.config import build
+from metadist.config.build import build
 from metadist.core.errors import ConfigError
-from metadist.experiment import Experiment, evaluate_run, train
+from metadist.experiment.description import Experiment
+from metadist.experiment.evaluate import evaluate_run
+from metadist.experiment.oracle_comparison import oracles
+from metadist.experiment.train import train
 
 BANDIT = {"name": "bandit", "arms": 2, "episodes": 4}
 

@@ -12,10 +12,12 @@ import tiny
 import torch
 import yaml
 
-from metadist import schema
-from metadist.config import build, override, read_document, resolved, set_workers, shipped_configs
+from metadist.config import schema
+from metadist.config.build import build, resolved
+from metadist.config.document import override, read_document, set_workers, shipped_configs
 from metadist.core.errors import ConfigError
-from metadist.experiment import Experiment, train
+from metadist.experiment.description import Experiment
+from metadist.experiment.train import train
 
 
 def refused(*overrides: str, document=None) -> str:

@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import yaml
 
-from metadist import jobs
 from metadist.core.errors import ConfigError, MetadistError, WorkerError
-from metadist.runtime import ray_jobs
-from metadist.runtime.ray_jobs import Job, RayJobs
+from metadist.jobs import ray_jobs
+from metadist.jobs import submit as jobs
+from metadist.jobs.ray_jobs import Job, RayJobs
 
 CONFIG = {"name": "lines", "tasks": {"name": "mine.lines:Lines"}, "model": {"name": "network:build"}, "loss": "torch.nn.functional:l1_loss"}
 

@@ -138,7 +138,7 @@ def test_training_in_this_process_needs_neither_ray_nor_mlflow(tmp_path):
                     raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
         sys.meta_path.insert(0, Blocked())
-        from metadist.cli import main
+        from metadist.cli.app import main
         sys.argv = ["metadist", "train", *sys.argv[1:]]
         main()
         """,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from metadist.tracking.store import prepare_sqlite
+from metadist.tracking.mlflow_uri import prepare_sqlite
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

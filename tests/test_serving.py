@@ -15,13 +15,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import metadist
-import metadist.control.endpoint
-import metadist.serving
-from metadist.cli import app
+import metadist.rpc.endpoint
+import metadist.serving.load
+from metadist.cli.app import app
 from metadist.core.errors import CheckpointError, ConfigError
-from metadist.experiment import load_run, train
-from metadist.prediction import predict_folders
-from metadist.serving import Serving, adaptation, open_model
+from metadist.experiment.load import load_run
+from metadist.experiment.train import train
+from metadist.serving.load import Serving, adaptation, open_model
+from metadist.serving.prediction import predict_folders
 
 SHAPES = {"bar": (slice(2, 10), slice(5, 7)), "beam": (slice(5, 7), slice(2, 10)), "block": (slice(3, 9), slice(3, 9))}
 
@@ -51,10 +52,10 @@ def images(tmp_path_factory):
         "model": {"name": "mlp", "hidden": [16]}, "algorithm": {"name": "protonet"}, "tracking": {"uri": "none"},
         "outer": {"lr": 0.01, "meta_batch_size": 4, "shard_size": 2, "meta_steps": 10}, "workers": [{"min": 0, "max": 0}],
     }  # fmt: skip
-    from metadist import config
-    from metadist.experiment import Experiment
+    from metadist.config.build import build
+    from metadist.experiment.description import Experiment
 
-    train(Experiment.of(config.build(document)), run_dir=str(home / "run"), plots=False)
+    train(Experiment.of(build(document)), run_dir=str(home / "run"), plots=False)
     return home
 
 
@@ -70,7 +71,7 @@ def test_a_run_and_its_export_are_the_same_model(tmp_path, algorithm):
         model = open_model(source)
         assert (model.params_sha256, model.source) == (result.state.sha256(), result.run_id)
         service = adaptation(Serving((source,)))
-        with metadist.serving.serve(service, metadist.control.endpoint.Endpoint()) as running, metadist.Client(running.address) as client:
+        with metadist.serving.load.serve(service, metadist.rpc.endpoint.Endpoint()) as running, metadist.Client(running.address) as client:
             assert torch.equal(client.adapt_predict(x, y, x), reference)
             assert client.models()[0]["name"] == ("other" if source.startswith("other") else "tiny")
     # and it still starts other trainings
@@ -82,7 +83,7 @@ def test_what_can_not_be_served(tmp_path):
         open_model(str(tmp_path))
     with pytest.raises(CheckpointError, match="no file"):
         open_model(str(tmp_path / "x.safetensors"))
-    from metadist.runtime.checkpoint import export_parameters
+    from metadist.storage.checkpoints import export_parameters
 
     export_parameters(tmp_path / "bare.safetensors", {"a": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="export it again"):
@@ -96,16 +97,17 @@ def test_what_can_not_be_served(tmp_path):
 
 
 def test_a_trial_run_is_refused(tmp_path):
-    from metadist import config
-    from metadist.experiment import Experiment
+    from metadist.config.build import build
+    from metadist.config.document import override, read_document, set_workers
+    from metadist.experiment.description import Experiment
 
-    document = config.override(config.read_document("bandit_rl2"), [
+    document = override(read_document("bandit_rl2"), [
         "outer.meta_steps=1", "outer.meta_batch_size=4", "outer.shard_size=2", "evaluate.tasks=2", "evaluate.test_tasks=2",
         "tracking.uri=none", "environment.arms=2", "environment.episodes=2", "engine.compile=never",
         "algorithm.minibatches=1",
     ])  # fmt: skip
-    document = config.set_workers(document, "0")
-    train(Experiment.of(config.build(document)), run_dir=str(tmp_path / "run"), plots=False, test=False)
+    document = set_workers(document, "0")
+    train(Experiment.of(build(document)), run_dir=str(tmp_path / "run"), plots=False, test=False)
     with pytest.raises(ConfigError, match="trial run.*only supervised"):
         open_model(str(tmp_path / "run"))
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from metadist import config
-from metadist.core.learner import Learner
-from metadist.experiment import Experiment
+from metadist.config.build import build
+from metadist.config.document import override
+from metadist.experiment.description import Experiment
+from metadist.learners.few_shot import Learner
 
 _DOCUMENT = {
     "name": "tiny",
@@ -33,11 +34,11 @@ _DOCUMENT = {
 
 
 def document(*overrides: str) -> dict[str, Any]:
-    return config.override(copy.deepcopy(_DOCUMENT), overrides)
+    return override(copy.deepcopy(_DOCUMENT), overrides)
 
 
 def experiment(*overrides: str) -> Experiment:
-    return Experiment.of(config.build(document(*overrides)))
+    return Experiment.of(build(document(*overrides)))
 
 
 def learner(*overrides: str) -> Learner:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from metadist.core.learner import Learner
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
 from metadist.core.state import State, TreeSum
 from metadist.core.task import Classification, Examples, Task, TaskFamily
+from metadist.learners.few_shot import Learner
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from metadist.core.executor import WithOutput
-from metadist.core.meta_environment import Continuous, Discrete, MetaEnvironment, Step
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
+from metadist.core.round import WithOutput
 from metadist.core.state import Records, TreeSum
-from metadist.core.trial_algorithm import TrialContext
-from metadist.core.trial_learner import TrialLearner
+from metadist.learners.trials import TrialLearner
+from metadist.rl.algorithm import TrialContext
+from metadist.rl.environment import Continuous, Discrete, MetaEnvironment, Step
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from metadist.algorithms.protonet import ProtoNet
 from metadist.algorithms.reptile import Reptile
 from metadist.algorithms.rl2 import RL2
 from metadist.core.algorithm import Algorithm
-from metadist.core.trial_algorithm import TrialAlgorithm
+from metadist.rl.algorithm import TrialAlgorithm
 
 ALGORITHMS: dict[str, type[Algorithm] | type[TrialAlgorithm]] = {
     "anil": ANIL,

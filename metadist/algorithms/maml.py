@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from metadist.core.algorithm import TaskContext, Theta
-from metadist.core.inner import Descent, InnerLoop
+from metadist.core.inner_loop import Descent, InnerLoop
 from metadist.core.model import BoundModel
 from metadist.core.parameters import Parameters
 from metadist.core.task import Examples

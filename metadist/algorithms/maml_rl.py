@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
-from metadist.core.baseline import linear_baseline, returns_to_go
-from metadist.core.meta_environment import MetaEnvironment
-from metadist.core.metagradient import jvp, tree_sum, vjp
 from metadist.core.model import Model
 from metadist.core.parameters import Parameters
-from metadist.core.policy import Policy, PolicyPerTask
 from metadist.core.state import Records
-from metadist.core.trial import VALID, Trials, advantages, rollout
-from metadist.core.trial_algorithm import EPISODES_SHOWN, PolicySearch, Settings, Sums, Theta, TrialContext
+from metadist.engine.meta_gradient import jvp, tree_sum, vjp
+from metadist.rl.algorithm import EPISODES_SHOWN, PolicySearch, Settings, Sums, Theta, TrialContext
+from metadist.rl.baseline import linear_baseline, returns_to_go
+from metadist.rl.environment import MetaEnvironment
+from metadist.rl.policy import Policy, PolicyPerTask
+from metadist.rl.trial import VALID, Trials, advantages, rollout
 
 Data = dict[str, Tensor]
 """Trajectories as gradients need them: observation [N, T, O], action [N, T] or [N, T, A], log_probability, advantage and valid

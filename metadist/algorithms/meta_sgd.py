@@ -7,7 +7,7 @@ import torch
 from metadist.algorithms.maml import MAML
 from metadist.core.algorithm import TaskContext, Theta
 from metadist.core.errors import ConfigError
-from metadist.core.inner import Descent
+from metadist.core.inner_loop import Descent
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.state import Slot

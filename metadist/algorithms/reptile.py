@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metadist.core.algorithm import TaskContext, Theta
 from metadist.core.errors import ConfigError, one_of
-from metadist.core.inner import Descent, InnerLoop, Moments
+from metadist.core.inner_loop import Descent, InnerLoop, Moments
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.state import Slot

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from metadist.core.errors import ConfigError
 from metadist.core.parameters import Parameters
-from metadist.core.policy import Policy, Seen
 from metadist.core.state import Records
-from metadist.core.trial import VALID, Trials, advantages, rollout
-from metadist.core.trial_algorithm import EPISODES_SHOWN, PolicySearch, Settings, Sums, Theta, TrialContext
+from metadist.rl.algorithm import EPISODES_SHOWN, PolicySearch, Settings, Sums, Theta, TrialContext
+from metadist.rl.policy import Policy, Seen
+from metadist.rl.trial import VALID, Trials, advantages, rollout
 
 
 @dataclass(frozen=True)

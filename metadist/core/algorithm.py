@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Union
 
 from torch import Tensor
@@ -74,3 +74,14 @@ class Algorithm:
         """
         prediction = self.predict(model, trajectory[-1], task.query.x)
         return context.loss(prediction, task.query), prediction
+
+
+def with_inner_steps(algorithm: Algorithm, inner_steps: int | None) -> Algorithm:
+    """The same algorithm with another number of inner steps, where it has inner steps at all."""
+    if inner_steps is None or not is_dataclass(algorithm) or "inner_steps" not in {f.name for f in fields(algorithm)}:
+        return algorithm
+    return replace(algorithm, inner_steps=inner_steps)
+
+
+def at_most_one_step(algorithm: Algorithm) -> Algorithm:
+    return with_inner_steps(algorithm, min(1, getattr(algorithm, "inner_steps", 0)))

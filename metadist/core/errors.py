@@ -47,3 +47,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest spelling in ``allowed``, or an empty string."""
     match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

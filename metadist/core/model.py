@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from metadist.core.convolution import conv2d
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey, seeded
+from metadist.engine.convolution import conv2d
 
 #: the "inner step" that keys the query set's forward pass
 QUERY = (1 << 14) - 1

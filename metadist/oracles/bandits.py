@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from metadist.core.errors import ConfigError
-from metadist.core.meta_environment import Tasks
-from metadist.core.policy import standard_normal
 from metadist.core.random import TaskKey
-from metadist.envs.bandit import Bandit
+from metadist.environments.bandit import Bandit
 from metadist.oracles.bayes_optimal import Solution, solve
 from metadist.oracles.gittins import bernoulli_index, normal_index
 from metadist.oracles.play import Agent, Method, Random
 from metadist.oracles.posterior import beta
+from metadist.rl.environment import Tasks
+from metadist.rl.policy import standard_normal
 
 
 class KnownArm(Agent):

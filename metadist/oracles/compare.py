@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from metadist.core.errors import ConfigError, one_of
-from metadist.core.meta_environment import MetaEnvironment
 from metadist.core.random import SPLITS, TaskKey
-from metadist.envs import Bandit, CorrelatedBandit, Gridworld, Navigation, TabularMDP
+from metadist.environments import Bandit, CorrelatedBandit, Gridworld, Navigation, TabularMDP
 from metadist.oracles import bandits, goals, mdps
 from metadist.oracles.play import Method, play_with
+from metadist.rl.environment import MetaEnvironment
 
 ORACLES: dict[type[MetaEnvironment], Mapping[str, Method]] = {
     Bandit: bandits.METHODS,

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metadist.core.meta_environment import Tasks
-from metadist.core.policy import standard_normal
 from metadist.core.random import TaskKey
 from metadist.oracles.play import Agent, Method, Random
 from metadist.oracles.posterior import dirichlet
+from metadist.rl.environment import Tasks
+from metadist.rl.policy import standard_normal
 
 
 def action_values(reward: Tensor, transition: Tensor, horizon: int) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metadist.core.meta_environment import Discrete, MetaEnvironment, Tasks
 from metadist.core.random import TaskKey
+from metadist.rl.environment import Discrete, MetaEnvironment, Tasks
 
 
 class Agent:

@@ -3,16 +3,9 @@
 The only importer of mlflow, and that only inside the delivery thread.
 """
 
-from metadist.tracking.tracker import (
-    MLflowTracker,
-    NullTracker,
-    Tracker,
-    log_group,
-    make_tracker,
-    mean_sd,
-    replay,
-    undelivered,
-)
+from metadist.tracking.base import NullTracker, Tracker
+from metadist.tracking.mlflow import MLflowTracker
+from metadist.tracking.tracker import log_group, make_tracker, mean_sd, replay, undelivered
 
 __all__ = [
     "MLflowTracker",

@@ -15,8 +15,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from metadist.tracking.mlflow_run import RunStore
+from metadist.tracking.mlflow_uri import without_password
 from metadist.tracking.spool import Steps, parse, read_json, read_lines, write_json
-from metadist.tracking.store import RunStore, without_password
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 from metadist.core.errors import ConfigError
-from metadist.tracking.store import artifact_location, prepare_environment, prepare_sqlite, require_mlflow, resolve_uri
+from metadist.tracking.mlflow_uri import (
+    artifact_location,
+    prepare_environment,
+    prepare_sqlite,
+    require_mlflow,
+    resolve_uri,
+)
 
 
 def ui_command(tracking_uri: str | None, port: int, runs_root: str | Path) -> list[str]:

@@ -14,9 +14,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from metadist.core.executor import Result, Shard
+from metadist.core.round import Result, Shard
 from metadist.core.state import Contribution, Records, Slot, is_finite
-from metadist.wire.feedback import wire_dtype
+from metadist.wire.error_feedback import wire_dtype
 from metadist.wire.frame import join
 from metadist.wire.memory import fresh
 from metadist.wire.stream import RejectedError, decode, dtype_name, encode_parts, short

@@ -12,10 +12,10 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from toys import keys, relative_error
 
-import metadist.core.convolution as convolution
-from metadist.core.convolution import conv2d
-from metadist.core.layout import channels_last
-from metadist.core.reductions import DECOMPOSITIONS
+import metadist.engine.convolution as convolution
+from metadist.engine.block_sums import DECOMPOSITIONS
+from metadist.engine.channels_last import channels_last
+from metadist.engine.convolution import conv2d
 
 aten = torch.ops.aten
 WAYS = ["patches", "library"]

@@ -13,16 +13,16 @@ import torch
 from test_gradients import ALGORITHMS, CASES, MODELS, make, plain_cnp, plain_contribution
 from toys import Blobs, Curves, Everything, Ragged, keys, learner, relative_error, somewhere, train
 
-import metadist.core.compiled as compiled_module
+import metadist.engine.compiled as compiled_module
 from metadist.algorithms import ANIL, CNP, MAML, Reptile
-from metadist.core.check import compiled_disagrees
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError
-from metadist.core.inner import InnerLoop
+from metadist.core.inner_loop import InnerLoop
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.state import Slot
 from metadist.core.task import Examples, Task
+from metadist.engine.agreement import compiled_disagrees
 from metadist.models import MLP, Transformer
 
 HESSIANS = ("forward", "reverse")
@@ -63,12 +63,13 @@ def test_mixed(algorithm, model, hessian):
 @pytest.mark.parametrize("hessian", HESSIANS)
 def test_mixed_on_the_network_and_the_data_of_the_main_job(hessian, data):
     """θ as it begins, too: φ_0 is then the same memory for all tasks, and forward mode may not write into it."""
-    from metadist import config as configuration
+    from metadist.config.build import build as build_config
+    from metadist.config.document import override, read_document
 
-    document = configuration.override(
-        configuration.read_document("omniglot_maml_5w1s"), ["algorithm.inner_steps=3", "engine.dtype=float64", "outer.shard_size=2"]
+    document = override(
+        read_document("omniglot_maml_5w1s"), ["algorithm.inner_steps=3", "engine.dtype=float64", "outer.shard_size=2"]
     )
-    subject = configuration.build(document).learner()
+    subject = build_config(document).learner()
     subject.prepare(torch.device("cpu"))
     theta, shard = subject.initial(0).theta(subject.slots), keys(0, 1)
     expected, _ = plain_contribution(subject, theta, shard)

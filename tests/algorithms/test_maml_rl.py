@@ -11,13 +11,13 @@ import torch
 from trials import Chance, context, evaluate, learner, run, somewhere, train
 
 from metadist.algorithms.maml_rl import MAMLRL
-from metadist.core.baseline import linear_baseline, returns_to_go
 from metadist.core.errors import ConfigError
 from metadist.core.parameters import Parameters
 from metadist.core.state import Records
-from metadist.envs.navigation import Navigation
+from metadist.environments.navigation import Navigation
 from metadist.models.reactive import Reactive
 from metadist.models.recurrent import GRU
+from metadist.rl.baseline import linear_baseline, returns_to_go
 
 
 def flat(parameters):

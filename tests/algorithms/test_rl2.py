@@ -11,13 +11,13 @@ from trials import Chance, context, evaluate, learner, somewhere, train
 
 from metadist.algorithms.rl2 import RL2
 from metadist.core.errors import ConfigError
-from metadist.core.policy import Policy
 from metadist.core.random import TaskKey
-from metadist.core.trial import VALID, Trials, rollout
-from metadist.envs.bandit import Bandit
+from metadist.environments.bandit import Bandit
 from metadist.models.causal_transformer import CausalTransformer
 from metadist.models.reactive import Reactive
 from metadist.models.recurrent import GRU, LSTM
+from metadist.rl.policy import Policy
+from metadist.rl.trial import VALID, Trials, rollout
 
 POLICIES = {
     "gru": GRU(hidden=16), "lstm": LSTM(hidden=16), "reactive": Reactive(hidden=(16,)),

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("gymnasium")
 
-from metadist.bench import rl2
+from metadist.benchmarks import rl2
 
 
 def test_plain_twins_pay_the_same(monkeypatch):

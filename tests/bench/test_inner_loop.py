@@ -10,12 +10,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from metadist import cli
-from metadist.bench import contestants, inner_loop
+from metadist.benchmarks import inner_loop
+from metadist.benchmarks.contestants import peers as contestants
+from metadist.cli import app as cli
 from metadist.core.errors import ConfigError
 
 CPU = torch.device("cpu")
-IMAGES = {"name": "metadist.bench.random_images:RandomImages", "n_way": 3, "query_shots": 2, "channels": 2, "size": 12}
+IMAGES = {"name": "metadist.benchmarks.random_images:RandomImages", "n_way": 3, "query_shots": 2, "channels": 2, "size": 12}
 QUICK = ("--tasks", "2", "--inner-steps", "1", "--seconds", "0", "--eager")
 
 

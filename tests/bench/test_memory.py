@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metadist.bench import bench, memory
+from metadist.benchmarks import bench, memory
 from metadist.core.errors import ConfigError
 
 

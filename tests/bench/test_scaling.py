@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from metadist.bench import bench, scaling
+from metadist.benchmarks import bench, scaling
 from metadist.core.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def test_the_processes_compute_other_shards_each_and_all_of_them(monkeypatch) ->
 
         def send(self, _) -> None: ...
 
-    from metadist.runtime.local_executor import LocalExecutor
+    from metadist.workers.local import LocalExecutor
 
     submit = LocalExecutor.submit
     monkeypatch.setattr(

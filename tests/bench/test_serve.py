@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from metadist.bench import bench
+from metadist.benchmarks import bench
 from metadist.core.errors import ConfigError
 
 pytestmark = pytest.mark.long
@@ -22,7 +22,7 @@ def test_report():
 
 
 def test_only_supervised_tasks():
-    from metadist import config
+    from metadist.config.document import read_document
 
     with pytest.raises(ConfigError, match="supervised"):
-        bench("serve", document=config.read_document("bandit_rl2"), clients=[1], turns=1, seconds=0.1, threads=1, device="cpu", requests=0)
+        bench("serve", document=read_document("bandit_rl2"), clients=[1], turns=1, seconds=0.1, threads=1, device="cpu", requests=0)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from metadist import config as configuration
-from metadist.bench import BENCHMARKS, bench
-from metadist.bench.commands import app
+from metadist.benchmarks import BENCHMARKS, bench
+from metadist.cli.bench import app
+from metadist.cli.display import show_benchmark
+from metadist.config.document import read_document
 from metadist.core.errors import ConfigError
-from metadist.display import show_benchmark
 
 
 @pytest.mark.long
 def test_memory_of_the_driver_is_flat() -> None:
-    (case,) = bench("driver-memory", document=configuration.read_document("sinusoid_maml"), steps=2000)["cases"].values()
+    (case,) = bench("driver-memory", document=read_document("sinusoid_maml"), steps=2000)["cases"].values()
     readings = case["contestants"]["driver"]["readings"]
     assert readings[-1] - readings[1] < 16, readings
 

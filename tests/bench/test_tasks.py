@@ -8,8 +8,16 @@ import pytest
 import torch
 from toys import Curves
 
-from metadist.bench import bench
-from metadist.bench.tasks import AT_ONCE, PLAIN, TASKWISE, DifferentTasksError, contestants, image_folder, prove_same
+from metadist.benchmarks import bench
+from metadist.benchmarks.tasks import (
+    AT_ONCE,
+    PLAIN,
+    TASKWISE,
+    DifferentTasksError,
+    contestants,
+    image_folder,
+    prove_same,
+)
 from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
 from metadist.tasks import Sinusoid

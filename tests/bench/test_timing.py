@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metadist.bench import timing
+from metadist.benchmarks import timing
 
 
 def test_contestants_take_turns_in_changing_order():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metadist.bench import bench
-from metadist.bench.transport import TENSORS, Echo
+from metadist.benchmarks import bench
+from metadist.benchmarks.transport import TENSORS, Echo
 from metadist.core.errors import ConfigError
-from metadist.core.executor import Shard
+from metadist.core.round import Shard
 from metadist.core.state import Contribution
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import tiny
 
-from metadist.experiment import train
+from metadist.experiment.train import train
 from metadist.tracking.spool import read_json
 
 #: long enough to be killed in: a second or more of meta-steps, a checkpoint after each

@@ -18,7 +18,7 @@ def cli(tmp_path, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments):
-        from metadist.cli import app
+        from metadist.cli.app import app
 
         return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="metadist")
 

@@ -15,7 +15,8 @@ import pytest
 import tiny
 import yaml
 
-from metadist.config import build, resolved, shipped_configs
+from metadist.config.build import build, resolved
+from metadist.config.document import shipped_configs
 
 
 def ok(result):
@@ -45,7 +46,7 @@ def test_help_imports_nothing_heavy_and_is_quick(arguments, tmp_path):
     code = f"""
 import sys
 sys.argv = ["metadist", *{arguments!r}]
-from metadist.cli import main
+from metadist.cli.app import main
 try:
     main()
 except SystemExit as end:
@@ -230,7 +231,7 @@ def test_verify_in_this_process(cli, config):
 
 
 def test_kills_are_due_at_different_meta_steps_of_the_run():
-    from metadist.verify import Killer
+    from metadist.experiment.verify import Killer
 
     for meta_steps in range(1, 30):
         for kills in range(1, meta_steps + 1):
@@ -471,6 +472,6 @@ def test_non_finite_gradients_are_named(cli, config):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_json_of_results_never_has_nan(value):
-    from metadist.runtime.evaluation import as_json
+    from metadist.training.evaluation import as_json
 
     assert json.dumps(as_json({"a": [1, value, {"b": (value, "x")}]}), allow_nan=False) == '{"a": [1, null, {"b": [null, "x"]}]}'

@@ -14,7 +14,7 @@ import tiny
 from filelock import FileLock
 from steerable import Live
 
-from metadist.experiment import train
+from metadist.experiment.train import train
 
 
 @pytest.fixture(scope="module")

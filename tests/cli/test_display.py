@@ -13,8 +13,8 @@ import tiny
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from metadist import display
-from metadist.runtime.evaluation import Evaluation
+from metadist.cli import display
+from metadist.training.evaluation import Evaluation
 
 JUDGED = Evaluation("validation", "mse", 6, [2.0, 1.0], [0.2, 0.1], [1.5, 0.9], [2.0, 1.0], 0.0, {})
 

@@ -11,7 +11,8 @@ import pytest
 import tiny
 from moto.server import ThreadedMotoServer
 
-from metadist.experiment import load_run, train
+from metadist.experiment.load import load_run
+from metadist.experiment.train import train
 
 
 @pytest.fixture

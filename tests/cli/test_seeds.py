@@ -12,8 +12,9 @@ import pytest
 import tiny
 
 from metadist.core.errors import ConfigError
-from metadist.experiment import Quiet, train
-from metadist.seeds import train_seeds
+from metadist.experiment.description import Quiet
+from metadist.experiment.seeds import train_seeds
+from metadist.experiment.train import train
 
 
 def go(document, seeds, run_dir, resume=False, stop=lambda: False):

@@ -20,15 +20,15 @@ from toys import train
 
 from metadist.algorithms import ALGORITHMS
 from metadist.core.algorithm import Algorithm
-from metadist.core.check import check
 from metadist.core.errors import ConfigError
-from metadist.core.learner import Learner
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
 from metadist.core.state import State
+from metadist.learners.dry_run import check
+from metadist.learners.few_shot import Learner
 from metadist.models import MODELS
-from metadist.runtime.checkpoint import Checkpoints
+from metadist.storage.checkpoints import Checkpoints
 from metadist.tasks import TASKS
 from metadist.wire import decode_result, decode_theta, encode_result, encode_theta
 

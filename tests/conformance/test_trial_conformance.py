@@ -16,16 +16,16 @@ from test_conformance import covering
 from metadist.algorithms import ALGORITHMS
 from metadist.algorithms.maml_rl import MAMLRL
 from metadist.core.errors import ConfigError
-from metadist.core.executor import WithOutput
-from metadist.core.meta_environment import Continuous, MetaEnvironment
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
+from metadist.core.round import WithOutput
 from metadist.core.state import Contribution, Records, TreeSum
-from metadist.core.trial import VALID, Trials
-from metadist.core.trial_algorithm import TrialAlgorithm
-from metadist.core.trial_learner import TrialLearner
-from metadist.envs import ENVIRONMENTS
+from metadist.environments import ENVIRONMENTS
+from metadist.learners.trials import TrialLearner
 from metadist.models import MODELS
+from metadist.rl.algorithm import TrialAlgorithm
+from metadist.rl.environment import Continuous, MetaEnvironment
+from metadist.rl.trial import VALID, Trials
 
 #: given to every config that has such a field, to make it small
 SETTINGS = {"hidden": 8, "width": 8, "horizon": 4, "rollouts_per_task": 3, "minibatches": 1, "epochs": 2, "window": 4}

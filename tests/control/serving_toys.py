@@ -7,13 +7,13 @@ from torch import nn
 from toys import Blobs, Curves
 
 from metadist.algorithms import ALGORITHMS
-from metadist.control.served_model import Limits, ServedModel
 from metadist.core.algorithm import Algorithm
-from metadist.core.learner import Learner
 from metadist.core.model import Model, use_batch_statistics
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
+from metadist.learners.few_shot import Learner
 from metadist.models.cnp import ConditionalNeuralProcess
+from metadist.serving.model import Limits, ServedModel
 
 SUPERVISED = sorted(name for name, kind in ALGORITHMS.items() if issubclass(kind, Algorithm))
 OPTIONS = {

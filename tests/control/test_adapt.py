@@ -21,19 +21,20 @@ import torch
 from outsiders import wait_for
 from serving_toys import SUPERVISED, close, expected, served, tasks
 
-from metadist import Client, serving
-from metadist.control.adaptation import Adaptation
-from metadist.control.batching import Batcher
-from metadist.control.channel import connect
-from metadist.control.endpoint import Endpoint
-from metadist.control.guard import Refused
-from metadist.control.handles import Handles, Shelf
-from metadist.control.protos import adapt_pb2 as pb
-from metadist.control.protos import adapt_pb2_grpc
-from metadist.control.served_model import Adapted
-from metadist.control.tensors import from_reply, to_message
+from metadist import Client
 from metadist.core.errors import ConfigError, MetadistError
 from metadist.core.task import Examples
+from metadist.rpc.channel import connect
+from metadist.rpc.endpoint import Endpoint
+from metadist.rpc.grpc_guard import Refused
+from metadist.serving import adapt_pb2 as pb
+from metadist.serving import adapt_pb2_grpc
+from metadist.serving import load as serving
+from metadist.serving.batching import Batcher
+from metadist.serving.cache import Handles, Shelf
+from metadist.serving.model import Adapted
+from metadist.serving.service import Adaptation
+from metadist.serving.tensors import from_reply, to_message
 
 KINDS = [(name, "transductive") for name in SUPERVISED] + [("maml", "inductive"), ("reptile", "inductive")]
 

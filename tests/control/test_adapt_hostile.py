@@ -20,11 +20,11 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from metadist import Client
-from metadist.control.channel import connect
-from metadist.control.protos import adapt_pb2 as pb
-from metadist.control.protos import adapt_pb2_grpc
-from metadist.control.tensors import to_message
-from metadist.experiment import train
+from metadist.experiment.train import train
+from metadist.rpc.channel import connect
+from metadist.serving import adapt_pb2 as pb
+from metadist.serving import adapt_pb2_grpc
+from metadist.serving.tensors import to_message
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 SERVICE = "/metadist.adapt.v1.Adaptation/"

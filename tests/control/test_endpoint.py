@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import socket
 import subprocess
@@ -17,11 +18,11 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-import metadist.control
-from metadist.control.endpoint import Endpoint, Refused, ServiceError, calling, connect, explain, serve
-from metadist.control.protos import adapt_pb2 as pb
-from metadist.control.protos import adapt_pb2_grpc
+import metadist
 from metadist.core.errors import ConfigError, DataError
+from metadist.rpc.endpoint import Endpoint, Refused, ServiceError, calling, connect, explain, serve
+from metadist.serving import adapt_pb2 as pb
+from metadist.serving import adapt_pb2_grpc
 
 ADD = adapt_pb2_grpc.add_AdaptationServicer_to_server
 METHOD = "/metadist.adapt.v1.Adaptation/Adapt"
@@ -284,16 +285,17 @@ def test_reflection_and_health_name_the_service(plain):
 # The generated code ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("proto", sorted(p.name for p in (Path(metadist.control.__file__).parent / "protos").glob("*.proto")))
+PACKAGE = Path(metadist.__file__).parent
+
+
+@pytest.mark.parametrize("proto", sorted(p.relative_to(PACKAGE.parent).as_posix() for p in PACKAGE.rglob("*.proto")))
 def test_generated_code_is_of_this_proto(proto, tmp_path):
     """`make protos` was run after the last change."""
-    root = Path(metadist.control.__file__).parents[2]
-    file = f"metadist/control/protos/{proto}"
     subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", "-I", str(root), f"--descriptor_set_out={tmp_path}/set", file], cwd=root, check=True
+        [sys.executable, "-m", "grpc_tools.protoc", "-I", str(PACKAGE.parent), f"--descriptor_set_out={tmp_path}/set", proto], cwd=PACKAGE.parent, check=True
     )
     (now,) = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "set").read_bytes()).file
-    module = __import__(f"metadist.control.protos.{proto.removesuffix('.proto')}_pb2", fromlist=["DESCRIPTOR"])
+    module = importlib.import_module(f"{proto.removesuffix('.proto').replace('/', '.')}_pb2")
     then = descriptor_pb2.FileDescriptorProto.FromString(module.DESCRIPTOR.serialized_pb)
 
     def plain(messages):

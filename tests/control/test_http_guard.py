@@ -9,10 +9,10 @@ import time
 import pytest
 from serving_toys import served
 
-from metadist import serving
-from metadist.control.adaptation import Adaptation
-from metadist.control.endpoint import Endpoint
-from metadist.control.http_guard import Guarded, Impatient
+from metadist.rpc.endpoint import Endpoint
+from metadist.rpc.http_guard import Guarded, Impatient
+from metadist.serving import load as serving
+from metadist.serving.service import Adaptation
 
 
 def test_a_connection_that_never_asks_is_closed(monkeypatch):

@@ -17,20 +17,21 @@ import yaml
 from outsiders import HERE, OUTSIDE, Hand, document, experiment, hands, listening, train, wait_for
 from ports import free_port
 
-from metadist import config, outside
-from metadist.control import remote_worker
-from metadist.control.endpoint import connect
-from metadist.control.protos import work_pb2 as pb
-from metadist.control.protos import work_pb2_grpc
-from metadist.control.work_messages import Arriving, GarbledError, chunks, facts, shard_message, shard_of
+from metadist.config.document import override
 from metadist.core.errors import ConfigError, WorkerError
-from metadist.core.executor import Shard
-from metadist.core.lease import Answer, Failure
-from metadist.experiment import train as train_experiment
-from metadist.runtime.bench import ActorBench
-from metadist.runtime.joint_executor import JointExecutor
-from metadist.runtime.local_executor import LocalExecutor
-from metadist.runtime.outside_executor import OutsideExecutor
+from metadist.core.round import Shard
+from metadist.experiment import remote as outside
+from metadist.experiment.train import train as train_experiment
+from metadist.rpc.endpoint import connect
+from metadist.workers.joint import JointExecutor
+from metadist.workers.local import LocalExecutor
+from metadist.workers.remote import client as remote_worker
+from metadist.workers.remote import work_pb2 as pb
+from metadist.workers.remote import work_pb2_grpc
+from metadist.workers.remote.codec import Arriving, GarbledError, chunks, facts, shard_message, shard_of
+from metadist.workers.remote.executor import OutsideExecutor
+from metadist.workers.remote.messages import Answer, Failure
+from metadist.workers.remote.runner import ActorBench
 
 ENVIRONMENTS = {**OUTSIDE, "role": "environment"}
 
@@ -154,7 +155,7 @@ def test_what_misbehaves_changes_nothing(expected, deed, said, monkeypatch):
         pass
 
     Mine.deed, Mine.asked, Mine.over = deed, 0, threading.Event()
-    monkeypatch.setattr("metadist.runtime.bench.ActorBench", Mine)
+    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Mine)
     run = experiment(document(HERE, OUTSIDE), f"engine.shard_timeout={4.0 if deed == 'hang' else 60.0}")
     with hands(run, "learner") as [hand]:
         sha256, scheduler = train(run)
@@ -200,7 +201,7 @@ class Raw:
 
     def become_ready(self, run):
         """Until the first lease."""
-        from metadist.control.work_messages import engine_of, terms_of
+        from metadist.workers.remote.codec import engine_of, terms_of
 
         bench = ActorBench(outside.build)
         device, about = bench.start(terms_of(next(self.answers).terms))
@@ -351,7 +352,7 @@ def test_other_data_are_refused(monkeypatch, patient):
             device, about = super().start(terms)
             return device, {**about, "data_sha256": "f" * 64}
 
-    monkeypatch.setattr("metadist.runtime.bench.ActorBench", Elsewhere)
+    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Elsewhere)
     run = experiment(document(OUTSIDE), "engine.worker_patience=1")
     assert "set METADIST_DATA to the same data" in refused(run, Hand(run), "it has other data")
 
@@ -370,7 +371,7 @@ class Other(ActorBench):
     """Computes what is right, and calls itself another processor."""
 
     def configure(self, order):
-        from metadist.runtime.worker import fingerprint_id
+        from metadist.workers.worker import fingerprint_id
 
         about = super().configure(order)
         facts = {**about["fingerprint"], "device": "a processor of yore"}
@@ -378,7 +379,7 @@ class Other(ActorBench):
 
 
 def test_other_numerics_are_refused(expected, monkeypatch):
-    monkeypatch.setattr("metadist.runtime.bench.ActorBench", Other)
+    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Other)
     run = experiment(document(HERE, {**OUTSIDE, "min": 0}))
     hand = Hand(run)
     assert train(run, each=lambda step, scheduler: wait_for(lambda: hand.error, scheduler) if step == 2 else None)[0] == expected[False]
@@ -387,9 +388,9 @@ def test_other_numerics_are_refused(expected, monkeypatch):
 
 
 def test_other_numerics_mark_a_run_that_may_be_inexact(tmp_path, monkeypatch):
-    from metadist.runtime.checkpoint import Checkpoints
+    from metadist.storage.checkpoints import Checkpoints
 
-    monkeypatch.setattr("metadist.runtime.bench.ActorBench", Other)
+    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Other)
     run = experiment(document(HERE, OUTSIDE), "engine.exact=false")
     with hands(run, "learner"):
         result = train_experiment(run, run_dir=str(tmp_path / "run"), test=False, plots=False)
@@ -419,7 +420,7 @@ class Slow(Sinusoid):
 def test_an_inexact_run_is_tagged_in_mlflow(tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
-    monkeypatch.setattr("metadist.runtime.bench.ActorBench", Other)
+    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Other)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run = experiment(document(HERE, OUTSIDE), "engine.exact=false", f"tracking.uri={uri}")
     with hands(run, "learner"):
@@ -512,7 +513,7 @@ def test_a_worker_outlives_a_driver_that_was_killed(tmp_path):
     """SIGKILL: nobody says a word. The worker finds the driver that resumes the run, and the bits are those of an unbroken one."""
     steps = ("outer.meta_steps=240", "checkpoint.every=2", "engine.compile=never")  # or the first may have ended before it is killed
     plain = train_experiment(experiment(document(HERE), *steps), run_dir=str(tmp_path / "plain"), test=False, plots=False)
-    made = config.override(document(HERE, OUTSIDE), steps)
+    made = override(document(HERE, OUTSIDE), steps)
     (tmp_path / "outside.yaml").write_text(yaml.safe_dump(made))
     command = ("train", "outside.yaml", "--run-dir", "run", "--json")
     first = tiny.start(*command, folder=tmp_path, OMP_NUM_THREADS="1")

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from outsiders import HERE, OUTSIDE, document, experiment, hands, train
 
-from metadist.core.lease import Answer
-from metadist.runtime import blocks
-from metadist.runtime.bench import ActorBench
+from metadist.training import blocks
 from metadist.wire.codec import decode_result, result_parts
+from metadist.workers.remote.messages import Answer
+from metadist.workers.remote.runner import ActorBench
 
 TWO = {**OUTSIDE, "min": 2}
 
@@ -71,7 +71,7 @@ def test_who_claims_to_have_summed_other_shards_is_dismissed(expected, lie, monk
             result = replace(result, tasks=told.count, weight=float(told.count))
             return Answer(result_parts(result, told, slots, attempt=call.attempt, worker="liar"))
 
-    monkeypatch.setattr("metadist.runtime.bench.ActorBench", Liar)
+    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Liar)
     sha256, scheduler, shards, working = given(experiment(document(TWO)), "learner", "learner")
     assert sha256 == expected
     [block] = lied

@@ -17,9 +17,12 @@ import pytest
 import tiny
 import tls
 
-from metadist import config
-from metadist.display import plain
-from metadist.experiment import Experiment, Result, train
+from metadist.cli.display import plain
+from metadist.config.build import build
+from metadist.config.document import override, read_document, set_workers
+from metadist.experiment.description import Experiment
+from metadist.experiment.result import Result
+from metadist.experiment.train import train
 
 SHORT = ["evaluate.tasks=40", "evaluate.test_tasks=40", "engine.compile=never", "tracking.uri=none", "control.enabled=false"]
 SETTINGS = {
@@ -74,15 +77,15 @@ class Killer:
 
 
 def trained(made: dict, folder: Path, watch=None) -> Result:
-    return train(Experiment.of(config.build(made)), run_dir=str(folder), watch=watch, display=plain(), plots=False)
+    return train(Experiment.of(build(made)), run_dir=str(folder), watch=watch, display=plain(), plots=False)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_bits_of_one_process(tmp_path, places, name):
-    made = config.override(config.read_document(name), [*SHORT, *SETTINGS[name]])
-    alone = trained(config.set_workers(made, "0"), tmp_path / "alone")
+    made = override(read_document(name), [*SHORT, *SETTINGS[name]])
+    alone = trained(set_workers(made, "0"), tmp_path / "alone")
 
     own = tls.make(tmp_path / "secrets", *{host for _, host in places})
     port = ports.free_port()

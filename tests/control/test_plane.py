@@ -16,16 +16,16 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from outsiders import wait_for
 from steerable import Live
 
-from metadist.control.endpoint import Endpoint, ServiceError, connect, serve
-from metadist.control.plane import WATCHERS, services
-from metadist.control.protos import control_pb2 as pb
-from metadist.control.protos import control_pb2_grpc as rpc
-from metadist.control.remote_run import RemoteRun
-from metadist.core.steering import Command
-from metadist.experiment import Quiet
-from metadist.runtime.board import KEPT, Board
-from metadist.runtime.command_log import CommandLog
-from metadist.runtime.steering import Steering
+from metadist.control import control_pb2 as pb
+from metadist.control import control_pb2_grpc as rpc
+from metadist.control.client import RemoteRun
+from metadist.control.command_log import CommandLog
+from metadist.control.commands import Command
+from metadist.control.feed import KEPT, Board
+from metadist.control.service import WATCHERS, services
+from metadist.control.steering import Steering
+from metadist.experiment.description import Quiet
+from metadist.rpc.endpoint import Endpoint, ServiceError, connect, serve
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import pytest
 import torch
 from toys import relative_error
 
-import metadist.core.compiled as compiled
-from metadist.core.compiled import Compiled, trace
+import metadist.engine.compiled as compiled
 from metadist.core.errors import ConfigError
 from metadist.core.parameters import Parameters
+from metadist.engine.compiled import Compiled, trace
 
 HERE = Path(__file__).parent
 

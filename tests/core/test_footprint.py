@@ -7,9 +7,9 @@ import torch
 from toys import Blobs, Curves, learner
 
 from metadist.algorithms import ANIL, MAML, MetaSGD, ProtoNet
-from metadist.core.compiled import trace
 from metadist.core.engine import Engine
-from metadist.core.footprint import allocated_bytes, footprint, peak_bytes
+from metadist.engine.compiled import trace
+from metadist.engine.memory import allocated_bytes, footprint, peak_bytes
 from metadist.models import MLP, Conv4
 
 UNROLLED, MIXED = Engine(), Engine(differentiation="mixed")
@@ -79,6 +79,6 @@ def test_the_bytes_of_a_graph_by_hand():
 @pytest.mark.parametrize("engine", [UNROLLED, MIXED], ids=["unrolled", "mixed"])
 def test_nothing_stays_behind(engine):
     """What is counted as alive goes when the result goes: the count follows storages and not names."""
-    from metadist.core.footprint import _measured
+    from metadist.engine.memory import _measured
 
     assert _measured(subject(MAML(inner_steps=3)), engine, 3).alive == 0

@@ -8,11 +8,11 @@ from torch import nn
 from toys import Blobs, Curves, Everything, keys, learner
 
 from metadist.algorithms import ANIL, CNP, MAML, MetaSGD, ProtoNet, Reptile
-from metadist.core.check import check
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model, use_batch_statistics
 from metadist.core.outer import OuterLoop
 from metadist.core.task import Examples, Task, TaskFamily
+from metadist.learners.dry_run import check
 from metadist.models import MLP, Conv4
 
 OWN = Blobs(input_shape=(1, 6, 6))

@@ -8,11 +8,11 @@ import torch
 from toys import Blobs, Curves, Ragged, WithoutDropout, keys, learner, relative_error, somewhere
 
 from metadist.algorithms import ANIL, CNP, MAML, MetaSGD, ProtoNet, Reptile
-from metadist.core.check import check
 from metadist.core.errors import ConfigError, NonFiniteError
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.task import Examples, Task, stack
+from metadist.learners.dry_run import check
 from metadist.models import MLP, ConditionalNeuralProcess, Conv4
 
 IMAGES = Blobs(input_shape=(1, 8, 8))

@@ -11,10 +11,10 @@ from trials import Chance, context, learner, somewhere
 
 from metadist.algorithms.rl2 import RL2
 from metadist.core.errors import NonFiniteError
-from metadist.core.meta_environment import Step
 from metadist.core.random import TaskKey
-from metadist.core.trial import EPISODE_END, TERMINATED, TRIAL_END, VALID, advantages, rollout
 from metadist.models.recurrent import GRU
+from metadist.rl.environment import Step
+from metadist.rl.trial import EPISODE_END, TERMINATED, TRIAL_END, VALID, advantages, rollout
 
 SUBJECT = learner(RL2(), GRU(hidden=5), Chance())
 POLICY = context(SUBJECT).policy(somewhere(SUBJECT))

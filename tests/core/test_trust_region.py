@@ -12,11 +12,11 @@ from trials import Chance, context, learner, run, somewhere, train
 from metadist.algorithms.rl2 import RL2
 from metadist.core.errors import ConfigError
 from metadist.core.state import State
-from metadist.core.trial import VALID, Trials
-from metadist.core.trust_region import DIRECTION, TrustRegion, conjugate_gradient, dot
 from metadist.models.causal_transformer import CausalTransformer
 from metadist.models.reactive import Reactive
 from metadist.models.recurrent import GRU, LSTM
+from metadist.rl.trial import VALID, Trials
+from metadist.rl.trust_region import DIRECTION, TrustRegion, conjugate_gradient, dot
 
 
 def solve(matrix, b, region):

@@ -11,10 +11,11 @@ import jsonschema
 import pytest
 import yaml
 
-from metadist import config as configuration
+from metadist.config.build import build
+from metadist.config.document import read_document, set_workers
+from metadist.config.groups import ROLES, WorkerGroup
 from metadist.core.errors import ConfigError
-from metadist.render import Node, Rendering, node_groups, render
-from metadist.runtime.groups import ROLES, WorkerGroup
+from metadist.jobs.render import Node, Rendering, node_groups, render
 
 CLOUDS = ("aws", "gcp")
 
@@ -28,7 +29,7 @@ def schema():
 
 
 def rendered(target, config, folder, **wanted):
-    document = configuration.read_document(config) if isinstance(config, str) else config
+    document = read_document(config) if isinstance(config, str) else config
     return render(target, document, Rendering(**{"run_dir": "s3://b/a", "run_id": "a", **wanted}), folder)
 
 
@@ -75,9 +76,9 @@ def test_what_is_promised(root, target):
 
 @pytest.mark.parametrize("target", CLOUDS)
 def test_groups_become_nodes(tmp_path, target):
-    document = configuration.set_workers(configuration.read_document("bandit_rl2"), "learners=3,environments=20")
+    document = set_workers(read_document("bandit_rl2"), "learners=3,environments=20")
     files, commands = rendered(target, document, tmp_path, image="r/metadist:3", data="s3://b/d", mlflow="http://m:5000")
-    cluster, config = yaml.safe_load(files["cluster.yaml"]), configuration.build(yaml.safe_load(files["config.yaml"]))
+    cluster, config = yaml.safe_load(files["cluster.yaml"]), build(yaml.safe_load(files["config.yaml"]))
     kinds = cluster["available_node_types"]
     assert [(kinds[r]["min_workers"], kinds[r]["max_workers"]) for r in ROLES] == [(0, 3), (0, 3)]  # a GPU each; 8 to a node
     assert cluster["max_workers"] == 6 and cluster["docker"]["image"] == "r/metadist:3"
@@ -94,7 +95,7 @@ def test_learners_without_gpus_take_cheap_nodes(tmp_path):
 
 
 def test_named_nodes(tmp_path):
-    files, _ = rendered("aws", configuration.set_workers(configuration.read_document("sinusoid_maml"), "9"), tmp_path, nodes={"learner": Node("g5.12xlarge", 48, 4)})
+    files, _ = rendered("aws", set_workers(read_document("sinusoid_maml"), "9"), tmp_path, nodes={"learner": Node("g5.12xlarge", 48, 4)})
     learner = yaml.safe_load(files["cluster.yaml"])["available_node_types"]["learner"]
     assert (learner["resources"], learner["node_config"]["InstanceType"], learner["max_workers"]) == ({"CPU": 48, "GPU": 4}, "g5.12xlarge", 3)
 
@@ -122,4 +123,4 @@ def test_what_cannot_be_is_one_line(tmp_path, wanted, says):
 
 def test_a_run_without_workers_needs_no_cluster(tmp_path):
     with pytest.raises(ConfigError, match="a cluster needs workers"):
-        rendered("aws", configuration.set_workers(configuration.read_document("sinusoid_maml"), "0"), tmp_path)
+        rendered("aws", set_workers(read_document("sinusoid_maml"), "0"), tmp_path)

@@ -50,7 +50,7 @@ def test_what_services_name_exists(compose):
 
 
 def test_the_job_is_a_command_of_ours(compose):
-    from metadist.cli import app
+    from metadist.cli.app import app
 
     words = compose["services"]["job"]["command"]
     assert words[:2] == ["metadist", "submit"]

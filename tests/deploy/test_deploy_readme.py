@@ -9,7 +9,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from metadist.cli import app
+from metadist.cli.app import app
 
 
 def commands(root):

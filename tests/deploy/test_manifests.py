@@ -14,11 +14,12 @@ import kuberay
 import pytest
 import yaml
 
-from metadist import config as configuration
-from metadist.charts import Chart, TemplateError
+from metadist.config.build import build
+from metadist.config.document import read_document, set_workers
 from metadist.core.errors import ConfigError
-from metadist.jobs import entrypoint
-from metadist.render import Node, Rendering, render
+from metadist.jobs.charts import Chart, TemplateError
+from metadist.jobs.render import Node, Rendering, render
+from metadist.jobs.submit import entrypoint
 
 #: every value that the templates look at, set
 EVERYTHING = {
@@ -92,8 +93,8 @@ def test_what_is_promised_of_a_job(chart):
 @pytest.mark.long
 def test_the_service_is_what_ray_serve_and_our_application_take(chart):
     serve = pytest.importorskip("ray.serve.schema")
-    from metadist.runtime.ray_serve import _OWN, application, bounds
-    from metadist.serving import Serving
+    from metadist.serving.load import Serving
+    from metadist.serving.ray import _OWN, application, bounds
 
     found = documents(chart.render(EVERYTHING, release="run", namespace="ns"))
     config = serve.ServeDeploySchema.parse_obj(yaml.safe_load(found["RayService"]["spec"]["serveConfigV2"]))
@@ -177,9 +178,9 @@ def test_every_value_is_explained_and_used(root):
 
 @pytest.mark.parametrize("config", ["omniglot_maml_5w1s", "bandit_rl2"])
 def test_a_rendered_run(data, config, tmp_path):
-    document = configuration.read_document(config)
+    document = read_document(config)
     wanted = Rendering("s3://b/a", "Run.1", "s3://b/d", "registry:5000/metadist:2", nodes={"learner": Node("g5.xlarge", 4, 1)})
-    files, commands = render("kubernetes", configuration.set_workers(document, "5"), wanted, tmp_path)
+    files, commands = render("kubernetes", set_workers(document, "5"), wanted, tmp_path)
     found = {d["kind"]: d for d in yaml.safe_load_all(files["manifests.yaml"]) if d}
     assert kuberay.errors(data, found["RayJob"]) == []
     job = found["RayJob"]
@@ -188,14 +189,14 @@ def test_a_rendered_run(data, config, tmp_path):
     assert (learner["minReplicas"], learner["maxReplicas"]) == (0, 5)  # a GPU each, where the config says auto
     assert learner["template"]["spec"]["nodeSelector"] == {"node.kubernetes.io/instance-type": "g5.xlarge"}
     # The config in the manifest is one that trains: every key is known, and what auto would come to late is decided.
-    shipped = configuration.build(yaml.safe_load(found["ConfigMap"]["data"]["config.yaml"]))
+    shipped = build(yaml.safe_load(found["ConfigMap"]["data"]["config.yaml"]))
     assert shipped.workers[0].gpus == 1.0 and shipped.engine.worker_patience >= 1800
     assert f"kubectl apply -f {tmp_path}/manifests.yaml" in commands
 
 
 def test_helms_values_make_the_same_manifests(chart, tmp_path):
     wanted = Rendering("s3://b/a", "a", "", "metadist:1", auth_secret="t", credentials_secret="c")
-    files, _ = render("kubernetes", configuration.read_document("sinusoid_maml"), wanted, tmp_path)
+    files, _ = render("kubernetes", read_document("sinusoid_maml"), wanted, tmp_path)
     again = chart.render(yaml.safe_load(files["values.yaml"]), release="a", namespace="default")
     assert documents(again) == {d["kind"]: d for d in yaml.safe_load_all(files["manifests.yaml"]) if d}
 

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from metadist import config as configuration
+from metadist.config.build import build as build_config
+from metadist.config.document import read_document, set_workers
 from metadist.core.errors import ConfigError
-from metadist.render import Node, Rendering, render
+from metadist.jobs.render import Node, Rendering, render
 
 BIN = Path(sys.executable).parent
 
 
 def slurm(folder, config="bandit_rl2", workers="learners=3,environments=6", **wanted):
-    document = configuration.set_workers(configuration.read_document(config), workers)
+    document = set_workers(read_document(config), workers)
     return render("slurm", document, Rendering(**{"run_dir": "/shared/a", "run_id": "a", **wanted}), folder)
 
 
@@ -56,7 +57,7 @@ def test_a_slurm_job_holds_all_workers(tmp_path):
     assert (given["nodes"], given["cpus-per-task"], given["gpus-per-node"]) == ("3", "4", "1")
     assert f'CONFIG="${{CONFIG:-{tmp_path}/config.yaml}}"' in files["job.sh"]
     assert 'METADIST_DATA="${METADIST_DATA:-/shared/data}"' in files["job.sh"]
-    assert configuration.build(yaml.safe_load(files["config.yaml"])).workers[0].gpus == 1.0
+    assert build_config(yaml.safe_load(files["config.yaml"])).workers[0].gpus == 1.0
     assert commands == [f"sbatch {tmp_path}/job.sh"]
     large = directives(slurm(tmp_path, nodes={"learner": Node("a100", 16, 4)})[0]["job.sh"])
     assert (large["nodes"], large["cpus-per-task"], large["gpus-per-node"], large["constraint"]) == ("1", "10", "3", "a100")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from metadist.core.random import TaskKey
-from metadist.envs import Bandit, CorrelatedBandit
+from metadist.environments import Bandit, CorrelatedBandit
 
 MANY = 20_000
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from metadist.core.errors import ConfigError
-from metadist.core.meta_environment import Discrete
 from metadist.core.model import Model
-from metadist.core.policy import Policy
 from metadist.core.random import TaskKey
-from metadist.core.trial import EPISODE_END, VALID, rollout
-from metadist.envs import ENVIRONMENTS, Bandit, CorrelatedBandit, Gridworld, Navigation, TabularMDP
-from metadist.envs.simulated import SimulatedEnvironment
+from metadist.environments import ENVIRONMENTS, Bandit, CorrelatedBandit, Gridworld, Navigation, TabularMDP
+from metadist.environments.simulated import SimulatedEnvironment
 from metadist.models.recurrent import GRU
+from metadist.rl.environment import Discrete
+from metadist.rl.policy import Policy
+from metadist.rl.trial import EPISODE_END, VALID, rollout
 
 ALL = [
     *(cls() for cls in ENVIRONMENTS.values() if not issubclass(cls, SimulatedEnvironment)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metadist.core.random import SPLITS, TaskKey
-from metadist.envs import Gridworld, Navigation
+from metadist.environments import Gridworld, Navigation
 
 
 def test_a_walk_by_the_rules():

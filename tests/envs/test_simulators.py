@@ -16,17 +16,18 @@ import own_environments as own
 from trials import context, learner, somewhere
 
 from metadist.algorithms.rl2 import RL2
-from metadist.config import build
+from metadist.config.build import build
 from metadist.core.errors import ConfigError, NonFiniteError, WorkerError
-from metadist.core.executor import Shard
-from metadist.core.meta_environment import Continuous, Discrete
 from metadist.core.random import TaskKey
-from metadist.core.trial import EPISODE_END, TERMINATED, VALID, Trials, rollout
-from metadist.envs import Gymnasium
-from metadist.envs.simulated import EnvironmentFault
-from metadist.experiment import Experiment, train
+from metadist.core.round import Shard
+from metadist.environments import Gymnasium
+from metadist.environments.simulated import EnvironmentFault
+from metadist.experiment.description import Experiment
+from metadist.experiment.train import train
 from metadist.models.recurrent import GRU
-from metadist.runtime.worker import TaskError, Worker
+from metadist.rl.environment import Continuous, Discrete
+from metadist.rl.trial import EPISODE_END, TERMINATED, VALID, Trials, rollout
+from metadist.workers.worker import TaskError, Worker
 
 
 def environment(name, *, episodes=2, horizon=8, **options):

@@ -9,12 +9,12 @@ from trials import context, learner, somewhere
 
 from metadist.algorithms.rl2 import RL2
 from metadist.core.errors import ConfigError
-from metadist.core.meta_environment import Continuous
 from metadist.core.random import SPLITS, TaskKey
-from metadist.core.trial import EPISODE_END, Trials, rollout
-from metadist.envs import MetaWorld
-from metadist.envs.meta_world import families, listed
+from metadist.environments import MetaWorld
+from metadist.environments.meta_world import families, listed
 from metadist.models.recurrent import GRU
+from metadist.rl.environment import Continuous
+from metadist.rl.trial import EPISODE_END, Trials, rollout
 
 metaworld = pytest.importorskip("metaworld", reason="needs Meta-World: pip install 'metadist[metaworld]'")
 

@@ -9,11 +9,11 @@ from trials import context, learner, somewhere
 
 from metadist.algorithms.rl2 import RL2
 from metadist.core.errors import ConfigError
-from metadist.core.meta_environment import Continuous
 from metadist.core.random import SPLITS, TaskKey
-from metadist.core.trial import EPISODE_END, TERMINATED, VALID, Trials, rollout
-from metadist.envs import AntDir, HalfCheetahDir, HalfCheetahVel
+from metadist.environments import AntDir, HalfCheetahDir, HalfCheetahVel
 from metadist.models.recurrent import GRU
+from metadist.rl.environment import Continuous
+from metadist.rl.trial import EPISODE_END, TERMINATED, VALID, Trials, rollout
 
 pytest.importorskip("mujoco", reason="needs MuJoCo: pip install 'metadist[rl]'")
 gymnasium = pytest.importorskip("gymnasium", reason="needs gymnasium: pip install 'metadist[rl]'")

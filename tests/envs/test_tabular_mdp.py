@@ -3,7 +3,7 @@ import math
 import torch
 
 from metadist.core.random import TaskKey
-from metadist.envs import TabularMDP
+from metadist.environments import TabularMDP
 
 
 def test_rows_are_dirichlet_and_means_normal():

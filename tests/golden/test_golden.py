@@ -21,8 +21,8 @@ from metadist.algorithms import ANIL, CNP, MAML, MetaSGD, ProtoNet, Reptile
 from metadist.core.engine import Engine
 from metadist.core.outer import OuterLoop
 from metadist.models import MLP, ConditionalNeuralProcess, Conv4
-from metadist.runtime.worker import numerics_fingerprint
 from metadist.tasks import Sinusoid
+from metadist.workers.worker import numerics_fingerprint
 
 GOLDEN = Path(__file__).with_name("golden.json")
 META_STEPS = 4

@@ -8,7 +8,7 @@ import torch
 
 from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
-from metadist.envs import Bandit, CorrelatedBandit
+from metadist.environments import Bandit, CorrelatedBandit
 from metadist.oracles import compare, play
 from metadist.oracles.bayes_optimal import LIMIT, count_states, solve
 from metadist.oracles.gittins import bernoulli_index, normal_index

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metadist.core.random import TaskKey
-from metadist.envs import TabularMDP
+from metadist.environments import TabularMDP
 from metadist.oracles import compare, play
 from metadist.oracles.mdps import action_values, optimistic_action_values
 

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from metadist.core.errors import ConfigError
-from metadist.core.meta_environment import Discrete, MetaEnvironment
 from metadist.core.model import Model
-from metadist.core.policy import Policy
 from metadist.core.random import TaskKey
-from metadist.core.trial import rollout
-from metadist.envs import ENVIRONMENTS, Bandit, CorrelatedBandit, Gridworld, Navigation, TabularMDP
-from metadist.envs.simulated import SimulatedEnvironment
+from metadist.environments import ENVIRONMENTS, Bandit, CorrelatedBandit, Gridworld, Navigation, TabularMDP
+from metadist.environments.simulated import SimulatedEnvironment
 from metadist.models.recurrent import GRU
 from metadist.oracles import ORACLES, compare, methods, play, possible, row, score
 from metadist.oracles.play import Agent, play_with
 from metadist.oracles.posterior import beta, dirichlet, standard_gamma
+from metadist.rl.environment import Discrete, MetaEnvironment
+from metadist.rl.policy import Policy
+from metadist.rl.trial import rollout
 
 SMALL = {
     "bandit": Bandit(arms=3, episodes=6),

@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture(scope="session")
 def cluster():
     """Ray in this process, once for all tests."""
-    from metadist.runtime import ray_cluster  # sets Ray's environment, so before ray
+    from metadist.workers.ray import cluster as ray_cluster  # sets Ray's environment, so before ray
 
     ray = ray_cluster.ray
     # Where workers find the tests' families; a user's are in the working directory or beside the script.

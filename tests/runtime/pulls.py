@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from metadist.algorithms.rl2 import RL2
-from metadist.core.executor import Round, WithOutput
-from metadist.core.meta_environment import Discrete, MetaEnvironment, Step
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
+from metadist.core.round import Round, WithOutput
 from metadist.core.state import Contribution, Records
-from metadist.core.trial_learner import TrialLearner
+from metadist.learners.trials import TrialLearner
 from metadist.models.recurrent import GRU
+from metadist.rl.environment import Discrete, MetaEnvironment, Step
 
 SEED = 11
 

@@ -12,15 +12,15 @@ import torch
 from test_scheduler import STATE, Toy, bits, error, evaluation_round, gradient_round, hang
 
 from metadist.core.errors import WorkerError
-from metadist.core.executor import Failed, Finished
-from metadist.core.lease import Call
+from metadist.core.round import Failed, Finished
 from metadist.core.state import Contribution
-from metadist.runtime.actor import Actor
-from metadist.runtime.blocks import BLOCK_SECONDS, UNEVEN_BLOCKS, cuts, in_blocks, largest
-from metadist.runtime.scheduler import Scheduler
-from metadist.runtime.worker import TaskError, Worker
+from metadist.training.blocks import BLOCK_SECONDS, UNEVEN_BLOCKS, cuts, in_blocks, largest
+from metadist.training.scheduler import Scheduler
 from metadist.wire import decode_result
 from metadist.wire.codec import theta_parts
+from metadist.workers.actor import Actor
+from metadist.workers.remote.messages import Call
+from metadist.workers.worker import TaskError, Worker
 
 LEARNER = tiny.learner("outer.meta_batch_size=31", "outer.shard_size=2")  # 16 shards, the last of one task
 ROUND = gradient_round(learner=LEARNER)

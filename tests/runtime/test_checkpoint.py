@@ -21,9 +21,9 @@ import torch
 from metadist.core.errors import CheckpointError
 from metadist.core.parameters import Layout
 from metadist.core.state import Slot, State
-from metadist.runtime import checkpoint
-from metadist.runtime.checkpoint import Checkpoints, export_parameters, load_parameters
-from metadist.runtime.store import Store
+from metadist.storage import checkpoints as checkpoint
+from metadist.storage.checkpoints import Checkpoints, export_parameters, load_parameters
+from metadist.storage.store import Store
 
 SLOTS = {
     "theta": Slot(Layout(("w", "b"), ((40, 5), (5,)))),
@@ -410,7 +410,7 @@ KILLED = textwrap.dedent("""
     from metadist.core.parameters import Layout
     from metadist.core.state import Slot, State
     from metadist.runtime import checkpoint, store
-    from metadist.runtime.checkpoint import Checkpoints
+    from metadist.storage.checkpoints import Checkpoints
 
     TOUCHING = "save _prune _remove write remove remove_tree sync_directory".split()
     size = 50_000

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from metadist.core.errors import WorkerError
-from metadist.core.executor import Failed, Finished, Shard
+from metadist.core.round import Failed, Finished, Shard
 from metadist.core.state import Contribution, Records
-from metadist.runtime.local_executor import LocalExecutor
-from metadist.runtime.scheduler import MAX_FAILURES, Scheduler, fault_of
-from metadist.runtime.worker import TaskError, Worker, aligned
+from metadist.training.scheduler import MAX_FAILURES, Scheduler, fault_of
+from metadist.workers.local import LocalExecutor
+from metadist.workers.worker import TaskError, Worker, aligned
 
 SEED, STEPS = pulls.SEED, 4
 

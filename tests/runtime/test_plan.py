@@ -10,16 +10,17 @@ import torch
 from toys import Blobs, Curves, Ragged, learner
 
 from metadist.algorithms import MAML, MetaSGD, ProtoNet, Reptile
-from metadist.core.check import mixed_disagrees
+from metadist.config.engine import EngineSettings
+from metadist.config.groups import WorkerGroup
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.outer import OuterLoop
-from metadist.experiment import train
+from metadist.engine.agreement import mixed_disagrees
+from metadist.experiment.train import train
 from metadist.models import MLP, Conv4
-from metadist.runtime import plan as plans
-from metadist.runtime.groups import WorkerGroup
-from metadist.runtime.plan import Device, EngineSettings, make_plan, obey, sharing
-from metadist.runtime.worker import Worker, numerics_fingerprint
+from metadist.workers import plan as plans
+from metadist.workers.plan import Device, make_plan, obey, sharing
+from metadist.workers.worker import Worker, numerics_fingerprint
 
 GIB = 2**30
 LONG, SHORT = (OuterLoop(meta_batch_size=8, shard_size=8, meta_steps=n) for n in (10**6, 10))
@@ -235,7 +236,7 @@ def test_a_resumed_run_keeps_its_engine(tmp_path, monkeypatch):
     asked = iter([False] * 3)
     half = train(tiny.experiment(*settings), run_dir=str(tmp_path / "run"), plots=False, stop=lambda: next(asked, True))
     assert half.params_sha256 != whole.params_sha256
-    monkeypatch.setattr("metadist.fleet.make_plan", lambda *_: pytest.fail("planned anew"))
+    monkeypatch.setattr("metadist.experiment.fleet.make_plan", lambda *_: pytest.fail("planned anew"))
     resumed = train(tiny.experiment(*settings), run_dir=str(tmp_path / "run"), plots=False, resume=True)
     assert resumed.params_sha256 == whole.params_sha256
 

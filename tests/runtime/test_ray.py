@@ -15,12 +15,12 @@ import psutil
 import pytest
 import tiny
 
+from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
-from metadist.core.learner import Learner
-from metadist.runtime.evaluation import evaluate
-from metadist.runtime.groups import WorkerGroup
-from metadist.runtime.local_executor import LocalExecutor
-from metadist.runtime.scheduler import Scheduler
+from metadist.learners.few_shot import Learner
+from metadist.training.evaluation import evaluate
+from metadist.training.scheduler import Scheduler
+from metadist.workers.local import LocalExecutor
 
 SEED = 11
 
@@ -39,7 +39,7 @@ def mischief(tmp_path_factory):
 
 
 def executor(learner, *groups, **options):
-    from metadist.runtime.ray_executor import RayExecutor
+    from metadist.workers.ray.executor import RayExecutor
 
     return RayExecutor(learner, groups, run="run", **{"patience": 300.0, **options})
 
@@ -222,7 +222,7 @@ def test_theta_is_decoded_once_per_actor_and_version(actors, mischief, cluster):
     settle(actors, 2)
 
     def count_decodings(self):
-        import metadist.runtime.actor as module
+        import metadist.workers.actor as module
 
         original = module.decode_theta
         module.decodings = 0
@@ -234,7 +234,7 @@ def test_theta_is_decoded_once_per_actor_and_version(actors, mischief, cluster):
         module.decode_theta = counting
 
     def decodings(self):
-        import metadist.runtime.actor as module
+        import metadist.workers.actor as module
 
         return module.decodings
 
@@ -343,7 +343,7 @@ class Unprepared(families.Sinusoid):
 
 
 def test_gpus_are_shared_per_group(monkeypatch):
-    from metadist.runtime import ray_cluster
+    from metadist.workers.ray import cluster as ray_cluster
 
     monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"GPU": 4.0})
     share = ray_cluster.shared_gpus
@@ -359,8 +359,8 @@ def test_gpus_are_shared_per_group(monkeypatch):
 @pytest.mark.long
 def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
     """Validations, the choice of the best θ (not the last one here) and its test."""
-    from metadist.experiment import evaluate_run
-    from metadist.experiment import train as run_training
+    from metadist.experiment.evaluate import evaluate_run
+    from metadist.experiment.train import train as run_training
 
     overrides = ["outer.lr=0.3", "evaluate.every=1", "outer.meta_steps=7"]
     alone, fleet = (

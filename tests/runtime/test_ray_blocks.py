@@ -10,12 +10,12 @@ import pytest
 import tiny
 from test_ray import SEED, executor, settle
 
+from metadist.config.groups import WorkerGroup
 from metadist.core.errors import WorkerError
-from metadist.core.learner import Learner
-from metadist.runtime import blocks
-from metadist.runtime.groups import WorkerGroup
-from metadist.runtime.local_executor import LocalExecutor
-from metadist.runtime.scheduler import Scheduler
+from metadist.learners.few_shot import Learner
+from metadist.training import blocks
+from metadist.training.scheduler import Scheduler
+from metadist.workers.local import LocalExecutor
 
 SHARDS, TASKS = 16, 32
 

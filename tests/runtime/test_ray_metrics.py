@@ -13,9 +13,11 @@ import pytest
 
 pytest.importorskip("ray")
 
-from metadist.config import build, override, read_document
-from metadist.experiment import Experiment, train
-from metadist.runtime.ray_metrics import exported
+from metadist.config.build import build
+from metadist.config.document import override, read_document
+from metadist.experiment.description import Experiment
+from metadist.experiment.train import train
+from metadist.tracking.ray_metrics import exported
 
 DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/metadist.json"
 

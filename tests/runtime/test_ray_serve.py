@@ -14,8 +14,8 @@ import torch
 from ports import free_port
 
 from metadist.core.errors import ConfigError
-from metadist.experiment import train
-from metadist.runtime.ray_serve import bounds
+from metadist.experiment.train import train
+from metadist.serving.ray import bounds
 
 
 def test_bounds():

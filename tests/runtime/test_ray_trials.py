@@ -16,10 +16,11 @@ import psutil
 import pulls
 import pytest
 
+from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
-from metadist.runtime.groups import WorkerGroup, expected_by_role
-from metadist.runtime.local_executor import LocalExecutor
-from metadist.runtime.scheduler import Scheduler
+from metadist.training.scheduler import Scheduler
+from metadist.workers.groups import expected_by_role
+from metadist.workers.local import LocalExecutor
 
 SEED, STEPS = pulls.SEED, 6
 LEARNERS = WorkerGroup(min=2, max=2, gpus=0)
@@ -27,7 +28,7 @@ ENVIRONMENTS = WorkerGroup(role="environment", min=2, max=2)
 
 
 def executor(learner, *groups, **options):
-    from metadist.runtime.ray_executor import RayExecutor
+    from metadist.workers.ray.executor import RayExecutor
 
     return RayExecutor(learner, groups, run="run", **{"patience": 300.0, **options})
 
@@ -156,7 +157,7 @@ def on_second_epoch(change, steps=(1, 4)):
 
 def damaged(executor):
     """One bit of every kept output flips on the way."""
-    from metadist.runtime.ray_executor import pa, ray
+    from metadist.workers.ray.executor import pa, ray
 
     for key, output in list(executor._kept.outputs.items()):
         content = bytearray(b"".join(p.to_pybytes() for p in ray.get(output.reference)))
@@ -243,7 +244,7 @@ def test_theta_and_trials_are_decoded_once_per_actor(cluster, both, expected):
     settle(actors, 2)
 
     def count(self):
-        import metadist.runtime.actor as module
+        import metadist.workers.actor as module
 
         module.counted = {"decode_theta": 0, "decode_output": 0}
 
@@ -258,7 +259,7 @@ def test_theta_and_trials_are_decoded_once_per_actor(cluster, both, expected):
             setattr(module, name, counting(name, getattr(module, name)))
 
     def counted(self):
-        import metadist.runtime.actor as module
+        import metadist.workers.actor as module
 
         return module.counted
 

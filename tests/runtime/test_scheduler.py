@@ -14,10 +14,10 @@ import tiny
 import torch
 
 from metadist.core.errors import WorkerError
-from metadist.core.executor import Failed, Finished
+from metadist.core.round import Failed, Finished
 from metadist.core.state import Contribution, Records
-from metadist.runtime import scheduler as scheduling
-from metadist.runtime.scheduler import Scheduler
+from metadist.training import scheduler as scheduling
+from metadist.training.scheduler import Scheduler
 
 LEARNER = tiny.learner()
 STATE = LEARNER.initial(0)

@@ -17,13 +17,14 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metadist import config
+from metadist.config.build import build
+from metadist.control.command_log import CommandLog
+from metadist.control.commands import Command, RefusedError
+from metadist.control.feed import KEPT, Board
+from metadist.control.steering import Steering, resized
 from metadist.core.errors import CheckpointError, ConfigError, MetadistError
-from metadist.core.steering import Command, RefusedError
-from metadist.experiment import Experiment, Quiet, train
-from metadist.runtime.board import KEPT, Board
-from metadist.runtime.command_log import CommandLog
-from metadist.runtime.steering import Steering, resized
+from metadist.experiment.description import Experiment, Quiet
+from metadist.experiment.train import train
 
 OFF = "control.enabled=false"
 BOUNDARY = Steering.boundary
@@ -164,7 +165,7 @@ def test_reinforcement_learning_too(tmp_path, monkeypatch):
     }  # fmt: skip
 
     def go(where, **more):
-        return train(Experiment.of(config.build(document)), run_dir=str(where), test=False, plots=False, **more)
+        return train(Experiment.of(build(document)), run_dir=str(where), test=False, plots=False, **more)
 
     hand = Hand(monkeypatch, {1: [size(2), size(12)], 2: [size(4)]})
     whole = go(tmp_path / "whole")
@@ -227,9 +228,9 @@ def test_a_log_that_can_not_be_written_refuses_the_command(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     write = os.write
-    monkeypatch.setattr("metadist.runtime.command_log.os.write", full)
+    monkeypatch.setattr("metadist.control.command_log.os.write", full)
     done = run(tmp_path / "run")
-    monkeypatch.setattr("metadist.runtime.command_log.os.write", write)
+    monkeypatch.setattr("metadist.control.command_log.os.write", write)
     assert done.params_sha256 == plain.params_sha256
     with pytest.raises(MetadistError, match="can't be recorded in .*No space left"):
         hand.steering.submit(command, 0.0)
@@ -296,7 +297,7 @@ def test_a_folder_that_cannot_be_synced_leaves_no_line_of_a_command_without_effe
     def fail(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("metadist.runtime.command_log.sync_directory", fail)
+    monkeypatch.setattr("metadist.control.command_log.sync_directory", fail)
     with pytest.raises(MetadistError, match="can't be recorded in .*Input/output error; it has no effect"):
         CommandLog(str(tmp_path)).append(size(3), 5)
     monkeypatch.undo()

@@ -16,12 +16,14 @@ import torch
 
 from metadist.core.errors import MetadistError, WorkerError
 from metadist.core.state import State
-from metadist.experiment import evaluate_run, load_run, train
-from metadist.runtime import train as training
-from metadist.runtime.evaluation import Evaluation, evaluate, summarise
-from metadist.runtime.local_executor import LocalExecutor
-from metadist.runtime.scheduler import Scheduler
-from metadist.runtime.train import Progress
+from metadist.experiment.evaluate import evaluate_run
+from metadist.experiment.load import load_run
+from metadist.experiment.train import train
+from metadist.training import loop as training
+from metadist.training.evaluation import Evaluation, evaluate, summarise
+from metadist.training.progress import Progress
+from metadist.training.scheduler import Scheduler
+from metadist.workers.local import LocalExecutor
 
 
 def stopped_after(steps):
@@ -203,7 +205,7 @@ def test_nan_scores_are_never_the_best(tmp_path, monkeypatch):
 
 
 def load_checkpoint(tmp_path):
-    from metadist.runtime.checkpoint import Checkpoints
+    from metadist.storage.checkpoints import Checkpoints
 
     return Checkpoints(tmp_path / "run").latest()
 

@@ -11,7 +11,7 @@ SHORT = ["evaluate.every=100", "outer.meta_steps=12"]
 
 
 def verify(config, *arguments):
-    from metadist.cli import app
+    from metadist.cli.app import app
 
     return CliRunner().invoke(app, ["verify", str(config), *arguments, "--json"])
 
@@ -57,7 +57,7 @@ def test_trials_give_the_same_parameters_whoever_rolls_out_and_is_killed(cluster
 @pytest.mark.parametrize("workers", ["", "x", "1,1", "0,,1", "learners=1/environments=1,learners=1/environments=1"])
 def test_counts_that_make_no_sense_are_refused(workers):
     from metadist.core.errors import ConfigError
-    from metadist.verify import counts
+    from metadist.experiment.verify import counts
 
     with pytest.raises(ConfigError, match="--workers .* expected different numbers of workers"):
         counts(workers)

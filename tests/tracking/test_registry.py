@@ -17,14 +17,17 @@ import mlflow
 import mlflow.entities.model_registry
 
 import metadist
-from metadist.config import build, override, read_document
+from metadist.config.build import build
+from metadist.config.document import override, read_document
 from metadist.core.errors import ConfigError
-from metadist.experiment import Experiment, load_run, train
-from metadist.registered import register_run
-from metadist.tracking.registry import _beats
+from metadist.experiment.description import Experiment
+from metadist.experiment.load import load_run
+from metadist.experiment.registration import register_run
+from metadist.experiment.train import train
+from metadist.tracking.model_registry import _beats
 
 
-def trained(folder: Path, *overrides: str) -> metadist.experiment.Result:
+def trained(folder: Path, *overrides: str) -> metadist.experiment.result.Result:
     small = ["outer.meta_steps=4", "evaluate.every=2", "evaluate.tasks=20", "evaluate.test_tasks=10", "workers=[]", *overrides]
     document = override(read_document("sinusoid_maml"), small)
     return train(Experiment.of(build(document)), run_dir=str(folder), plots=False)
@@ -60,7 +63,7 @@ def test_the_best_run_is_champion_and_answers_as_it_does_in_process(root):
         adapted = ours.adapt(torch.from_numpy(x), torch.from_numpy(y), inner_steps=steps)
         np.testing.assert_allclose(answer, ours.predict(adapted, torch.from_numpy(query)).numpy(), rtol=0, atol=1e-6)
 
-    from metadist.serving import open_model
+    from metadist.serving.load import open_model
 
     assert open_model("models:/sinus@candidate").source == load_run(str(root / "b")).run_id
     with pytest.raises(ConfigError, match="models:/nothing@champion"):

@@ -8,7 +8,7 @@ import pytest
 
 from metadist.core.errors import ConfigError
 from metadist.tracking import MLflowTracker, NullTracker, make_tracker, mean_sd
-from metadist.tracking.store import artifact_location, resolve_uri, sqlite_path, without_password
+from metadist.tracking.mlflow_uri import artifact_location, resolve_uri, sqlite_path, without_password
 from metadist.tracking.ui import ui_command
 
 

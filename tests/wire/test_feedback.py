@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from metadist.core.executor import Shard
 from metadist.core.parameters import Layout
+from metadist.core.round import Shard
 from metadist.core.state import Contribution, Records, Slot
 from metadist.wire import ErrorFeedback, RejectedError, decode_result, encode_result, result_parts
 

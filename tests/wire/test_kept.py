@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from metadist.core.executor import Shard
+from metadist.core.round import Shard
 from metadist.core.state import Records
 from metadist.wire.codec import RejectedError, decode_output, decode_result, output_parts, result_parts
 from metadist.wire.frame import join

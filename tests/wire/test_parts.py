@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from metadist.core.executor import Shard
 from metadist.core.parameters import Layout
+from metadist.core.round import Shard
 from metadist.core.state import Contribution, Slot
 from metadist.wire import (
     FrameError,

@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metadist.core.executor import Shard
 from metadist.core.parameters import Layout
+from metadist.core.round import Shard
 from metadist.core.state import Contribution, Records, Slot
 from metadist.wire import (
     FrameError,

@@ -1,0 +1,1 @@
+"""The gradient computations that the inner-loop benchmark compares, one file per library."""

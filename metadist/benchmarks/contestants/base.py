@@ -1,0 +1,69 @@
+"""The problem that every contestant solves, and the interface of a contestant."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metadist.core.random import TaskKey
+from metadist.core.state import State
+from metadist.core.task import Task
+from metadist.learners.few_shot import Learner
+
+Gradient = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """θ and a shard of sampled tasks, the same for all; on the learner's device and in its dtype."""
+
+    learner: Learner
+    state: State
+    tasks: Task
+    keys: TaskKey
+    inner_lr: float
+    inner_steps: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.learner.device
+
+    @property
+    def classification(self) -> bool:
+        return self.learner.tasks.kind == "classification"
+
+    def parameters(self) -> Gradient:
+        """θ by name: copies that are leaves of autograd's graph."""
+        theta = self.learner.parameters(self.state)
+        return {n: t.to(self.device, copy=True).requires_grad_() for n, t in theta.items()}
+
+    def module(self) -> nn.Module:
+        """The network at θ out of PyTorch's own layers, whatever ours make of them."""
+        module = copy.deepcopy(self.learner.model.module).train()
+        module.load_state_dict(self.parameters())
+        for layer in module.modules():
+            for ordinary in (nn.BatchNorm2d, nn.Conv2d, nn.Linear):
+                if isinstance(layer, ordinary):
+                    layer.__class__ = ordinary
+        return module.to(self.device)
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(prediction, target) if self.classification else F.mse_loss(prediction, target)
+
+    def each(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(support x, support y, query x, query y) of each task."""
+        yield from zip(self.tasks.support.x, self.tasks.support.y, self.tasks.query.x, self.tasks.query.y)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """``call`` computes and waits for the result, which ``read`` turns into the gradient by parameter name."""
+
+    call: Callable[[], Any]
+    read: Callable[[Any], Gradient]

@@ -1,0 +1,225 @@
+"""N Ray actors through the scheduler against N processes that compute the same shards with no driver, no Ray and no transport.
+
+Both in one run, some meta-steps of one in turn with as many of the other's; who is not measured waits for a message. What
+else a meta-step costs is measured on its own: through Ray with shards that compute nothing, and the driver's part in one
+contribution.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from metadist.benchmarks.meta_steps import MetaSteps, experiment_with
+from metadist.benchmarks.timing import compare, interleaved
+from metadist.benchmarks.transport import Echo
+from metadist.config.build import supervised
+from metadist.config.schema import Document
+from metadist.core.errors import ConfigError, WorkerError
+from metadist.core.round import Finished, Shard
+from metadist.core.state import Contribution
+from metadist.experiment.fleet import fleet
+from metadist.training.scheduler import Scheduler, fault_of
+from metadist.wire import decode_result, result_parts
+from metadist.workers.local import LocalExecutor
+
+#: meta-steps that a contestant computes before it is the other's turn
+TURN = 4
+
+
+def run(document: Document, *, workers: Sequence[int], steps: int, sizes: Sequence[float] = (1, 10, 100)) -> dict[str, Any]:
+    """``steps`` meta-steps per contestant and number of workers; ``sizes`` in megabytes for the driver's part."""
+    if not workers or min(workers) < 1:
+        raise ConfigError(f"--workers: {list(workers)}; expected numbers of workers, such as 1,2")
+    threads, turns = torch.get_num_threads(), max(2, -(-steps // TURN))
+    torch.set_num_threads(1)
+    try:
+        cases = _cases(document, workers, turns, sizes)
+    finally:
+        torch.set_num_threads(threads)
+    return {"settings": {"config": document.get("name"), "meta_steps": turns * TURN, "turn": TURN}, "cases": cases}
+
+
+def _cases(document: Document, workers: Sequence[int], turns: int, sizes: Sequence[float]) -> dict[str, Any]:
+    cases = {}
+    for count in workers:
+        cases[f"{count} worker{'s' * (count > 1)}"] = _efficiency(document, count, turns)
+    for count in workers:
+        cases[f"empty meta-steps, {count} worker{'s' * (count > 1)}"] = _empty(document, count, turns)
+    for size in sizes:
+        cases[f"the driver's time for a contribution of {size:g} MB"] = _driver(size)
+    return cases
+
+
+# Efficiency -----------------------------------------------------------------------------------------------------------
+
+
+def _efficiency(document: Document, count: int, turns: int) -> dict[str, Any]:
+    experiment = experiment_with(document, str(count))
+    tasks = TURN * experiment.learner.outer.meta_batch_size
+    with fleet(experiment, "bench") as scheduler:
+        actors = MetaSteps(supervised(experiment.learner), experiment.seed, scheduler)
+        nice = _niceness(scheduler)
+        with _processes(document, count, experiment.workers[0].threads, nice) as alone:
+            measured = interleaved({"alone": alone, "actors": lambda: _repeat(actors, TURN)}, rounds=turns, block=1)
+        taken = scheduler.measured.read()
+        seconds = taken.seconds
+    rates = {name: [tasks / s for s in values] for name, values in measured.items()}
+    step = sum(measured["actors"]) / len(measured["actors"]) / TURN
+    compared = compare(rates, "alone", block=1)
+    row = compared["actors"]
+    return {
+        "unit": "tasks/s",
+        "contestants": compared,
+        "efficiency": row["ratio"],
+        "efficiency_ci95": row["ratio_ci95"],
+        "shards_per_meta_step": -(-experiment.learner.outer.meta_batch_size // experiment.learner.outer.shard_size),
+        "results_per_meta_step": round(taken.counts["results"] / actors.meta_step, 2),
+        "ms_per_meta_step": {
+            "all": _ms(step),
+            **{name: _ms(seconds[name] / actors.meta_step) for name in ("publish", "gather", "reduce")},
+            "compute_per_worker": _ms(seconds["compute"] / actors.meta_step / count),
+        },
+        "niceness": nice,
+    }
+
+
+def _repeat(step: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        step()
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 3)
+
+
+def _niceness(scheduler: Scheduler) -> int:
+    """The actors': Ray may give them less of a core that others want too, and then the processes must have no more."""
+    return max(psutil.Process(about["pid"]).nice() for about in scheduler.executor.workers().values())
+
+
+@contextmanager
+def _processes(document: Document, count: int, threads: int, nice: int) -> Iterator[Callable[[], None]]:
+    """So many processes; what is returned has them compute ``TURN`` meta-steps and waits for the last of them."""
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        connections = []
+        for index in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_alone, args=(theirs, document, index, count, nice), daemon=True)
+            with _environment(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads)):
+                process.start()
+            theirs.close()  # so that a process that dies is an EOFError here
+            stack.callback(process.join, 10.0)
+            stack.callback(_dismiss, ours)
+            connections.append(ours)
+        for connection in connections:
+            connection.recv()
+        turn = iter(range(1 << 30))
+
+        def compute() -> None:
+            first = TURN * next(turn)
+            for connection in connections:
+                connection.send(first)
+            for connection in connections:
+                connection.recv()
+
+        yield compute
+
+
+def _dismiss(connection: Any) -> None:
+    with contextlib.suppress(OSError):
+        connection.send(None)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _alone(connection: Any, document: Document, index: int, count: int, nice: int) -> None:
+    """Every ``count``-th shard of the meta-steps that are asked for, from θ as it was initialised."""
+    os.nice(nice - os.nice(0))
+    experiment = experiment_with(document, "0")
+    learner, state = experiment.learner, experiment.learner.initial(experiment.seed)
+    with fleet(experiment, "bench") as scheduler:
+        executor = scheduler.executor
+        executor.publish(0, 0, state)
+        connection.send(None)
+        while (first := connection.recv()) is not None:
+            steps = (learner.rounds("bench", m, experiment.seed, state, {}) for m in range(first, first + TURN))
+            for shard in [s for rounds in steps for round in rounds for s in round.shards][index::count]:
+                executor.submit(shard, 1)
+                (event,) = executor.wait(0.0)
+                if not isinstance(event, Finished):
+                    raise WorkerError(f"{shard} {event.kind}: {event.message}")
+            connection.send(None)
+
+
+# What a meta-step costs besides ---------------------------------------------------------------------------------------
+
+
+def _empty(document: Document, count: int, turns: int) -> dict[str, Any]:
+    """Meta-steps of as many parameters and shards, in which the workers compute nothing."""
+    from metadist.workers.ray.executor import RayExecutor
+
+    experiment = experiment_with(document, str(count))
+    parameters = sum(s.layout.numel for s in experiment.learner.slots.values() if s.rule == "gradient")
+    echo = Echo.of(parameters, outer=experiment.learner.outer)
+    echo.copy = True
+    ray = f"{count} Ray actor{'s' * (count > 1)}"
+    with ExitStack() as stack:
+        actors = RayExecutor(echo, experiment.workers, run="bench", device="cpu")
+        stack.callback(actors.close)
+        local = LocalExecutor(echo, device="cpu")
+        stack.callback(local.close)
+        through_ray = Scheduler(actors, echo)
+        contestants = {
+            "in this process": MetaSteps(echo, experiment.seed, Scheduler(local, echo)),
+            ray: MetaSteps(echo, experiment.seed, through_ray),
+        }
+        measured = interleaved(dict(contestants), rounds=turns, block=TURN)
+        seconds = through_ray.measured.read().seconds
+    milliseconds = {name: [1e3 * s for s in values] for name, values in measured.items()}
+    middle = {name: statistics.median(values) for name, values in milliseconds.items()}
+    steps = contestants[ray].meta_step
+    return {
+        "unit": "ms/meta-step",
+        "contestants": compare(milliseconds, "in this process", block=TURN),
+        "overhead_of_ray_ms": round(middle[ray] - middle["in this process"], 3),
+        "ms_per_meta_step": {name: _ms(seconds[name] / steps) for name in ("publish", "gather", "reduce")},
+        "parameters": parameters,
+    }
+
+
+def _driver(size: float) -> dict[str, Any]:
+    """Decode, check and add ``size`` megabytes that have arrived, by the functions that training uses."""
+    echo, shard = Echo.of(int(size * 250_000)), Shard("bench", 0, 0, 0, "gradient", 0, 1, seed=0)
+    vector = echo.initial(0).slots["model"]
+    target, total = torch.zeros_like(vector), Contribution({"model": torch.zeros_like(vector)}, 0.0, 0)
+    parts = result_parts(Contribution({"model": vector}, 1.0, 1), shard, echo.slots, attempt=1, worker="w")
+
+    def take() -> None:
+        result, _ = decode_result(parts, shard, echo.slots, finite=False, partial=True, rows=1)
+        if not isinstance(result, Contribution) or (reason := fault_of(result, shard, echo, True)):
+            raise WorkerError(f"what came is not what was sent: {reason}")
+        total.absorb(result)
+
+    contestants = {"memcpy": lambda: target.copy_(vector), "decode, check and add": take}
+    measured = interleaved(contestants, rounds=10, block=3)
+    milliseconds = {name: [1e3 * s for s in values] for name, values in measured.items()}
+    return {"unit": "ms", "contestants": compare(milliseconds, "memcpy", block=3)}

@@ -1,0 +1,65 @@
+"""Seconds per meta-step with a dead and with a frozen MLflow server against none."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from metadist.benchmarks.meta_steps import MetaSteps, experiment_with, settings_of
+from metadist.benchmarks.timing import compare, interleaved
+from metadist.config.build import supervised
+from metadist.config.schema import Document
+from metadist.experiment.fleet import fleet
+from metadist.tracking import MLflowTracker, NullTracker
+
+BLOCK = 5
+
+
+def run(document: Document, *, steps: int) -> dict[str, Any]:
+    experiment = experiment_with(document, "1")
+    with tempfile.TemporaryDirectory() as folder, fleet(experiment, "bench") as actors, _frozen_server() as frozen:
+        trackers: dict[str, Any] = {"no tracker": NullTracker()}
+        for name, uri in (("dead server", f"http://127.0.0.1:{_free_port()}"), ("frozen server", frozen)):
+            tracker = MLflowTracker(Path(folder) / name.split()[0], tracking_uri=uri, experiment="bench", runs_root=folder)
+            tracker.start(run_id=f"bench-{name.split()[0]}", name=name, params={}, tags={})
+            trackers[name] = tracker
+        time.sleep(10)  # MLflow's import in the background happens once a run and would be charged to the first blocks
+        contestants = {name: MetaSteps(supervised(experiment.learner), experiment.seed, actors, tracker) for name, tracker in trackers.items()}
+        measured = interleaved(dict(contestants), rounds=-(-steps // BLOCK), block=BLOCK)
+        for tracker in trackers.values():
+            tracker.finish("FINISHED", timeout=0.1)
+    case = {"unit": "s/meta-step", "contestants": compare(measured, "no tracker", block=BLOCK)}
+    return {"settings": settings_of(document, steps), "cases": {"waiting for MLflow": case}}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def _frozen_server() -> Iterator[str]:
+    """A server that accepts connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        connections: list[socket.socket] = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    connections.append(listener.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for connection in connections:
+            connection.close()

@@ -1,0 +1,152 @@
+"""θ out and contributions back through one Ray actor, against a plain memcpy of the same bytes.
+
+The actor's learner computes nothing: its contribution is θ itself. All else is what training uses: the executor, the
+wire, the checks, the sum.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from metadist.benchmarks.timing import compare, interleaved
+from metadist.config.build import build, supervised
+from metadist.config.groups import WorkerGroup
+from metadist.core.errors import ConfigError, WorkerError, one_of
+from metadist.core.outer import OuterLoop
+from metadist.core.parameters import Layout
+from metadist.core.round import Executor, Finished, Result, Shard
+from metadist.core.state import Contribution, Records, Slot, State
+from metadist.learners.few_shot import Learner
+from metadist.wire import WIRES
+
+BLOCK = 3
+#: tensors that the parameters consist of: as many as a transformer of twelve layers has
+TENSORS = 150
+
+#: what no way around is known for: passes over the bytes
+FLOOR_OUT = {"hash": 1, "memcpy": 2}  # hash; into the object store; out of it into memory of one's own, hashed in the cache
+FLOOR_BACK = {"hash": 1, "memcpy": 2, "finite check": 1, "add": 1}
+
+
+class Echo(Learner):
+    """Returns θ as its contribution, or one record per task. In this process it must ``copy``: a sum spends its terms."""
+
+    copy = False
+
+    @classmethod
+    def of(cls, parameters: int, outer: OuterLoop | None = None) -> Echo:
+        document = {"tasks": {"name": "sinusoid"}, "model": {"name": "mlp", "hidden": [1]}, "algorithm": {"name": "maml"}}
+        base = supervised(build(document).learner())
+        echo = cls(base.algorithm, base.model, base.tasks, outer or base.outer)
+        sizes = [parameters // TENSORS] * (TENSORS - 1)
+        sizes.append(parameters - sum(sizes))
+        echo.slots = {"model": Slot(Layout(tuple(f"p{i}" for i in range(TENSORS)), tuple((s,) for s in sizes)))}
+        return echo
+
+    def initial(self, seed: int, start_from: Mapping[str, Tensor] | None = None) -> State:
+        values = {"model": torch.randn(self.slots["model"].layout.numel, generator=torch.Generator().manual_seed(seed))}
+        return State(values, self.outer.initial(self.slots, values))
+
+    def compute(self, shard: Shard, theta: Mapping[str, Tensor]) -> Result:
+        if shard.function == "gradient":
+            return Contribution({n: v.clone() for n, v in theta.items()} if self.copy else theta, float(shard.count), shard.count)
+        return Records({"task": torch.arange(shard.count)})
+
+
+class Line:
+    """One executor and what goes through it."""
+
+    def __init__(self, executor: Executor, parameters: int) -> None:
+        self.executor = executor
+        self.state = Echo.of(parameters).initial(0)
+        self.source, self.target = self.state.slots["model"], torch.zeros(parameters)
+        self.sum = Contribution({"model": torch.zeros(parameters)}, 0.0, 0)
+        self._step = self._index = 0
+
+    def contestants(self) -> dict[str, Callable[[], Any]]:
+        data: Any = self.source.numpy()
+        return {
+            "memcpy": lambda: self.target.copy_(self.source),
+            "hash": lambda: xxhash.xxh3_128_digest(data),
+            "finite check": lambda: Contribution({"model": self.source}, 1.0, 1).is_finite(),
+            "add": lambda: self.target.add_(self.source),
+            "call without bytes": lambda: self.call("nothing"),
+            "theta out": self.out,
+            "contribution back": self.back,
+        }
+
+    def out(self) -> None:
+        """Publish; the actor fetches, checks and decodes."""
+        self._step += 1
+        self.executor.publish(self._step, 0, self.state)
+        self.call("nothing")
+
+    def back(self) -> None:
+        """Encode; return; fetch, check, decode; add."""
+        result = self.call("gradient")
+        assert isinstance(result, Contribution)
+        if not result.is_finite():
+            raise WorkerError("what came back is not what was sent")
+        self.sum = self.sum.absorb(result)
+
+    def call(self, function: str) -> Result:
+        self._index += 1
+        self.executor.submit(Shard("bench", self._step, 0, self._index, function, self._index, 1, seed=0), 1)
+        while not (events := self.executor.wait(10.0)):
+            pass
+        (event,) = events
+        if not isinstance(event, Finished):
+            raise WorkerError(f"the actor failed: {event.message}")
+        return event.result
+
+
+def run(sizes: Sequence[float], *, wire: str = "exact", rounds: int = 5) -> dict[str, Any]:
+    """``sizes`` in megabytes of float32 parameters; ``rounds`` turns of three calls per contestant, more for small ones."""
+    one_of("--wire", wire, WIRES)
+    if not sizes or min(sizes) * 250_000 < TENSORS:
+        raise ConfigError(f"--sizes: {list(sizes)}; expected megabytes, such as 1,10,100,400")
+    cases = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ExitStack() as stack:
+            for size in sizes:
+                cases[f"{size:g} MB of parameters"] = _case(stack, size, wire, rounds)
+    finally:
+        torch.set_num_threads(threads)
+    return {"settings": {"wire": wire, "tensors": TENSORS, "rounds": rounds}, "cases": cases}
+
+
+def _case(stack: ExitStack, size: float, wire: str, rounds: int) -> dict[str, Any]:
+    from metadist.workers.ray.executor import RayExecutor
+
+    parameters = int(size * 250_000)
+    # All stay until the end, since the first one owns the cluster; one that is idle costs nothing.
+    group = WorkerGroup(cpus=0.1, gpus=0)
+    executor = RayExecutor(Echo.of(parameters), [group], run="bench", device="cpu", exact=wire == "exact", wire=wire)
+    stack.callback(executor.close)
+    line = Line(executor, parameters)
+    line.out()
+    turns = max(rounds, min(10 * rounds, math.ceil(rounds * 50 / size)))
+    seconds = interleaved(line.contestants(), rounds=turns, block=BLOCK)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    facts: dict[str, Any] = {}
+    for name, floor in (("theta out", FLOOR_OUT), ("contribution back", FLOOR_BACK)):
+        passes = sum(middle[stage] * count for stage, count in floor.items())
+        facts[name] = {
+            "MB/s": round(size / middle[name]),
+            "floor_ms": round(1e3 * passes, 3),
+            "floor": " + ".join(f"{count} × {stage}" for stage, count in floor.items()),
+            "to_memcpy_without_the_call": round((middle[name] - middle["call without bytes"]) / middle["memcpy"], 2),
+            "to_floor_without_the_call": round((middle[name] - middle["call without bytes"]) / passes, 2),
+        }
+    milliseconds = {name: [1e3 * s for s in values] for name, values in seconds.items()}
+    return {"unit": "ms", "contestants": compare(milliseconds, "memcpy", block=BLOCK), **facts}

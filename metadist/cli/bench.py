@@ -1,0 +1,185 @@
+"""``metadist bench …``: one subcommand per benchmark, with its own options. Torch is imported inside ``measure`` alone.
+
+To add one: a function here under ``@app.command("NAME", epilog="Example:  …")`` whose body is ``measure("NAME", as_json, **options)``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Annotated, Any
+
+import typer
+
+from metadist.cli.terminal import AsJson, Overrides, clean_errors, numbers, only_results_on_stdout, set_up_logging
+
+app = typer.Typer(
+    help="Measure, contestants interleaved. Run it on a machine that does nothing else.", no_args_is_help=True, rich_markup_mode="rich"
+)
+
+Config = Annotated[str, typer.Argument(help="A YAML file or the name of a shipped config.")]
+Steps = Annotated[int, typer.Option(help="Measured meta-steps per contestant.", min=10)]
+
+
+def measure(name: str, as_json: bool, **options: Any) -> None:
+    """Run the benchmark and show its report."""
+    set_up_logging()
+    with clean_errors():
+        from metadist.benchmarks import bench
+        from metadist.cli.display import show_benchmark
+
+        with only_results_on_stdout():
+            report = bench(name, **options)
+        show_benchmark(report)
+        if as_json:
+            print(json.dumps(report))
+
+
+def _measure_config(name: str, config: str, overrides: list[str] | None, steps: int, as_json: bool, **options: Any) -> None:
+    with clean_errors():
+        from metadist.config.document import asked
+
+        document = asked(config, overrides)
+    measure(name, as_json, document=document, steps=steps, **options)
+
+
+@app.command(
+    "inner-loop",
+    epilog="Examples:  metadist bench inner-loop --inner-steps 1,5 --against loop,higher,torchopt,jax   |   "
+    "metadist bench inner-loop --model conv4 --n-way 20 --inner-steps 5 --against loop,higher",
+)
+def inner_loop(
+    model: Annotated[str, typer.Option(help="mlp or conv4.")] = "mlp",
+    task: Annotated[str | None, typer.Option(help="sinusoid, omniglot or images84 (random ones); default: what suits the model.")] = None,
+    inner_steps: Annotated[str, typer.Option(metavar="N,N,…", help="Numbers of inner steps, a table each.")] = "1,5",
+    n_way: Annotated[int | None, typer.Option(help="Classes per task; default: the shipped config's, like all below.", min=2)] = None,
+    k_shot: Annotated[int | None, typer.Option(help="Support examples per class.", min=1)] = None,
+    query_shots: Annotated[int | None, typer.Option(help="Query examples per class.", min=1)] = None,
+    tasks: Annotated[int | None, typer.Option(help="Tasks per shard.", min=1)] = None,
+    inner_lr: Annotated[float | None, typer.Option(help="Inner learning rate.")] = None,
+    against: Annotated[str, typer.Option(metavar="NAME,…", help="loop, higher, torchopt, jax (from the extra bench).")] = "loop",
+    threads: Annotated[int, typer.Option(help="CPU threads of every contestant.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seconds: Annotated[float, typer.Option(help="Measurement per table, compilation not counted.", min=0.0)] = 30.0,
+    compiled: Annotated[bool, typer.Option("--compiled/--eager", help="With or without our compiled engine.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """One shard's second-order meta-gradient against the libraries that people use, after a proof that all computed the same."""
+    with clean_errors():
+        steps = numbers("--inner-steps", inner_steps)
+    measure(
+        "inner-loop", as_json, model=model, task=task, inner_steps=steps, n_way=n_way, k_shot=k_shot, query_shots=query_shots,
+        tasks=tasks, inner_lr=inner_lr, against=against, threads=threads, device=device, seconds=seconds, compiled=compiled,
+    )  # fmt: skip
+
+
+@app.command(epilog="Examples:  metadist bench memory   |   metadist bench memory --model transformer --inner-steps 1,50")
+def memory(
+    model: Annotated[str, typer.Option(help="conv4 or transformer, on Omniglot 5-way 1-shot.")] = "conv4",
+    inner_steps: Annotated[str, typer.Option(metavar="N,N,…", help="Numbers of inner steps, two rows each.")] = "1,5,20,50",
+    tasks: Annotated[int | None, typer.Option(help="Tasks per shard; default: the shipped config's.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Turns of timed shards per table row.", min=1)] = 3,
+    compiled: Annotated[bool, typer.Option("--compiled/--eager", help="Compile mixed; unrolled stays eager, its graph takes minutes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Peak memory of a shard's meta-gradient, a fresh process each, beside the predicted one; then time, in turn."""
+    with clean_errors():
+        steps = numbers("--inner-steps", inner_steps)
+    measure(
+        "memory", as_json, model=model, inner_steps=steps, tasks=tasks, device=device, threads=threads, rounds=rounds, compiled=compiled
+    )
+
+
+@app.command(epilog="Examples:  metadist bench tasks   |   metadist bench tasks --config omniglot_maml_5w1s --shard-sizes 8,32")
+def tasks(
+    config: Annotated[str | None, typer.Option(help="Only this config's tasks; default: every shipped family.")] = None,
+    tasks: Annotated[int, typer.Option(help="Tasks sampled per contestant and table, and a few shards at least.", min=1)] = 320,
+    shard_sizes: Annotated[str, typer.Option(metavar="N,N,…", help="Tasks per shard, a table each.")] = "1,8,32",
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Samplers without any learning: whole shards against one task and one image at a time, after a proof of equal bits."""
+    with clean_errors():
+        sizes = numbers("--shard-sizes", shard_sizes)
+    measure("tasks", as_json, config=config, tasks=tasks, shard_sizes=sizes, threads=threads)
+
+
+@app.command(epilog="Example:  metadist bench tracking sinusoid_maml")
+def tracking(config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False) -> None:
+    """What a dead and a frozen MLflow server cost a meta-step."""
+    logging.getLogger("metadist.tracking").setLevel(logging.ERROR)  # it warns of the dead server, as it should
+    _measure_config("tracking", config, overrides, steps, as_json)
+
+
+@app.command(epilog="Examples:  metadist bench transport --sizes 1,10,100,400   |   metadist bench transport --wire bfloat16")
+def transport(
+    sizes: Annotated[str, typer.Option(metavar="MB,MB,…", help="Megabytes of float32 parameters, a table each.")] = "1,10,100,400",
+    wire: Annotated[str, typer.Option(help="exact, or bfloat16 for contributions.")] = "exact",
+    rounds: Annotated[int, typer.Option(help="Turns of three calls per contestant; more where they are short.", min=2)] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Parameters out and contributions back through one Ray actor, against a plain memcpy of the same bytes."""
+    with clean_errors():
+        megabytes = numbers("--sizes", sizes)
+    measure("transport", as_json, sizes=megabytes, wire=wire, rounds=rounds)
+
+
+@app.command(epilog="Example:  metadist bench scaling --workers 1,2 --config omniglot_maml_5w1s")
+def scaling(
+    overrides: Overrides = None,
+    workers: Annotated[str, typer.Option(metavar="N,N,…", help="Numbers of workers, a table each.")] = "1,2",
+    config: Annotated[str, typer.Option(help="A YAML file or the name of a shipped config.")] = "omniglot_maml_5w1s",
+    steps: Steps = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Ray actors against as many processes that compute the same shards alone; then what a meta-step costs besides."""
+    with clean_errors():
+        counts = numbers("--workers", workers)
+    _measure_config("scaling", config, overrides, steps, as_json, workers=counts)
+
+
+@app.command(epilog="Example:  metadist bench rl2 --environments 1024,16384")
+def rl2(
+    environments: Annotated[str, typer.Option(metavar="N,N,…", help="Environments at a time, two tables each.")] = "1024,16384",
+    hidden: Annotated[int, typer.Option(help="Units of the GRU policy.", min=1)] = 64,
+    shard_size: Annotated[int, typer.Option(help="Trials that are learnt from at a time.", min=1)] = 1024,
+    threads: Annotated[int, typer.Option(help="CPU threads of every contestant.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rounds: Annotated[int, typer.Option(help="Turns per contestant.", min=2)] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """RL² in batched environments against the same policy and learner on a plain Gymnasium vector environment (extra rl)."""
+    with clean_errors():
+        counts = numbers("--environments", environments)
+    measure("rl2", as_json, environments=counts, hidden=hidden, shard_size=shard_size, threads=threads, device=device, rounds=rounds)
+
+
+@app.command(epilog="Examples:  metadist bench serve omniglot_maml_5w1s   |   metadist bench serve sinusoid_maml --requests 100000")
+def serve(
+    config: Config = "omniglot_maml_5w1s",
+    overrides: Overrides = None,
+    clients: Annotated[str, typer.Option(metavar="N,N,…", help="Callers at a time, a table each.")] = "1,8,64",
+    turns: Annotated[int, typer.Option(help="Turns per contestant and table.", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="Of one turn.", min=0.1)] = 5.0,
+    threads: Annotated[int, typer.Option(help="CPU threads of each server.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    requests: Annotated[int, typer.Option(help="Then so many adaptations more, and the server's memory on the way.", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Adaptations over gRPC by callers with different support sets: batched against one at a time."""
+    with clean_errors():
+        from metadist.config.document import asked
+
+        counts = numbers("--clients", clients)
+        document = asked(config, overrides)
+    measure(
+        "serve", as_json, document=document, clients=counts, turns=turns, seconds=seconds, threads=threads, device=device, requests=requests
+    )
+
+
+@app.command("driver-memory", epilog="Example:  metadist bench driver-memory sinusoid_maml --steps 2000")
+def driver_memory(config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False) -> None:
+    """Resident memory of the driver over meta-steps, through one Ray actor."""
+    _measure_config("driver-memory", config, overrides, steps, as_json)

@@ -1,0 +1,284 @@
+"""What a person sees: live progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from metadist.experiment.description import Experiment
+from metadist.experiment.result import Result
+from metadist.experiment.seeds import Group
+from metadist.jobs import links as run_page
+from metadist.learners.trials import EPISODES_SHOWN
+from metadist.training.evaluation import Evaluation, TrialEvaluation
+from metadist.training.observers import Display
+from metadist.workers.plan import size
+
+#: MAML on sinusoids, K = 10, α = .01 after 70,000 meta-steps: query MSE of an independent re-run of the reference
+PUBLISHED_SINUSOID = {0: 3.01, 1: 0.351, 5: 0.123, 10: 0.100}
+
+
+class Plain:
+    """Lines on stderr, one every few seconds, for logs."""
+
+    def __init__(self, meta_steps: int | None = None, every: float = 10.0) -> None:
+        self._meta_steps, self._every, self._last = meta_steps, every, time.monotonic()
+        self._first: tuple[int, float] | None = None
+
+    def step(self, meta_step: int, report: Mapping[str, float], tasks_per_second: float) -> None:
+        now = time.monotonic()
+        self._first = self._first or (meta_step, now)
+        if now - self._last >= self._every and self._meta_steps is not None:
+            self._last = now
+            done, since = meta_step - self._first[0], now - self._first[1]
+            left = f", {_minutes((self._meta_steps - meta_step) * since / done)} left" if done else ""
+            self.note(f"meta-step {meta_step}/{self._meta_steps}  {_report(report)}  {tasks_per_second:.0f} tasks/s{left}")
+
+    def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
+        self.note(f"meta-step {meta_step}  validation {_score(evaluation)}")
+
+    def note(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A progress bar on a terminal."""
+
+    def __init__(self, progress: Progress, meta_steps: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("meta-training", total=meta_steps, report="", rate="", validation="")
+
+    def step(self, meta_step: int, report: Mapping[str, float], tasks_per_second: float) -> None:
+        self._progress.update(self._task, completed=meta_step, report=_report(report), rate=f"{tasks_per_second:.0f} tasks/s")
+
+    def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
+        self._progress.update(self._task, validation=f"validation {_score(evaluation)}")
+
+    def note(self, message: str) -> None:
+        self._progress.console.print(message, markup=False, emoji=False, highlight=False)
+
+
+def plain() -> Display:
+    return Plain()
+
+
+@contextmanager
+def live(experiment: Experiment) -> Iterator[Display]:
+    """A bar where stderr is a terminal, lines elsewhere."""
+    meta_steps = experiment.learner.outer.meta_steps
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Plain(meta_steps)
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[report]}"), TextColumn("[green]{task.fields[validation]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=False) as progress:
+        yield Bar(progress, meta_steps)
+
+
+def show_result(result: Result) -> None:
+    for evaluation in result.evaluations:
+        show_evaluation(evaluation, published=_published(result.experiment))
+    outcome = result.outcome
+    print(f"meta-steps      {outcome.progress.meta_step}" + (f" ({outcome.stopped})" if outcome.stopped else ""))
+    print(f"best at         {outcome.best_step}")
+    print(f"tasks/s         {outcome.tasks_per_second:.1f}")
+    print(f"parameters      sha256 {result.params_sha256}")
+    print(f"run             {result.run_dir}")
+    if sum(result.retried.values()):
+        print(f"shards retried  {', '.join(f'{n} {cause}' for cause, n in result.retried.items())}")
+    if url := run_page.job_url():
+        print(f"Ray job         {url}")
+    if result.tracking_url:
+        print(f"MLflow          {result.tracking_url}")
+    if result.undelivered:
+        print(f"MLflow          {result.undelivered} records wait in {result.run_dir} for the server; metadist ui delivers them")
+
+
+def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | None = None) -> None:
+    """A table of scores after each number of steps, and the protocol that they hold for."""
+    if isinstance(evaluation, TrialEvaluation):
+        _show_trials(evaluation)
+        return
+    table = Table(title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} tasks", title_justify="left")
+    for heading in ("adaptation steps", "mean", "95 % CI", "median", *(("published",) if published else ())):
+        table.add_column(heading, justify="right")
+    for step in range(len(evaluation.mean)):
+        row = [str(step), f"{evaluation.mean[step]:.4f}", f"± {evaluation.ci95[step]:.4f}", f"{evaluation.median[step]:.4f}"]
+        if published:
+            row.append(f"{published[step]:.3f}" if step in published else "")
+        table.add_row(*row)
+    Console(file=sys.stdout, width=100, highlight=False).print(table)
+    print(f"divergence rate {evaluation.divergence_rate:.4f}")
+    print("protocol        " + ", ".join(f"{k}={v}" for k, v in evaluation.protocol.items() if v is not None))
+    if published:
+        print("published       K=10, α=.01 after 70,000 meta-steps: an independent re-run of the reference code")
+
+
+def _show_trials(evaluation: TrialEvaluation) -> None:
+    """Returns by episode, which is what adaptation looks like; then those of whole trials."""
+    table = Table(title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} trials, {evaluation.policy}", title_justify="left")
+    first = 0 if evaluation.by_gradient_steps else 1
+    gained = evaluation.gained
+    for heading in ("episode" if first else "gradient steps", "mean", "95 % CI", "median", *(("gained, paired", "SE") if gained else ())):
+        table.add_column(heading, justify="right")
+    last = len(evaluation.mean)
+    for episode in range(1, last + 1):
+        if last <= 10 or episode in EPISODES_SHOWN or episode == last:
+            k = episode - 1
+            row = [str(k + first), f"{evaluation.mean[k]:.4f}", f"± {evaluation.ci95[k]:.4f}", f"{evaluation.median[k]:.4f}"]
+            table.add_row(*row, *((f"{gained[k][0]:+.4f}", f"{gained[k][1]:.4f}") if gained else ()))
+    Console(file=sys.stdout, width=100, highlight=False).print(table)
+    what = "trial" if first else "adapted"
+    for policy, total in evaluation.totals.items():
+        print(f"{what}, {policy:<8} {total['mean']:.4f} ± {total['standard_error']:.4f} (standard error)")
+    print("protocol        " + ", ".join(f"{k}={v}" for k, v in evaluation.protocol.items() if v is not None))
+    if evaluation.beside:
+        _show_methods(f"the same {evaluation.tasks} trials", evaluation.beside, "policy is ahead by")
+
+
+def _show_methods(title: str, rows: Iterable[Mapping[str, Any]], difference: str) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for heading in ("return", "SE", "% of oracle − random", difference, "SE"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["name"], f"{row['mean']:.4f}", f"{row['error']:.4f}", f"{row['percent']:.2f}", f"{row['difference']:+.4f}",
+            f"{row['difference_error']:.4f}",
+        )  # fmt: skip
+    Console(file=sys.stdout, width=110, highlight=False).print(table)
+
+
+def show_comparison(report: Mapping[str, Any]) -> None:
+    """Oracles and classical methods on the same trials."""
+    protocol = ", ".join(f"{k}={v}" for k, v in report["protocol"].items())
+    title = f"{report['environment']}: {report['trials']} trials ({report['split']}, seed {report['seed']}; {protocol})"
+    _show_methods(title, report["rows"], "more than the oracle")
+
+
+def show_predictions(report: Mapping[str, Any]) -> None:
+    """One row per image."""
+    title = f"{report['model']} ({report['algorithm']}), adapted to {report['support']} images of {len(report['classes'])} classes"
+    table = Table(title=escape(title), title_justify="left")
+    known = any("class" in row for row in report["predictions"])
+    for heading in ("image", "predicted", *(("class",) if known else ())):
+        table.add_column(heading)
+    table.add_column("probability", justify="right")
+    for row in report["predictions"]:
+        table.add_row(escape(row["image"]), escape(row["predicted"]), *([escape(row.get("class", ""))] if known else []), f"{row['probability']:.4f}")
+    Console(file=sys.stdout, width=120, highlight=False).print(table)
+    if report["accuracy"] is not None:
+        print(f"accuracy        {report['accuracy']:.4f}")
+
+
+def show_group(group: Group) -> None:
+    table = Table(title=f"{len(group.results)} seeds, mean ± SD", title_justify="left")
+    table.add_column("metric")
+    table.add_column("mean", justify="right")
+    table.add_column("SD", justify="right")
+    for key, value in group.summary.items():
+        if key.endswith("/mean"):
+            deviation = group.summary.get(key.removesuffix("mean") + "sd")
+            table.add_row(key.removesuffix("/mean"), f"{value:.4f}", "" if deviation is None else f"{deviation:.4f}")
+    Console(file=sys.stdout, width=100, highlight=False).print(table)
+    print(f"runs            {group.run_dir}")
+
+
+def show_verification(report: Mapping[str, Any]) -> None:
+    for row in report["rows"]:
+        killed = f"  killed {', '.join(row['killed'])}; {row['retried']} shards given out again" if row["killed"] else ""
+        print(f"workers {row['workers']:>3}  sha256 {row['params_sha256']}  {row['seconds']:.1f} s{killed}")
+        if not row["enough_kills"]:
+            print(f"workers {row['workers']:>3}  too few shards were lost: nothing is proved; use more meta-steps")
+    print("identical parameters" if report["same"] else "DIFFERENT parameters")
+
+
+def show_plan(report: Mapping[str, Any]) -> None:
+    """The engine, line by line with its reasons, and predicted against usable memory."""
+    table = Table(title=f"on {report['device']['name']}", title_justify="left")
+    for column in ("engine", "", "because"):
+        table.add_column(column)
+    reasons = report["reasons"]
+    for key, value in report["engine"].items():
+        if key in reasons:
+            shown = "whole shard" if value is None else ("yes" if value else "no") if isinstance(value, bool) else str(value)
+            table.add_row(key, shown, reasons[key])
+    Console(file=sys.stdout, width=120, highlight=False).print(table)
+    if "predicted_peak_bytes" not in report:
+        return
+    table = Table(title=f"memory of one worker, {report['tasks_at_once']} of a shard's {report['shard_size']} tasks at once", title_justify="left")
+    table.add_column("differentiation")
+    table.add_column("predicted peak", justify="right")
+    for kind, count in report["predicted_peak_bytes"].items():
+        table.add_row(kind, size(count))
+    table.add_row("usable", size(report["usable_bytes"]))
+    Console(file=sys.stdout, width=120, highlight=False).print(table)
+
+
+def show_benchmark(report: Mapping[str, Any]) -> None:
+    """A table per case, one row per contestant; then the case's other facts, the versions and the machine."""
+    print(f"{report['benchmark']}: {_facts(report['settings'])}")
+    console = Console(file=sys.stdout, width=180, highlight=False)
+    for title, case in report["cases"].items():
+        table = Table(title=escape(f"{title} [{case['unit']}]"), title_justify="left")
+        table.add_column("")
+        rows = case["contestants"]
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        for column in columns:
+            table.add_column(column.replace("_", " "), justify="right")
+        for name, row in rows.items():
+            table.add_row(escape(name), *(escape(_cell(row.get(column))) for column in columns))
+        console.print(table)
+        for name, value in case.items():
+            if name not in ("unit", "contestants"):
+                print(f"{name.replace('_', ' '):<15} {_facts(value) if isinstance(value, Mapping) else _cell(value)}")
+    for name in ("versions", "machine"):
+        if name in report:
+            print(f"{name:<15} {_facts(report[name])}")
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={_cell(value)}" for name, value in facts.items())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({_facts(value)})"
+    if isinstance(value, (list, tuple)):
+        return " … ".join(map(_cell, value))
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+    return str(value)
+
+
+def _published(experiment: Experiment) -> Mapping[int, float] | None:
+    tasks = experiment.document.get("tasks", {})
+    algorithm = experiment.document.get("algorithm", {})
+    same = tasks.get("name") == "sinusoid" and tasks.get("k_shot") == 10 and algorithm.get("name") == "maml"
+    return PUBLISHED_SINUSOID if same and algorithm.get("inner_lr") == 0.01 and not algorithm.get("first_order") else None
+
+
+def _report(report: Mapping[str, float]) -> str:
+    shown = ("return", "kl", "entropy", "explained_variance") if "return" in report else [k for k in report if k not in ("gradient_norm", "lr")]
+    return "  ".join(f"{k} {report[k]:.4f}" for k in shown if k in report)
+
+
+def _score(evaluation: Evaluation) -> str:
+    return f"{evaluation.metric} {evaluation.score:.4f} ± {evaluation.score_ci95:.4f}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,45 @@
+"""``metadist predict``: classes of images, from folders."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from metadist.cli.terminal import AsJson, clean_errors, only_results_on_stdout, set_up_logging
+
+
+def predict(
+    source: Annotated[
+        str, typer.Argument(metavar="ADDRESS_OR_RUN", help="HOST:PORT of metadist serve, a run directory, or an exported file.")
+    ],
+    support: Annotated[str, typer.Option(metavar="FOLDER", help="The examples: a folder per class.")],
+    query: Annotated[str, typer.Option(metavar="FOLDER", help="The images to classify, in class folders or not.")],
+    model: Annotated[str, typer.Option(help="Which of a server's models.")] = "",
+    inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps; default: as in training.", min=0)] = None,
+    normalization: Annotated[str | None, typer.Option(help="Of a run: transductive or inductive batch norm; default: the run's.")] = None,
+    token_file: Annotated[str | None, typer.Option(metavar="FILE", help="The server's token.")] = None,
+    tls_ca: Annotated[str | None, typer.Option(metavar="FILE", help="The server's certificate authority (PEM).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Adapt to a few labelled images per class, and classify others. Images are prepared as in training."""
+    set_up_logging()
+    with clean_errors():
+        from metadist.cli.display import show_predictions
+        from metadist.serving.prediction import predict_folders
+
+        with only_results_on_stdout():
+            report = predict_folders(
+                source,
+                support,
+                query,
+                model=model,
+                inner_steps=inner_steps,
+                normalization=normalization,
+                token_file=token_file,
+                tls_ca=tls_ca,
+            )
+        show_predictions(report)
+        if as_json:
+            print(json.dumps(report))

@@ -1,0 +1,23 @@
+"""``metadist register``: a run's model in MLflow's registry."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from metadist.cli.terminal import clean_errors, only_results_on_stdout, say, set_up_logging
+
+
+def register(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder that train printed.")],
+    name: Annotated[str, typer.Argument(help="The registered model that it becomes a version of.")],
+) -> None:
+    """Log a run's best parameters as an MLflow model and register them: candidate, and champion if nothing validated better."""
+    set_up_logging()
+    with clean_errors():
+        from metadist.experiment.registration import register_run
+
+        with only_results_on_stdout():
+            version = register_run(run, name)
+        say(f"registered models:/{name}/{version}")

@@ -1,0 +1,119 @@
+"""``metadist train``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from contextlib import redirect_stdout
+from typing import Annotated, Any
+
+import typer
+
+from metadist.cli.terminal import (
+    AsJson,
+    Overrides,
+    Workers,
+    clean_errors,
+    numbers,
+    only_results_on_stdout,
+    say,
+    set_up_logging,
+)
+
+
+class _Stop:
+    """The first Ctrl-C or SIGTERM asks the loop to stop at the next meta-step; the second interrupts at once, and so does
+    the first one before the loop has begun.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self._looping = False
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def __call__(self) -> bool:
+        if not self._looping:
+            self._looping = True
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._handle)
+        return self.asked
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.asked = True
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler)
+        say("\nstopping after this meta-step, with a checkpoint; press Ctrl-C again to stop at once")
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config (metadist list configs).")],
+    overrides: Overrides = None,
+    workers: Workers = None,
+    outside: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Take workers from outside here, too (metadist worker --connect HOST:PORT).")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Several seeds, such as 0,1,2: child runs under one parent.")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="Folder or fsspec URL of the run; default: a new one under METADIST_RUNS.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    run_id: Annotated[str | None, typer.Option(help="The id of a new run; default: name, time and chance.", hidden=True)] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the config with every default and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Meta-train, with validation, checkpoints and tracking; test once at the end."""
+    set_up_logging()
+    with clean_errors():
+        from metadist.config.build import build, resolved
+        from metadist.config.document import asked, set_outside
+
+        document = asked(config, overrides, workers)
+        if outside is not None:
+            document = set_outside(document, outside)
+        if print_config:
+            import yaml
+
+            print(yaml.safe_dump(resolved(build(document)), sort_keys=False, allow_unicode=True), end="")
+            return
+        if seeds is not None:
+            _train_seeds(document, numbers("--seeds", seeds), run_dir, resume, as_json)
+        else:
+            _train_one(document, run_dir, resume, as_json, run_id)
+
+
+def _train_one(document: dict[str, Any], run_dir: str | None, resume: bool, as_json: bool, run_id: str | None = None) -> None:
+    from metadist.cli.display import live, show_result
+    from metadist.config.build import build
+    from metadist.experiment.description import Experiment
+    from metadist.experiment.train import train as run_training
+
+    experiment = Experiment.of(build(document))
+    stop = _Stop()
+    with only_results_on_stdout(), live(experiment) as display:
+        result = run_training(experiment, run_dir=run_dir, resume=resume, display=display, stop=stop, run_id=run_id)
+    interrupted = result.outcome.stopped == "interrupted"
+    if interrupted:
+        say(f"stopped at meta-step {result.outcome.progress.meta_step}; go on with: metadist train … --run-dir {result.run_dir} --resume")
+    show_result(result)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None, resume: bool, as_json: bool) -> None:
+    from metadist.cli.display import live, show_group, show_result
+    from metadist.experiment.seeds import train_seeds
+
+    stop, stdout = _Stop(), sys.stdout
+
+    def show(result: Any) -> None:
+        with redirect_stdout(stdout):
+            show_result(result)
+
+    with only_results_on_stdout():
+        group = train_seeds(document, seeds, run_dir=run_dir, resume=resume, live=live, stop=stop, show=show)
+    show_group(group)
+    if as_json:
+        print(json.dumps(group.as_dict()))
+    if group.interrupted:
+        say(f"stopped; go on with: metadist train … --seeds {','.join(map(str, seeds))} --run-dir {group.run_dir} --resume")
+        raise typer.Exit(130)

@@ -1,0 +1,68 @@
+"""``metadist verify`` and ``metadist plan``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from metadist.cli.terminal import (
+    AsJson,
+    Overrides,
+    Workers,
+    clean_errors,
+    only_results_on_stdout,
+    set_up_logging,
+)
+
+
+def verify(
+    config: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped config.")],
+    overrides: Overrides = None,
+    workers: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Numbers of workers to compare; of several roles as learners=1/environments=2.")
+    ] = "0,1,2",
+    kill: Annotated[int, typer.Option(help="Kill so many workers in every run, each with a shard in flight.", min=0)] = 0,
+    meta_steps: Annotated[int | None, typer.Option(help="Shorter runs.", min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Are the final parameters the same bits for every number of workers? Exit code 1 if not."""
+    set_up_logging()
+    with clean_errors():
+        from metadist.cli.display import plain, show_verification
+        from metadist.config.document import asked
+        from metadist.experiment.verify import counts
+        from metadist.experiment.verify import verify as compare
+
+        document = asked(config, overrides)
+        with only_results_on_stdout():
+            report = compare(document, counts(workers), kill=kill, meta_steps=meta_steps, display=plain())
+        show_verification(report)
+        if as_json:
+            print(json.dumps(report))
+        if not report["ok"]:
+            raise typer.Exit(1)
+
+
+def plan(
+    config: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped config.")],
+    overrides: Overrides = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """How a new run would compute its shards on workers like this machine, why, and the memory that it would take."""
+    set_up_logging()
+    with clean_errors():
+        from metadist.cli.display import show_plan
+        from metadist.config.build import build
+        from metadist.config.document import asked
+        from metadist.experiment.description import Experiment
+        from metadist.experiment.fleet import local_plan
+
+        document = asked(config, overrides, workers)
+        with only_results_on_stdout():
+            report = local_plan(Experiment.of(build(document))).as_dict()
+        show_plan(report)
+        if as_json:
+            print(json.dumps(report))

@@ -1,1 +1,0 @@
-"""Commands of the command line beside those of training, a file each; ``cli`` names them."""

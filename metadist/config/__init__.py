@@ -1,0 +1,1 @@
+"""From YAML to typed settings, tasks, models and algorithms."""

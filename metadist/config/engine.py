@@ -1,0 +1,46 @@
+"""The ``engine`` section of a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Union
+
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How shards are computed. ``compile``, ``differentiation`` and ``chunk`` (tasks of a shard in memory at once) say ``auto``
+    where metadist is to choose; `metadist plan` shows what and why. ``precision``: ``tf32`` for a GPU's matrix products,
+    ``bfloat16`` for autocast in the inner loop. ``deterministic: false`` lets a GPU use kernels whose bits vary, which
+    ``exact`` forbids. ``wire: bfloat16`` halves what workers send, with error feedback.
+
+    ``exact`` refuses workers with another numerics fingerprint. ``shard_timeout``: seconds per shard before a worker counts as hung;
+    ``worker_patience``: seconds to wait for workers. ``non_finite``: what becomes of a task that gives NaN or Inf.
+    """
+
+    dtype: Literal["float32", "float64"] = "float32"
+    device: str = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"
+    differentiation: Literal["auto", "unrolled", "mixed"] = "auto"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    chunk: Union[int, Literal["auto"]] = "auto"
+    deterministic: bool = True
+    wire: Literal["exact", "bfloat16"] = "exact"
+    non_finite: Literal["error", "skip"] = "error"
+    exact: bool = True
+    shard_timeout: float = 300.0
+    worker_patience: float = 120.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chunk, int):
+            Engine(chunk=self.chunk)
+        if self.dtype == "float64" and self.precision != "float32":
+            raise ConfigError(f"engine.precision: {self.precision} rounds what engine.dtype: float64 is for; choose one of them")
+        if self.exact and not self.deterministic:
+            raise ConfigError("engine.deterministic: false needs engine.exact: false: kernels whose bits vary can't give the same parameters twice")
+        if self.wire == "bfloat16" and self.exact:
+            raise ConfigError(
+                "engine.wire: bfloat16 with error feedback makes a contribution depend on what its worker sent before; it needs engine.exact: false"
+            )

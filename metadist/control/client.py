@@ -1,0 +1,80 @@
+"""A running driver as seen from another process: what ``metadist control`` talks to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from metadist.control import control_pb2 as pb
+from metadist.control import control_pb2_grpc as rpc
+from metadist.control.commands import Answer, Command, Sight, Standing
+from metadist.control.service import MESSAGE_BYTES, WAIT_SECONDS, answer_of, sight_of, standing_of
+from metadist.rpc.channel import ServiceError, calling, connect
+
+#: a server that answers takes milliseconds
+STATUS_SECONDS = 10.0
+#: answers in a row that may be lost
+LOST = 3
+
+
+class RemoteRun:
+    """``address`` is HOST:PORT. Raises ``ServiceError`` (one line) where the run refuses or isn't there."""
+
+    def __init__(self, address: str, token_file: str | None = None, tls_ca: str | None = None) -> None:
+        self.address = address
+        self._channel = connect(address, token_file, tls_ca, message_bytes=MESSAGE_BYTES)
+        self._stub: Any = rpc.ControlPlaneStub(self._channel)
+
+    def __enter__(self) -> RemoteRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def status(self) -> Standing:
+        with calling(self.address):
+            return standing_of(self._stub.Status(pb.StatusRequest(), timeout=STATUS_SECONDS))
+
+    def obey(self, command: Command, timeout: float) -> Answer:
+        """Give a command, and again (it is obeyed once) until it took effect or ``timeout`` seconds have passed."""
+        deadline, lost = time.monotonic() + timeout, 0
+        while True:
+            wait = max(0.01, min(WAIT_SECONDS, deadline - time.monotonic()))
+            try:
+                with calling(self.address):
+                    answer = answer_of(self._send(command, pb.Order(id=command.id, wait_seconds=wait), wait + STATUS_SECONDS))
+            except ServiceError as error:  # the answer was lost, the command perhaps not
+                lost += 1
+                if error.code != grpc.StatusCode.UNAVAILABLE or lost > LOST or time.monotonic() + 1.0 > deadline:
+                    raise
+                time.sleep(0.5)
+                continue
+            if answer.meta_step is not None or time.monotonic() >= deadline:
+                return answer
+
+    def _send(self, command: Command, order: pb.Order, timeout: float) -> pb.CommandReply:
+        if command.name == "set_meta_batch_size":
+            return self._stub.SetMetaBatchSize(pb.SetMetaBatchSizeRequest(order=order, meta_batch_size=command.value), timeout=timeout)
+        if command.name == "set_workers":
+            return self._stub.SetWorkers(pb.SetWorkersRequest(order=order, count=command.value, role=command.role), timeout=timeout)
+        methods = {"pause": self._stub.Pause, "resume": self._stub.Resume, "checkpoint": self._stub.CheckpointNow, "stop": self._stub.Stop}
+        return methods[command.name](pb.CommandRequest(order=order), timeout=timeout)
+
+    def watch(self, seconds: float | None = None) -> Iterator[Sight]:
+        """What happens from now on, until the run is over or ``seconds`` have passed."""
+        end = None if seconds is None else time.monotonic() + seconds
+        while end is None or (left := end - time.monotonic()) > 0:
+            updates = self._stub.Watch(pb.WatchRequest(), timeout=None if end is None else left)
+            try:
+                with calling(self.address):
+                    for update in updates:
+                        yield sight_of(update)
+                return
+            except ServiceError as error:
+                if error.code != grpc.StatusCode.DEADLINE_EXCEEDED:  # one call lasts an hour at most
+                    raise
+            finally:
+                updates.cancel()

@@ -1,1 +1,0 @@
-"""The services' messages: one .proto file a package, and beside it what `make protos` generates from it."""

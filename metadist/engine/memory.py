@@ -1,0 +1,191 @@
+"""How much memory a shard takes, told from one task with one and with two inner steps, before anything large is allocated.
+
+Eager: the task is computed, and the bytes that are alive are counted as tensors come and go; autograd holds on to more than
+its graph still needs. Compiled: they are read off the traced graph, where each tensor lives until its last use.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metadist.core.algorithm import with_inner_steps
+from metadist.core.engine import Engine
+from metadist.core.random import TaskKey
+from metadist.engine.compiled import trace
+from metadist.engine.meta_gradient import MetaGradient, directly
+from metadist.learners.few_shot import Learner
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one task: ``first`` at one inner step, ``further`` for every other, ``state`` of one φ with its moments;
+    ``shared`` is the sum over tasks, whatever their number."""
+
+    shared: int
+    first: int
+    further: int
+    inner_steps: int
+    state: int
+
+    def peak(self, tasks: int) -> int:
+        """Predicted for ``tasks`` at once, beside what the process held before."""
+        return self.shared + tasks * (self.first + self.further * max(0, self.inner_steps - 1))
+
+
+def footprint(learner: Learner, engine: Engine) -> Footprint:
+    """Of one task's contribution under ``engine``. An upper bound where shards are compiled: a fused operator keeps in
+    registers what is counted here. Not counted is what a library takes besides (the workspaces of convolutions)."""
+    steps = getattr(learner.algorithm, "inner_steps", 0)
+    peak = _traced_peak if engine.compile else _measured_peak
+    one, two = (peak(learner, engine, min(k, steps)) for k in (1, 2))
+    shared = sum(_bytes(v) for n, v in learner.initial(0).slots.items() if n in learner.meta_gradient.learned)
+    return Footprint(shared, one, max(0, two - one), steps, _state_bytes(learner))
+
+
+def allocated_bytes(learner: Learner) -> int:
+    """All that one task's unrolled contribution ever allocates: more than its peak."""
+    return _measured(learner, Engine(), getattr(learner.algorithm, "inner_steps", 0)).total
+
+
+def _one_task(learner: Learner) -> tuple[Any, Any, TaskKey, Tensor]:
+    keys = TaskKey.of(0, "train", 0, [0])
+    theta = {n: p.map(lambda t: t.to(learner.device)) for n, p in learner.initial(0).theta(learner.slots).items()}
+    return theta, learner.sample(keys), keys.to(learner.device), torch.ones(1, dtype=torch.bool, device=learner.device)
+
+
+def _with_steps(learner: Learner, engine: Engine, steps: int) -> MetaGradient:
+    return replace(learner.meta_gradient_under(engine), algorithm=with_inner_steps(learner.algorithm, steps))
+
+
+def _state_bytes(learner: Learner) -> int:
+    gradient = learner.meta_gradient
+    if gradient.cannot_walk_back:
+        return 0
+    theta, tasks, keys, _ = _one_task(learner)
+    task = pytree.tree_map(lambda t: t[0], tasks)
+    start = gradient.descent(gradient.context(keys, keys.tasks[0], 0), theta, task).start
+    return sum(_bytes(t) for t in pytree.tree_leaves(start) if isinstance(t, Tensor))
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of storages from the operator that makes them to the end of their last tensor."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.alive = self.most = self.total = 0
+        self._known: dict[int, Any] = {t.untyped_storage()._cdata: None for t in given}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(result):
+            if isinstance(t, Tensor) and t.device.type != "meta" and not t._is_zerotensor():
+                self._count(t.untyped_storage())
+        self.most = max(self.most, self.alive)
+        return result
+
+    def _count(self, storage: Any) -> None:
+        name, size = storage._cdata, storage.nbytes()
+        if name not in self._known:
+            self._known[name] = weakref.ref(storage, partial(self._gone, name, size))
+            self.alive += size
+            self.total += size
+
+    def _gone(self, name: int, size: int, _: Any) -> None:
+        self.alive -= size
+        del self._known[name]
+
+
+def _measured(learner: Learner, engine: Engine, steps: int) -> _Alive:
+    gradient = _with_steps(learner, engine, steps)
+    theta, tasks, keys, keep = _one_task(learner)
+    with _Alive(pytree.tree_leaves((theta, tasks, keep))) as alive:
+        gradient.sums(directly, theta, tasks, keys, 0, keep)
+    return alive
+
+
+def _measured_peak(learner: Learner, engine: Engine, steps: int) -> int:
+    return _measured(learner, engine, steps).most
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# Of graphs ------------------------------------------------------------------------------------------------------------
+
+
+def _traced_peak(learner: Learner, engine: Engine, steps: int) -> int:
+    gradient = _with_steps(learner, engine, steps)
+    theta, tasks, keys, keep = _one_task(learner)
+    most = 0
+    held: list[tuple[weakref.ref[Tensor], int]] = []
+
+    def run(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Called piece by piece: what lies between the pieces is alive while one of them runs."""
+        nonlocal most
+        leaves, spec = pytree.tree_flatten(arguments)
+        tensors = [t if isinstance(t, Tensor) else torch.tensor(t, device=learner.device) for t in leaves]
+        given = set(map(id, tensors))
+        graph, returned = trace(function, spec, tensors)
+        between = sum(size for ref, size in held if (t := ref()) is not None and id(t) not in given)
+        most = max(most, between + peak_bytes(graph, skip=_count(arguments[:5])))
+        with torch.no_grad():
+            result = function(*arguments)
+        held.extend((weakref.ref(t), _bytes(t)) for t in pytree.tree_leaves(result))
+        return result
+
+    gradient.sums(run, theta, tasks, keys, 0, keep)
+    return most
+
+
+def _count(arguments: Any) -> int:
+    return len(pytree.tree_leaves(arguments))
+
+
+def peak_bytes(graph: torch.fx.GraphModule, skip: int = 0) -> int:
+    """The most bytes that are alive at once while ``graph`` runs in order, each tensor until its last use; its first
+    ``skip`` inputs are the caller's and not counted."""
+    nodes = list(graph.graph.nodes)
+    owner: dict[Any, Any] = {}
+    for node in nodes:
+        source = _viewed(node)
+        owner[node] = owner[source] if source is not None else node
+    last: dict[Any, int] = {}
+    for position, node in enumerate(nodes):
+        for used in (node, *node.all_input_nodes):
+            last[owner[used]] = position
+    ending: dict[int, list[Any]] = {}
+    for node, position in last.items():
+        ending.setdefault(position, []).append(node)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    free = set(inputs[:skip])
+    alive = most = 0
+    sizes: dict[Any, int] = {}
+    for position, node in enumerate(nodes):
+        if owner[node] is node and node not in free and node.op in ("placeholder", "call_function"):
+            sizes[node] = sum(_bytes(t) for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor))
+            alive += sizes[node]
+            most = max(most, alive)
+        for gone in ending.get(position, ()):
+            alive -= sizes.get(gone, 0)
+    return most
+
+
+def _viewed(node: Any) -> Any:
+    """The input whose memory ``node`` shows, if it is a view or picks one of several results."""
+    if node.op != "call_function" or not node.all_input_nodes:
+        return None
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:  # getitem
+        return node.all_input_nodes[0]
+    aliased = any(r.alias_info is not None for r in schema.returns)
+    return node.all_input_nodes[0] if aliased or schema.name in ("aten::_unsafe_view", "aten::_reshape_alias") else None

@@ -1,0 +1,53 @@
+"""Load the best parameters of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from metadist.config.build import build
+from metadist.config.schema import parse_yaml
+from metadist.core.errors import CheckpointError, ConfigError
+from metadist.experiment.description import Experiment
+from metadist.experiment.result import BEYOND, Result
+from metadist.storage.checkpoints import Checkpoints, load_parameters
+from metadist.storage.run_directory import RunFolder, runs_root
+from metadist.training.progress import Outcome, Progress
+
+
+def _initial(experiment: Experiment) -> Mapping[str, Tensor] | None:
+    """Parameters to begin with: a safetensors file, or an earlier run's best."""
+    source = experiment.init_from
+    if source is None:
+        return None
+    if source.endswith(".safetensors"):
+        return {name: tensor for name, tensor in load_parameters(source).items() if not name.startswith(BEYOND)}
+    folder = RunFolder(source)
+    if folder.read("run.json") is None:
+        raise ConfigError(f"init_from: '{source}' is neither a .safetensors file nor a run directory")
+    earlier = load_run(source)
+    return earlier.experiment.learner.parameters(earlier.state)
+
+
+def tracking_root(folder: RunFolder) -> Path:
+    """Where the default SQLite store lies: METADIST_RUNS, or a local folder where that is remote."""
+    return folder.scratch.parent if "://" in runs_root() else Path(runs_root()).resolve()
+
+
+def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
+    """A run's best parameters, ready to ``adapt`` and ``predict``; built from the run's own config unless ``experiment`` is given."""
+    folder = RunFolder(run_dir)
+    text, about = folder.read("config.yaml"), folder.read_json("run.json")
+    if text is None or about is None:
+        raise ConfigError(f"run directory '{run_dir}' has no config.yaml and run.json; is it the folder that train printed?")
+    if experiment is None:
+        experiment = Experiment.of(build(parse_yaml(text, f"{run_dir}/config.yaml")))
+    learner = experiment.learner
+    checkpoints = Checkpoints(folder.url, higher_is_better=learner.tasks.higher_is_better)
+    loaded = checkpoints.best(learner.slots) or checkpoints.latest(learner.slots)
+    if loaded is None:
+        raise CheckpointError(f"run directory '{run_dir}' has no checkpoint yet")
+    outcome = Outcome(Progress.of(loaded), loaded.state, loaded.meta_step, 0.0)
+    return Result(about["run_id"], folder.url, experiment, outcome, [], loaded.state.sha256(), {}, 0.0)

@@ -1,0 +1,109 @@
+"""A policy beside known methods, and those among themselves, on the same trials."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metadist.config.build import build_environment
+from metadist.config.document import override, read_document, shipped_configs
+from metadist.core.errors import ConfigError, nearest, one_of
+from metadist.core.random import TaskKey
+from metadist.learners.few_shot import Learner
+from metadist.learners.trials import TrialLearner
+from metadist.oracles import compare, methods, play, possible, score
+from metadist.rl.algorithm import EPISODES_SHOWN
+from metadist.rl.environment import MetaEnvironment
+from metadist.training.evaluation import Evaluation, TrialEvaluation
+
+#: trials at a time
+BATCH = 2000
+
+
+def oracles(name: str, overrides: Sequence[str], chosen: Sequence[str], *, trials: int, split: str, seed: int) -> dict[str, Any]:
+    """What ``chosen`` methods (or ``all``) get in the environment called ``name``, or in that of a config of this name."""
+    from metadist.environments import ENVIRONMENTS
+
+    document: dict[str, Any]
+    if name in ENVIRONMENTS:
+        document = {"environment": {"name": name}}
+        overrides = [f"environment.{o.removeprefix('environment.')}" for o in overrides]
+    elif name in shipped_configs() or os.path.exists(name):
+        document = read_document(name)
+    else:
+        known = sorted([*ENVIRONMENTS, *shipped_configs()])
+        raise ConfigError(
+            f"oracle: '{name}' is neither an environment ({', '.join(sorted(ENVIRONMENTS))}) nor a config{nearest(name, known)}"
+        )
+    environment = build_environment(override(document, overrides))
+    rows = compare(environment, None if "all" in chosen else list(chosen), trials=trials, seed=seed, split=split)
+    about = {"environment": type(environment).__name__, "trials": trials, "split": split, "seed": seed}
+    return {**about, "protocol": environment.protocol(split), "rows": [dataclasses.asdict(row) for row in rows]}
+
+
+def paired(judged: TrialEvaluation, environment: MetaEnvironment, chosen: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
+    """The policy and ``chosen`` methods (or ``all``): mean return a trial with its standard error, percent of (oracle − random),
+    and by how much the policy is ahead, trial by trial. The oracle is the first method that the environment allows."""
+    allowed = possible(environment)
+    for name in chosen:
+        one_of("--beside", name, [*methods(environment), "all"])
+    names = allowed if "all" in chosen else list(chosen)
+    totals = {name: _totals(environment, name, judged, seed) for name in dict.fromkeys([allowed[0], *names, "random"])}
+    best, worst = float(totals[allowed[0]].mean()), float(totals["random"].mean())
+    if judged.by_gradient_steps:
+        raise ConfigError(
+            "--beside: this policy is judged after gradient steps, known methods by the episodes of a trial; there is nothing to pair"
+        )
+    ours = judged.trials[judged.policy].sum(1)
+    played = {**{f"this policy, {policy}": returns.sum(1) for policy, returns in judged.trials.items()}, **totals}
+    return [_row(name, returns, ours, best, worst) for name, returns in played.items()]
+
+
+class Regret:
+    """What the oracle gets more than a policy on the same trials; nothing where there is no oracle to compare with."""
+
+    def __init__(self, learner: Learner | TrialLearner, seed: int, *, trials: int = 1000) -> None:
+        self._learner, self._seed, self._trials = learner, seed, trials
+        #: the oracle's returns by episode, by split
+        self._best: dict[str, Tensor | None] = {}
+
+    def __call__(self, judged: Evaluation) -> dict[str, float]:
+        if not isinstance(self._learner, TrialLearner) or not isinstance(judged, TrialEvaluation) or judged.by_gradient_steps:
+            return {}
+        ours = judged.trials[judged.policy][: self._trials]
+        if judged.split not in self._best:
+            self._best[judged.split] = self._oracle(self._learner.tasks, judged.split, len(ours))
+        best = self._best[judged.split]
+        if best is None or best.shape != ours.shape:
+            return {}
+        lost, prefix = (best - ours).nanmean(0), f"eval/{judged.split}/regret"
+        shown = [n for n in EPISODES_SHOWN if n < len(lost)] + [len(lost)]
+        by_episode = {f"{prefix}/episode_{n}": float(lost[n - 1]) for n in shown}
+        return {prefix: float(lost.sum()), f"{prefix}/per_step": float(lost.mean()) / self._learner.tasks.horizon, **by_episode}
+
+    def _oracle(self, environment: MetaEnvironment, split: str, trials: int) -> Tensor | None:
+        try:
+            allowed = possible(environment)
+        except ConfigError:
+            return None
+        return play(environment, allowed[0], TaskKey.of(self._seed, split, 0, range(trials)))
+
+
+def _totals(environment: MetaEnvironment, method: str, judged: TrialEvaluation, seed: int) -> Tensor:
+    starts = range(0, judged.tasks, BATCH)
+    parts = [TaskKey.of(seed, judged.split, 0, range(start, min(start + BATCH, judged.tasks))) for start in starts]
+    return torch.cat([play(environment, method, keys).sum(1) for keys in parts])
+
+
+def _row(name: str, returns: Tensor, ours: Tensor, best: float, worst: float) -> dict[str, Any]:
+    ahead, root, mean = ours - returns, math.sqrt(len(returns)), float(returns.mean())
+    return {
+        "name": name, "mean": mean, "error": float(returns.std()) / root, "percent": score(mean, best, worst),
+        "difference": float(ahead.mean()), "difference_error": float(ahead.std()) / root,
+    }  # fmt: skip

@@ -1,0 +1,94 @@
+"""A run's models for MLflow: what they are made of, and what is said of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from metadist.core.errors import ConfigError
+from metadist.core.random import TaskKey
+from metadist.experiment.load import load_run, tracking_root
+from metadist.experiment.result import Result
+from metadist.learners.few_shot import Learner
+from metadist.storage.run_directory import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def log_models(tracker: Any, folder: RunFolder, result: Result, register: str) -> None:
+    """The parameters that validated best become a version of the model ``register``; the last ones are logged beside them."""
+    learner = result.experiment.learner
+    if not isinstance(learner, Learner):
+        log.warning(
+            "tracking.register: a policy of %s adapts by acting, not to a support set; it is not registered", type(learner.tasks).__name__
+        )
+        return
+    outcome = result.outcome
+    place = folder.scratch / "mlflow_model"
+    _record(tracker, place, result, "model", outcome.best_step, register)
+    if outcome.progress.meta_step != outcome.best_step:
+        last = dataclasses.replace(result, outcome=dataclasses.replace(outcome, best=outcome.progress.state))
+        _record(tracker, place, last, "model-final", outcome.progress.meta_step, None)
+
+
+def _record(tracker: Any, place: Path, result: Result, name: str, meta_step: int, register: str | None) -> None:
+    tracker.model(name, _write(place / name, result), {**_about(result, meta_step), "register": register})
+
+
+def _write(place: Path, result: Result) -> list[Path]:
+    place.mkdir(parents=True, exist_ok=True)
+    files = [place / "model.safetensors", place / "example.npz"]
+    result.export(files[0])
+    np.savez(files[1], **_example(result))
+    return files
+
+
+def _example(result: Result) -> dict[str, Any]:
+    """The first validation task."""
+    learner = result.experiment.learner
+    assert isinstance(learner, Learner)
+    task = learner.sample(TaskKey.of(result.experiment.seed, "validation", 0, [0]))
+    return {
+        "support_x": task.support.x[0].numpy(), "support_y": task.support.y[0].numpy(), "query_x": task.query.x[0].numpy()
+    }  # fmt: skip
+
+
+def _about(result: Result, meta_step: int) -> dict[str, Any]:
+    experiment = result.experiment
+    learner, settings = experiment.learner, experiment.evaluate
+    assert isinstance(learner, Learner)
+    judged = [v for v in result.outcome.progress.validation if v["meta_step"] == meta_step]
+    if not judged:
+        raise ConfigError(f"run {result.run_id} has no validation at meta-step {meta_step}; the rule that names a champion needs one")
+    classification = learner.tasks.kind == "classification"
+    tasks = {n: experiment.document.get(n) for n in ("tasks", "seed")}
+    protocol = {**tasks, "validation_tasks": settings.tasks, "inner_steps": settings.inner_steps, "metric": learner.tasks.metric_name}
+    return {
+        "run_id": result.run_id, "meta_step": meta_step, "algorithm": type(learner.algorithm).__name__,
+        "metric": learner.tasks.metric_name, "score": judged[-1]["mean"], "higher_is_better": learner.tasks.higher_is_better,
+        "protocol": hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "outputs": learner.tasks.ways("test") if classification else learner.tasks.outputs,
+        "dtype": str(learner.model.dtype).removeprefix("torch."), "inner_steps": -1 if settings.inner_steps is None else settings.inner_steps,
+    }  # fmt: skip
+
+
+def register_run(run_dir: str, name: str) -> str:
+    """Log a finished run's best parameters as an MLflow model and make them a version of ``name``; returns the version."""
+    from metadist.tracking.model_registry import register_now
+
+    result, folder = load_run(run_dir), RunFolder(run_dir)
+    if not isinstance(result.experiment.learner, Learner):
+        raise ConfigError(f"register: {run_dir} is a run in a meta-environment; its policy adapts by acting, not to a support set")
+    result.experiment.learner.prepare(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as place:
+        _write(Path(place), result)
+        about = {**_about(result, result.outcome.best_step), "register": name}
+        return register_now(folder.scratch / "tracking", result.experiment.tracking.uri, tracking_root(folder), Path(place), about)

@@ -1,0 +1,73 @@
+"""The plots of a run: what was learned, how fast adaptation works, and single tasks to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metadist.config.build import supervised
+from metadist.core.algorithm import TaskContext, with_inner_steps
+from metadist.core.random import TaskKey
+from metadist.core.task import Task
+from metadist.experiment.result import Adapted, Result
+from metadist.experiment.trial_reports import draw_trials
+from metadist.learners.trials import TrialLearner
+from metadist.tasks.sinusoid import Sinusoid
+from metadist.tracking import plots
+
+
+def draw(result: Result, folder: Path) -> list[Path]:
+    """Every plot that suits the run, as PNG files in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    learner, progress = result.experiment.learner, result.outcome.progress
+    metric = learner.tasks.metric_name
+    drawn = []
+    curve = [p for p in progress.curve if metric in p]
+    if curve:
+        drawn.append(folder / "learning_curve.png")
+        validation = [(int(v["meta_step"]), v["mean"], v["ci95"]) for v in progress.validation]
+        plots.learning_curve(drawn[-1], [int(p["meta_step"]) for p in curve], [p[metric] for p in curve], validation, metric)
+    if isinstance(learner, TrialLearner):
+        return drawn + draw_trials(result, learner, folder)
+    for judged in result.evaluations:
+        if len(judged.mean) > 1:
+            drawn.append(folder / f"adaptation_{judged.split}.png")
+            plots.adaptation_curve(drawn[-1], judged.mean, judged.ci95, metric, judged.split)
+    if isinstance(learner.tasks, Sinusoid):
+        drawn.append(folder / "sinusoid_fits.png")
+        plots.sinusoid_fits(drawn[-1], [_sinusoid(result, learner.tasks, index) for index in range(3)])
+    elif learner.tasks.kind == "classification" and learner.tasks.input_shape and len(learner.tasks.input_shape) == 3:
+        drawn.append(folder / "episode.png")
+        task, trajectory = _adapted(result, 0)
+        predicted = result.predict(Adapted(trajectory[-1], task.support), task.query.x).argmax(-1)
+        episode = {"support": task.support.x, "support_labels": task.support.y, "query": task.query.x, "query_labels": task.query.y}
+        plots.episode_sheet(drawn[-1], {**episode, "predicted": predicted, "title": "A held-out episode"})
+    return drawn
+
+
+def _adapted(result: Result, index: int) -> tuple[Task, Any]:
+    """A test task and its trajectory φ_0 … φ_k."""
+    learner, seed = supervised(result.experiment.learner), result.experiment.seed
+    keys = TaskKey.of(seed, "test", 0, [index])
+    task: Task = torch.utils._pytree.tree_map(lambda t: t[0], learner.sample(keys))
+    algorithm = with_inner_steps(learner.algorithm, result.experiment.evaluate.inner_steps)
+    theta = result.state.theta(learner.slots)
+    with torch.no_grad():
+        context = TaskContext(keys.each()[0], 0, False, learner.tasks)
+        return task, algorithm.adapt(learner.bind(theta, None, False), theta, task.support, context)
+
+
+def _sinusoid(result: Result, family: Sinusoid, index: int) -> dict[str, Any]:
+    task, trajectory = _adapted(result, index)
+    x = torch.linspace(*family.x_range, 200).unsqueeze(-1)
+    steps = sorted({0, 1, len(trajectory) - 1} & set(range(len(trajectory))))
+    keys = TaskKey.of(result.experiment.seed, "test", 0, [index])
+    return {
+        "x_support": task.support.x[:, 0],
+        "y_support": task.support.y[:, 0],
+        "x_curve": x[:, 0],
+        "y_true": family.curve(keys, x[:, 0])[0],
+        "predictions": {step: result.predict(Adapted(trajectory[step], task.support), x)[:, 0] for step in steps},
+    }

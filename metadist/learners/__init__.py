@@ -1,0 +1,1 @@
+"""The mathematics of one experiment: few-shot learning and meta-reinforcement learning."""

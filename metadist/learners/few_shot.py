@@ -1,0 +1,262 @@
+"""The Learner: a pure function (state, which tasks) → contribution, and the rounds of a meta-step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from metadist.core.algorithm import Algorithm, TaskContext, with_inner_steps
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError, NonFiniteError, one_of
+from metadist.core.model import BoundModel, Model
+from metadist.core.outer import OuterLoop
+from metadist.core.parameters import Parameters
+from metadist.core.random import TaskKey
+from metadist.core.round import Result, Round, Shard
+from metadist.core.state import Contribution, Records, State, TreeSum
+from metadist.core.task import Examples, Task, TaskFamily
+from metadist.engine.compiled import Compiled
+from metadist.engine.meta_gradient import MetaGradient, Run, directly, fixed, held_by_steps
+from metadist.learners.base import BaseLearner
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class Learner(BaseLearner):
+    """One experiment's mathematics: algorithm, model, tasks and outer loop. Knows nothing of workers or files.
+
+    ``normalization`` is how batch norm treats the query set in evaluation: ``transductive`` (by the query set's own
+    statistics) or ``inductive`` (each query in one batch with the support set). ``non_finite`` says what becomes of a task
+    whose contribution has NaN or Inf: ``error``, or ``skip`` (it is left out of the sum and of the weight).
+    """
+
+    algorithm: Algorithm
+    model: Model
+    tasks: TaskFamily
+    outer: OuterLoop
+    normalization: str = "transductive"
+    non_finite: str = "error"
+    engine: Engine = field(default_factory=Engine)
+
+    def __post_init__(self) -> None:
+        one_of("evaluate.normalization", self.normalization, ("transductive", "inductive"))
+        one_of("engine.non_finite", self.non_finite, ("error", "skip"))
+        if self.tasks.metric_name in ("loss", "task"):
+            raise ConfigError(f"metric: '{self.tasks.metric_name}' is taken; give it another name")
+        reason = self.algorithm.compatible(self.tasks, self.model)
+        if reason:
+            raise ConfigError(
+                f"algorithm '{type(self.algorithm).__name__}' does not suit tasks '{type(self.tasks).__name__}' with model "
+                f"'{type(self.model.module).__name__}': {reason}"
+            )
+        self.slots = {name: slot for name, (slot, _) in self._declare(0).items()}
+        self.device = torch.device("cpu")
+        self._prepared = False
+        self.set_engine(self.engine)
+
+    # Where it runs ----------------------------------------------------------------------------------------------------
+
+    def set_engine(self, engine: Engine, around: Callable[[str], Any] | None = None) -> None:
+        """Compute shards as ``engine`` says from now on; ``around(name)`` surrounds each compilation."""
+        self.engine = engine
+        self._meta: MetaGradient | None = None
+        self._compiled = Compiled(self.device, around or (lambda name: nullcontext()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": False, "_meta": None, "_compiled": None}
+
+    # What a shard is --------------------------------------------------------------------------------------------------
+
+    def rounds(self, run: str, meta_step: int, seed: int, state: State, report: dict[str, float]) -> Iterator[Round]:
+        """The rounds of one meta-step: for supervised learning a single one. ``report`` receives metrics as they are known."""
+        shards = self.shards(run, meta_step, seed, function="gradient", split="train", tasks=self.outer.meta_batch_size)
+
+        def apply(state: State, total: Contribution) -> State:
+            new, extra = self.outer.update(self.slots, state, total, meta_step)
+            report.update({n: v / total.weight for n, v in total.metrics.items()}, **extra)
+            return new
+
+        yield Round(0, state, shards, apply)
+
+    def evaluation(self, run: str, meta_step: int, seed: int, state: State, *, split: str, tasks: int, inner_steps: int | None) -> Round:
+        """A round that judges θ on ``tasks`` tasks of ``split``; its records are one row per task."""
+        shards = self.shards(run, meta_step, seed, function="evaluate", split=split, tasks=tasks, inner_steps=inner_steps)
+        return Round(0, state, shards, lambda state, _: state, reduce=False)
+
+    def warm_up(self, seed: int) -> float:
+        """Compile what a shard needs, by computing one; the seconds that compiling took."""
+        theta = {n: p.map(lambda t: t.to(self.device)) for n, p in self.initial(seed).theta(self.slots).items()}
+        with suppress(NonFiniteError):
+            self.contribute(theta, TaskKey.of(seed, "train", 0, range(self.outer.shard_size)), 0)
+        return self._compiled.seconds
+
+    def tasks_alike(self) -> bool:
+        """Whether training tasks have one size (seen on two shards), so that one graph can serve them."""
+        size = self.outer.shard_size
+        first, second = (self.sample(TaskKey.of(0, "train", 0, range(i * size, i * size + size))) for i in (0, 1))
+        shapes = [[t.shape for t in torch.utils._pytree.tree_leaves(task)] for task in (first, second)]
+        return shapes[0] == shapes[1] and first.support.mask is None and first.query.mask is None
+
+    def sample(self, keys: TaskKey) -> Task:
+        """The shard's tasks, on the learner's device; keys stay on the CPU."""
+        task = self.tasks.sample(keys, keys.split).to(self.device, self.model.dtype)
+        if (task.support.mask is not None or task.query.mask is not None) and self.model.normalises_over_batch:
+            raise ConfigError(
+                "model: batch normalisation over padded rows would mix padding into the statistics; these tasks differ in "
+                "size, so use norm: group or layer (or a task family whose tasks are of one size)"
+            )
+        return Task(task.support.cleared(), task.query.cleared())
+
+    def compute(self, shard: Shard, theta: Mapping[str, Tensor]) -> Result:
+        """What a worker does: slot vectors and a shard in, its result out. A pure function."""
+        keys = TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count))
+        named = {name: self.slots[name].layout.unflatten(vector) for name, vector in theta.items()}
+        if shard.function == "gradient":
+            return self.contribute(named, keys, shard.meta_step)
+        if shard.function == "evaluate":
+            return self.evaluate(named, keys, shard.meta_step, **dict(shard.settings))
+        raise ValueError(f"unknown function '{shard.function}'; expected gradient or evaluate")
+
+    # The mathematics --------------------------------------------------------------------------------------------------
+
+    def bind(self, theta: Mapping[str, Parameters], key: TaskKey | None, training: bool) -> BoundModel:
+        return self.model.bind(fixed(theta), key, training)
+
+    @property
+    def meta_gradient(self) -> MetaGradient:
+        if self._meta is None:
+            self._meta = self.meta_gradient_under(self.engine)
+        return self._meta
+
+    def meta_gradient_under(self, engine: Engine) -> MetaGradient:
+        learned = tuple(n for n, slot in self.slots.items() if slot.rule == "gradient")
+        layouts = {n: slot.layout for n, slot in self.slots.items()}
+        gradient = MetaGradient(self.algorithm, self.model, self.tasks, learned, layouts, engine)
+        if not gradient.walks_back:
+            return gradient
+        keys = TaskKey.of(0, "train", 0, [0])
+        task = torch.utils._pytree.tree_map(lambda t: t[0], self.sample(keys))
+        theta = {n: p.map(lambda t: t.to(self.device)) for n, p in self.initial(0).theta(self.slots).items()}
+        return replace(gradient, held=held_by_steps(gradient, theta, task, keys.each()[0].to(self.device)))
+
+    def contribute(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int) -> Contribution:
+        """Σ over the shard's tasks of each one's gradient (or delta), with loss and metric on the query set."""
+        return self.contribute_tasks(theta, self.sample(keys), keys, meta_step)
+
+    def contribute_tasks(self, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int) -> Contribution:
+        """``contribute`` of tasks that were sampled already, ``engine.chunk`` of them at a time."""
+        count, size = len(keys.tasks), self.engine.chunk
+        if size is None or size >= count:
+            return self._contribute_chunk(theta, tasks, keys, meta_step)
+        starts = range(0, count, size)
+        total = TreeSum[Contribution](len(starts), Contribution.absorb)
+        for index, start in enumerate(starts):
+            # Copied to aligned memory, where kernels do what they do for a whole shard.
+            chunk = torch.utils._pytree.tree_map(lambda t, start=start: t[start : start + size].clone(), tasks)
+            some = replace(keys, tasks=keys.tasks[start : start + size])
+            total.add(index, self._contribute_chunk(theta, chunk, some, meta_step))
+        return total.result()
+
+    def _contribute_chunk(self, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int) -> Contribution:
+        keys = keys.to(self.device)
+        tasks, keys, keep = self._padded(tasks, keys)
+        run = self._compiled.runner(keys.seed, keys.split) if self.engine.compile else directly
+        total = self._explained(lambda: self._sum(run, theta, tasks, keys, meta_step, keep))
+        if total.is_finite():
+            return total
+        values, _ = self.meta_gradient.values(theta, tasks, keys, meta_step)
+        finite = self._finite_tasks(values) | ~keep.cpu()
+        bad = tuple(int(i) for i in keys.tasks.cpu()[~finite])
+        if self.non_finite == "skip" and bad:
+            # Not by the compiled graph: what one task spoils in it need not be what it spoils here.
+            return self._sum(directly, theta, tasks, keys, meta_step, keep & finite.to(keep.device))
+        indices = keys.tasks[keep].tolist()
+        what = f"tasks {list(bad)} gave NaN or Inf" if bad else f"the sum over tasks {indices} overflows"
+        raise NonFiniteError(f"{what} (seed {keys.seed}, meta-step {meta_step})", bad)
+
+    def _sum(self, run: Run, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor) -> Contribution:
+        slots, metrics = self.meta_gradient.sums(run, theta, tasks, keys, meta_step, keep)
+        count, names = sum(keep.tolist()), ("loss", self.tasks.metric_name)
+        return Contribution({n: v.cpu() for n, v in slots.items()}, float(count), count, dict(zip(names, metrics.tolist())))
+
+    def _padded(self, tasks: Task, keys: TaskKey) -> tuple[Task, TaskKey, Tensor]:
+        """To the size of a full chunk by repeating the last task, where shards are compiled: one graph then serves them all."""
+        count = len(keys.tasks)
+        keep = torch.ones(count, dtype=torch.bool, device=self.device)
+        missing = (self.engine.chunk or self.outer.shard_size) - count if self.engine.compile else 0
+        if missing <= 0:
+            return tasks, keys, keep
+
+        def pad(t: Tensor) -> Tensor:
+            return torch.cat([t, t[-1:].expand(missing, *t.shape[1:])])
+
+        return torch.utils._pytree.tree_map(pad, tasks), replace(keys, tasks=pad(keys.tasks)), torch.cat([keep, keep.new_zeros(missing)])
+
+    def _explained(self, compute: Callable[[], T]) -> T:
+        try:
+            return compute()
+        except RuntimeError as error:
+            if "randomness" in str(error):
+                raise ConfigError(
+                    f"model: '{type(self.model.module).__name__}' draws random numbers that are not keyed by the task; "
+                    "use torch.nn.Dropout (keyed by us), or draw from context.key in the algorithm"
+                ) from error
+            raise
+
+    @staticmethod
+    def _finite_tasks(values: Mapping[str, Parameters]) -> Tensor:
+        tensors = [t for p in values.values() for t in p.values()]
+        return torch.stack([torch.isfinite(t).reshape(len(t), -1).all(1) for t in tensors]).all(0).cpu()
+
+    def evaluate(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int, inner_steps: int | None = None) -> Records:
+        """Loss and metric of every task after 0, 1, …, k adaptation steps: columns [T, k+1] in float64, and the index [T]."""
+        algorithm = with_inner_steps(self.algorithm, inner_steps)
+
+        def single(task: Task, index: Tensor) -> tuple[Tensor, Tensor]:
+            key = replace(keys, tasks=index)
+            context = TaskContext(key, meta_step, False, self.tasks)
+            model = self.bind(theta, key, False)
+            losses, metrics = [], []
+            for phi in algorithm.adapt(model, theta, task.support, context):
+                prediction = self._judge(algorithm, model, phi, task.support.x, task.query.x)
+                losses.append(context.loss(prediction, task.query))
+                metrics.append(context.metric(prediction, task.query))
+            return torch.stack(losses), torch.stack(metrics)
+
+        with torch.no_grad():
+            losses, metrics = self._explained(lambda: torch.func.vmap(single)(self.sample(keys), keys.tasks.to(self.device)))
+        return Records({"task": keys.tasks, "loss": losses.double().cpu(), self.tasks.metric_name: metrics.double().cpu()})
+
+    def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Any, support: Tensor, x: Tensor) -> Tensor:
+        """Predictions for x [N, …], normalised as ``normalization`` says; ``support`` holds the support set's inputs."""
+        if self.normalization == "transductive":
+            return algorithm.predict(model, phi, x)
+
+        def beside_support(single: Tensor) -> Tensor:
+            return algorithm.predict(model, phi, torch.cat([support, single.unsqueeze(0)]))[-1]
+
+        return torch.func.vmap(beside_support)(x)
+
+    # For one task, outside a fleet ------------------------------------------------------------------------------------
+
+    def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Any:
+        """φ_k for one support set: what ``predict`` takes."""
+        algorithm = with_inner_steps(self.algorithm, inner_steps)
+        key = TaskKey.of(0, "test", 0, [0]).each()[0]
+        context = TaskContext(key, 0, False, self.tasks)
+        theta = state.theta(self.slots)
+        with torch.no_grad():
+            return algorithm.adapt(self.bind(theta, None, False), theta, support, context)[-1]
+
+    def predict(self, state: State, phi: Any, x: Tensor, support: Examples) -> Tensor:
+        """Predictions for x [N, …] with φ adapted to ``support``, beside which inductive normalisation sees each of them."""
+        with torch.no_grad():
+            return self._judge(self.algorithm, self.bind(state.theta(self.slots), None, False), phi, support.x, x)

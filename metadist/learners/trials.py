@@ -1,0 +1,161 @@
+"""The learner of meta-reinforcement learning: a rollout round, then gradient rounds over minibatches of whole trials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError, WorkerError
+from metadist.core.model import Model
+from metadist.core.outer import OuterLoop
+from metadist.core.parameters import Parameters
+from metadist.core.random import TaskKey
+from metadist.core.round import Result, Round, Shard, WithOutput
+from metadist.core.state import Contribution, Records, State
+from metadist.learners.base import BaseLearner
+from metadist.learners.updates import UPDATES, MetaStep
+from metadist.rl.algorithm import EPISODES_SHOWN, Theta, TrialAlgorithm, TrialContext
+from metadist.rl.environment import MetaEnvironment
+from metadist.rl.trust_region import DIRECTION, trust_region_rounds
+
+#: what stands for a surrogate's sums that are not finite
+FAR = {"improvement": -1e100, "kl": 1e100}
+
+
+@dataclass
+class TrialLearner(BaseLearner):
+    """One experiment's mathematics: algorithm, policy, meta-environment and outer loop. Knows nothing of workers or files.
+
+    ``outer.meta_batch_size`` counts trials. ``rollout_role`` is the role of the workers that roll out.
+    ``policy`` is how evaluation chooses actions, where one figure is wanted: ``greedy`` or ``sampled``.
+    """
+
+    gradients = ("gradient", "value_gradient", "fisher")
+
+    algorithm: TrialAlgorithm
+    model: Model
+    tasks: MetaEnvironment
+    outer: OuterLoop
+    non_finite: str = "error"
+    engine: Engine = field(default_factory=Engine)
+    rollout_role: str = "learner"
+    policy: str = "greedy"
+
+    def __post_init__(self) -> None:
+        reason = self.algorithm.compatible(self.tasks, self.model)
+        if reason:
+            raise ConfigError(
+                f"algorithm '{type(self.algorithm).__name__}' does not suit environment '{type(self.tasks).__name__}' with model "
+                f"'{type(self.model.module).__name__}': {reason}"
+            )
+        self._check_outer(self.outer)
+        self.slots = {name: slot for name, (slot, _) in self._declare(0).items()}
+        self.device = torch.device("cpu")
+        self._prepared = False
+
+    def _check_outer(self, outer: OuterLoop) -> None:
+        shards = math.ceil(outer.meta_batch_size / outer.shard_size)
+        if self.algorithm.minibatches > shards:
+            raise ConfigError(
+                f"algorithm.minibatches: {self.algorithm.minibatches} of {shards} shards (outer.meta_batch_size {outer.meta_batch_size} "
+                f"÷ outer.shard_size {outer.shard_size}); a minibatch is made of whole shards, so use smaller ones"
+            )
+        if self.algorithm.trust_region is not None and self.algorithm.fits_value and outer.weight_decay:
+            raise ConfigError(
+                f"outer.weight_decay: {outer.weight_decay} would move the policy beside its trust region; use 0 with optimizer: trpo"
+            )
+
+    # The rounds of a meta-step ----------------------------------------------------------------------------------------
+
+    def initial(self, seed: int, start_from: Mapping[str, Tensor] | None = None) -> State:
+        state = super().initial(seed, start_from)
+        return State(state.slots, {**state.outer, UPDATES: torch.zeros(1, dtype=torch.float64)})
+
+    def rounds(self, run: str, meta_step: int, seed: int, state: State, report: dict[str, float]) -> Iterator[Round]:
+        """Roll out under θ; then update it on those trials: by minibatches, or by one step within a trust region."""
+        rolled = self.shards(run, meta_step, seed, function="rollout", split="train", tasks=self.outer.meta_batch_size)
+        rolled = [replace(s, role=self.rollout_role, keeps=True) for s in rolled]
+        statistics: dict[str, float] = {}
+
+        def collected(state: State, total: Contribution) -> State:
+            if not total.weight:
+                raise WorkerError(f"meta-step {meta_step}: every trial was left out (environment.on_error: skip)")
+            statistics.update({n: v / total.weight for n, v in total.metrics.items()}, steps=total.weight, trials=total.tasks)
+            return state
+
+        yield Round(0, state, rolled, collected)
+        algorithm, settings = self.algorithm, self.algorithm.settings_of(statistics)
+        step = MetaStep(meta_step, seed, rolled, settings, state, self.slots, self.outer, report)
+        report.update(self._described(statistics), steps=statistics["steps"])
+        if left_out := statistics.get("left_out"):
+            report["left_out"] = left_out * statistics["steps"]
+        if algorithm.trust_region is None:
+            yield from step.minibatch_rounds("gradient", algorithm.epochs, algorithm.minibatches, algorithm.kl_limit)
+        else:
+            yield from trust_region_rounds(step, algorithm.trust_region)
+            if algorithm.fits_value:
+                yield from step.minibatch_rounds("value_gradient", algorithm.epochs, algorithm.minibatches)
+        report.update(updates=float(step.updates))
+
+    def _described(self, statistics: Mapping[str, float]) -> dict[str, float]:
+        """What a person wants to see of the rollouts: returns and explained variances, per trial and by episode."""
+        per_trial = statistics["steps"] / statistics["trials"]
+        found = {"return": statistics["return"] * per_trial}
+        episodes = self.algorithm.episodes(self.tasks)
+        shown = [n for n in EPISODES_SHOWN if n < episodes] + [episodes]
+        for number in shown:
+            if f"return/{number}" in statistics:
+                found[f"return/episode_{number}"] = statistics[f"return/{number}"] * per_trial
+        for suffix in ("", *(f"/{n}" for n in shown)):
+            if f"target_squared{suffix}" in statistics:
+                count = statistics[f"target_count{suffix}"]
+                variance = statistics[f"target_squared{suffix}"] / count - (statistics[f"target{suffix}"] / count) ** 2
+                error = statistics[f"error_squared{suffix}"] / count - (statistics[f"error{suffix}"] / count) ** 2
+                found["explained_variance" + suffix.replace("/", "/episode_")] = 1 - error / variance if variance > 1e-12 else 0.0
+        return found
+
+    def evaluation(self, run: str, meta_step: int, seed: int, state: State, *, split: str, tasks: int, inner_steps: int | None) -> Round:
+        """A round that judges θ on ``tasks`` trials of ``split``; its records are one row per trial."""
+        shards = self.shards(run, meta_step, seed, function="evaluate", split=split, tasks=tasks, inner_steps=inner_steps)
+        return Round(0, state, [replace(s, role=self.rollout_role) for s in shards], lambda state, _: state, reduce=False)
+
+    # What a worker does -----------------------------------------------------------------------------------------------
+
+    def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result | WithOutput:
+        """Slot vectors, a shard and the outputs that it needs in; its result, and what is to be kept for later rounds, out."""
+        keys = TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count)).to(self.device)
+        named = {name: self.slots[name].layout.unflatten(vector) for name, vector in theta.items()}
+        context = TrialContext(self.tasks, self.model, keys, shard.meta_step)
+        settings = dict(shard.settings)
+        if shard.function == "rollout":
+            trials, sums, weight = self.algorithm.rollout(named, context)
+            return WithOutput(Contribution({}, weight, shard.count - int(sums.get("left_out", 0)), sums), trials)
+        if shard.function == "evaluate":
+            with torch.no_grad():
+                returns = self.algorithm.evaluate(named, context, settings["inner_steps"])
+            return Records({"task": keys.tasks.cpu(), **{n: v.cpu() for n, v in returns.items()}})
+        return self._learn(shard, named, inputs[0], settings, context)
+
+    def _learn(self, shard: Shard, theta: Theta, trials: Records, settings: dict[str, Any], context: TrialContext) -> Contribution:
+        """What a shard of a later round comes to, on the trials of the first."""
+        algorithm, sums = self.algorithm.at(shard.meta_step), dict[str, float]()
+        slots: dict[str, Parameters] = {}
+        if shard.function == "gradient":
+            slots, sums, weight = algorithm.gradient(theta, trials, settings, context)
+        elif shard.function == "value_gradient":
+            slots, sums, weight = algorithm.value_gradient(theta, trials, settings, context)
+        elif shard.function == "fisher":
+            slots["model"], weight = algorithm.fisher(theta, trials, theta[DIRECTION], context)
+        elif shard.function == "surrogate":
+            sums, weight = algorithm.surrogate(theta, trials, theta[DIRECTION] * settings["fraction"], settings, context)
+            # A step too far may overflow: that is for the line search to refuse, where the scheduler takes NaN for a fault.
+            sums = {n: v if math.isfinite(v) else FAR[n] for n, v in sums.items()}
+        else:
+            raise ValueError(f"unknown function '{shard.function}'; expected rollout, evaluate, surrogate or one of {self.gradients}")
+        return Contribution({n: self.slots[n].layout.flatten(g).cpu() for n, g in slots.items()}, weight, shard.count if weight else 0, sums)

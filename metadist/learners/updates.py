@@ -1,0 +1,100 @@
+"""One meta-step of meta-reinforcement learning under way: which trials it learns from, θ as it stands, and its rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from metadist.core.outer import OuterLoop
+from metadist.core.random import seeded
+from metadist.core.round import Round, Shard
+from metadist.core.state import Contribution, Slot, State
+
+UPDATES = "updates"
+"""Of the outer state: how many updates came before. Early stops make them another number than meta-steps × minibatches."""
+
+
+@dataclass
+class MetaStep:
+    """``rolled``: the shards of round 0, whose outputs later rounds need. ``settings``: what every shard is told.
+    ``report`` receives metrics as they are known."""
+
+    meta_step: int
+    seed: int
+    rolled: Sequence[Shard]
+    settings: Mapping[str, Any]
+    state: State
+    slots: Mapping[str, Slot]
+    outer: OuterLoop
+    report: dict[str, float]
+    round: int = 0
+    updates: int = 0
+    _means: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def ask(
+        self, function: str, shards: Sequence[Shard], then: Callable[[Contribution], State] | None = None, *,
+        published: State | None = None, **settings: Any,
+    ) -> Generator[Round, None, Contribution]:  # fmt: skip
+        """A round of ``function`` on the trials of ``shards`` under θ (or what is ``published`` in its place); returns the sum.
+
+        ``then`` makes the new θ of the sum. It runs as the round is applied: whoever runs the last round goes on no further.
+        """
+        self.round += 1
+        told = tuple(sorted({**self.settings, **settings}.items()))
+        asked = [
+            replace(
+                shard, round=self.round, index=i, function=function, role="learner", keeps=False, settings=told,
+                needs=((self.meta_step, 0, shard.index),),
+            )
+            for i, shard in enumerate(shards)
+        ]  # fmt: skip
+        found: list[Contribution] = []
+
+        def apply(_: State, total: Contribution) -> State:
+            found.append(total)
+            if then is not None:
+                self.state = then(total)
+            return self.state
+
+        yield Round(self.round, self.state if published is None else published, asked, apply)
+        return found[0]
+
+    def descend(self, total: Contribution) -> State:
+        """θ ← outer(θ, Σ / Σ weight)."""
+        count = int(self.state.outer[UPDATES].item())
+        bare = replace(self.state, outer={n: v for n, v in self.state.outer.items() if n != UPDATES})
+        new, extra = self.outer.update(self.slots, bare, total, self.meta_step, count=count)
+        self.updates += 1
+        self.report.update(extra)
+        return replace(new, outer={**new.outer, UPDATES: torch.tensor([count + 1.0], dtype=torch.float64)})
+
+    def minibatch_rounds(self, function: str, epochs: int, minibatches: int, kl_limit: float | None = None) -> Generator[Round, None, None]:
+        """An update for every minibatch, until its mean KL divergence passes ``kl_limit``."""
+        for number, shards in enumerate(self._minibatches(epochs, minibatches)):
+            total = yield from self.ask(function, shards, lambda total: self.descend(total) if total.weight else self.state)
+            if not total.weight:  # every trial of these shards was left out
+                continue
+            self.describe(total)
+            kl = total.metrics.get("kl", 0.0) / total.weight
+            if number == 0 and "kl" in total.metrics:
+                self.report["first_kl"] = kl
+            if kl_limit is not None and kl > kl_limit:
+                return
+
+    def _minibatches(self, epochs: int, minibatches: int) -> Iterator[list[Shard]]:
+        """Whole shards in a new order every epoch, keyed by the meta-step."""
+        generator = seeded(self.seed, f"minibatches/{self.meta_step}")
+        for _ in range(epochs):
+            order = torch.randperm(len(self.rolled), generator=generator)
+            for part in order.tensor_split(minibatches):
+                yield [self.rolled[i] for i in part.tolist()]
+
+    def describe(self, total: Contribution) -> None:
+        """Add a round's metrics to the means that are reported."""
+        for name, value in total.metrics.items():
+            seen, weight = self._means.get(name, (0.0, 0.0))
+            self._means[name] = seen + value, weight + total.weight
+            self.report[name] = (seen + value) / (weight + total.weight)

@@ -1,0 +1,1 @@
+"""Meta-reinforcement learning: environments, policies, trials and their algorithms."""

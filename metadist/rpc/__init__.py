@@ -1,0 +1,1 @@
+"""gRPC and HTTP endpoints with size limits, time-outs, TLS and tokens."""

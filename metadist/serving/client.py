@@ -1,0 +1,83 @@
+"""A Python client of the adaptation service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metadist.rpc.channel import calling, connect
+from metadist.serving import adapt_pb2 as pb
+from metadist.serving import adapt_pb2_grpc
+from metadist.serving.tensors import from_reply, to_message
+
+
+class Client:
+    """``adapt`` and ``predict`` on a server that ``metadist serve`` started, as ``Result`` has them in this process.
+
+    ::
+
+        with metadist.Client("127.0.0.1:8470") as client:
+            handle = client.adapt(x, y)
+            logits = client.predict(handle, queries)
+
+    ``token_file`` and ``tls_ca`` as the server was started. What goes wrong is a ``MetadistError`` of one line.
+    """
+
+    def __init__(self, address: str, *, token_file: str | None = None, tls_ca: str | None = None, seconds: float = 60.0) -> None:
+        self.address = address
+        self._channel = connect(address, token_file, tls_ca, seconds=seconds)
+        self._stub = adapt_pb2_grpc.AdaptationStub(self._channel)
+
+    def adapt(self, x: Any, y: Any, *, model: str = "", inner_steps: int | None = None) -> str:
+        """Adapt to a support set x [N, …], y [N, …]: a handle for ``predict``."""
+        request = pb.AdaptRequest(model=model, x=_sent(x), y=_sent(y), inner_steps=inner_steps)
+        return self._call(self._stub.Adapt, request).handle
+
+    def predict(self, handle: str, x: Any) -> Tensor:
+        """Predictions for x [N, …]: logits or values [N, …]."""
+        return from_reply(self._call(self._stub.Predict, pb.PredictRequest(handle=handle, x=_sent(x))).prediction)
+
+    def adapt_predict(self, x: Any, y: Any, query: Any, *, model: str = "", inner_steps: int | None = None) -> Tensor:
+        """Both in one call; the server keeps nothing."""
+        request = pb.AdaptPredictRequest(model=model, x=_sent(x), y=_sent(y), query=_sent(query), inner_steps=inner_steps)
+        return from_reply(self._call(self._stub.AdaptPredict, request).prediction)
+
+    def forget(self, handle: str) -> bool:
+        """Whether there was something to forget."""
+        return self._call(self._stub.Forget, pb.ForgetRequest(handle=handle)).existed
+
+    def models(self) -> list[dict[str, Any]]:
+        """What is served, and what its inputs must be."""
+        return [_plain(m) for m in self._call(self._stub.ListModels, pb.ListModelsRequest()).models]
+
+    def statistics(self) -> dict[str, Any]:
+        """Adaptations, batches, handles, evictions and latencies so far."""
+        return _plain(self._call(self._stub.ListModels, pb.ListModelsRequest()).statistics)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
+        with calling(self.address):
+            return method(request)
+
+
+def _sent(values: Any) -> pb.Tensor:
+    return to_message(torch.as_tensor(values))
+
+
+def _plain(message: Any) -> dict[str, Any]:
+    """Numbers as numbers: protobuf's own JSON has int64 as text."""
+    known = {f.name: getattr(message, f.name) for f in message.DESCRIPTOR.fields if f.message_type is None}
+    nested = {f.name: _plain(v) for f, v in message.ListFields() if f.message_type is not None}
+    return {k: list(v) if not isinstance(v, (str, int, float, bool)) else v for k, v in known.items()} | nested

@@ -1,0 +1,57 @@
+"""The gRPC door to the adaptation service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metadist.core.task import Examples
+from metadist.serving import adapt_pb2 as pb
+from metadist.serving import adapt_pb2_grpc
+from metadist.serving.model import ServedModel
+from metadist.serving.service import Adaptation, Left
+from metadist.serving.tensors import from_message, to_message
+
+
+class AdaptationServicer(adapt_pb2_grpc.AdaptationServicer):
+    def __init__(self, service: Adaptation) -> None:
+        self.service = service
+
+    def Adapt(self, request: pb.AdaptRequest, context: Any) -> pb.AdaptReply:
+        model = self.service.model(request.model)
+        handle, size = self.service.adapt(model, _support(model, request), _steps(model, request), _left(context))
+        return pb.AdaptReply(handle=handle, bytes=size)
+
+    def Predict(self, request: pb.PredictRequest, context: Any) -> pb.PredictReply:
+        model, adapted = self.service.found(request.handle)
+        x = _inputs(model, "x", request.x, model.limits.queries)
+        return pb.PredictReply(prediction=to_message(self.service.predict(model, adapted, x, _left(context)), request.arrow))
+
+    def AdaptPredict(self, request: pb.AdaptPredictRequest, context: Any) -> pb.PredictReply:
+        model = self.service.model(request.model)
+        x = _inputs(model, "query", request.query, model.limits.queries)
+        support, steps = _support(model, request), _steps(model, request)
+        return pb.PredictReply(prediction=to_message(self.service.adapt_predict(model, support, x, steps, _left(context)), request.arrow))
+
+    def Forget(self, request: pb.ForgetRequest, context: Any) -> pb.ForgetReply:
+        return pb.ForgetReply(existed=self.service.forget(request.handle))
+
+    def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsReply:
+        models = [pb.Model(**model.describe()) for model in self.service.models.values()]
+        return pb.ListModelsReply(models=models, statistics=pb.Statistics(**self.service.statistics()))
+
+
+def _inputs(model: ServedModel, what: str, message: pb.Tensor, most: int) -> Any:
+    return model.check_values(what, from_message(what, message, lambda shape: model.check_shape(what, shape, most)))
+
+
+def _support(model: ServedModel, request: Any) -> Examples:
+    x = _inputs(model, "x", request.x, model.limits.support)
+    return Examples(x, model.check_targets(from_message("y", request.y, lambda shape: model.check_target_shape(shape, len(x))), len(x)))
+
+
+def _steps(model: ServedModel, request: Any) -> int | None:
+    return model.check_steps(request.inner_steps if request.HasField("inner_steps") else None)
+
+
+def _left(context: Any) -> Left:
+    return context.time_remaining

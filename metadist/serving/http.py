@@ -1,0 +1,193 @@
+"""The HTTP door to the adaptation service: JSON in, JSON out, under the same token and limits as gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from metadist.core.errors import ConfigError
+from metadist.core.task import Examples
+from metadist.rpc.endpoint import Endpoint
+from metadist.rpc.grpc_guard import Refused
+from metadist.rpc.http_guard import Guarded, Impatient, TooLarge, answer
+from metadist.serving.model import ServedModel
+from metadist.serving.service import Adaptation, Left
+from metadist.serving.tensors import from_json
+
+
+def app(service: Adaptation, *, token: str | None, seconds: float, message_bytes: int, concurrent: int) -> Any:
+    """The ASGI application. ``/healthz`` answers without the token."""
+    pool = ThreadPoolExecutor(concurrent, thread_name_prefix="http")
+    calls = {"adapt": _adapt, "predict": _predict, "adapt_predict": _adapt_predict, "forget": _forget}
+
+    def route(call: Callable[[Adaptation, dict[str, Any], Left], dict[str, Any]]) -> Any:
+        async def reply(request: Request) -> Response:
+            end = time.monotonic() + seconds
+            body = await _body(request, message_bytes)
+            work = lambda: call(service, _parsed(body), lambda: end - time.monotonic())  # noqa: E731
+            return JSONResponse(_strict(await asyncio.get_running_loop().run_in_executor(pool, work)))
+
+        return reply
+
+    async def models(request: Request) -> Response:
+        counts = await asyncio.get_running_loop().run_in_executor(pool, service.statistics)
+        return JSONResponse({"models": [m.describe() for m in service.models.values()], "statistics": counts})
+
+    async def metrics(request: Request) -> Response:
+        text = await asyncio.get_running_loop().run_in_executor(pool, service.measures.text)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def health(request: Request) -> Response:
+        return PlainTextResponse("SERVING\n")
+
+    routes = [Route(f"/v1/{name}", route(call), methods=["POST"]) for name, call in calls.items()]
+    routes += [Route("/v1/models", models), Route("/metrics", metrics), Route("/healthz", health)]
+    return Guarded(
+        Starlette(routes=routes, exception_handlers=dict.fromkeys((Refused, ConfigError, TooLarge, HTTPException, Exception), _failed)),
+        token,
+        seconds,
+        concurrent,
+        service.measures.observe,
+    )
+
+
+# The calls ------------------------------------------------------------------------------------------------------------
+
+
+def _adapt(service: Adaptation, body: dict[str, Any], left: Left) -> dict[str, Any]:
+    _only(body, "model", "x", "y", "inner_steps")
+    model = service.model(_text(body, "model"))
+    handle, size = service.adapt(model, _support(model, body), _steps(model, body), left)
+    return {"handle": handle, "bytes": size}
+
+
+def _predict(service: Adaptation, body: dict[str, Any], left: Left) -> dict[str, Any]:
+    _only(body, "handle", "x")
+    model, adapted = service.found(_text(body, "handle"))
+    return {"prediction": service.predict(model, adapted, _inputs(model, "x", body, model.limits.queries), left).tolist()}
+
+
+def _adapt_predict(service: Adaptation, body: dict[str, Any], left: Left) -> dict[str, Any]:
+    _only(body, "model", "x", "y", "query", "inner_steps")
+    model = service.model(_text(body, "model"))
+    query = _inputs(model, "query", body, model.limits.queries)
+    return {"prediction": service.adapt_predict(model, _support(model, body), query, _steps(model, body), left).tolist()}
+
+
+def _forget(service: Adaptation, body: dict[str, Any], left: Left) -> dict[str, Any]:
+    _only(body, "handle")
+    return {"existed": service.forget(_text(body, "handle"))}
+
+
+def _only(body: dict[str, Any], *known: str) -> None:
+    unknown = [key for key in body if key not in known]
+    if unknown:
+        raise ConfigError(f"unknown key '{unknown[0][:40]}'; expected {', '.join(known)}")
+
+
+def _text(body: dict[str, Any], key: str) -> str:
+    value = body.get(key, "")
+    if not isinstance(value, str):
+        raise ConfigError(f"{key}: expected text")
+    return value
+
+
+def _steps(model: ServedModel, body: dict[str, Any]) -> int | None:
+    value = body.get("inner_steps")
+    if value is not None and type(value) is not int:
+        raise ConfigError("inner_steps: expected a whole number")
+    return model.check_steps(value)
+
+
+def _inputs(model: ServedModel, what: str, body: dict[str, Any], most: int) -> Any:
+    x = from_json(what, body.get(what), lambda shape: model.check_shape(what, shape, most))
+    packed = isinstance(body[what], dict)
+    return model.check_values(what, x if packed else x.double())  # [0, 1, 0] in JSON are numbers like any other
+
+
+def _support(model: ServedModel, body: dict[str, Any]) -> Examples:
+    x = _inputs(model, "x", body, model.limits.support)
+    y = from_json("y", body.get("y"), lambda shape: model.check_target_shape(shape, len(x)))
+    if not model.classification and not isinstance(body["y"], dict):
+        y = y.double()
+    return Examples(x, model.check_targets(y, len(x)))
+
+
+# What surrounds them --------------------------------------------------------------------------------------------------
+
+
+async def _body(request: Request, most: int) -> bytes:
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise TooLarge(f"the body exceeds {most / 2**20:g} MiB")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    def refuse(token: str) -> None:
+        raise ConfigError(f"{token} is no JSON; every number must be finite")
+
+    try:
+        value = json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        raise ConfigError("the body is no JSON") from None
+    if not isinstance(value, dict):
+        raise ConfigError("the body must be one JSON object")
+    return value
+
+
+def _strict(value: Any) -> Any:
+    """−∞ (a class that the support set lacks) and NaN are no JSON: null."""
+    if isinstance(value, list):
+        return [_strict(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    return None if isinstance(value, float) and value - value != 0 else value
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return answer(error)
+
+
+@contextmanager
+def serve_http(service: Adaptation, endpoint: Endpoint, *, grace: float = 5.0) -> Iterator[int]:
+    """Serve beside gRPC, on a port of its own, in a thread; yields the port."""
+    token = endpoint.token()
+    endpoint.credentials()  # reads certificate and key, with their errors
+    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+    try:
+        listening = socket.create_server((endpoint.host, endpoint.port), family=family, backlog=512)
+    except OSError as error:
+        raise ConfigError(f"can't listen on {endpoint.host}:{endpoint.port} ({error.strerror}); choose another --http-port") from None
+    application = app(service, token=token, seconds=endpoint.seconds, message_bytes=endpoint.message_bytes, concurrent=endpoint.concurrent)
+    config = uvicorn.Config(
+        application, http=Impatient, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        ssl_certfile=endpoint.tls_cert, ssl_keyfile=endpoint.tls_key, timeout_keep_alive=int(min(endpoint.idle_seconds, 60)),
+        timeout_graceful_shutdown=int(grace), h11_max_incomplete_event_size=endpoint.metadata_bytes,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="http", daemon=True)
+    thread.start()
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(grace + 5)
+        listening.close()

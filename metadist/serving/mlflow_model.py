@@ -1,0 +1,40 @@
+"""What MLflow calls when it loads one of our models: adapt to the support set in the input, predict the queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from metadist.core.errors import ConfigError
+from metadist.core.task import Examples
+from metadist.serving.load import open_model
+
+INPUTS = ("support_x", "support_y", "query_x")
+
+
+class Adapting:
+    """``predict``: arrays support_x [N, …], support_y [N, …], query_x [Q, …] → logits or values [Q, …]; parameter ``inner_steps``."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def predict(self, model_input: Mapping[str, Any], params: Mapping[str, Any] | None = None) -> np.ndarray:
+        missing = [n for n in INPUTS if n not in model_input]
+        if missing:
+            raise ConfigError(f"the input has no {', '.join(missing)}; expected arrays {', '.join(INPUTS)}")
+        x, y, query = (torch.from_numpy(np.array(model_input[n])) for n in INPUTS)
+        model, steps = self._model, (params or {}).get("inner_steps")
+        model.check_shape("support_x", tuple(x.shape), model.limits.support)
+        model.check_shape("query_x", tuple(query.shape), model.limits.queries)
+        support = Examples(model.check_values("support_x", x), model.check_targets(y, len(x)))
+        phi = model.learner.adapt(model.state, support, model.check_steps(None if steps is None or steps < 0 else int(steps)))
+        return model.learner.predict(model.state, phi, model.check_values("query_x", query), support).cpu().numpy()
+
+
+def _load_pyfunc(data_path: str) -> Adapting:
+    path = Path(data_path)
+    return Adapting(open_model(str(path / "model.safetensors" if path.is_dir() else path)))

@@ -1,0 +1,169 @@
+"""One MLflow run in one MLflow store, as idempotent operations. Imports mlflow when first used, which takes seconds: call it
+from the delivery thread."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from metadist.tracking.mlflow_uri import artifact_location, prepare_environment, prepare_sqlite
+
+logger = logging.getLogger(__name__)
+
+RUN_TAG = "metadist.run_id"
+PARENT_TAG = "mlflow.parentRunId"
+
+
+class RunStore:
+    """The MLflow run of ``run_id``, found or created; every operation may be repeated without harm."""
+
+    def __init__(self, uri: str, experiment: str, runs_root: Path) -> None:
+        prepare_environment()
+        prepare_sqlite(uri, runs_root)
+        from mlflow.tracking import MlflowClient
+
+        self.uri = uri
+        self.experiment = experiment
+        self.runs_root = Path(runs_root)
+        self.run_id = ""
+        self.experiment_id = ""
+        self.params: dict[str, str] = {}
+        self.adopted = False  # the run had points that our position file doesn't know
+        self._client = MlflowClient(tracking_uri=uri)
+
+    def open(self, identity: Mapping[str, Any], known: str | None) -> str:
+        """Finds the run ``known`` (or the one named in ``identity``, or the one tagged), or creates it; returns its MLflow id."""
+        self.adopted = False
+        run = self._get(known)
+        if run is None:
+            run = self._get(identity.get("mlflow_run_id"))
+            if run is None:
+                self.experiment_id = self._experiment()
+                with self._creating():
+                    run = self._find_or_create(identity["run_id"], identity["name"], identity["start_ms"], identity.get("parent"))
+            self.adopted = bool(run.data.metrics)
+            if run.info.run_name != identity["name"]:  # a parent that a child created, under its id
+                self._client.update_run(run.info.run_id, name=identity["name"])
+        if run.info.lifecycle_stage == "deleted":
+            logger.warning("MLflow run %s was deleted meanwhile and is restored", run.info.run_id)
+            self._client.restore_run(run.info.run_id)
+        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        self.params = dict(run.data.params)
+        return self.run_id
+
+    def log(self, metrics: Sequence[dict[str, Any]], params: Sequence[tuple[str, str]], tags: dict[str, str]) -> None:
+        """Logs one batch with the records' own timestamps: MLflow then drops what it has already."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        tags = dict(tags)
+        new: dict[str, str] = {}
+        for key, value in params:
+            first = self.params.get(key, new.get(key))
+            if first is None:
+                new[key] = value
+            elif first != value:  # params are immutable in MLflow
+                logger.warning("param %s was %r and is now %r: recorded as a tag", key, first, value)
+                tags[f"metadist.changed.{key}"[:250]] = value
+        for chunk in _chunks(list(new.items()), 100):
+            self._log_batch(params=[Param(*item) for item in chunk])
+        for chunk in _chunks(list(tags.items()), 100):
+            self._log_batch(tags=[RunTag(*item) for item in chunk])
+        self.params.update(new)
+        if metrics:
+            self._log_batch(metrics=[Metric(m["key"], float(m["value"]), m["timestamp_ms"], m["step"]) for m in metrics])
+
+    def _log_batch(self, **entities: Any) -> None:
+        self._client.log_batch(self.run_id, **entities)
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        """Uploads a file; a later version replaces an earlier one."""
+        self._client.log_artifact(self.run_id, str(path), folder or None)
+
+    def log_model(self, folder: str, source: Path, about: Mapping[str, Any]) -> None:
+        """The model as an artifact, registered where ``about`` names it; a later one replaces an earlier one."""
+        from metadist.tracking.model_registry import log_and_register
+
+        log_and_register(self._client, self.run_id, folder, source, about)
+
+    def set_status(self, status: str, timestamp_ms: int) -> None:
+        """Opens the run again (RUNNING) or ends it at ``timestamp_ms``."""
+        if status == "RUNNING":
+            self._client.update_run(self.run_id, status=status)
+        else:
+            self._client.set_terminated(self.run_id, status=status, end_time=timestamp_ms)
+
+    def history(self) -> Iterator[tuple[str, int]]:
+        """Every (key, step) that the run holds."""
+        for key in self._client.get_run(self.run_id).data.metrics:
+            for metric in self._client.get_metric_history(self.run_id, key):
+                yield key, metric.step
+
+    def delete_twins(self, run_id: str) -> None:
+        """Deletes empty runs of the same name tag.
+
+        A ``create_run`` that timed out on a frozen server is carried out when the server wakes up, after ours.
+        """
+        for run in self._tagged(run_id):
+            if run.info.run_id != self.run_id and not run.data.metrics:
+                self._client.delete_run(run.info.run_id)
+
+    def _experiment(self) -> str:
+        found: Any = self._client.get_experiment_by_name(self.experiment)
+        if found is None:
+            from mlflow.exceptions import MlflowException
+
+            location = artifact_location(self.uri, self.runs_root)
+            try:
+                # Without the tag the UI takes it for the traces of a language-model application.
+                kind = {"mlflow.experimentKind": "custom_model_development"}
+                return self._client.create_experiment(self.experiment, artifact_location=location, tags=kind)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
+                    raise
+                found = self._client.get_experiment_by_name(self.experiment)
+        if found.lifecycle_stage == "deleted":
+            logger.warning("MLflow experiment %r was deleted and is restored", self.experiment)
+            self._client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def _find_or_create(self, run_id: str, name: str, start_ms: int, parent: str | None) -> Any:
+        found = self._tagged(run_id)
+        if found:
+            return found[0]
+        tags = {RUN_TAG: run_id}
+        if parent:
+            tags[PARENT_TAG] = self._find_or_create(parent, parent, start_ms, None).info.run_id
+        return self._client.create_run(self.experiment_id, start_time=start_ms, tags=tags, run_name=name)
+
+    def _tagged(self, run_id: str) -> list[Any]:
+        order = ["attributes.start_time ASC", "attributes.run_id ASC"]  # every process takes the same one
+        return list(self._client.search_runs([self.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", order_by=order, max_results=100))
+
+    def _get(self, mlflow_run_id: str | None) -> Any:
+        if mlflow_run_id is None:
+            return None
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(mlflow_run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+    @contextlib.contextmanager
+    def _creating(self) -> Iterator[None]:
+        """Drivers of one machine that start together must not both create the parent run."""
+        self.runs_root.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(self.runs_root / ".mlflow-create.lock"), timeout=60):
+            yield
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

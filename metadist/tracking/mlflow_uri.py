@@ -1,0 +1,103 @@
+"""Resolve and prepare MLflow stores."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from filelock import FileLock
+
+from metadist.core.errors import ConfigError
+
+REQUEST_SECONDS = 10
+
+
+_INITIALISE = """
+import sys
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+SqlAlchemyStore(sys.argv[1], sys.argv[2]).engine.dispose()
+"""
+
+
+def resolve_uri(uri: str | None, runs_root: Path) -> str:
+    """``uri``, or for ``auto`` the environment's ``MLFLOW_TRACKING_URI``, or else a SQLite file under ``runs_root``."""
+    if uri and uri != "auto":
+        return uri
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs_root).resolve()}/mlflow.db"
+
+
+def require_mlflow() -> None:
+    """ConfigError if MLflow isn't installed."""
+    if importlib.util.find_spec("mlflow") is None:
+        raise ConfigError(
+            "tracking needs MLflow, which isn't installed: `pip install mlflow`, or switch tracking off with tracking.uri=none"
+        )
+
+
+def without_password(uri: str) -> str:
+    """``uri`` fit for logs and files."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    user, _, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user.split(':')[0]}:***@{host}"))
+
+
+def prepare_environment() -> None:
+    """Short timeouts and no retries of MLflow's own (its defaults block a call for minutes); the user's settings stand."""
+    for name, value in (
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS)),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),  # stdout is for results
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file behind a ``sqlite:///`` URI; None for other stores and for an in-memory database."""
+    if not urlsplit(uri).scheme.startswith("sqlite"):
+        return None
+    path = uri.partition("://")[2].partition("?")[0][1:]
+    return Path(path).absolute() if path and path != ":memory:" else None
+
+
+def artifact_location(uri: str, runs_root: Path) -> str | None:
+    """Where the artifacts of a new experiment go: MLflow's default for a database is a folder in the *current directory*."""
+    if urlsplit(uri).scheme.partition("+")[0] not in ("sqlite", "postgresql", "mysql", "mssql"):
+        return None
+    return (Path(runs_root).resolve() / "mlartifacts").as_uri()
+
+
+def prepare_sqlite(uri: str, runs_root: Path) -> None:
+    """Creates the SQLite file if it is missing, complete or not at all.
+
+    Creating takes MLflow seconds of migrations, two processes that do it at once crash, and one that is killed meanwhile leaves a
+    file that never opens again. So: under a lock, in a process of its own (which spares the driver's interpreter), beside the
+    final name.
+    """
+    path = sqlite_path(uri)
+    if path is None or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock", timeout=60):
+        if path.exists():
+            return
+        for stale in path.parent.glob(f"{path.name}.new-*"):
+            stale.unlink(missing_ok=True)
+        new = path.with_name(f"{path.name}.new-{os.getpid()}")
+        root = artifact_location(uri, runs_root) or ""
+        done = subprocess.run(
+            [sys.executable, "-c", _INITIALISE, f"sqlite:///{new}", root],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            start_new_session=True,  # Ctrl-C is the driver's affair
+        )
+        if done.returncode:
+            raise OSError(f"can't create {path}: {done.stderr.strip().splitlines()[-1:]}")
+        os.replace(new, path)

@@ -1,0 +1,163 @@
+"""Trained models as MLflow models: saved with all that a fresh environment needs, registered, and named by a rule on validation."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import metadist
+from metadist.core.errors import CheckpointError, ConfigError
+from metadist.tracking.mlflow_uri import prepare_environment, require_mlflow, resolve_uri, without_password
+from metadist.tracking.spool import read_json
+
+logger = logging.getLogger(__name__)
+
+#: what loading and predicting import beside metadist itself, which travels with the model
+REQUIREMENTS = ("torch", "numpy", "safetensors", "pydantic", "PyYAML", "pyarrow", "xxhash", "fsspec", "filelock", "psutil", "pillow")
+WEIGHTS, EXAMPLE = "model.safetensors", "example.npz"
+CANDIDATE, CHAMPION = "candidate", "champion"
+#: tags of a registered version
+SCORE, PROTOCOL, MODEL = "metadist.validation", "metadist.protocol", "metadist.model"
+
+
+def save(folder: Path, source: Path, about: Mapping[str, Any]) -> None:
+    """``source`` holds an exported model and an example of its input; ``folder`` becomes an MLflow model that adapts to the support set in
+    its input: support_x, support_y, query_x in, a row of logits or values per query out."""
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    with np.load(source / EXAMPLE, allow_pickle=False) as found:
+        example = dict(found)
+    inputs: list[Any] = [TensorSpec(array.dtype, (-1, *array.shape[1:]), name) for name, array in example.items()]
+    outputs: list[Any] = [TensorSpec(np.dtype(about["dtype"]), (-1, about["outputs"]))]
+    steps = ParamSchema([ParamSpec("inner_steps", "long", about["inner_steps"])])
+    with tempfile.TemporaryDirectory() as place:
+        data = Path(place) / "data"
+        data.mkdir()
+        (data / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes())
+        mlflow.pyfunc.save_model(
+            str(folder), loader_module="metadist.serving.mlflow_model", data_path=str(data), code_paths=[str(Path(metadist.__file__).parent)],
+            pip_requirements=_requirements(), signature=ModelSignature(Schema(inputs), Schema(outputs), steps), input_example=example,
+            metadata={n: str(about[n]) for n in ("run_id", "algorithm", "metric")},
+        )  # fmt: skip
+
+
+def _requirements() -> list[str]:
+    found = []
+    for name in REQUIREMENTS:
+        try:  # a local build such as 2.13.0+cpu isn't to be had everywhere
+            found.append(f"{name}=={version(name).partition('+')[0]}")
+        except PackageNotFoundError:
+            found.append(name)
+    return found
+
+
+def register(client: Any, name: str, source: str, mlflow_run_id: str, about: Mapping[str, Any]) -> str:
+    """A version of the registered model ``name``, or the one that is there from an earlier attempt; returns its number.
+
+    It becomes the ``candidate``, and the ``champion`` where there is none or where it validated better than that one on the same tasks.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    mine = f"{about['run_id']}/{about['meta_step']}"
+    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get(MODEL) == mine]
+    if known:
+        made = known[0]
+    else:
+        tags = {MODEL: mine, SCORE: repr(about["score"]), PROTOCOL: about["protocol"], "metadist.metric": about["metric"]}
+        made = client.create_model_version(name, source, run_id=mlflow_run_id, tags=tags)
+    client.set_registered_model_alias(name, CANDIDATE, made.version)
+    champion = _champion(client, name)
+    if champion is None or champion.version == made.version or _beats(about, champion):
+        client.set_registered_model_alias(name, CHAMPION, made.version)
+        logger.info("model %s version %s is the champion (%s %s)", name, made.version, about["metric"], about["score"])
+    else:
+        logger.info("model %s: version %s stays champion, version %s is the candidate", name, champion.version, made.version)
+    return str(made.version)
+
+
+def _champion(client: Any, name: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+
+
+def _beats(about: Mapping[str, Any], champion: Any) -> bool:
+    """Scores of different tasks say nothing of each other: then the champion stays."""
+    if champion.tags.get(PROTOCOL) != about["protocol"] or SCORE not in champion.tags:
+        logger.warning("the champion was validated on other tasks: it stays; move the alias by hand if this one is to follow it")
+        return False
+    there = float(champion.tags[SCORE])
+    return about["score"] > there if about["higher_is_better"] else about["score"] < there
+
+
+def log_and_register(client: Any, mlflow_run_id: str, folder: str, source: Path, about: Mapping[str, Any]) -> str | None:
+    """The model as an artifact ``folder`` of the run, and a registered version where ``about['register']`` names one."""
+    with tempfile.TemporaryDirectory() as place:
+        saved = Path(place) / "model"
+        save(saved, source, about)
+        client.log_artifacts(mlflow_run_id, str(saved), folder)
+    if not about["register"]:
+        return None
+    where = f"{client.get_run(mlflow_run_id).info.artifact_uri}/{folder}"
+    return register(client, about["register"], where, mlflow_run_id, about)
+
+
+def register_now(spool: Path, uri: str | None, runs_root: Path, source: Path, about: Mapping[str, Any]) -> str:
+    """As ``log_and_register``, of a run that was delivered from ``spool``; waits for the server."""
+    require_mlflow()
+    known = read_json(spool / "acked.json").get("mlflow_run_id")
+    if known is None:
+        raise ConfigError(f"register: MLflow has nothing of run {about['run_id']}; deliver it first (metadist ui does)")
+    prepare_environment()
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    store = resolve_uri(uri, runs_root)
+    try:
+        made = log_and_register(MlflowClient(tracking_uri=store), known, "model", source, about)
+    except MlflowException as error:
+        raise ConfigError(f"register: MLflow at {without_password(store)}: {' '.join(str(error).split())[:300]}") from None
+    assert made is not None
+    return made
+
+
+def fetch(uri: str, runs_root: Path, tracking_uri: str | None = None) -> Path:
+    """The weights of ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/…``, on this machine."""
+    require_mlflow()
+    prepare_environment()
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    store = resolve_uri(tracking_uri, runs_root)
+    mlflow.set_tracking_uri(store)
+    mlflow.set_registry_uri(store)
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    except MlflowException as error:
+        raise ConfigError(f"{uri}: {' '.join(str(error).split())[:300]} (MLflow at {without_password(store)})") from None
+    except OSError as error:
+        raise CheckpointError(f"{uri}: can't be fetched from MLflow at {without_password(store)}: {error}") from None
+    found = sorted(folder.rglob(WEIGHTS))
+    if not found:
+        raise CheckpointError(
+            f"{uri} is no model of metadist: it has no {WEIGHTS}; expected one that 'metadist register' or tracking.register made"
+        )
+    return found[0]

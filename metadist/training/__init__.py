@@ -1,0 +1,1 @@
+"""The outer loop, its scheduler and its evaluation."""

@@ -1,0 +1,68 @@
+"""Rates and times of the outer loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from metadist.training.scheduler import Scheduler
+
+
+class _Meter:
+    """Tasks per second, and what the scheduler measured since the last reading."""
+
+    def __init__(self, fleet: Scheduler) -> None:
+        self._fleet = fleet
+        self._seconds = self._tasks = 0.0
+        self._window_seconds = self._window_tasks = self._steps = 0.0
+        #: since the last reading
+        self.environment_steps = 0.0
+        self.rate = 0.0
+
+    def __enter__(self) -> None:
+        self._began, self._before = time.perf_counter(), self._fleet.tasks_done
+
+    def __exit__(self, *_: Any) -> None:
+        seconds, tasks = time.perf_counter() - self._began, self._fleet.tasks_done - self._before
+        self._seconds, self._tasks = self._seconds + seconds, self._tasks + tasks
+        self._window_seconds, self._window_tasks = self._window_seconds + seconds, self._window_tasks + tasks
+        self._steps += 1
+        now = tasks / seconds
+        self.rate = now if not self.rate else 0.95 * self.rate + 0.05 * now
+
+    @property
+    def average(self) -> float:
+        return self._tasks / self._seconds if self._seconds else 0.0
+
+    def read(self, fleet: Scheduler) -> dict[str, float]:
+        taken, steps = fleet.measured.read(), self._steps or 1.0
+        values = {
+            "engine/tasks_per_second": self._window_tasks / self._window_seconds if self._window_seconds else 0.0,
+            "engine/workers": float(len(fleet.executor.workers())),
+            "engine/shards_retried": float(sum(fleet.retried.values())),
+            "engine/results_too_late": float(taken.counts["duplicates"]),
+        }
+        for name in ("bytes_published", "bytes_received"):
+            values[f"engine/{name}_per_step"] = taken.counts[name] / steps
+        for name in ("publish", "gather", "compute", "reduce", *sorted(n for n in taken.seconds if n.startswith("compute/"))):
+            values[f"engine/seconds_per_step/{name}"] = taken.seconds[name] / steps
+        if self.environment_steps:
+            values |= self._rates(taken.seconds)
+        for worker, stats in sorted(taken.workers.items()):
+            values |= {
+                f"sys/{worker}/{k}": stats[k] for k in ("cpu_percent", "memory_bytes", "gpu_percent", "gpu_memory_bytes") if k in stats
+            }
+        self._window_seconds = self._window_tasks = self._steps = self.environment_steps = 0.0
+        return values
+
+    def _rates(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Environment steps per second of the run, and per second that workers spent on each part of them."""
+        learning = sum(
+            s for n, s in seconds.items() if n.startswith("compute/") and not n.startswith(("compute/rollout", "compute/evaluate"))
+        )
+        parts = {
+            "": self._window_seconds, "/environment": seconds.get("compute/rollout/environment", 0.0),
+            "/inference": seconds.get("compute/rollout/inference", 0.0), "/learning": learning,
+        }  # fmt: skip
+        return {f"engine/steps_per_second{n}": self.environment_steps / s for n, s in parts.items() if s}

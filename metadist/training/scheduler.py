@@ -1,0 +1,307 @@
+"""The scheduler: gives shards to an executor, again where they are lost, and reduces results in the canonical order."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from metadist.core.errors import WorkerError
+from metadist.core.round import Event, Executor, Failed, Finished, OutputKey, Result, Round, Shard
+from metadist.core.state import Contribution, Records, TreeSum, is_finite
+from metadist.learners.base import BaseLearner
+from metadist.training.blocks import in_blocks
+
+log = logging.getLogger(__name__)
+
+#: a shard that took this many workers with it is not tried again
+MAX_DEATHS = 3
+#: nor one that failed this many times, each time with other words
+MAX_FAILURES = 5
+
+
+@dataclass
+class Measurements:
+    """Sums since the last reading, and what is known of every worker."""
+
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counts: Counter[str] = field(default_factory=Counter)
+    workers: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def read(self) -> Measurements:
+        """What was measured since the last call; starts anew."""
+        taken = Measurements(self.seconds.copy(), self.counts.copy(), dict(self.workers))
+        for sums in (self.seconds, self.counts, self.workers):
+            sums.clear()
+        return taken
+
+
+@dataclass
+class _Progress:
+    """One round under way, with the shards of earlier ones whose outputs were lost: ``open`` are all that are still to come, of
+    this round ``left`` shards, given out in blocks of up to ``leaves``."""
+
+    round: Round
+    pending: deque[Shard]
+    open: set[Shard]
+    left: int
+    leaves: int
+    #: shards that wait for outputs to be computed anew
+    waiting: dict[Shard, set[OutputKey]] = field(default_factory=dict)
+    missed: Counter[Shard] = field(default_factory=Counter)
+    deaths: Counter[Shard] = field(default_factory=Counter)
+    messages: defaultdict[Shard, list[str]] = field(default_factory=lambda: defaultdict(list))
+    blamed: defaultdict[Shard, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def wait_for(self, shard: Shard, producers: list[Shard]) -> None:
+        """``shard`` goes out again once ``producers`` are done, which go out at once."""
+        anew = [p for p in producers if p not in self.open]
+        self.open.update(anew)
+        self.pending.extendleft(anew)
+        self.waiting[shard] = {p.key for p in producers}
+
+    def finish(self, shard: Shard) -> bool:
+        """Whether ``shard`` is one of this round's; the shards that waited for its output alone are pending again."""
+        self.open.discard(shard)
+        self.waiting.pop(shard, None)
+        for other, keys in list(self.waiting.items()):
+            keys.discard(shard.key)
+            if not keys:
+                del self.waiting[other]
+                self.pending.appendleft(other)
+        mine = shard.round == self.round.index
+        self.left -= shard.leaves if mine else 0
+        return mine
+
+    def again(self, shard: Shard) -> None:
+        """A block goes out again as single shards: they spread over the workers, and what is wrong with one is that one's."""
+        self.open.remove(shard)
+        self.open.update(shard.each())
+        self.pending.extendleft(reversed(shard.each()))
+
+
+class Scheduler:
+    """``timeout`` seconds per shard after which an attempt counts as hung and its worker is recycled; an idle worker gets a backup
+    attempt long before. ``patience`` seconds without any worker end the run. ``watch`` is called after every submission
+    (tests break things there).
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        learner: BaseLearner,
+        *,
+        timeout: float = 300.0,
+        patience: float = 60.0,
+        watch: Callable[[Scheduler, Shard], None] | None = None,
+        on_failure: Callable[[str], str] | None = None,
+    ) -> None:
+        self.executor, self._learner = executor, learner
+        self._timeout, self._patience, self._watch, self._on_failure = timeout, patience, watch, on_failure
+        #: per shard, by function: a rollout may take a hundred times as long as a gradient
+        self._durations: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=64))
+        #: seconds of computing per shard, by function and worker
+        self._paces: defaultdict[tuple[str, str], deque[float]] = defaultdict(lambda: deque(maxlen=8))
+        # Attempts under way, those of earlier rounds included: a worker that lost to its backup may still hang.
+        self._outstanding: dict[tuple[Shard, int], float] = {}
+        # Of this meta-step: whose outputs can be asked for, and how often shards were given out.
+        self._producers: dict[OutputKey, Shard] = {}
+        self._attempts: Counter[Shard] = Counter()
+        self.measured = Measurements()
+        #: tasks (or trials, when they are rolled out) whose contributions were summed since the start
+        self.tasks_done = 0
+        #: shards given out again since the start, by cause
+        self.retried: Counter[str] = Counter()
+        #: why the run ended, once it did as it should: workers from outside are told
+        self.ended = ""
+
+    def run(self, round: Round) -> Any:
+        """Publish the round's θ, compute its shards, and return their sum (``reduce``) or their records in shard order."""
+        self._begin(round)
+        began = time.perf_counter()
+        bytes_out = self.executor.publish(round.shards[0].meta_step, round.index, round.parameters)
+        self.measured.seconds["publish"] += time.perf_counter() - began
+        self.measured.counts["bytes_published"] += bytes_out
+        total: TreeSum[Contribution] = TreeSum(len(round.shards), Contribution.absorb)
+        records: dict[int, Records] = {}
+        shards = self._blocks(round)
+        progress = _Progress(round, deque(shards), set(shards), len(round.shards), max(s.leaves for s in shards))
+        began = idle_since = time.monotonic()
+        while progress.left:
+            self._submit(progress)
+            events = self.executor.wait(0.25)
+            for event in events:
+                result = self._take(progress, event)
+                if isinstance(result, Records):
+                    records[event.shard.index] = result
+                elif result is not None:
+                    reducing = time.perf_counter()
+                    total.add(event.shard.index, result, event.shard.leaves)
+                    self.tasks_done += 0 if event.shard.needs else result.tasks
+                    self.measured.seconds["reduce"] += time.perf_counter() - reducing
+            if events or self._outstanding:
+                idle_since = time.monotonic()
+            elif time.monotonic() - idle_since > self._patience:
+                raise WorkerError(f"no worker for {self._patience:.0f} s: {self.executor.shortage()}")
+            self._second_thoughts(progress)
+        self.measured.seconds["gather"] += time.monotonic() - began
+        return total.result() if round.reduce else Records.concatenate([records[i] for i in range(len(round.shards))])
+
+    def idle(self) -> None:
+        """Between rounds: workers that start go on with it. Answers that come too late are dropped."""
+        for event in self.executor.wait(0.0):
+            self._outstanding.pop((event.shard, event.attempt), None)
+
+    def _begin(self, round: Round) -> None:
+        if round.index == 0:
+            self._producers.clear()
+            self._attempts.clear()
+        self._producers.update((shard.key, shard) for shard in round.shards if shard.keeps)
+
+    def _blocks(self, round: Round) -> Sequence[Shard]:
+        """The round's shards as they are given out. What a shard keeps or needs is its own, so such go one by one."""
+        gradients = all(s.function in self._learner.gradients and not s.needs and not s.keeps for s in round.shards)
+        if not (round.reduce and gradients and self.executor.blocks) or len(round.shards) == 1:
+            return round.shards
+        there, first = self.executor.workers(), round.shards[0]
+        for key in [key for key in self._paces if key[1] not in there]:
+            del self._paces[key]
+        paces = [self._paces.get((first.function, name)) for name, about in there.items() if about["role"] == first.role]
+        return in_blocks(round.shards, [statistics.median(p) if p else None for p in paces])
+
+    def _submit(self, progress: _Progress) -> None:
+        while progress.pending and self.executor.capacity(progress.pending[0].role) > 0:
+            self._give(progress.pending.popleft())
+
+    def _give(self, shard: Shard) -> None:
+        self._attempts[shard] += 1
+        attempt = self._attempts[shard]
+        self._outstanding[shard, attempt] = time.monotonic()
+        self.executor.submit(shard, attempt)
+        if self._watch is not None:
+            self._watch(self, shard)
+
+    def _take(self, progress: _Progress, event: Event) -> Result | None:
+        shard = event.shard
+        started = self._outstanding.pop((shard, event.attempt), None)
+        if started is None or shard not in progress.open:
+            self.measured.counts["duplicates"] += 1
+            return None
+        if isinstance(event, Finished):
+            reduce = progress.round.reduce or shard.round != progress.round.index
+            fault = fault_of(event.result, shard, self._learner, reduce)
+            if fault is None:
+                self._durations[shard.function].append((time.monotonic() - started) / shard.leaves)
+                self._measure(event)
+                return event.result if progress.finish(shard) else None
+            event = Failed(shard, event.attempt, event.worker, "rejected", fault)
+        self._failed(progress, event)
+        return None
+
+    def _measure(self, event: Finished) -> None:
+        self.measured.counts["results"] += 1
+        self.measured.seconds["compute"] += event.stats.get("seconds", 0.0)
+        if "seconds" in event.stats:
+            self._paces[event.shard.function, event.worker].append(event.stats["seconds"] / event.shard.leaves)
+        for name, seconds in event.stats.items():
+            if name.startswith("seconds"):
+                self.measured.seconds[f"compute/{event.shard.function}{name.removeprefix('seconds')}"] += seconds
+        self.measured.counts["bytes_received"] += int(event.stats.get("bytes", 0))
+        self.measured.workers[event.worker] = event.stats
+
+    def _failed(self, progress: _Progress, event: Failed) -> None:
+        shard = event.shard
+        log.warning("worker %s: %s %s: %s", event.worker, shard, event.kind, event.message)
+        if not shard.leaf:  # the shards of a block are told apart when they go out again
+            self._judge(progress, event)
+        self.retried[event.kind] += shard.leaves
+        self.measured.counts["retried"] += shard.leaves
+        queued = shard in progress.waiting or shard in progress.pending
+        if not queued and not any(other == shard for other, _ in self._outstanding):
+            progress.again(shard)
+
+    def _judge(self, progress: _Progress, event: Failed) -> None:
+        """WorkerError where trying again is of no use."""
+        shard = event.shard
+        if event.kind == "lost":
+            if event.guilty:
+                progress.deaths[shard] += 1
+                progress.blamed[shard].append(event.worker)
+            if progress.deaths[shard] >= MAX_DEATHS:
+                raise WorkerError(
+                    f"{shard} killed {MAX_DEATHS} workers ({', '.join(progress.blamed[shard])}), the last with: {event.message}; "
+                    f"reproduce it with workers: 0 and seed {shard.seed}"
+                )
+        elif event.kind == "missing":
+            self._missing(progress, event)
+        else:
+            earlier = progress.messages[shard]
+            alike = event.message in earlier
+            earlier.append(event.message)
+            if alike or len(earlier) >= MAX_FAILURES:
+                where = self._on_failure(event.detail) if self._on_failure and event.detail else ""
+                tasks = f"task {', '.join(map(str, event.tasks))}: " if event.tasks else ""
+                times = "alike twice" if alike else f"{MAX_FAILURES} times, the last with"
+                raise WorkerError(f"{shard} failed {times}: {tasks}{event.message}{where}")
+
+    def _missing(self, progress: _Progress, event: Failed) -> None:
+        """Outputs that the shard needs are lost: their producers compute them anew, under the θ of their own round."""
+        progress.missed[event.shard] += 1
+        if progress.missed[event.shard] > MAX_FAILURES:
+            raise WorkerError(f"{event.shard} lacked what it needs {progress.missed[event.shard]} times, the last with: {event.message}")
+        if event.missing:
+            progress.wait_for(event.shard, [self._producers[key] for key in event.missing])
+
+    def _second_thoughts(self, progress: _Progress) -> None:
+        """Give a slow shard to an idle worker as well; recycle the worker of one that hangs. The first result counts."""
+        now = time.monotonic()
+        usual = {f: statistics.median(durations) for f, durations in self._durations.items()}
+        for (shard, attempt), started in list(self._outstanding.items()):
+            age = now - started
+            # It may have waited behind a block.
+            if age > self._timeout * max(shard.leaves, progress.leaves):
+                log.warning("%s: no answer for %.0f s; its worker is recycled", shard, age)
+                self.executor.cancel(shard, attempt)
+                self._outstanding[shard, attempt] = now
+            elif age > max(3.0, 8 * shard.leaves * usual.get(shard.function, self._timeout)) and self._may_back_up(progress, shard, attempt):
+                self.measured.counts["backups"] += 1
+                self._give(shard)
+
+    def _may_back_up(self, progress: _Progress, shard: Shard, attempt: int) -> bool:
+        idle = not progress.pending and self.executor.capacity(shard.role) > 0
+        return idle and shard in progress.open and attempt == self._attempts[shard] < 2
+
+
+def fault_of(result: Result, shard: Shard, learner: BaseLearner, reduce: bool) -> str | None:
+    """Why a result must not enter the sum. The wire has checked its own; this holds for every executor.
+
+    A gradient has all slots. What other functions sum (a rollout's statistics, say) has none, and its metrics enter θ.
+    """
+    if isinstance(result, Records) == reduce:
+        return f"{type(result).__name__.lower()} where {'a contribution' if reduce else 'records'} should be"
+    if isinstance(result, Records):
+        return None if result.rows == shard.count else f"{result.rows} rows for {shard.count} tasks"
+    for name, vector in result.slots.items():
+        slot = learner.slots.get(name)
+        if slot is None or slot.rule == "constant":
+            return f"slot '{name}' takes no contributions"
+        if vector.shape != (slot.layout.numel,) or vector.dtype != slot.layout.dtype:
+            return f"slot '{name}' is {tuple(vector.shape)} {vector.dtype}, expected ({slot.layout.numel},) {slot.layout.dtype}"
+        if not is_finite(vector):
+            return f"slot '{name}' has NaN or Inf"
+    gradient = shard.function in learner.gradients
+    expected = {n for n, s in learner.slots.items() if gradient and s.rule != "constant"}
+    if set(result.slots) != expected:
+        return f"slots {sorted(result.slots)}, expected {sorted(expected)}"
+    wrong = [] if gradient else [n for n, value in result.metrics.items() if not math.isfinite(value)]
+    if wrong:
+        return f"'{wrong[0]}' is {result.metrics[wrong[0]]}"
+    skipped = "skip" in (learner.non_finite, getattr(learner.tasks, "on_error", None)) and result.tasks == result.weight == 0
+    if not skipped and not (0 < result.weight < math.inf and 1 <= result.tasks <= shard.count):
+        return f"weight {result.weight} and {result.tasks} tasks for a shard of {shard.count}"
+    return None

@@ -1,0 +1,193 @@
+"""Leases and what comes of them, as messages of ``metadist.work.v1`` and back. What a stranger sent is taken apart here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from metadist.core.engine import Engine
+from metadist.core.round import OutputKey, Shard
+from metadist.workers.remote import work_pb2 as pb
+from metadist.workers.remote.messages import Answer, Applicant, Call, Configure, Failure, Lease, Terms
+
+CHUNK_BYTES = 1 << 20
+#: facts about a device or a worker are short, and so is what a person is told
+FACTS_CHARACTERS, MESSAGE_CHARACTERS, DETAIL_CHARACTERS = 16 << 10, 2000, 20_000
+
+_SHARD = ("run", "meta_step", "round", "index", "function", "start", "count", "seed", "split", "key_step", "role", "keeps", "leaf")
+
+
+class GarbledError(Exception):
+    """A message that is valid for protobuf and makes no sense here."""
+
+
+# Frames ---------------------------------------------------------------------------------------------------------------
+
+
+def size_of(parts: Iterable[Any]) -> int:
+    return sum(memoryview(p).nbytes for p in parts)
+
+
+def chunks(frames: Iterable[Sequence[Any]]) -> Iterator[pb.Chunk]:
+    """The frames' bytes one after another, a frame beginning in a chunk of its own."""
+    for parts in frames:
+        for part in parts:
+            view = memoryview(part).cast("B")
+            for start in range(0, len(view), CHUNK_BYTES):
+                yield pb.Chunk(data=bytes(view[start : start + CHUNK_BYTES]))
+
+
+class Arriving:
+    """Frames whose sizes were announced, as their chunks arrive. Takes no more memory than what has arrived."""
+
+    def __init__(self, sizes: Sequence[int], keep: bool = True) -> None:
+        self.frames: list[list[bytes]] = [[] for _ in sizes]
+        self._left, self._keep = list(sizes), keep
+        self._at = 0
+        self._skip()
+
+    @property
+    def complete(self) -> bool:
+        return self._at == len(self._left)
+
+    def take(self, data: bytes) -> None:
+        if self.complete or not 0 < len(data) <= self._left[self._at]:
+            raise GarbledError(f"a chunk of {len(data)} bytes where {0 if self.complete else self._left[self._at]} are to come")
+        if self._keep:
+            self.frames[self._at].append(data)
+        self._left[self._at] -= len(data)
+        self._skip()
+
+    def _skip(self) -> None:
+        while not self.complete and self._left[self._at] == 0:
+            self._at += 1
+
+
+# Facts ----------------------------------------------------------------------------------------------------------------
+
+
+def facts(text: str) -> dict[str, Any]:
+    """A JSON object of plain values, at most one level deep below."""
+    if len(text) > FACTS_CHARACTERS:
+        raise GarbledError(f"{len(text)} characters of facts; expected {FACTS_CHARACTERS} at most")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise GarbledError("facts that are no JSON") from None
+    if not isinstance(found, dict):
+        raise GarbledError("facts that are no JSON object")
+    for value in found.values():
+        for inner in value.values() if isinstance(value, dict) else [value]:
+            if not isinstance(inner, (str, int, float, bool, type(None))):
+                raise GarbledError("facts that are no plain values")
+    return found
+
+
+def applicant_of(hello: pb.Hello) -> Applicant:
+    versions = {k[:40]: v[:80] for k, v in list(hello.versions.items())[:16]}
+    return Applicant(hello.name, hello.role, hello.host[:255], hello.pid, versions, hello.process[:64])
+
+
+def terms_message(terms: Terms) -> pb.Terms:
+    return pb.Terms(**asdict(terms))
+
+
+def terms_of(message: pb.Terms) -> Terms:
+    names = ("worker", "role", "run", "config", "device", "threads", "lease_seconds")
+    return Terms(**{n: getattr(message, n) for n in names})
+
+
+def engine_message(order: Configure) -> pb.Engine:
+    return pb.Engine(**asdict(order.engine), seed=order.seed)
+
+
+def engine_of(message: pb.Engine) -> Configure:
+    names = ("compile", "differentiation", "hessian", "precision", "deterministic")
+    chunk = message.chunk if message.HasField("chunk") else None
+    return Configure(Engine(**{n: getattr(message, n) for n in names}, chunk=chunk), message.seed)
+
+
+# Leases ---------------------------------------------------------------------------------------------------------------
+
+
+def _key_message(key: OutputKey) -> pb.OutputKey:
+    return pb.OutputKey(meta_step=key[0], round=key[1], shard=key[2])
+
+
+def _key_of(message: pb.OutputKey) -> OutputKey:
+    return message.meta_step, message.round, message.shard
+
+
+def shard_message(shard: Shard) -> pb.Shard:
+    values = {n: getattr(shard, n) for n in _SHARD}
+    return pb.Shard(**values, needs=[_key_message(k) for k in shard.needs], settings=json.dumps(shard.settings))
+
+
+def shard_of(message: pb.Shard) -> Shard:
+    settings = tuple((name, _hashable(value)) for name, value in json.loads(message.settings or "[]"))
+    return Shard(**{n: getattr(message, n) for n in _SHARD}, needs=tuple(map(_key_of, message.needs)), settings=settings)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def lease_messages(call: Call, theta: Sequence[Any] | None, outputs: Sequence[Sequence[Any] | None]) -> Iterator[pb.ToWorker]:
+    lease = pb.Lease(token=call.token, shard=shard_message(call.shard), attempt=call.attempt, version=call.version)
+    if theta is not None:
+        lease.theta_bytes = size_of(theta)
+    for (shard, token), parts in zip(call.needs, outputs):
+        lease.needs.add(shard=shard_message(shard), token=token, bytes=None if parts is None else size_of(parts))
+    yield pb.ToWorker(lease=lease)
+    for chunk in chunks([parts for parts in (theta, *outputs) if parts is not None]):
+        yield pb.ToWorker(chunk=chunk)
+
+
+def announced(lease: pb.Lease) -> list[int]:
+    """How many bytes each frame has that follows a lease."""
+    theta = [lease.theta_bytes] if lease.HasField("theta_bytes") else []
+    return theta + [need.bytes for need in lease.needs if need.HasField("bytes")]
+
+
+def lease_of(message: pb.Lease, frames: Sequence[Sequence[bytes]]) -> Lease:
+    call = Call(
+        shard_of(message.shard), message.attempt, message.version, message.token,
+        tuple((shard_of(need.shard), need.token) for need in message.needs),
+    )  # fmt: skip
+    arrived = iter(frames)
+    theta = next(arrived) if message.HasField("theta_bytes") else None
+    outputs = [next(arrived) if need.HasField("bytes") else None for need in message.needs]
+    return Lease(call, _content(theta), tuple(map(_content, outputs)))
+
+
+def _content(frame: Sequence[bytes] | None) -> Any:
+    return None if frame is None else lambda: frame
+
+
+# What comes of them ---------------------------------------------------------------------------------------------------
+
+
+def answer_messages(token: int, answer: Answer) -> Iterator[pb.FromWorker]:
+    frames = [answer.result] + ([answer.output] if answer.output is not None else [])
+    output_bytes = None if answer.output is None else size_of(answer.output)
+    yield pb.FromWorker(result=pb.Result(token=token, result_bytes=size_of(answer.result), output_bytes=output_bytes))
+    for chunk in chunks(frames):
+        yield pb.FromWorker(chunk=chunk)
+
+
+def failure_message(token: int, failure: Failure) -> pb.FromWorker:
+    return pb.FromWorker(
+        failure=pb.Failure(
+            token=token, kind=failure.kind, message=failure.message[:MESSAGE_CHARACTERS], tasks=failure.tasks,
+            detail=failure.detail[-DETAIL_CHARACTERS:], missing=[_key_message(k) for k in failure.missing],
+        )
+    )  # fmt: skip
+
+
+def failure_of(message: pb.Failure) -> Failure:
+    return Failure(
+        message.kind, " ".join(message.message.split())[:MESSAGE_CHARACTERS], tuple(message.tasks[:4096]), message.detail[-DETAIL_CHARACTERS:],
+        tuple(_key_of(k) for k in message.missing[:4096]),
+    )  # fmt: skip

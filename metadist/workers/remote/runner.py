@@ -1,0 +1,58 @@
+"""A worker's own side, outside the cluster: the actor that it is, with a learner of its own, and failures as data."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from metadist.core.errors import MetadistError, NonFiniteError
+from metadist.learners.few_shot import Learner
+from metadist.learners.trials import TrialLearner
+from metadist.wire.codec import RejectedError
+from metadist.workers.actor import Actor
+from metadist.workers.remote.messages import Answer, Configure, Failure, Lease, MissingError, Terms
+from metadist.workers.worker import TaskError
+
+
+class ActorBench:
+    """``build`` makes a learner of the run's config. ``device`` overrides the run's own choice."""
+
+    def __init__(self, build: Callable[[str], Learner | TrialLearner], device: str | None = None, gpus: float = 0.0) -> None:
+        self._build, self._device, self._gpus = build, device, gpus
+        self._built: tuple[str, Learner | TrialLearner] | None = None
+
+    def start(self, terms: Terms) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self._built is None or self._built[0] != terms.config:  # a driver that came back asks for the same
+            self._built = terms.config, self._build(terms.config)
+        device = self._device or terms.device
+        self._actor = Actor(self._built[1], terms.worker, terms.role, device, self._gpus, terms.threads, {})
+        about = self._actor.start()
+        return asdict(about.pop("describes")), about
+
+    def configure(self, order: Configure) -> dict[str, Any]:
+        return self._actor.configure(order.engine, order.seed)
+
+    def compute(self, lease: Lease) -> Answer | Failure:
+        theta = None if lease.theta is None else _buffers(lease.theta())
+        outputs = [None if content is None else _buffers(content()) for content in lease.outputs]
+        try:
+            answer = self._actor.compute(lease.call, theta, *outputs)
+        except MissingError as error:
+            return Failure("missing", str(error), missing=error.keys)
+        except NonFiniteError as error:
+            return Failure("rejected", str(error), error.tasks)
+        except RejectedError as error:
+            return Failure("rejected", str(error))
+        except TaskError as error:
+            return Failure("error", str(error), error.tasks, "".join(traceback.format_exception(error)))
+        except MetadistError as error:
+            return Failure("unable", str(error))
+        return Answer(*answer) if lease.call.shard.keeps else Answer(answer)
+
+
+def _buffers(parts: Any) -> list[pa.Buffer]:
+    return [pa.py_buffer(p) for p in parts]

@@ -1,0 +1,244 @@
+"""What runs in every process that computes shards: device, threads, numerics fingerprint, measurements."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import filelock
+import psutil
+import torch
+from torch import Tensor
+
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, WorkerError
+from metadist.core.round import Result, Shard, WithOutput
+from metadist.core.state import Contribution, Records, TreeSum
+from metadist.core.stopwatch import timing
+from metadist.engine.agreement import compiled_disagrees
+from metadist.learners.few_shot import Learner
+from metadist.learners.trials import TrialLearner
+from metadist.workers.plan import Device
+
+
+def resolve_device(wanted: str, gpus: float) -> torch.device:
+    """``auto`` is the first visible GPU where this worker was given one, else the CPU."""
+    if wanted == "auto":
+        return torch.device("cuda:0" if gpus > 0 and torch.cuda.is_available() else "cpu")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device: '{wanted}' was asked for, but PyTorch {torch.__version__} sees no GPU here; use cpu or auto")
+    return torch.device(wanted)
+
+
+def numerics_fingerprint(device: torch.device, threads: int, dtype: torch.dtype, engine: Engine = Engine()) -> dict[str, Any]:  # noqa: B008
+    """What must be equal for two workers to compute the same bits, and a hash of it under ``id``."""
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "dtype": str(dtype).removeprefix("torch."),
+        "compile": engine.compile,
+        "differentiation": engine.differentiation if engine.differentiation == "unrolled" else f"mixed, {engine.hessian}",
+        "precision": engine.precision,
+    }
+    if engine.chunk is not None:  # a library's kernels may choose otherwise for other batches
+        facts["chunk"] = engine.chunk
+    return {**facts, "id": fingerprint_id(facts)}
+
+
+def fingerprint_id(facts: Mapping[str, Any]) -> str:
+    """A hash of everything but the ``id``."""
+    return hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "id"}, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            facts = dict(line.split(":", 1) for line in lines.read().partition("\n\n")[0].splitlines() if ":" in line)
+    except OSError:
+        return platform.processor() or "cpu"
+    known = {name.strip(): value.strip() for name, value in facts.items()}
+    # Virtual machines give generations of processors one name.
+    numbers = "/".join(known.get(name, "?") for name in ("cpu family", "model", "stepping"))
+    return f"{known.get('model name', platform.machine())} {numbers}"
+
+
+class Worker:
+    """Computes shards with one learner on one device. ``threads`` is PyTorch's intra-op count, set for the whole process."""
+
+    def __init__(self, learner: Learner | TrialLearner, *, name: str, device: str, gpus: float, threads: int) -> None:
+        self.learner, self.name, self.threads = learner, name, threads
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+        self.device = resolve_device(device, gpus)
+        if self.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic ones are
+            torch.cuda.set_device(self.device)
+        learner.prepare(self.device)
+        self.fingerprint = numerics_fingerprint(self.device, threads, learner.model.dtype)
+        self.compile_seconds = 0.0
+        self._process = psutil.Process()
+        self._process.cpu_percent()
+        self._measured_at, self._measured = -math.inf, dict[str, float]()
+
+    def describe(self) -> Device:
+        """What a plan must know of it."""
+        return Device.of(self.device, self.fingerprint["device"])
+
+    def configure(self, engine: Engine, seed: int) -> dict[str, Any]:
+        """Compute as ``engine`` says, and compile what it says before the first shard waits for it; what ``about`` says then."""
+        reason = self.describe().no_compiler if engine.compile else None
+        if reason:
+            raise WorkerError(f"worker {self.name} can't comply with engine.compile: on '{self.fingerprint['device']}' {reason}")
+        if self.device.type == "cuda":
+            torch.use_deterministic_algorithms(engine.deterministic)
+            torch.backends.cudnn.benchmark = not engine.deterministic
+            tf32 = engine.precision == "tf32"
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        self.learner.set_engine(engine, one_at_a_time)
+        self.fingerprint = numerics_fingerprint(self.device, self.threads, self.learner.model.dtype, engine)
+        if engine.compile:
+            assert isinstance(self.learner, Learner), "no plan compiles policies"
+            try:
+                self.compile_seconds = self.learner.warm_up(seed)
+                wrong = compiled_disagrees(self.learner, seed)
+            except MetadistError:
+                raise
+            except Exception as error:  # whatever a compiler may fail with
+                what = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise WorkerError(
+                    f"worker {self.name} can't comply with engine.compile: {what[:400]}; engine.compile=never does without"
+                ) from error
+            if wrong:
+                raise WorkerError(
+                    f"worker {self.name}: PyTorch's compiler makes a wrong graph of this model, which {wrong}; use engine.compile=never"
+                )
+        return self.about()
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "device": str(self.device),
+            "fingerprint": self.fingerprint,
+            "compile_seconds": self.compile_seconds,
+            "data_sha256": getattr(self.learner.tasks, "data_sha256", None),
+        }
+
+    def compute(
+        self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()
+    ) -> tuple[Result, Records | None, dict[str, float]]:
+        """The shard's result (a block's: the sum over its shards), the output that it keeps (on this worker's device), and what it
+        took: seconds, resident bytes, CPU %, GPU bytes. ``inputs``: the outputs that it needs, in their order."""
+        started = time.perf_counter()
+        with timing() as split:
+            result, output = self._summed(shard, theta) if shard.leaf else self._explained(shard, theta, inputs)
+        now = time.perf_counter()
+        if now > self._measured_at + 1.0:  # asking the system takes as long as a small shard
+            self._measured_at = now
+            self._measured = {"cpu_percent": self._process.cpu_percent(), "memory_bytes": float(self._process.memory_info().rss)}
+        stats = {"seconds": now - started, **{f"seconds/{name}": seconds for name, seconds in split.items()}, **self._measured}
+        if self.device.type == "cuda":
+            stats["gpu_memory_bytes"] = float(torch.cuda.memory_allocated(self.device))
+            with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # needs NVIDIA's management library
+                stats["gpu_percent"] = float(torch.cuda.utilization(self.device))
+        return result, output, stats
+
+    def _summed(self, block: Shard, theta: Mapping[str, Tensor]) -> tuple[Result, None]:
+        """A block's shards one after the other, each as if it were alone, added up as the driver would."""
+        total: TreeSum[Any] = TreeSum(block.leaves, Contribution.absorb)
+        for index, shard in enumerate(block.each()):
+            total.add(index, self._explained(shard, theta, ())[0])
+        return total.result(), None
+
+    def _explained(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records]) -> tuple[Result, Records | None]:
+        try:
+            return self._computed(shard, theta, inputs)
+        except (MetadistError, NonFiniteError):
+            raise
+        except Exception as error:
+            if "deterministic" in str(error) and self.device.type == "cuda":
+                raise ConfigError(
+                    f"this model has no deterministic kernel on a GPU ({str(error).partition(chr(10))[0]}); replace the operator, or give "
+                    "exactness up by engine.deterministic=false engine.exact=false"
+                ) from error
+            raise self._blame(shard, theta, inputs, error) from error
+
+    def _computed(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records]) -> tuple[Result, Records | None]:
+        """One call form for all learners: ``inputs`` only where the shard needs some."""
+        learner: Any = self.learner
+        found = learner.compute(shard, theta, inputs) if shard.needs else learner.compute(shard, theta)
+        if isinstance(found, WithOutput) != shard.keeps:
+            raise ValueError(f"function '{shard.function}' has {'no output' if shard.keeps else 'an output'}; the shard says otherwise")
+        return (found.result, aligned(found.output, self.device)) if isinstance(found, WithOutput) else (found, None)
+
+    def _blame(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records], error: Exception) -> TaskError:
+        """Which tasks of the shard fail on their own?"""
+        tasks = []
+        for position in range(shard.count):
+            single = replace(shard, start=shard.start + position, count=1)
+            try:
+                self._computed(single, theta, [_rows_of(records, position, shard.count) for records in inputs])
+            except Exception:
+                tasks.append(single.start)
+        return TaskError(f"{type(error).__name__}: {error}", tuple(tasks))
+
+
+def aligned(records: Records, device: torch.device) -> Records:
+    """``records`` as a receiver would decode them: contiguous columns in memory of their own, on ``device``. Kernels may differ
+    in the last bits on a strided or misaligned view, and the worker that rolled out must compute what any other would."""
+
+    def settle(column: Tensor) -> Tensor:
+        column = column.to(device).contiguous()
+        return column if column.data_ptr() % 64 == 0 else column.clone()
+
+    return Records({name: settle(column) for name, column in records.columns.items()})
+
+
+def _rows_of(records: Records, position: int, count: int) -> Records:
+    """One task's rows of an output of ``count`` tasks, which lie one task after another."""
+    each = records.rows // count
+    return records.part(slice(position * each, (position + 1) * each))
+
+
+class TaskError(Exception):
+    """A task's own code raised. ``tasks`` are the indices of those that fail on their own."""
+
+    def __init__(self, message: str, tasks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.tasks = tasks
+
+    def __reduce__(self) -> Any:
+        return (type(self), (str(self), self.tasks))
+
+
+@contextlib.contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Holds this node's lock on the compiler: the first process compiles, the others then find its kernels in the cache."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    os.makedirs(cache_dir(), exist_ok=True)
+    with filelock.FileLock(os.path.join(cache_dir(), "metadist.lock")):
+        yield
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed blocks of up to 32 MB instead of giving each back: page faults cost a tenth of a conv4 step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 512 << 20)
