@@ -32,24 +32,26 @@ def compose(
     tasks: TaskFamily,
     model: Callable[[], nn.Module] | nn.Module | Any,
     algorithm: Algorithm,
-    outer: OuterLoop = OuterLoop(),  # noqa: B008 (frozen)
+    outer: OuterLoop = OuterLoop(),
     name: str = "experiment",
     seed: int = 0,
     workers: int | WorkerGroup = 0,
     freeze: tuple[str, ...] = (),
     init_from: str | None = None,
-    evaluate: EvaluateSettings = EvaluateSettings(),  # noqa: B008
-    checkpoint: CheckpointSettings = CheckpointSettings(),  # noqa: B008
-    engine: EngineSettings = EngineSettings(),  # noqa: B008
+    evaluate: EvaluateSettings = EvaluateSettings(),
+    checkpoint: CheckpointSettings = CheckpointSettings(),
+    engine: EngineSettings = EngineSettings(),
     tracking: TrackingSettings | str = "auto",
-    control: ControlSettings = ControlSettings(),  # noqa: B008
+    control: ControlSettings = ControlSettings(),
 ) -> Experiment:
     """An experiment from objects. ``model`` is a function that builds an ``nn.Module`` (initialised from ``seed``), a module (its
     parameters are where training starts) or a model config such as ``metadist.Conv4()``. ``workers=0`` computes in this process.
     """
     _check_name(name)
     if not isinstance(tasks, TaskFamily) or not isinstance(algorithm, Algorithm):
-        raise ConfigError(f"expected tasks: TaskFamily and algorithm: Algorithm, got {type(tasks).__name__} and {type(algorithm).__name__}")
+        raise ConfigError(
+            f"expected tasks: TaskFamily and algorithm: Algorithm, got {type(tasks).__name__} and {type(algorithm).__name__}"
+        )
     group = WorkerGroup(min=workers, max=workers) if isinstance(workers, int) else workers
     settings = TrackingSettings(uri=tracking) if isinstance(tracking, str) else tracking
     pure = Model(_factory(model, tasks, algorithm), dtype=getattr(torch, engine.dtype), freeze=freeze)
@@ -69,7 +71,19 @@ def compose(
         "control": as_plain(control),
         "init_from": init_from,
     }
-    return Experiment(name, seed, learner, evaluate, (group,), engine, checkpoint, settings, control, init_from=init_from, document=document)
+    return Experiment(
+        name,
+        seed,
+        learner,
+        evaluate,
+        (group,),
+        engine,
+        checkpoint,
+        settings,
+        control,
+        init_from=init_from,
+        document=document,
+    )
 
 
 def train(*, run_dir: str | None = None, resume: bool = False, **parts: Any) -> Result:
@@ -88,7 +102,10 @@ def _described(part: Any) -> dict[str, Any]:
         return {**_described(part.func), **part.keywords}
     named = part if inspect.isfunction(part) or inspect.isclass(part) else type(part)
     name = f"{named.__module__}:{named.__qualname__}"
-    return {"name": name, **(as_plain(part) if hasattr(part, "__dataclass_fields__") and not inspect.isclass(part) else {})}
+    return {
+        "name": name,
+        **(as_plain(part) if hasattr(part, "__dataclass_fields__") and not inspect.isclass(part) else {}),
+    }
 
 
 __all__ = ["compose", "load", "train"]

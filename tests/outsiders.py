@@ -36,7 +36,11 @@ TRIALS = {
 
 def document(*groups: dict[str, Any], trials: bool = False, port: int = 0, **keys: Any) -> dict[str, Any]:
     plain = copy.deepcopy(TRIALS) if trials else tiny.document("outer.meta_steps=4")
-    listen = {"outside": {"listen": f"127.0.0.1:{port or free_port()}", **keys}} if any(g.get("outside") for g in groups) else {}
+    listen = (
+        {"outside": {"listen": f"127.0.0.1:{port or free_port()}", **keys}}
+        if any(g.get("outside") for g in groups)
+        else {}
+    )
     return {**plain, "workers": [dict(g) for g in groups], **listen}
 
 
@@ -55,7 +59,13 @@ def rounds(run: Experiment, scheduler: Any, each: Callable[[int, Any], None] = l
     return state.sha256()
 
 
-def train(run: Experiment, *, watch: Any = None, each: Callable[[int, Any], None] = lambda step, scheduler: None, **options: Any) -> tuple[str, Any]:
+def train(
+    run: Experiment,
+    *,
+    watch: Any = None,
+    each: Callable[[int, Any], None] = lambda step, scheduler: None,
+    **options: Any,
+) -> tuple[str, Any]:
     with fleet(run, "run", watch=watch, **options) as scheduler:
         return rounds(run, scheduler, each), scheduler
 
@@ -69,7 +79,10 @@ class Hand:
         self.error: MetadistError | None = None
         self._stop = threading.Event()
         settings = {"token_file": None, "tls_ca": None, "device": None, "patience": 60.0, "stay": False, **options}
-        self._arguments = (run.outside.listen, dict(role=role, name=name, say=self.said.append, stopped=self._stop.is_set, **settings))
+        self._arguments = (
+            run.outside.listen,
+            dict(role=role, name=name, say=self.said.append, stopped=self._stop.is_set, **settings),
+        )
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 

@@ -31,17 +31,26 @@ class RayCluster:
         self.address = f"http://127.0.0.1:{self.dashboard}"
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
         self.environment = {
-            **kept, "PATH": path or f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
-            "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **environment,
-        }  # fmt: skip
+            **kept,
+            "PATH": path or f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "OMP_NUM_THREADS": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **environment,
+        }
         self._cpus, self._nodes = cpus, list[subprocess.Popen]()
 
     def __enter__(self) -> RayCluster:
         try:
             self._start(
-                "--head", f"--port={self.port}", "--num-cpus=0", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
+                "--head",
+                f"--port={self.port}",
+                "--num-cpus=0",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={self.dashboard}",
                 f"--temp-dir={self.folder}/ray",
-            )  # fmt: skip
+            )
             self._await(self._answers, "its dashboard")
             self._start(f"--address=127.0.0.1:{self.port}", f"--num-cpus={self._cpus}")
             self._await(lambda: self._alive() == 2, "its worker node")
@@ -56,10 +65,21 @@ class RayCluster:
     def _start(self, *options: str) -> None:
         with open(self.folder / f"node-{len(self._nodes)}.log", "w") as log:
             command = [
-                str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--disable-usage-stats",
-                f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}", *options,
-            ]  # fmt: skip
-            self._nodes.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder))
+                str(BIN / "ray"),
+                "start",
+                "--block",
+                "--node-ip-address=127.0.0.1",
+                "--object-store-memory=200000000",
+                "--disable-usage-stats",
+                f"--dashboard-agent-listen-port={free_port()}",
+                f"--metrics-export-port={free_port()}",
+                *options,
+            ]
+            self._nodes.append(
+                subprocess.Popen(
+                    command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
+                )
+            )
 
     def _get(self, path: str) -> str:
         token = (self.folder / "token").read_text()

@@ -11,7 +11,13 @@ import tiny
 
 from metadist.experiment.train import train
 
-ENDLESS = ("outer.meta_steps=1000000", "evaluate.every=1000000", "checkpoint.every=1000000", "outer.meta_batch_size=8", "tracking.log_every=1000")
+ENDLESS = (
+    "outer.meta_steps=1000000",
+    "evaluate.every=1000000",
+    "checkpoint.every=1000000",
+    "outer.meta_batch_size=8",
+    "tracking.log_every=1000",
+)
 
 
 class Live:
@@ -24,7 +30,14 @@ class Live:
 
     def _train(self) -> None:
         try:
-            self.result = train(self._experiment, run_dir=str(self.folder), resume=True, stop=self._end.is_set, display=self, plots=False)
+            self.result = train(
+                self._experiment,
+                run_dir=str(self.folder),
+                resume=True,
+                stop=self._end.is_set,
+                display=self,
+                plots=False,
+            )
         except BaseException as error:
             self.error = error
 

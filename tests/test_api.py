@@ -33,7 +33,15 @@ def network() -> nn.Module:
 def parts(**changes: object) -> dict[str, object]:
     short = EvaluateSettings(every=100, tasks=32, test_tasks=64)
     outer = OuterLoop(meta_batch_size=16, meta_steps=200, lr=5e-3)
-    return {"tasks": Lines(), "model": network, "algorithm": MAML(inner_lr=0.1), "outer": outer, "evaluate": short, "tracking": "none", **changes}
+    return {
+        "tasks": Lines(),
+        "model": network,
+        "algorithm": MAML(inner_lr=0.1),
+        "outer": outer,
+        "evaluate": short,
+        "tracking": "none",
+        **changes,
+    }
 
 
 def test_import_is_light() -> None:
@@ -87,7 +95,9 @@ def test_starts_from_a_module_or_an_earlier_run(trained: metadist.experiment.res
     assert torch.equal(started.slots["model"], torch.cat([p.detach().reshape(-1) for p in module.parameters()]))
     frozen = metadist.compose(**parts(model=module, freeze=("0.*",)))
     assert set(frozen.learner.slots) == {"model", "frozen"}
-    goes_on = metadist.train(run_dir=str(tmp_path / "on"), **parts(init_from=trained.run_dir, outer=OuterLoop(meta_steps=1, lr=0.0)))
+    goes_on = metadist.train(
+        run_dir=str(tmp_path / "on"), **parts(init_from=trained.run_dir, outer=OuterLoop(meta_steps=1, lr=0.0))
+    )
     assert goes_on.params_sha256 == trained.state.sha256()
 
 

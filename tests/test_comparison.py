@@ -18,11 +18,15 @@ BANDIT = {"name": "bandit", "arms": 2, "episodes": 4}
 
 def document(environment, algorithm=None, model=None):
     return {
-        "name": "small", "environment": environment, "model": model or {"name": "gru", "hidden": 4},
+        "name": "small",
+        "environment": environment,
+        "model": model or {"name": "gru", "hidden": 4},
         "algorithm": algorithm or {"name": "rl2", "minibatches": 1, "epochs": 1},
         "outer": {"meta_batch_size": 4, "shard_size": 4, "meta_steps": 2},
-        "evaluate": {"every": 2, "tasks": 8, "test_tasks": 50}, "workers": [{"max": 0, "min": 0}], "tracking": {"uri": "none"},
-    }  # fmt: skip
+        "evaluate": {"every": 2, "tasks": 8, "test_tasks": 50},
+        "workers": [{"max": 0, "min": 0}],
+        "tracking": {"uri": "none"},
+    }
 
 
 def trained(tmp_path, *arguments):
@@ -35,7 +39,9 @@ def test_known_methods_by_environment_or_config():
     assert rows["optimal"]["percent"] == 100 and rows["random"]["percent"] == 0
     assert rows["optimal"]["mean"] > rows["thompson"]["mean"] > rows["random"]["mean"]
     assert oracles("bandit", ["environment.arms=2", "episodes=4"], ["all"], trials=200, split="test", seed=3) == by_name
-    by_config = oracles("bandit_rl2", ["environment.arms=2", "environment.episodes=4"], ["gittins"], trials=200, split="test", seed=3)
+    by_config = oracles(
+        "bandit_rl2", ["environment.arms=2", "environment.episodes=4"], ["gittins"], trials=200, split="test", seed=3
+    )
     assert by_config["rows"] == [rows["gittins"]]
 
 
@@ -75,15 +81,23 @@ def test_what_is_recorded_of_a_run(tmp_path, monkeypatch):
     tracker = Recorded()
     monkeypatch.setattr("metadist.tracking.make_tracker", lambda *_, **__: tracker)
     result = trained(tmp_path, BANDIT)
-    rows = {r["name"]: r for r in oracles("bandit", ["arms=2", "episodes=4"], ["all"], trials=8, split="validation", seed=0)["rows"]}
+    rows = {
+        r["name"]: r
+        for r in oracles("bandit", ["arms=2", "episodes=4"], ["all"], trials=8, split="validation", seed=0)["rows"]
+    }
     points, last = tracker.points, result.outcome.progress.meta_step
     regret = points["eval/validation/regret", last]
     assert regret == pytest.approx(rows["optimal"]["mean"] - points["eval/validation/return", last])
     assert points["eval/validation/regret/per_step", last] == pytest.approx(regret / 4)
     assert sum(points[f"eval/validation/regret/episode_{n}", last] for n in (1, 2, 4)) <= regret + 4
-    seconds = {part: points[f"engine/seconds_per_step/compute/rollout{part}", last] for part in ("", "/environment", "/inference")}
+    seconds = {
+        part: points[f"engine/seconds_per_step/compute/rollout{part}", last]
+        for part in ("", "/environment", "/inference")
+    }
     assert 0 < seconds["/environment"] + seconds["/inference"] < seconds[""]
-    assert all(points[f"engine/steps_per_second{part}", last] > 0 for part in ("", "/environment", "/inference", "/learning"))
+    assert all(
+        points[f"engine/steps_per_second{part}", last] > 0 for part in ("", "/environment", "/inference", "/learning")
+    )
 
 
 def test_a_policy_beside_known_methods(tmp_path):
@@ -103,7 +117,10 @@ def test_a_policy_beside_known_methods(tmp_path):
     ("environment", "names"),
     [
         (BANDIT, {"learning_curve", "returns_test", "regret_test"}),
-        ({"name": "gridworld", "episodes": 2, "horizon": 3}, {"learning_curve", "returns_test", "regret_test", "trial"}),
+        (
+            {"name": "gridworld", "episodes": 2, "horizon": 3},
+            {"learning_curve", "returns_test", "regret_test", "trial"},
+        ),
         ({"name": "navigation", "horizon": 5}, {"learning_curve", "returns_test", "regret_test", "trials"}),
     ],
 )

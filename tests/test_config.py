@@ -82,7 +82,10 @@ def test_an_unknown_key_is_named_with_the_nearest_spelling(assignment, key, near
         ("outer.meta_steps=2.5", "outer.meta_steps: 2.5 is not allowed; expected a whole number"),
         ("outer.betas=[0.9]", r"outer.betas: [0.9] is not allowed; expected [a number, a number]"),
         ("outer.betas=0.9", "outer.betas: 0.9 is not allowed"),
-        ("outer.optimizer=adm", "outer.optimizer: 'adm' is not allowed; expected one of sgd, adam, adamw; did you mean 'adam'?"),
+        (
+            "outer.optimizer=adm",
+            "outer.optimizer: 'adm' is not allowed; expected one of sgd, adam, adamw; did you mean 'adam'?",
+        ),
         ("outer.clip_norm=none", "outer.clip_norm: 'none' is not allowed; expected a number or null"),
         ("evaluate.normalization=inductiv", "did you mean 'inductive'?"),
         ("workers.0.gpus=all", "workers.0.gpus: 'all' is not allowed; expected a number or auto"),
@@ -96,7 +99,10 @@ def test_an_unknown_key_is_named_with_the_nearest_spelling(assignment, key, near
         ("workers=3", "workers: expected a list of groups"),
         ("workers={max: 2}", "workers: expected a list of groups"),
         ("workers=[3]", "workers.0: expected keys and values"),
-        ("tasks.name=sinusoids", "'sinusoids' is not one of image_folder, omniglot, sinusoid; did you mean 'sinusoid'?"),
+        (
+            "tasks.name=sinusoids",
+            "'sinusoids' is not one of image_folder, omniglot, sinusoid; did you mean 'sinusoid'?",
+        ),
         ("algorithm.name=mmal", "did you mean 'maml'?"),
         ("model.name=conv", "did you mean 'conv4'?"),
         ("model.name=null", "model.name is missing"),
@@ -210,7 +216,11 @@ def test_a_date_is_a_text(tmp_path):
 
 def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\x93NUMPY\x01\x00\xff\xfe")
-    for path, expected in ((tmp_path, "is a folder"), (tmp_path / "binary.yaml", "can't be read"), (tmp_path / "no.yaml", "neither a file")):
+    for path, expected in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "binary.yaml", "can't be read"),
+        (tmp_path / "no.yaml", "neither a file"),
+    ):
         with pytest.raises(ConfigError, match=expected):
             read_document(str(path))
     with pytest.raises(ConfigError, match="did you mean 'sinusoid_maml'"):
@@ -221,7 +231,9 @@ def test_unreadable_files_are_refused(tmp_path):
 
 
 def test_overrides_reach_nested_keys_and_list_items():
-    document = tiny.document("outer.lr=1e-4", "workers.0.cpus=2", "engine.dtype=float64", "model={name: mlp, hidden: [3, 3]}", "seed=-5")
+    document = tiny.document(
+        "outer.lr=1e-4", "workers.0.cpus=2", "engine.dtype=float64", "model={name: mlp, hidden: [3, 3]}", "seed=-5"
+    )
     built = build(document)
     assert built.outer.lr == 1e-4
     assert built.workers[0].cpus == 2
@@ -259,7 +271,14 @@ def test_a_bad_override_is_refused(assignment, expected):
 
 @pytest.mark.parametrize(
     ("workers", "expected"),
-    [("0", (0, 0)), ("3", (3, 3)), ("learners=2", (2, 2)), ("learner=1", (1, 1)), (" 2 ", (2, 2)), ("learners = 4", (4, 4))],
+    [
+        ("0", (0, 0)),
+        ("3", (3, 3)),
+        ("learners=2", (2, 2)),
+        ("learner=1", (1, 1)),
+        (" 2 ", (2, 2)),
+        ("learners = 4", (4, 4)),
+    ],
 )
 def test_the_forms_of_workers(workers, expected):
     group = build(set_workers(tiny.document(), workers)).workers[0]
@@ -420,7 +439,10 @@ def test_ones_own_parts_are_trained_resolved_and_built_again(module, tmp_path, c
 
 def test_ones_own_loss_changes_what_is_learned(module, tmp_path):
     name = module(MINE)
-    plain, mine = (train(tiny.experiment(*o), run_dir=str(tmp_path / str(len(o))), plots=False) for o in ((), (f"loss={name}:absolute",)))
+    plain, mine = (
+        train(tiny.experiment(*o), run_dir=str(tmp_path / str(len(o))), plots=False)
+        for o in ((), (f"loss={name}:absolute",))
+    )
     assert plain.params_sha256 != mine.params_sha256
 
 
@@ -428,7 +450,10 @@ def test_ones_own_loss_changes_what_is_learned(module, tmp_path):
     ("assignments", "expected"),
     [
         (["tasks={name: '{m}:Line'}"], "module '{m}' has no 'Line'; did you mean 'Lines'?"),
-        (["tasks={name: '{m}x:Lines'}"], "No module named '{m}x'; modules are looked for in the working directory and on PYTHONPATH"),
+        (
+            ["tasks={name: '{m}x:Lines'}"],
+            "No module named '{m}x'; modules are looked for in the working directory and on PYTHONPATH",
+        ),
         (["tasks={name: ':Lines'}"], "tasks.name: ':Lines' can't be imported"),
         (["tasks={name: '.{m}:Lines'}"], "can't be imported"),
         (["tasks={name: '{m}:'}"], "has no ''"),
@@ -442,12 +467,18 @@ def test_ones_own_loss_changes_what_is_learned(module, tmp_path):
         (["algorithm={name: '{m}:Lines'}"], "is not a metadist.Algorithm"),
         (["model={name: '{m}:Net', widht: 3}"], "unexpected keyword argument 'widht'"),
         (["model={name: '{m}:Picky', width: 3}"], "model: Picky raised RuntimeError: width 3\nis not to my liking"),
-        (["model={name: '{m}:Lines'}"], "model: expected a torch.nn.Module, a function that builds one, or a class with build(), got Lines"),
+        (
+            ["model={name: '{m}:Lines'}"],
+            "model: expected a torch.nn.Module, a function that builds one, or a class with build(), got Lines",
+        ),
         (["loss={m}:number"], "loss: '{m}:number' is 3.14; expected a function"),
         (["loss={m}:nothing"], "module '{m}' has no 'nothing'"),
         (["loss={a: 1}"], "loss: {'a': 1} is not allowed; expected a text"),
         (["metric={m}:number"], "metric: '{m}:number' is 3.14"),
-        (["metric={name: '{m}:absolute', higher: true}"], "unknown key 'metric.higher'; allowed: name, higher_is_better"),
+        (
+            ["metric={name: '{m}:absolute', higher: true}"],
+            "unknown key 'metric.higher'; allowed: name, higher_is_better",
+        ),
     ],
 )
 def test_ones_own_mistakes_are_named(module, assignments, expected):
@@ -492,7 +523,9 @@ def test_every_shipped_config_resolves_to_itself(name):
     assert resolved(build(once)) == once
     assert schema.parse_yaml(yaml.safe_dump(once), "dumped") == once
     assert build(once).learner().slots.keys() == build(document).learner().slots.keys()
-    assert {k: v for k, v in schema.flatten(document).items() if not k.startswith("workers")}.items() <= schema.flatten(once).items()
+    assert {k: v for k, v in schema.flatten(document).items() if not k.startswith("workers")}.items() <= schema.flatten(
+        once
+    ).items()
 
 
 @pytest.mark.parametrize("name", sorted(shipped_configs()))
@@ -501,8 +534,17 @@ def test_every_shipped_config_trains(name, tmp_path, request):
     if document.get("tasks", {"name": "sinusoid"})["name"] != "sinusoid":
         request.getfixturevalue("data")
     batch = document["algorithm"].get("minibatches", 2) if "environment" in document else 2
-    small = ["outer.meta_steps=2", f"outer.meta_batch_size={batch}", "outer.shard_size=1", "evaluate.tasks=2", "evaluate.test_tasks=2", "tracking.uri=none"]
-    result = train(Experiment.of(build(set_workers(override(document, small), "0"))), run_dir=str(tmp_path / "run"), plots=False)
+    small = [
+        "outer.meta_steps=2",
+        f"outer.meta_batch_size={batch}",
+        "outer.shard_size=1",
+        "evaluate.tasks=2",
+        "evaluate.test_tasks=2",
+        "tracking.uri=none",
+    ]
+    result = train(
+        Experiment.of(build(set_workers(override(document, small), "0"))), run_dir=str(tmp_path / "run"), plots=False
+    )
     assert result.outcome.progress.meta_step == 2
     assert result.evaluations[0].tasks == 2
     assert all(torch.isfinite(t).all() for t in result.experiment.learner.parameters(result.state).values())

@@ -43,7 +43,10 @@ ENGINES = [
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
 def test_gradient_on_the_gpu_is_the_cpus(engine) -> None:
     shape = ("engine.dtype=float64", "algorithm.inner_steps=3", "outer.shard_size=8")
-    expected, got = contribution("sinusoid_maml", "cpu", Engine(), *shape), contribution("sinusoid_maml", "cuda", engine, *shape)
+    expected, got = (
+        contribution("sinusoid_maml", "cpu", Engine(), *shape),
+        contribution("sinusoid_maml", "cuda", engine, *shape),
+    )
     assert torch.allclose(expected, got, rtol=1e-10, atol=1e-12)
 
 
@@ -69,7 +72,9 @@ def test_tf32_is_asked_for() -> None:
 @pytest.mark.data
 def test_conv4_repeats_bit_for_bit(tmp_path) -> None:
     hashes = {
-        train(experiment("omniglot_maml_5w1s", "engine.device=cuda"), run_dir=str(tmp_path / str(i)), plots=False).params_sha256
+        train(
+            experiment("omniglot_maml_5w1s", "engine.device=cuda"), run_dir=str(tmp_path / str(i)), plots=False
+        ).params_sha256
         for i in range(2)
     }
     assert len(hashes) == 1
@@ -79,7 +84,14 @@ def test_workers_share_a_gpu(tmp_path) -> None:
     alone = train(experiment("sinusoid_maml", "engine.device=cuda"), run_dir=str(tmp_path / "alone"), plots=False)
     document = override(
         read_document("sinusoid_maml"),
-        ["tracking.uri=none", "outer.meta_steps=6", "evaluate.every=3", "evaluate.tasks=8", "evaluate.test_tasks=8", "workers.0.gpus=0.5"],
+        [
+            "tracking.uri=none",
+            "outer.meta_steps=6",
+            "evaluate.every=3",
+            "evaluate.tasks=8",
+            "evaluate.test_tasks=8",
+            "workers.0.gpus=0.5",
+        ],
     )
     shared = train(Experiment.of(build(document)), run_dir=str(tmp_path / "shared"), plots=False)
     assert shared.params_sha256 == alone.params_sha256

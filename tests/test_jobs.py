@@ -16,24 +16,45 @@ from metadist.jobs import ray_jobs
 from metadist.jobs import submit as jobs
 from metadist.jobs.ray_jobs import Job, RayJobs
 
-CONFIG = {"name": "lines", "tasks": {"name": "mine.lines:Lines"}, "model": {"name": "network:build"}, "loss": "torch.nn.functional:l1_loss"}
+CONFIG = {
+    "name": "lines",
+    "tasks": {"name": "mine.lines:Lines"},
+    "model": {"name": "network:build"},
+    "loss": "torch.nn.functional:l1_loss",
+}
 
 #: how Ray ends the message of a failed job
 QUOTED = "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars):\nRunning entrypoint\n"
 
 
 def job(run_id, attempt, status="FAILED", exit_code=1, message=""):
-    return Job(f"{run_id}-{attempt}", status, message, {jobs.RUN_ID: run_id, jobs.RUN_DIR: f"s3://b/{run_id}", jobs.ATTEMPT: str(attempt)}, 1.0, 2.0, exit_code, {})
+    return Job(
+        f"{run_id}-{attempt}",
+        status,
+        message,
+        {jobs.RUN_ID: run_id, jobs.RUN_DIR: f"s3://b/{run_id}", jobs.ATTEMPT: str(attempt)},
+        1.0,
+        2.0,
+        exit_code,
+        {},
+    )
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A package and a module that the config names, a module beside them that is not imported, and what must stay."""
     files = {
-        "mine/__init__.py": "", "mine/lines.py": "from mine.deeper import slope\n\n\nclass Lines: ...\n", "mine/deeper/__init__.py": "slope = 1\n",
-        "mine/data/large.py": "", "mine/notes.txt": "", "network.py": "import sibling\n\n\ndef build(): ...\n", "sibling.py": "", "other.py": "",
-        ".git/config": "", "runs/a/run.json": "{}",
-    }  # fmt: skip
+        "mine/__init__.py": "",
+        "mine/lines.py": "from mine.deeper import slope\n\n\nclass Lines: ...\n",
+        "mine/deeper/__init__.py": "slope = 1\n",
+        "mine/data/large.py": "",
+        "mine/notes.txt": "",
+        "network.py": "import sibling\n\n\ndef build(): ...\n",
+        "sibling.py": "",
+        "other.py": "",
+        ".git/config": "",
+        "runs/a/run.json": "{}",
+    }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -53,13 +74,26 @@ def test_only_what_a_driver_needs_travels(home):
     import network  # noqa: F401
 
     with jobs.working_directory({**CONFIG, "init_from": None}) as folder:
-        assert travelling(folder) == ["config.yaml", "mine/__init__.py", "mine/deeper/__init__.py", "mine/lines.py", "network.py", "sibling.py"]
+        assert travelling(folder) == [
+            "config.yaml",
+            "mine/__init__.py",
+            "mine/deeper/__init__.py",
+            "mine/lines.py",
+            "network.py",
+            "sibling.py",
+        ]
         assert yaml.safe_load((folder / "config.yaml").read_text())["tasks"] == CONFIG["tasks"]
     assert not folder.exists()
 
 
 def test_nothing_of_what_is_installed_travels():
-    with jobs.working_directory({"tasks": {"name": "sinusoid"}, "loss": "torch.nn.functional:l1_loss", "model": {"name": "metadist.models.mlp:MLP"}}) as folder:
+    with jobs.working_directory(
+        {
+            "tasks": {"name": "sinusoid"},
+            "loss": "torch.nn.functional:l1_loss",
+            "model": {"name": "metadist.models.mlp:MLP"},
+        }
+    ) as folder:
         assert travelling(folder) == ["config.yaml"]
 
 
@@ -70,7 +104,10 @@ def test_initial_parameters_travel_and_a_folder_does_not(home):
         assert yaml.safe_load((folder / "config.yaml").read_text()) == {"init_from": "init.safetensors"}
     with jobs.working_directory({"init_from": "s3://b/a"}) as folder:
         assert yaml.safe_load((folder / "config.yaml").read_text()) == {"init_from": "s3://b/a"}
-    for source, says in (("runs/a", "is a folder of this machine; give the run's URL"), ("none.safetensors", "can't be read")):
+    for source, says in (
+        ("runs/a", "is a folder of this machine; give the run's URL"),
+        ("none.safetensors", "can't be read"),
+    ):
         with pytest.raises(ConfigError, match=says), jobs.working_directory({"init_from": source}):
             pass
 
@@ -78,7 +115,10 @@ def test_initial_parameters_travel_and_a_folder_does_not(home):
 def test_more_than_ray_takes_is_refused(home, monkeypatch):
     monkeypatch.setattr(jobs, "WORKING_DIRECTORY_LIMIT", 1 << 20)
     (home / "model.safetensors").write_bytes(os.urandom(2 << 20))
-    with pytest.raises(ConfigError, match=r"come to 2 MiB, Ray takes 1 MiB; the largest: init.safetensors 2 MiB"), jobs.working_directory({"init_from": "model.safetensors"}):
+    with (
+        pytest.raises(ConfigError, match=r"come to 2 MiB, Ray takes 1 MiB; the largest: init.safetensors 2 MiB"),
+        jobs.working_directory({"init_from": "model.safetensors"}),
+    ):
         pass
 
 
@@ -119,18 +159,33 @@ def test_a_new_run_needs_a_place_that_lasts(monkeypatch):
 
 def test_the_drivers_command_survives_a_shell():
     assert shlex.split(jobs.entrypoint("a", "/shared/my runs/$(a)")) == [
-        "metadist", "train", "config.yaml", "--run-dir", "/shared/my runs/$(a)", "--run-id", "a", "--resume",
-    ]  # fmt: skip
+        "metadist",
+        "train",
+        "config.yaml",
+        "--run-dir",
+        "/shared/my runs/$(a)",
+        "--run-id",
+        "a",
+        "--resume",
+    ]
 
 
 def test_the_environment_of_a_driver(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for name, value in (("METADIST_DATA", "data"), ("MLFLOW_TRACKING_URI", "http://m:5000"), ("AWS_SECRET_ACCESS_KEY", "not without being asked")):
+    for name, value in (
+        ("METADIST_DATA", "data"),
+        ("MLFLOW_TRACKING_URI", "http://m:5000"),
+        ("AWS_SECRET_ACCESS_KEY", "not without being asked"),
+    ):
         monkeypatch.setenv(name, value)
     given = jobs._environment(jobs.Request(environment={"A": "b"}), "s3://b/runs/a")
     assert given == {
-        "METADIST_RUNS": "s3://b/runs", "RAY_JOB_STOP_WAIT_TIME_S": "120", "METADIST_DATA": str(tmp_path / "data"), "MLFLOW_TRACKING_URI": "http://m:5000", "A": "b",
-    }  # fmt: skip
+        "METADIST_RUNS": "s3://b/runs",
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+        "METADIST_DATA": str(tmp_path / "data"),
+        "MLFLOW_TRACKING_URI": "http://m:5000",
+        "A": "b",
+    }
     assert jobs._environment(jobs.Request(data="s3://b/d"), "/r/a")["METADIST_DATA"] == "s3://b/d"
 
 
@@ -138,9 +193,18 @@ def test_the_environment_of_a_driver(monkeypatch, tmp_path):
     ("ended", "says"),
     [
         (job("a", 1, exit_code=127), "the cluster's nodes have no metadist; install it"),
-        (job("a", 1, exit_code=-9), "its driver was killed (exit code -9); metadist submit … --run-id a goes on with it"),
-        (job("a", 1, exit_code=2, message=QUOTED + "error: no data\nbye\n"), "a-1 failed: Job entrypoint command failed with exit code 2: error: no data; metadist submit"),
-        (job("a", 1, exit_code=1, message=QUOTED + "  ValueError: x\n"), "failed with exit code 2: ValueError: x; metadist submit … --run-id a"),
+        (
+            job("a", 1, exit_code=-9),
+            "its driver was killed (exit code -9); metadist submit … --run-id a goes on with it",
+        ),
+        (
+            job("a", 1, exit_code=2, message=QUOTED + "error: no data\nbye\n"),
+            "a-1 failed: Job entrypoint command failed with exit code 2: error: no data; metadist submit",
+        ),
+        (
+            job("a", 1, exit_code=1, message=QUOTED + "  ValueError: x\n"),
+            "failed with exit code 2: ValueError: x; metadist submit … --run-id a",
+        ),
         (job("a", 1, "STOPPED", None), "job a-1 stopped: no reason given"),
     ],
 )
@@ -171,8 +235,16 @@ def server(request):
 @pytest.mark.parametrize(
     ("server", "error", "says"),
     [
-        ((401, "Unauthorized: Missing authentication token"), ConfigError, "it asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"),
-        ((403, "Forbidden: Invalid authentication token"), ConfigError, "it does not accept this token; set RAY_AUTH_MODE=token"),
+        (
+            (401, "Unauthorized: Missing authentication token"),
+            ConfigError,
+            "it asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+        ),
+        (
+            (403, "Forbidden: Invalid authentication token"),
+            ConfigError,
+            "it does not accept this token; set RAY_AUTH_MODE=token",
+        ),
         ((404, "no such page"), WorkerError, "Version check returned 404"),
         ((200, "<html>something else</html>"), WorkerError, "can't reach the Ray cluster at http://127.0.0.1"),
         ((500, "oh"), WorkerError, "500"),

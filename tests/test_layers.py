@@ -41,7 +41,13 @@ IMPORTERS = {
     "grpc": ("control/",),
     "starlette": ("control/adapt_http.py", "control/http_guard.py"),
     "uvicorn": ("control/adapt_http.py", "control/http_guard.py"),
-    "ray": ("runtime/ray_cluster.py", "runtime/ray_executor.py", "runtime/ray_jobs.py", "runtime/ray_metrics.py", "runtime/ray_serve.py"),
+    "ray": (
+        "runtime/ray_cluster.py",
+        "runtime/ray_executor.py",
+        "runtime/ray_jobs.py",
+        "runtime/ray_metrics.py",
+        "runtime/ray_serve.py",
+    ),
     "typer": ("cli.py", "terminal.py", "bench/commands.py", "commands/"),
     "rich": ("display.py",),
     "higher": ("bench/",),
@@ -104,8 +110,11 @@ def python(code, *arguments, **environment):
 
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        capture_output=True, text=True, timeout=400, env={**os.environ, **environment},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, **environment},
+    )
 
 
 def test_importing_metadist_does_nothing():
@@ -142,9 +151,17 @@ def test_training_in_this_process_needs_neither_ray_nor_mlflow(tmp_path):
         sys.argv = ["metadist", "train", *sys.argv[1:]]
         main()
         """,
-        "sinusoid_maml", "--workers", "0", "--run-dir", str(tmp_path / "run"), "--json",
-        "tracking.uri=none", "outer.meta_steps=2", "evaluate.tasks=4", "evaluate.test_tasks=4",
+        "sinusoid_maml",
+        "--workers",
+        "0",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--json",
+        "tracking.uri=none",
+        "outer.meta_steps=2",
+        "evaluate.tasks=4",
+        "evaluate.test_tasks=4",
         PYTHONPATH=str(PACKAGE.parent),
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert '"meta_step": 2' in done.stdout.splitlines()[-1]

@@ -17,13 +17,30 @@ from metadist.tracking.mlflow_uri import prepare_sqlite
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = [
-    "outer.meta_steps=4", "evaluate.every=2", "evaluate.tasks=8", "evaluate.test_tasks=8", "checkpoint.every=2", "tracking.log_every=1",
-]  # fmt: skip
+    "outer.meta_steps=4",
+    "evaluate.every=2",
+    "evaluate.tasks=8",
+    "evaluate.test_tasks=8",
+    "checkpoint.every=2",
+    "tracking.log_every=1",
+]
 #: run by .ci/run and by the tests of clusters, of live runs and of servers
 ELSEWHERE = (
-    "make", "git", "cd", "pip", "export", "curl", "cluster/", "metadist ui", "metadist worker", "metadist control", "metadist submit", "metadist jobs",
-    "metadist serve", "metadist predict",
-)  # fmt: skip
+    "make",
+    "git",
+    "cd",
+    "pip",
+    "export",
+    "curl",
+    "cluster/",
+    "metadist ui",
+    "metadist worker",
+    "metadist control",
+    "metadist submit",
+    "metadist jobs",
+    "metadist serve",
+    "metadist predict",
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -39,7 +56,10 @@ def commands(text: str = README) -> list[str]:
 def sections() -> dict[str, list[str]]:
     """Heading → the commands under it that are run here."""
     parts = re.split(r"^##+ (.*)$", README, flags=re.MULTILINE)
-    found = {title: [c for c in commands(text) if not c.startswith(ELSEWHERE)] for title, text in zip(parts[1::2], parts[2::2])}
+    found = {
+        title: [c for c in commands(text) if not c.startswith(ELSEWHERE)]
+        for title, text in zip(parts[1::2], parts[2::2])
+    }
     return {title: listed for title, listed in found.items() if listed}
 
 
@@ -89,7 +109,12 @@ def test_commands(home: Path, section: str) -> None:
         words = shortened(command)
         assignments = [w for w in words if re.fullmatch(r"[A-Z_]+=\S*", w)]
         done = subprocess.run(
-            [w for w in words if w not in assignments], cwd=home, env=environment, capture_output=True, text=True, timeout=300
+            [w for w in words if w not in assignments],
+            cwd=home,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, f"{command}\n{done.stderr}"
@@ -106,7 +131,15 @@ def test_programs(home: Path) -> None:
 
 def test_configs(home: Path) -> None:
     for config in home.glob("*.yaml"):
-        command = [str(Path(sys.executable).parent / "metadist"), "train", config.name, *SHORT, "tracking.uri=none", "--workers", "0"]
+        command = [
+            str(Path(sys.executable).parent / "metadist"),
+            "train",
+            config.name,
+            *SHORT,
+            "tracking.uri=none",
+            "--workers",
+            "0",
+        ]
         done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
 

@@ -35,8 +35,9 @@ def draw(folder: Path, count: int, seed: int, prefix: str = "") -> None:
         for i in range(count):
             pixels = np.full((12, 12), 255.0)
             pixels[where] = 0
-            Image.fromarray(np.clip(pixels + noise.normal(0, 20, pixels.shape), 0, 255).astype(np.uint8)).save(folder / f"{prefix}{name}" / f"{i}.png")
-
+            Image.fromarray(np.clip(pixels + noise.normal(0, 20, pixels.shape), 0, 255).astype(np.uint8)).save(
+                folder / f"{prefix}{name}" / f"{i}.png"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +48,24 @@ def images(tmp_path_factory):
     for seed, part in enumerate(("train", "validation", "test"), 3):
         draw(home / "all" / part, 8, seed, f"{part}-")
     document = {
-        "name": "shapes", "seed": 1, "evaluate": {"every": 10, "tasks": 4, "test_tasks": 4},
-        "tasks": {"name": "image_folder", "path": str(home / "all"), "image_size": 12, "invert": True, "n_way": 3, "k_shot": 1, "query_shots": 2},
-        "model": {"name": "mlp", "hidden": [16]}, "algorithm": {"name": "protonet"}, "tracking": {"uri": "none"},
-        "outer": {"lr": 0.01, "meta_batch_size": 4, "shard_size": 2, "meta_steps": 10}, "workers": [{"min": 0, "max": 0}],
-    }  # fmt: skip
+        "name": "shapes",
+        "seed": 1,
+        "evaluate": {"every": 10, "tasks": 4, "test_tasks": 4},
+        "tasks": {
+            "name": "image_folder",
+            "path": str(home / "all"),
+            "image_size": 12,
+            "invert": True,
+            "n_way": 3,
+            "k_shot": 1,
+            "query_shots": 2,
+        },
+        "model": {"name": "mlp", "hidden": [16]},
+        "algorithm": {"name": "protonet"},
+        "tracking": {"uri": "none"},
+        "outer": {"lr": 0.01, "meta_batch_size": 4, "shard_size": 2, "meta_steps": 10},
+        "workers": [{"min": 0, "max": 0}],
+    }
     from metadist.config.build import build
     from metadist.experiment.description import Experiment
 
@@ -62,7 +76,11 @@ def images(tmp_path_factory):
 @pytest.mark.parametrize("algorithm", ["maml", "meta_sgd", "reptile"])
 def test_a_run_and_its_export_are_the_same_model(tmp_path, algorithm):
     more = ["algorithm.inner_optimizer=adam", "algorithm.moments=carried"] if algorithm == "reptile" else []
-    result = train(tiny.experiment(f"algorithm.name={algorithm}", "outer.meta_steps=4", *more), run_dir=str(tmp_path / "run"), plots=False)
+    result = train(
+        tiny.experiment(f"algorithm.name={algorithm}", "outer.meta_steps=4", *more),
+        run_dir=str(tmp_path / "run"),
+        plots=False,
+    )
     result.export(tmp_path / "model.safetensors")
     x, y = torch.linspace(-1, 1, 5).unsqueeze(1), torch.linspace(0, 1, 5).unsqueeze(1)
     reference = result.predict(result.adapt(x, y), x)
@@ -71,11 +89,20 @@ def test_a_run_and_its_export_are_the_same_model(tmp_path, algorithm):
         model = open_model(source)
         assert (model.params_sha256, model.source) == (result.state.sha256(), result.run_id)
         service = adaptation(Serving((source,)))
-        with metadist.serving.load.serve(service, metadist.rpc.endpoint.Endpoint()) as running, metadist.Client(running.address) as client:
+        with (
+            metadist.serving.load.serve(service, metadist.rpc.endpoint.Endpoint()) as running,
+            metadist.Client(running.address) as client,
+        ):
             assert torch.equal(client.adapt_predict(x, y, x), reference)
             assert client.models()[0]["name"] == ("other" if source.startswith("other") else "tiny")
     # and it still starts other trainings
-    train(tiny.experiment(f"algorithm.name={algorithm}", "outer.meta_steps=1", f"init_from={tmp_path}/model.safetensors", *more), plots=False, run_dir=str(tmp_path / "next"))
+    train(
+        tiny.experiment(
+            f"algorithm.name={algorithm}", "outer.meta_steps=1", f"init_from={tmp_path}/model.safetensors", *more
+        ),
+        plots=False,
+        run_dir=str(tmp_path / "next"),
+    )
 
 
 def test_what_can_not_be_served(tmp_path):
@@ -101,11 +128,21 @@ def test_a_trial_run_is_refused(tmp_path):
     from metadist.config.document import override, read_document, set_workers
     from metadist.experiment.description import Experiment
 
-    document = override(read_document("bandit_rl2"), [
-        "outer.meta_steps=1", "outer.meta_batch_size=4", "outer.shard_size=2", "evaluate.tasks=2", "evaluate.test_tasks=2",
-        "tracking.uri=none", "environment.arms=2", "environment.episodes=2", "engine.compile=never",
-        "algorithm.minibatches=1",
-    ])  # fmt: skip
+    document = override(
+        read_document("bandit_rl2"),
+        [
+            "outer.meta_steps=1",
+            "outer.meta_batch_size=4",
+            "outer.shard_size=2",
+            "evaluate.tasks=2",
+            "evaluate.test_tasks=2",
+            "tracking.uri=none",
+            "environment.arms=2",
+            "environment.episodes=2",
+            "engine.compile=never",
+            "algorithm.minibatches=1",
+        ],
+    )
     document = set_workers(document, "0")
     train(Experiment.of(build(document)), run_dir=str(tmp_path / "run"), plots=False, test=False)
     with pytest.raises(ConfigError, match="trial run.*only supervised"):
@@ -120,7 +157,9 @@ def test_folders_of_images(images):
     result = load_run(str(images / "run"))
     decode = result.experiment.learner.tasks.decode
     x, _, labels = decode.by_class(str(images / "few"))
-    assert x.dtype == np.float32 and x.shape == (6, 1, 12, 12) and x.max() > 0.9 and x[:, :, 0, 0].max() < 0.5  # ink is bright
+    assert (
+        x.dtype == np.float32 and x.shape == (6, 1, 12, 12) and x.max() > 0.9 and x[:, :, 0, 0].max() < 0.5
+    )  # ink is bright
     query, _, _ = decode.by_class(str(images / "many"))
     adapted = result.adapt(torch.from_numpy(x), torch.tensor([sorted(SHAPES).index(label) for label in labels]))
     best = torch.softmax(result.predict(adapted, torch.from_numpy(query)).double(), -1).max(-1).values
@@ -129,9 +168,14 @@ def test_folders_of_images(images):
 
 @pytest.mark.parametrize(
     ("support", "query", "words"),
-    [("nowhere", "many", "--support nowhere: no such folder"), ("few", "nowhere", "--query nowhere"), ("few/bar", "many", "in no folder"),
-     ("few", "empty", "no images"), ("one", "many", "1 classes")],
-)  # fmt: skip
+    [
+        ("nowhere", "many", "--support nowhere: no such folder"),
+        ("few", "nowhere", "--query nowhere"),
+        ("few/bar", "many", "in no folder"),
+        ("few", "empty", "no images"),
+        ("one", "many", "1 classes"),
+    ],
+)
 def test_folders_that_are_wrong(images, monkeypatch, support, query, words):
     monkeypatch.chdir(images)
     Path("empty").mkdir(exist_ok=True)
@@ -154,7 +198,15 @@ def test_from_the_command_line(images, tmp_path):
             line = server.stderr.readline()
             assert line, "the server ended"
             said[line.split()[0]] = line.split()[1]
-        arguments = ["predict", said["gRPC"], "--support", str(images / "few"), "--query", str(images / "many"), "--json"]
+        arguments = [
+            "predict",
+            said["gRPC"],
+            "--support",
+            str(images / "few"),
+            "--query",
+            str(images / "many"),
+            "--json",
+        ]
         done = CliRunner().invoke(app, [*arguments, "--token-file", str(token)])
         assert done.exit_code == 0, done.stderr
         assert tiny.last_json(done.stdout)["accuracy"] == 1.0 and "accuracy        1.0000" in done.stdout

@@ -61,9 +61,16 @@ def start(*arguments: object, folder: Path, **more: str) -> subprocess.Popen[str
     """``metadist`` with these arguments in ``folder``, as the leader of a process group."""
     command = [sys.executable, "-m", "metadist", *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=folder, env=environment(folder, **more), text=True, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_hear_signals,
-    )  # fmt: skip
+        command,
+        cwd=folder,
+        env=environment(folder, **more),
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=_hear_signals,
+    )
 
 
 def _hear_signals() -> None:

@@ -32,12 +32,16 @@ def make(folder: Path, *hosts: str) -> Secrets:
             addresses.append(x509.IPAddress(ipaddress.ip_address(host)))
         except ValueError:
             addresses.append(x509.DNSName(host))
-    authority = _signed("metadist tests", root.public_key(), "metadist tests", root).add_extension(
-        x509.BasicConstraints(ca=True, path_length=0), critical=True
-    ).sign(root, hashes.SHA256())  # fmt: skip
-    certificate = _signed("server", own.public_key(), "metadist tests", root).add_extension(
-        x509.SubjectAlternativeName(addresses), critical=False
-    ).sign(root, hashes.SHA256())  # fmt: skip
+    authority = (
+        _signed("metadist tests", root.public_key(), "metadist tests", root)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(root, hashes.SHA256())
+    )
+    certificate = (
+        _signed("server", own.public_key(), "metadist tests", root)
+        .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
+        .sign(root, hashes.SHA256())
+    )
     key = own.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     files = {
         "authority.pem": authority.public_bytes(serialization.Encoding.PEM),
@@ -51,14 +55,20 @@ def make(folder: Path, *hosts: str) -> Secrets:
     return Secrets(*(str(folder / name) for name in files))
 
 
-def _signed(name: str, key: ec.EllipticCurvePublicKey, issuer: str, signer: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+def _signed(
+    name: str, key: ec.EllipticCurvePublicKey, issuer: str, signer: ec.EllipticCurvePrivateKey
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.timezone.utc)
 
     def called(text: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
     return (
-        x509.CertificateBuilder().subject_name(called(name)).issuer_name(called(issuer)).public_key(key)
+        x509.CertificateBuilder()
+        .subject_name(called(name))
+        .issuer_name(called(issuer))
+        .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=2))
-    )  # fmt: skip
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=2))
+    )

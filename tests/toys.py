@@ -31,7 +31,9 @@ class Curves(TaskFamily):
         def examples(name, rows):
             x = keys.stream(name).normal(rows, 2)
             # Spelled out and in float64: a float32 product's last bit depends on how many tasks are sampled at once.
-            inside = x[..., :1].double() * a[..., :1, :].double() + x[..., 1:].double() * a[..., 1:, :].double() + b.double()
+            inside = (
+                x[..., :1].double() * a[..., :1, :].double() + x[..., 1:].double() * a[..., 1:, :].double() + b.double()
+            )
             return Examples(x, torch.sin(inside).float())
 
         return Task(examples("support", self.rows), examples("query", self.query_rows))

@@ -49,7 +49,9 @@ class Chance(MetaEnvironment):
 
 def learner(algorithm, model, environment, *, dtype=torch.float32, batch=16, shard=4, lr=1e-2, **outer) -> TrialLearner:
     def build():
-        return model.build_policy(environment.observation_size, environment.actions.size, isinstance(environment.actions, Continuous))
+        return model.build_policy(
+            environment.observation_size, environment.actions.size, isinstance(environment.actions, Continuous)
+        )
 
     loop = OuterLoop(meta_batch_size=batch, shard_size=shard, lr=lr, **outer)
     found = TrialLearner(algorithm, Model(build, dtype=dtype), environment, loop)
@@ -64,7 +66,9 @@ def context(learner, tasks=4, *, seed=0, split="train", meta_step=0) -> TrialCon
 def somewhere(learner, scale=0.3, seed=1) -> dict[str, Parameters]:
     """θ in general position: the initial one, with every learned value moved."""
     generator, theta = torch.Generator().manual_seed(seed), learner.initial(seed).theta(learner.slots)
-    moved = theta["model"].map(lambda p: p + scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
+    moved = theta["model"].map(
+        lambda p: p + scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+    )
     return {**theta, "model": moved}
 
 

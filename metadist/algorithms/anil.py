@@ -28,7 +28,11 @@ class ANIL(MAML):
     def compatible(self, family: TaskFamily, model: Model) -> str | None:
         names = [n for n, _ in model.module.named_parameters() if n not in model.frozen]
         if not any(self._adapts(model, n) for n in names):
-            wanted = f"'{self.head}'" if self.head is not None else f"the last module ({', '.join(model.head()) or 'tied weights'})"
+            wanted = (
+                f"'{self.head}'"
+                if self.head is not None
+                else f"the last module ({', '.join(model.head()) or 'tied weights'})"
+            )
             raise ConfigError(f"algorithm.head: {wanted} matches no learned parameter; there are {', '.join(names)}")
         return super().compatible(family, model)
 

@@ -31,7 +31,9 @@ class CNP(Algorithm):
             return "the model needs encode(x, y, mask) and decode(r, x); model 'cnp' has them"
         return None
 
-    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[tuple[Parameters, Tensor]]:
+    def adapt(
+        self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext
+    ) -> Sequence[tuple[Parameters, Tensor]]:
         parameters = theta["model"]
         return [(parameters, model(parameters, support.x, support.y, support.mask, method="encode", step=0))]
 

@@ -22,7 +22,9 @@ class MAML(InnerLoop):
 
     def descent(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Descent:
         phi = theta["model"]
-        return Descent(self.support_loss(model, support, context), phi, self.inner_lr, self.fresh(phi), self.first_order)
+        return Descent(
+            self.support_loss(model, support, context), phi, self.inner_lr, self.fresh(phi), self.first_order
+        )
 
     def predict(self, model: BoundModel, phi: Parameters, x: Tensor) -> Tensor:
         return model(phi, x)

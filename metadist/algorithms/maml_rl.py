@@ -94,7 +94,9 @@ class MAMLRL(PolicySearch):
         """Trajectories [B · N, T', …] with advantages, padded to the horizon."""
 
         def apart(t: Tensor) -> Tensor:
-            return F.pad(t, (0, 0) * (t.dim() - 2) + (0, horizon - t.shape[1])).unflatten(0, (-1, self.rollouts_per_task))
+            return F.pad(t, (0, 0) * (t.dim() - 2) + (0, horizon - t.shape[1])).unflatten(
+                0, (-1, self.rollouts_per_task)
+            )
 
         valid, observation = apart(trials.flag(VALID)), apart(trials.observation)
         target = returns_to_go(apart(trials.reward), valid, self.discount)
@@ -105,7 +107,11 @@ class MAMLRL(PolicySearch):
             mean = advantage.sum(dims, keepdim=True) / count
             centred = torch.where(valid, advantage - mean, torch.zeros_like(advantage))
             advantage = centred / ((centred.square().sum(dims, keepdim=True) / count).sqrt() + 1e-8)
-        found = {"observation": observation, "action": apart(trials.action), "log_probability": apart(trials.log_probability)}
+        found = {
+            "observation": observation,
+            "action": apart(trials.action),
+            "log_probability": apart(trials.log_probability),
+        }
         return {**found, "valid": valid, "advantage": advantage.to(trials.log_probability.dtype)}
 
     def rollout(self, theta: Theta, context: TrialContext) -> tuple[Records, Sums, float]:
@@ -126,7 +132,9 @@ class MAMLRL(PolicySearch):
         tasks, columns = context.environment.sample(context.keys), dict[str, list[Tensor]](greedy=[], sampled=[])
         steps = self.inner_steps if inner_steps is None else inner_steps
         for stage, (policy, trials, _) in enumerate(self.stages(theta, context, steps, tasks)):
-            greedy = rollout(context.environment, policy, context.keys, greedy=True, tasks=tasks, episodes=1, stage=stage)
+            greedy = rollout(
+                context.environment, policy, context.keys, greedy=True, tasks=tasks, episodes=1, stage=stage
+            )
             columns["greedy"].append(greedy.by_episode(1).squeeze(1))
             columns["sampled"].append(self._mean(trials.by_episode(1)))
         return {n: torch.stack(c, 1) for n, c in columns.items()}
@@ -174,7 +182,13 @@ class MAMLRL(PolicySearch):
         policy_loss, entropy = -_mean(gain, last), _mean(bound.distribution.entropy(head), last)
         penalty = self.kl_penalty * divergence if bounded else 0.0
         clipped = _mean(((ratio - 1).abs() > self.clip).to(ratio.dtype), last)
-        metrics = {"policy_loss": policy_loss, "entropy": entropy, "kl": kl, "inner_kl": divergence, "clip_fraction": clipped}
+        metrics = {
+            "policy_loss": policy_loss,
+            "entropy": entropy,
+            "kl": kl,
+            "inner_kl": divergence,
+            "clip_fraction": clipped,
+        }
         return policy_loss + penalty - self.entropy * entropy, metrics
 
     # What shards compute ----------------------------------------------------------------------------------------------
@@ -187,7 +201,9 @@ class MAMLRL(PolicySearch):
         gradients, metrics = vmap(single, in_dims=(None, 0))(theta["model"], data)
         return {"model": tree_map(tree_sum, gradients)}, _floats(metrics), float(trials.rows)
 
-    def fisher(self, theta: Theta, trials: Records, direction: Parameters, context: TrialContext) -> tuple[Parameters, float]:
+    def fisher(
+        self, theta: Theta, trials: Records, direction: Parameters, context: TrialContext
+    ) -> tuple[Parameters, float]:
         """Through the adaptation: Jᵀ M J, with J = ∂ head(φ_K) / ∂θ and M the divergence's Hessian in the head."""
         bound, data = context.policy(theta), _data(trials, context)
 
@@ -206,13 +222,19 @@ class MAMLRL(PolicySearch):
         return tree_map(tree_sum, vmap(single)(data)), float(trials.rows)
 
     @torch.no_grad()
-    def surrogate(self, theta: Theta, trials: Records, step: Parameters, settings: Settings, context: TrialContext) -> tuple[Sums, float]:
+    def surrogate(
+        self, theta: Theta, trials: Records, step: Parameters, settings: Settings, context: TrialContext
+    ) -> tuple[Sums, float]:
         bound, data = context.policy(theta), _data(trials, context)
 
         def single(data: Data) -> dict[str, Tensor]:
             last = _stage(data, self.inner_steps)
-            before, after = (_head(self.adapt(bound, p, data)[0], last) for p in (theta["model"], theta["model"] + step))
-            gain = self.objective(bound, theta["model"], data)[0] - self.objective(bound, theta["model"] + step, data)[0]
+            before, after = (
+                _head(self.adapt(bound, p, data)[0], last) for p in (theta["model"], theta["model"] + step)
+            )
+            gain = (
+                self.objective(bound, theta["model"], data)[0] - self.objective(bound, theta["model"] + step, data)[0]
+            )
             return {"improvement": gain, "kl": _mean(bound.distribution.divergence(before, after), last)}
 
         return _floats(vmap(single)(data)), float(trials.rows)

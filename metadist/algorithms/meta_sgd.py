@@ -27,7 +27,9 @@ class MetaSGD(MAML):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.inner_optimizer != "sgd":
-            raise ConfigError(f"algorithm.inner_optimizer: meta_sgd learns the rates of sgd, not of {self.inner_optimizer}")
+            raise ConfigError(
+                f"algorithm.inner_optimizer: meta_sgd learns the rates of sgd, not of {self.inner_optimizer}"
+            )
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         rates = parameters.map(lambda p: torch.full_like(p, self.inner_lr))

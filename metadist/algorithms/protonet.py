@@ -23,7 +23,9 @@ class ProtoNet(Algorithm):
         return None
 
     def compatible(self, family: TaskFamily, model: Model) -> str | None:
-        return None if family.kind == "classification" else "prototypes are class means, and these tasks have no classes"
+        return (
+            None if family.kind == "classification" else "prototypes are class means, and these tasks have no classes"
+        )
 
     def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Adapted]:
         embedded = model(theta["model"], support.x, step=0).flatten(1)

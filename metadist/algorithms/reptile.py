@@ -30,12 +30,17 @@ class Reptile(InnerLoop):
         super().__post_init__()
         one_of("algorithm.moments", self.moments, ("fresh", "carried"))
         if self.moments == "carried" and self.inner_optimizer == "sgd" and not self.inner_momentum:
-            raise ConfigError("algorithm.moments: plain sgd has none to carry; use inner_optimizer: adam or moments: fresh")
+            raise ConfigError(
+                "algorithm.moments: plain sgd has none to carry; use inner_optimizer: adam or moments: fresh"
+            )
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         if self.moments == "fresh":
             return {}
-        zeros, count = parameters.zeros(), Parameters({"count": torch.zeros((), dtype=next(iter(parameters.values())).dtype)})
+        zeros, count = (
+            parameters.zeros(),
+            Parameters({"count": torch.zeros((), dtype=next(iter(parameters.values())).dtype)}),
+        )
         return {
             "inner_first": (Slot(Layout.of(zeros), "average"), zeros),
             "inner_second": (Slot(Layout.of(zeros), "average"), zeros),

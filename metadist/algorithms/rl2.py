@@ -73,7 +73,11 @@ class RL2(PolicySearch):
         trials = rollout(environment, context.policy(theta), context.keys)
         estimate, valid = advantages(trials, self.discount, self.gae_lambda, self.reward_scale), trials.flag(VALID)
         returns, target = trials.by_episode(environment.episodes), estimate + trials.value
-        sums = {"advantage": _sum(estimate, valid), "advantage_squared": _sum(estimate.double().square(), valid), "return": returns.sum()}
+        sums = {
+            "advantage": _sum(estimate, valid),
+            "advantage_squared": _sum(estimate.double().square(), valid),
+            "return": returns.sum(),
+        }
         episode = trials.episode()
         sums |= _moments(target, trials.value, valid, "")
         for number in [n for n in EPISODES_SHOWN if n < environment.episodes] + [environment.episodes]:
@@ -105,7 +109,9 @@ class RL2(PolicySearch):
         total = total.replace({n: torch.zeros_like(total[n]) for n in _acting(policy, batch)})
         return {"model": total}, {"value_loss": error}, float(batch.flag(VALID).sum())
 
-    def fisher(self, theta: Theta, trials: Records, direction: Parameters, context: TrialContext) -> tuple[Parameters, float]:
+    def fisher(
+        self, theta: Theta, trials: Records, direction: Parameters, context: TrialContext
+    ) -> tuple[Parameters, float]:
         policy, batch = self._leaves(theta, context), self._batch(trials, context)
         product = theta["model"].zeros()
         # Backward twice, which cuDNN's recurrent kernels don't know; nor does CPU's LSTM know the forward derivative.
@@ -118,7 +124,9 @@ class RL2(PolicySearch):
         return product, float(batch.flag(VALID).sum())
 
     @torch.no_grad()
-    def surrogate(self, theta: Theta, trials: Records, step: Parameters, settings: Settings, context: TrialContext) -> tuple[Sums, float]:
+    def surrogate(
+        self, theta: Theta, trials: Records, step: Parameters, settings: Settings, context: TrialContext
+    ) -> tuple[Sums, float]:
         batch = self._batch(trials, context)
         before, after = (context.policy(theta, p) for p in (theta["model"], theta["model"] + step))
         sums: dict[str, Tensor] = {}
@@ -134,7 +142,14 @@ class RL2(PolicySearch):
         """The trials under ``policy``, ``bptt`` steps at a time; advantages are normalised by ``settings``."""
         estimate = advantages(batch, self.discount, self.gae_lambda, self.reward_scale)
         advantage = (estimate - settings.get("mean", 0.0)) / settings.get("deviation", 1.0)
-        columns: tuple[Tensor, ...] = (batch.action, batch.log_probability, batch.value, advantage, estimate + batch.value, batch.flag(VALID))
+        columns: tuple[Tensor, ...] = (
+            batch.action,
+            batch.log_probability,
+            batch.value,
+            advantage,
+            estimate + batch.value,
+            batch.flag(VALID),
+        )
         features = policy.features(batch.observation, batch.seen(policy))
         memory, length = policy.start(len(features), features.device), features.shape[1]
         width = min(self.bptt or length, length)
@@ -168,17 +183,28 @@ class RL2(PolicySearch):
         policy_loss = -window.total(torch.minimum(ratio * window.advantage, near * window.advantage))
         value_loss, entropy = self.value_loss(window), window.total(policy.distribution.entropy(window.head))
         return {
-            "objective": policy_loss + self.value * value_loss - self.entropy * entropy, "policy_loss": policy_loss,
-            "value_loss": value_loss, "entropy": entropy, "kl": _k3(window, difference, ratio),
+            "objective": policy_loss + self.value * value_loss - self.entropy * entropy,
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            "kl": _k3(window, difference, ratio),
             "clip_fraction": window.total(((ratio - 1).abs() > self.clip).to(ratio.dtype)),
-        }  # fmt: skip
+        }
 
     def unclipped(self, policy: Policy, window: Window) -> dict[str, Tensor]:
         """As ``clipped``, of the policy alone and without bounds (Schulman et al. 2015, eq. 14)."""
         difference, ratio = self.ratio(policy, window)
-        policy_loss, entropy = -window.total(ratio * window.advantage), window.total(policy.distribution.entropy(window.head))
+        policy_loss, entropy = (
+            -window.total(ratio * window.advantage),
+            window.total(policy.distribution.entropy(window.head)),
+        )
         objective = policy_loss - self.entropy * entropy
-        return {"objective": objective, "policy_loss": policy_loss, "entropy": entropy, "kl": _k3(window, difference, ratio)}
+        return {
+            "objective": objective,
+            "policy_loss": policy_loss,
+            "entropy": entropy,
+            "kl": _k3(window, difference, ratio),
+        }
 
     def ratio(self, policy: Policy, window: Window) -> tuple[Tensor, Tensor]:
         """log π / π_old and π / π_old [B, W]; 0 and 1 where steps are padding."""
@@ -199,7 +225,9 @@ class RL2(PolicySearch):
         returns = {}
         for name in ("greedy", "sampled"):
             trials = rollout(environment, policy, context.keys, greedy=name == "greedy", tasks=tasks)
-            returns[name] = trials.by_episode(environment.episodes).masked_fill(~trials.counted().unsqueeze(1), torch.nan)
+            returns[name] = trials.by_episode(environment.episodes).masked_fill(
+                ~trials.counted().unsqueeze(1), torch.nan
+            )
             for measure in trials.measured:
                 returns[f"{measure}/{name}"] = trials.highest(measure, environment.episodes)
         return returns
@@ -215,7 +243,9 @@ def _gradient(loss: Tensor, policy: Policy, *, unused: bool = False, twice: bool
     """∂ loss / ∂ parameters; ``unused``: zero where it doesn't depend on them, which is an error otherwise."""
     leaves = list(policy.parameters.values())
     found = torch.autograd.grad(loss, leaves, create_graph=twice, allow_unused=unused)
-    return Parameters({n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(policy.parameters.items(), found)})
+    return Parameters(
+        {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(policy.parameters.items(), found)}
+    )
 
 
 def _acting(policy: Policy, batch: Trials) -> list[str]:
@@ -245,7 +275,9 @@ def _moments(target: Tensor, value: Tensor, where: Tensor, name: str) -> dict[st
     """What explained variance is made of, summed over ``where``."""
     error = target.double() - value.double()
     return {
-        f"target{name}": _sum(target, where), f"target_squared{name}": _sum(target.double().square(), where),
-        f"error{name}": _sum(error, where), f"error_squared{name}": _sum(error.square(), where),
+        f"target{name}": _sum(target, where),
+        f"target_squared{name}": _sum(target.double().square(), where),
+        f"error{name}": _sum(error, where),
+        f"error_squared{name}": _sum(error.square(), where),
         f"target_count{name}": where.sum(),
-    }  # fmt: skip
+    }

@@ -24,4 +24,7 @@ def run(document: Document, *, steps: int) -> dict[str, Any]:
                 meta_step()
             resident.append(process.memory_info().rss / 2**20)
     driver = {"readings": [round(r, 1) for r in resident], "growth": round(resident[-1] - resident[0], 1)}
-    return {"settings": settings_of(document, steps), "cases": {"resident": {"unit": "MiB", "contestants": {"driver": driver}}}}
+    return {
+        "settings": settings_of(document, steps),
+        "cases": {"resident": {"unit": "MiB", "contestants": {"driver": driver}}},
+    }

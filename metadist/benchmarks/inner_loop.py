@@ -108,9 +108,15 @@ def run(
         cases[title] = _case(document, entrants, where, seconds)
     given = document["tasks"]
     settings = {
-        "model": model, "task": task, **{k: v for k, v in given.items() if k in shape}, "inner_lr": document["algorithm"]["inner_lr"],
-        "tasks": document["outer"]["shard_size"], "threads": threads, "device": str(where), "dtype": "float32",
-    }  # fmt: skip
+        "model": model,
+        "task": task,
+        **{k: v for k, v in given.items() if k in shape},
+        "inner_lr": document["algorithm"]["inner_lr"],
+        "tasks": document["outer"]["shard_size"],
+        "threads": threads,
+        "device": str(where),
+        "dtype": "float32",
+    }
     return {"settings": settings, "cases": cases, "versions": known.versions(peers)}
 
 
@@ -160,10 +166,18 @@ def _off_the_kinks(learner: Learner, state: State, offset: int) -> State:
     bias; at zero it stands on ReLU's kink, and one rounding error decides the gradient of all its positions: there float32
     gradients differ by up to a tenth while both are right.
     """
-    biases = {f"{n}.bias" for n, layer in learner.model.module.named_modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)}
+    biases = {
+        f"{n}.bias"
+        for n, layer in learner.model.module.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    }
     theta, generator = state.theta(learner.slots)["model"], torch.Generator().manual_seed(offset)
     # In float32 whatever the dtype, so that θ is the same numbers.
-    moved = {n: (t.float() + 0.1 * torch.randn(t.shape, generator=generator)).to(t.dtype) for n, t in theta.items() if n in biases}
+    moved = {
+        n: (t.float() + 0.1 * torch.randn(t.shape, generator=generator)).to(t.dtype)
+        for n, t in theta.items()
+        if n in biases
+    }
     vector = learner.slots["model"].layout.flatten(theta.replace(moved))
     return replace(state, slots={**state.slots, "model": vector})
 
@@ -174,9 +188,15 @@ def steady(document: Document, device: torch.device, attempts: int = 16) -> tupl
     are right differ. Judged by the loop alone; if no such θ is found, the last is taken, and the tolerance decides.
     """
     for offset in range(attempts):
-        exact, problem = problem_of(document, "float64", device, offset), problem_of(document, "float32", device, offset)
+        exact, problem = (
+            problem_of(document, "float64", device, offset),
+            problem_of(document, "float32", device, offset),
+        )
         reference = _gradient(known.loop(exact))
-        if all(known.relative_error(_gradient(known.loop(p)), reference) < 1e-4 for p in (problem, _shaken(exact, 1), _shaken(exact, 2))):
+        if all(
+            known.relative_error(_gradient(known.loop(p)), reference) < 1e-4
+            for p in (problem, _shaken(exact, 1), _shaken(exact, 2))
+        ):
             break
     return exact, problem, reference
 
@@ -227,15 +247,20 @@ def _case(
         milliseconds = 1e3 * count / row["median"]
         achieved = operations / milliseconds * 1e3
         row.update(
-            ms=_short(milliseconds), gflops=_short(achieved / 1e9), peak_percent=_short(100 * achieved / peak.best),
-            compile_s=_short(max(0.0, first[name] - second[name]), 3), **{f"error_{d}": _short(e, 2) for d, e in errors[name].items()},
-        )  # fmt: skip
+            ms=_short(milliseconds),
+            gflops=_short(achieved / 1e9),
+            peak_percent=_short(100 * achieved / peak.best),
+            compile_s=_short(max(0.0, first[name] - second[name]), 3),
+            **{f"error_{d}": _short(e, 2) for d, e in errors[name].items()},
+        )
     ours = max((name for name in rows if name in known.OURS), key=lambda name: rows[name]["median"])
     return {
         "unit": "tasks/s",
         "contestants": rows,
         "ahead": _ahead(rates, ours),
-        "tolerance": {d: t for d, t in (("float32", tolerance.float32), ("float64", tolerance.float64)) if t is not None},
+        "tolerance": {
+            d: t for d, t in (("float32", tolerance.float32), ("float64", tolerance.float64)) if t is not None
+        },
         "floor": _floor(operations, peak, rows[ours]["ms"]),
         **(
             {"paper": {"tasks": PAPER, "minutes": _short(PAPER / rows[ours]["median"] / 60)}}

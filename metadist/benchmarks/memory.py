@@ -48,9 +48,15 @@ class MeasurementError(MetadistError):
 
 
 def run(
-    *, model: str = "conv4", inner_steps: list[int] | None = None, tasks: int | None = None, device: str = "cpu", compiled: bool = False,
-    threads: int = 1, rounds: int = 3,
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    model: str = "conv4",
+    inner_steps: list[int] | None = None,
+    tasks: int | None = None,
+    device: str = "cpu",
+    compiled: bool = False,
+    threads: int = 1,
+    rounds: int = 3,
+) -> dict[str, Any]:
     """One table: a row per number of inner steps and way of differentiating. ``compiled`` compiles mixed alone: a graph of
     many unrolled steps takes minutes."""
     one_of("--model", model, MODELS)
@@ -58,7 +64,9 @@ def run(
     if steps[0] < 1:
         raise ConfigError(f"--inner-steps {steps}: each must be at least 1")
     if resolve_device(device, 1.0).type == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
-        raise ConfigError("bench memory: a process's peak can be read on Linux alone (/proc/self/clear_refs); use --device cuda elsewhere")
+        raise ConfigError(
+            "bench memory: a process's peak can be read on Linux alone (/proc/self/clear_refs); use --device cuda elsewhere"
+        )
     torch.set_num_threads(threads)
     measured: dict[tuple[int, str], dict[str, float]] = {}
     seconds: dict[int, dict[str, list[float]]] = {}
@@ -71,9 +79,13 @@ def run(
         _say(f"{k} inner steps: time")
         seconds[k] = _times(document, compiled, device, rounds)
     settings = {
-        "model": model, "tasks": document["outer"]["shard_size"], "inner_lr": INNER_LR, "threads": threads, "device": device,
+        "model": model,
+        "tasks": document["outer"]["shard_size"],
+        "inner_lr": INNER_LR,
+        "threads": threads,
+        "device": device,
         "compiled": "mixed alone" if compiled else "no",
-    }  # fmt: skip
+    }
     return {"settings": settings, "cases": {model: _case(steps, measured, seconds)}}
 
 
@@ -84,9 +96,13 @@ def _case(
     for (k, way), found in measured.items():
         timed = compare(seconds[k], UNROLLED, block=BLOCK)[way]
         rows[f"{k} inner step{'s' * (k != 1)}, {way}"] = {
-            "peak": found["peak"] / MIB, "predicted": found["predicted"] / MIB, "stored_states": found["stored"] / MIB,
-            "seconds": timed["median"], "of_unrolled": timed["ratio"], "of_unrolled_ci95": timed["ratio_ci95"],
-        }  # fmt: skip
+            "peak": found["peak"] / MIB,
+            "predicted": found["predicted"] / MIB,
+            "stored_states": found["stored"] / MIB,
+            "seconds": timed["median"],
+            "of_unrolled": timed["ratio"],
+            "of_unrolled_ci95": timed["ratio_ci95"],
+        }
     first, last = (measured[k, MIXED] for k in (steps[0], steps[-1]))
     allowed = PEAK_TARGET * first["peak"] + last["stored"]
     slower = max(compare(s, UNROLLED, block=BLOCK)[MIXED]["ratio"] for s in seconds.values())
@@ -122,7 +138,9 @@ class Shard:
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
         self.keys = TaskKey.of(0, "train", 0, range(learner.outer.shard_size))
-        self.theta = {n: p.map(lambda t: t.to(learner.device)) for n, p in learner.initial(0).theta(learner.slots).items()}
+        self.theta = {
+            n: p.map(lambda t: t.to(learner.device)) for n, p in learner.initial(0).theta(learner.slots).items()
+        }
         self.tasks = learner.sample(self.keys)
 
     def contribute(self) -> Contribution:
@@ -131,14 +149,20 @@ class Shard:
 
 def agree(document: Document, device: str) -> None:
     """One task of both ways in float64, before anything is measured."""
-    learner = learner_of({**document, "outer": {**document["outer"], "meta_batch_size": 1, "shard_size": 1}}, resolve_device(device, 1.0), "float64")
+    learner = learner_of(
+        {**document, "outer": {**document["outer"], "meta_batch_size": 1, "shard_size": 1}},
+        resolve_device(device, 1.0),
+        "float64",
+    )
     vectors = {}
     for way in DIFFERENTIATIONS:
         learner.set_engine(_engine(way, False))
         vectors[way] = Shard(learner).contribute().slots["model"]
     off = float((vectors[MIXED] - vectors[UNROLLED]).norm() / vectors[UNROLLED].norm())
     if not off <= TOLERANCE:
-        raise DisagreementError(f"bench memory: mixed differs from unrolled by {off:.1e} in float64; more than {TOLERANCE:g}")
+        raise DisagreementError(
+            f"bench memory: mixed differs from unrolled by {off:.1e} in float64; more than {TOLERANCE:g}"
+        )
 
 
 def _times(document: Document, compiled: bool, device: str, rounds: int) -> dict[str, list[float]]:
@@ -156,12 +180,17 @@ def _in_a_process(document: Document, engine: Engine, device: str, threads: int)
     # Large blocks straight from the kernel and back to it, small ones from a single arena.
     calm = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": str(128 << 10)}
     done = subprocess.run(
-        [sys.executable, "-m", "metadist.benchmarks.memory"], input=given, capture_output=True, text=True,
+        [sys.executable, "-m", "metadist.benchmarks.memory"],
+        input=given,
+        capture_output=True,
+        text=True,
         env={**os.environ, **calm, "OMP_NUM_THREADS": str(threads)},
-    )  # fmt: skip
+    )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MeasurementError(f"bench memory: the process that measured {engine.differentiation} ended with {done.returncode}: {last}")
+        raise MeasurementError(
+            f"bench memory: the process that measured {engine.differentiation} ended with {done.returncode}: {last}"
+        )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -179,7 +208,11 @@ def measure(document: Document, engine: dict[str, Any], device: str, threads: in
     shard.contribute()
     peak = _peak(where) - before
     tasks = learner.outer.shard_size
-    return {"peak": float(peak), "predicted": float(plan.peak(tasks)), "stored": float(tasks * plan.state * plan.inner_steps)}
+    return {
+        "peak": float(peak),
+        "predicted": float(plan.peak(tasks)),
+        "stored": float(tasks * plan.state * plan.inner_steps),
+    }
 
 
 def _warm_up(learner: Learner, shard: Shard) -> None:

@@ -40,7 +40,13 @@ class OtherRewardsError(MetadistError):
 
 
 def run(
-    *, environments: list[int], hidden: int = 64, shard_size: int = 1024, rounds: int = 3, threads: int = 1, device: str = "cpu"
+    *,
+    environments: list[int],
+    hidden: int = 64,
+    shard_size: int = 1024,
+    rounds: int = 3,
+    threads: int = 1,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """``environments`` at a time, a table each; ``rounds`` turns per contestant."""
     try:
@@ -55,12 +61,27 @@ def run(
         for count in environments:
             cases[f"{title}, {count} environments: stepping alone"] = _stepping(learner, count, rounds)
             cases[f"{title}, {count} environments: end to end"] = _end_to_end(learner, count, shard_size, rounds)
-    settings = {"hidden": hidden, "epochs": EPOCHS, "shard_size": shard_size, "threads": threads, "device": device, "plain_environments": PLAIN_COUNT}
-    return {"settings": settings, "cases": cases, "versions": {"gymnasium": gymnasium.__version__, "torch": torch.__version__}}
+    settings = {
+        "hidden": hidden,
+        "epochs": EPOCHS,
+        "shard_size": shard_size,
+        "threads": threads,
+        "device": device,
+        "plain_environments": PLAIN_COUNT,
+    }
+    return {
+        "settings": settings,
+        "cases": cases,
+        "versions": {"gymnasium": gymnasium.__version__, "torch": torch.__version__},
+    }
 
 
 def _learner(environment: dict[str, Any], hidden: int, device: str) -> TrialLearner:
-    document = {"environment": environment, "model": {"name": "gru", "hidden": hidden}, "algorithm": {"name": "rl2", "minibatches": 1}}
+    document = {
+        "environment": environment,
+        "model": {"name": "gru", "hidden": hidden},
+        "algorithm": {"name": "rl2", "minibatches": 1},
+    }
     learner = build(document).learner()
     assert isinstance(learner, TrialLearner)
     learner.prepare(torch.device(device))
@@ -223,9 +244,14 @@ def plain_rollout(vector: Any, learner: TrialLearner, policy: Policy, keys: Task
     environment, device, distribution = learner.tasks, learner.device, policy.distribution
     steps, batch = environment.steps, len(keys.tasks)
     luck = keys.stream("action").uniform(steps, distribution.words)
-    memory, seen = torch.zeros(batch, policy.memory_size, device=device), Seen.nothing(batch, policy.actions.size, device)
+    memory, seen = (
+        torch.zeros(batch, policy.memory_size, device=device),
+        Seen.nothing(batch, policy.actions.size, device),
+    )
     observation = torch.from_numpy(vector.reset()[0]).to(device)
-    columns: dict[str, list[Tensor]] = {n: [] for n in ("observation", "action", "log_probability", "value", "reward", "flags")}
+    columns: dict[str, list[Tensor]] = {
+        n: [] for n in ("observation", "action", "log_probability", "value", "reward", "flags")
+    }
     for t in range(steps):
         head, value, memory = policy.step(observation, seen, memory)
         action = distribution.sample(head, luck[:, t])
@@ -233,10 +259,19 @@ def plain_rollout(vector: Any, learner: TrialLearner, policy: Policy, keys: Task
         reward = torch.from_numpy(paid).float().to(device)
         ended = (t + 1) % environment.horizon == 0
         flags = VALID + EPISODE_END * ended + TRIAL_END * (t + 1 == steps)
-        row = (observation, action, distribution.log_probability(head, action), value, reward, torch.full((batch,), flags, dtype=torch.uint8))
+        row = (
+            observation,
+            action,
+            distribution.log_probability(head, action),
+            value,
+            reward,
+            torch.full((batch,), flags, dtype=torch.uint8),
+        )
         for name, column in zip(columns, row):
             columns[name].append(column)
-        seen = Seen(distribution.features(action), reward.unsqueeze(-1), torch.full((batch, 1), float(ended), device=device))
+        seen = Seen(
+            distribution.features(action), reward.unsqueeze(-1), torch.full((batch, 1), float(ended), device=device)
+        )
         observation = torch.from_numpy(following).to(device)
     stacked: dict[str, Any] = {n: torch.stack([c.to(device) for c in column], 1) for n, column in columns.items()}
     return Trials(**stacked, task=keys.tasks)

@@ -35,7 +35,9 @@ from metadist.workers.local import LocalExecutor
 TURN = 4
 
 
-def run(document: Document, *, workers: Sequence[int], steps: int, sizes: Sequence[float] = (1, 10, 100)) -> dict[str, Any]:
+def run(
+    document: Document, *, workers: Sequence[int], steps: int, sizes: Sequence[float] = (1, 10, 100)
+) -> dict[str, Any]:
     """``steps`` meta-steps per contestant and number of workers; ``sizes`` in megabytes for the driver's part."""
     if not workers or min(workers) < 1:
         raise ConfigError(f"--workers: {list(workers)}; expected numbers of workers, such as 1,2")

@@ -36,13 +36,20 @@ def run(
 ) -> dict[str, Any]:
     learner = _learner(document)
     with contextlib.ExitStack() as stack:
-        servers = {name: stack.enter_context(_server(document, most, threads, device)) for name, most in CONTESTANTS.items()}
+        servers = {
+            name: stack.enter_context(_server(document, most, threads, device)) for name, most in CONTESTANTS.items()
+        }
         sets = _support_sets(learner)
         for name, server in servers.items():
             _prove(server, learner, sets, name)
-        cases = {f"{count} client{'s' if count > 1 else ''}": _case(servers, sets, count, turns, seconds) for count in clients}
+        cases = {
+            f"{count} client{'s' if count > 1 else ''}": _case(servers, sets, count, turns, seconds)
+            for count in clients
+        }
         if requests:
-            cases[f"memory of the server over {requests} adaptations, 8 clients"] = _memory(servers["batched"], sets, requests)
+            cases[f"memory of the server over {requests} adaptations, 8 clients"] = _memory(
+                servers["batched"], sets, requests
+            )
     rows = len(sets[0][0])
     settings = {
         "config": document.get("name"),
@@ -58,7 +65,9 @@ def run(
 def _learner(document: Document) -> Learner:
     learner = build(document).learner()
     if not isinstance(learner, Learner) or learner.tasks.input_shape is None:
-        raise ConfigError("bench serve: takes a config of supervised tasks whose inputs have one shape, such as omniglot_maml_5w1s")
+        raise ConfigError(
+            "bench serve: takes a config of supervised tasks whose inputs have one shape, such as omniglot_maml_5w1s"
+        )
     return learner
 
 
@@ -91,7 +100,9 @@ def _server(document: Document, largest: int, threads: int, device: str) -> Iter
     there.close()
     try:
         if not here.poll(120):
-            raise ConfigError("bench serve: a server did not start within two minutes; the machine is too busy to measure on")
+            raise ConfigError(
+                "bench serve: a server did not start within two minutes; the machine is too busy to measure on"
+            )
         yield _Server(here.recv(), psutil.Process(process.pid))
     except EOFError:
         raise ConfigError("bench serve: a server ended while it started; what it said stands above") from None
@@ -140,7 +151,9 @@ def _prove(server: _Server, learner: Learner, sets: Sequence[tuple[Tensor, Tenso
         phi = learner.adapt(state, Examples(x.to(learner.model.dtype), y))
         reference = learner.predict(state, phi, x.to(learner.model.dtype), Examples(x, y))
         if answer is None or not torch.allclose(answer, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max())):
-            raise ConfigError(f"bench serve: the server '{name}' does not give the answers of this process; nothing is measured")
+            raise ConfigError(
+                f"bench serve: the server '{name}' does not give the answers of this process; nothing is measured"
+            )
 
 
 # Loads ----------------------------------------------------------------------------------------------------------------
@@ -158,7 +171,10 @@ class _Load:
     def run(self, count: int, seconds: float | None = None, requests: int | None = None) -> float:
         """The adaptations per second of ``count`` callers."""
         stop, ready = threading.Event(), threading.Barrier(count + 1)
-        callers = [threading.Thread(target=self._call, args=(i, count, stop, ready, requests), daemon=True) for i in range(count)]
+        callers = [
+            threading.Thread(target=self._call, args=(i, count, stop, ready, requests), daemon=True)
+            for i in range(count)
+        ]
         before = len(self.latencies)
         for caller in callers:
             caller.start()
@@ -174,7 +190,9 @@ class _Load:
             raise self.failures[0]
         return (len(self.latencies) - before) / elapsed
 
-    def _call(self, number: int, count: int, stop: threading.Event, ready: threading.Barrier, requests: int | None) -> None:
+    def _call(
+        self, number: int, count: int, stop: threading.Event, ready: threading.Barrier, requests: int | None
+    ) -> None:
         from metadist.serving.client import Client
 
         try:
@@ -193,8 +211,14 @@ class _Load:
             ready.abort()
 
 
-def _case(servers: dict[str, _Server], sets: Sequence[tuple[Tensor, Tensor]], count: int, turns: int, seconds: float) -> dict[str, Any]:
-    order, loads, rates = random.Random(0), {n: _Load(s, sets) for n, s in servers.items()}, {n: list[float]() for n in servers}
+def _case(
+    servers: dict[str, _Server], sets: Sequence[tuple[Tensor, Tensor]], count: int, turns: int, seconds: float
+) -> dict[str, Any]:
+    order, loads, rates = (
+        random.Random(0),
+        {n: _Load(s, sets) for n, s in servers.items()},
+        {n: list[float]() for n in servers},
+    )
     for load in loads.values():
         load.run(count, min(seconds, 1.0))
         load.latencies.clear()
@@ -207,10 +231,13 @@ def _case(servers: dict[str, _Server], sets: Sequence[tuple[Tensor, Tensor]], co
         cuts = statistics.quantiles(load.latencies, n=100) if len(load.latencies) > 1 else load.latencies * 99
         ratios = sorted(mine / theirs for mine, theirs in zip(rates[name], base))
         rows[name] = {
-            "p50_ms": round(cuts[49] * 1e3, 2), "p99_ms": round(cuts[98] * 1e3, 2), "adaptations/s": round(statistics.median(rates[name]), 1),
-            "ratio": round(statistics.median(ratios), 2), "lowest … highest turn": [round(ratios[0], 2), round(ratios[-1], 2)],
+            "p50_ms": round(cuts[49] * 1e3, 2),
+            "p99_ms": round(cuts[98] * 1e3, 2),
+            "adaptations/s": round(statistics.median(rates[name]), 1),
+            "ratio": round(statistics.median(ratios), 2),
+            "lowest … highest turn": [round(ratios[0], 2), round(ratios[-1], 2)],
             "count": len(load.latencies),
-        }  # fmt: skip
+        }
     return {"unit": "per adaptation", "contestants": rows}
 
 
@@ -221,4 +248,8 @@ def _memory(server: _Server, sets: Sequence[tuple[Tensor, Tensor]], requests: in
         if tenth < 10:
             load.run(8, requests=requests // 10)
     values = [row["MiB"] for row in rows.values()]
-    return {"unit": "MiB resident", "contestants": rows, "growth_of_the_last_nine_tenths": round(values[-1] - values[1], 1)}
+    return {
+        "unit": "MiB resident",
+        "contestants": rows,
+        "growth_of_the_last_nine_tenths": round(values[-1] - values[1], 1),
+    }

@@ -39,7 +39,9 @@ class DifferentTasksError(MetadistError):
     """Samplers did not make the same tasks, so their times can't be compared."""
 
 
-def run(*, config: str | None = None, tasks: int = 320, shard_sizes: list[int] | None = None, threads: int = 1) -> dict[str, Any]:
+def run(
+    *, config: str | None = None, tasks: int = 320, shard_sizes: list[int] | None = None, threads: int = 1
+) -> dict[str, Any]:
     """``tasks`` are sampled per contestant and case (and at least a few shards), those of ``config`` or of every family."""
     torch.set_num_threads(threads)
     sizes = shard_sizes or list(SHARDS)
@@ -75,7 +77,9 @@ def image_folder(root: Path, *, classes: int = 16, images: int = 20, size: int =
     generator = torch.Generator().manual_seed(SEED)
     for c in range(classes):
         (root / f"class{c}").mkdir(parents=True)
-        for i, pixels in enumerate(torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, generator=generator)):
+        for i, pixels in enumerate(
+            torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, generator=generator)
+        ):
             Image.fromarray(pixels.numpy()).save(root / f"class{c}" / f"{i}.png", compress_level=1)
     return ImageFolder(path=str(root), image_size=size, channels=3, n_way=5, k_shot=1, query_shots=15)
 
@@ -104,7 +108,9 @@ def _case(family: TaskFamily, size: int, tasks: int) -> dict[str, Any]:
     moved, rows = sum(t.nbytes for t in tensors), made.support.x.shape[1] + made.query.x.shape[1]
     seconds = interleaved(dict(samplers), rounds=max(5, -(-tasks // (size * BLOCK))), block=BLOCK)
     copied = moved / memcpy_rate(moved)
-    compared = compare({name: [size / s for s in values] for name, values in seconds.items()}, _base(samplers), block=BLOCK)
+    compared = compare(
+        {name: [size / s for s in values] for name, values in seconds.items()}, _base(samplers), block=BLOCK
+    )
     for row in compared.values():
         row["examples_per_s"] = row["median"] * rows
         row["of_the_floor"] = row["median"] * copied / size

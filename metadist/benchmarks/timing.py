@@ -57,7 +57,10 @@ def _ratio_interval(values: list[float], base: list[float], block: int, resample
     draw, turns, ratios = random.Random(0), range(len(values) // block), []
     for _ in range(resamples):
         chosen = draw.choices(turns, k=len(turns))
-        medians = [statistics.median([v for t in chosen for v in series[t * block : (t + 1) * block]]) for series in (values, base)]
+        medians = [
+            statistics.median([v for t in chosen for v in series[t * block : (t + 1) * block]])
+            for series in (values, base)
+        ]
         ratios.append(medians[0] / medians[1])
     ratios.sort()
     return ratios[int(0.025 * resamples)], ratios[int(0.975 * resamples)]
@@ -80,12 +83,20 @@ class GemmRate:
 
 
 def gemm_rate(
-    shapes: Iterable[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device, *, square: int = 1024, seconds: float = 0.2
+    shapes: Iterable[tuple[int, int, int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    square: int = 1024,
+    seconds: float = 0.2,
 ) -> GemmRate:
     """Batched products (batch, m, k, n) of the sizes that occur, and one large square product, ``seconds`` of each."""
     rates = {}
     for batch, m, k, n in [*dict.fromkeys(shapes), (1, square, square, square)]:
-        left, right = torch.randn(batch, m, k, dtype=dtype, device=device), torch.randn(batch, k, n, dtype=dtype, device=device)
+        left, right = (
+            torch.randn(batch, m, k, dtype=dtype, device=device),
+            torch.randn(batch, k, n, dtype=dtype, device=device),
+        )
         product = torch.empty(batch, m, n, dtype=dtype, device=device)
         if batch == 1:  # the plain product may be faster than a batch of one
             left, right, product = left[0], right[0], product[0]
@@ -111,7 +122,9 @@ def _fastest(call: Callable[[], Any], device: torch.device, seconds: float) -> f
     call(), synchronize()
     began = time.perf_counter()
     call(), synchronize()
-    calls = max(1, int(0.005 / max(time.perf_counter() - began, 1e-7)))  # 5 ms: beyond the clock's and the launches' noise
+    calls = max(
+        1, int(0.005 / max(time.perf_counter() - began, 1e-7))
+    )  # 5 ms: beyond the clock's and the launches' noise
     best, deadline = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < deadline:
         began = time.perf_counter()

@@ -26,11 +26,16 @@ def run(document: Document, *, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, fleet(experiment, "bench") as actors, _frozen_server() as frozen:
         trackers: dict[str, Any] = {"no tracker": NullTracker()}
         for name, uri in (("dead server", f"http://127.0.0.1:{_free_port()}"), ("frozen server", frozen)):
-            tracker = MLflowTracker(Path(folder) / name.split()[0], tracking_uri=uri, experiment="bench", runs_root=folder)
+            tracker = MLflowTracker(
+                Path(folder) / name.split()[0], tracking_uri=uri, experiment="bench", runs_root=folder
+            )
             tracker.start(run_id=f"bench-{name.split()[0]}", name=name, params={}, tags={})
             trackers[name] = tracker
         time.sleep(10)  # MLflow's import in the background happens once a run and would be charged to the first blocks
-        contestants = {name: MetaSteps(supervised(experiment.learner), experiment.seed, actors, tracker) for name, tracker in trackers.items()}
+        contestants = {
+            name: MetaSteps(supervised(experiment.learner), experiment.seed, actors, tracker)
+            for name, tracker in trackers.items()
+        }
         measured = interleaved(dict(contestants), rounds=-(-steps // BLOCK), block=BLOCK)
         for tracker in trackers.values():
             tracker.finish("FINISHED", timeout=0.1)

@@ -32,7 +32,10 @@ BLOCK = 3
 TENSORS = 150
 
 #: what no way around is known for: passes over the bytes
-FLOOR_OUT = {"hash": 1, "memcpy": 2}  # hash; into the object store; out of it into memory of one's own, hashed in the cache
+FLOOR_OUT = {
+    "hash": 1,
+    "memcpy": 2,
+}  # hash; into the object store; out of it into memory of one's own, hashed in the cache
 FLOOR_BACK = {"hash": 1, "memcpy": 2, "finite check": 1, "add": 1}
 
 
@@ -43,7 +46,11 @@ class Echo(Learner):
 
     @classmethod
     def of(cls, parameters: int, outer: OuterLoop | None = None) -> Echo:
-        document = {"tasks": {"name": "sinusoid"}, "model": {"name": "mlp", "hidden": [1]}, "algorithm": {"name": "maml"}}
+        document = {
+            "tasks": {"name": "sinusoid"},
+            "model": {"name": "mlp", "hidden": [1]},
+            "algorithm": {"name": "maml"},
+        }
         base = supervised(build(document).learner())
         echo = cls(base.algorithm, base.model, base.tasks, outer or base.outer)
         sizes = [parameters // TENSORS] * (TENSORS - 1)
@@ -57,7 +64,9 @@ class Echo(Learner):
 
     def compute(self, shard: Shard, theta: Mapping[str, Tensor]) -> Result:
         if shard.function == "gradient":
-            return Contribution({n: v.clone() for n, v in theta.items()} if self.copy else theta, float(shard.count), shard.count)
+            return Contribution(
+                {n: v.clone() for n, v in theta.items()} if self.copy else theta, float(shard.count), shard.count
+            )
         return Records({"task": torch.arange(shard.count)})
 
 

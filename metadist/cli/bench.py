@@ -14,7 +14,9 @@ import typer
 from metadist.cli.terminal import AsJson, Overrides, clean_errors, numbers, only_results_on_stdout, set_up_logging
 
 app = typer.Typer(
-    help="Measure, contestants interleaved. Run it on a machine that does nothing else.", no_args_is_help=True, rich_markup_mode="rich"
+    help="Measure, contestants interleaved. Run it on a machine that does nothing else.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
 )
 
 Config = Annotated[str, typer.Argument(help="A YAML file or the name of a shipped config.")]
@@ -35,7 +37,9 @@ def measure(name: str, as_json: bool, **options: Any) -> None:
             print(json.dumps(report))
 
 
-def _measure_config(name: str, config: str, overrides: list[str] | None, steps: int, as_json: bool, **options: Any) -> None:
+def _measure_config(
+    name: str, config: str, overrides: list[str] | None, steps: int, as_json: bool, **options: Any
+) -> None:
     with clean_errors():
         from metadist.config.document import asked
 
@@ -50,14 +54,20 @@ def _measure_config(name: str, config: str, overrides: list[str] | None, steps: 
 )
 def inner_loop(
     model: Annotated[str, typer.Option(help="mlp or conv4.")] = "mlp",
-    task: Annotated[str | None, typer.Option(help="sinusoid, omniglot or images84 (random ones); default: what suits the model.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="sinusoid, omniglot or images84 (random ones); default: what suits the model.")
+    ] = None,
     inner_steps: Annotated[str, typer.Option(metavar="N,N,…", help="Numbers of inner steps, a table each.")] = "1,5",
-    n_way: Annotated[int | None, typer.Option(help="Classes per task; default: the shipped config's, like all below.", min=2)] = None,
+    n_way: Annotated[
+        int | None, typer.Option(help="Classes per task; default: the shipped config's, like all below.", min=2)
+    ] = None,
     k_shot: Annotated[int | None, typer.Option(help="Support examples per class.", min=1)] = None,
     query_shots: Annotated[int | None, typer.Option(help="Query examples per class.", min=1)] = None,
     tasks: Annotated[int | None, typer.Option(help="Tasks per shard.", min=1)] = None,
     inner_lr: Annotated[float | None, typer.Option(help="Inner learning rate.")] = None,
-    against: Annotated[str, typer.Option(metavar="NAME,…", help="loop, higher, torchopt, jax (from the extra bench).")] = "loop",
+    against: Annotated[
+        str, typer.Option(metavar="NAME,…", help="loop, higher, torchopt, jax (from the extra bench).")
+    ] = "loop",
     threads: Annotated[int, typer.Option(help="CPU threads of every contestant.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seconds: Annotated[float, typer.Option(help="Measurement per table, compilation not counted.", min=0.0)] = 30.0,
@@ -68,34 +78,65 @@ def inner_loop(
     with clean_errors():
         steps = numbers("--inner-steps", inner_steps)
     measure(
-        "inner-loop", as_json, model=model, task=task, inner_steps=steps, n_way=n_way, k_shot=k_shot, query_shots=query_shots,
-        tasks=tasks, inner_lr=inner_lr, against=against, threads=threads, device=device, seconds=seconds, compiled=compiled,
-    )  # fmt: skip
+        "inner-loop",
+        as_json,
+        model=model,
+        task=task,
+        inner_steps=steps,
+        n_way=n_way,
+        k_shot=k_shot,
+        query_shots=query_shots,
+        tasks=tasks,
+        inner_lr=inner_lr,
+        against=against,
+        threads=threads,
+        device=device,
+        seconds=seconds,
+        compiled=compiled,
+    )
 
 
-@app.command(epilog="Examples:  metadist bench memory   |   metadist bench memory --model transformer --inner-steps 1,50")
+@app.command(
+    epilog="Examples:  metadist bench memory   |   metadist bench memory --model transformer --inner-steps 1,50"
+)
 def memory(
     model: Annotated[str, typer.Option(help="conv4 or transformer, on Omniglot 5-way 1-shot.")] = "conv4",
-    inner_steps: Annotated[str, typer.Option(metavar="N,N,…", help="Numbers of inner steps, two rows each.")] = "1,5,20,50",
+    inner_steps: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Numbers of inner steps, two rows each.")
+    ] = "1,5,20,50",
     tasks: Annotated[int | None, typer.Option(help="Tasks per shard; default: the shipped config's.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Turns of timed shards per table row.", min=1)] = 3,
-    compiled: Annotated[bool, typer.Option("--compiled/--eager", help="Compile mixed; unrolled stays eager, its graph takes minutes.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled/--eager", help="Compile mixed; unrolled stays eager, its graph takes minutes.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Peak memory of a shard's meta-gradient, a fresh process each, beside the predicted one; then time, in turn."""
     with clean_errors():
         steps = numbers("--inner-steps", inner_steps)
     measure(
-        "memory", as_json, model=model, inner_steps=steps, tasks=tasks, device=device, threads=threads, rounds=rounds, compiled=compiled
+        "memory",
+        as_json,
+        model=model,
+        inner_steps=steps,
+        tasks=tasks,
+        device=device,
+        threads=threads,
+        rounds=rounds,
+        compiled=compiled,
     )
 
 
-@app.command(epilog="Examples:  metadist bench tasks   |   metadist bench tasks --config omniglot_maml_5w1s --shard-sizes 8,32")
+@app.command(
+    epilog="Examples:  metadist bench tasks   |   metadist bench tasks --config omniglot_maml_5w1s --shard-sizes 8,32"
+)
 def tasks(
     config: Annotated[str | None, typer.Option(help="Only this config's tasks; default: every shipped family.")] = None,
-    tasks: Annotated[int, typer.Option(help="Tasks sampled per contestant and table, and a few shards at least.", min=1)] = 320,
+    tasks: Annotated[
+        int, typer.Option(help="Tasks sampled per contestant and table, and a few shards at least.", min=1)
+    ] = 320,
     shard_sizes: Annotated[str, typer.Option(metavar="N,N,…", help="Tasks per shard, a table each.")] = "1,8,32",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     as_json: AsJson = False,
@@ -107,17 +148,25 @@ def tasks(
 
 
 @app.command(epilog="Example:  metadist bench tracking sinusoid_maml")
-def tracking(config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False) -> None:
+def tracking(
+    config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False
+) -> None:
     """What a dead and a frozen MLflow server cost a meta-step."""
     logging.getLogger("metadist.tracking").setLevel(logging.ERROR)  # it warns of the dead server, as it should
     _measure_config("tracking", config, overrides, steps, as_json)
 
 
-@app.command(epilog="Examples:  metadist bench transport --sizes 1,10,100,400   |   metadist bench transport --wire bfloat16")
+@app.command(
+    epilog="Examples:  metadist bench transport --sizes 1,10,100,400   |   metadist bench transport --wire bfloat16"
+)
 def transport(
-    sizes: Annotated[str, typer.Option(metavar="MB,MB,…", help="Megabytes of float32 parameters, a table each.")] = "1,10,100,400",
+    sizes: Annotated[
+        str, typer.Option(metavar="MB,MB,…", help="Megabytes of float32 parameters, a table each.")
+    ] = "1,10,100,400",
     wire: Annotated[str, typer.Option(help="exact, or bfloat16 for contributions.")] = "exact",
-    rounds: Annotated[int, typer.Option(help="Turns of three calls per contestant; more where they are short.", min=2)] = 5,
+    rounds: Annotated[
+        int, typer.Option(help="Turns of three calls per contestant; more where they are short.", min=2)
+    ] = 5,
     as_json: AsJson = False,
 ) -> None:
     """Parameters out and contributions back through one Ray actor, against a plain memcpy of the same bytes."""
@@ -142,7 +191,9 @@ def scaling(
 
 @app.command(epilog="Example:  metadist bench rl2 --environments 1024,16384")
 def rl2(
-    environments: Annotated[str, typer.Option(metavar="N,N,…", help="Environments at a time, two tables each.")] = "1024,16384",
+    environments: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Environments at a time, two tables each.")
+    ] = "1024,16384",
     hidden: Annotated[int, typer.Option(help="Units of the GRU policy.", min=1)] = 64,
     shard_size: Annotated[int, typer.Option(help="Trials that are learnt from at a time.", min=1)] = 1024,
     threads: Annotated[int, typer.Option(help="CPU threads of every contestant.", min=1)] = 1,
@@ -153,10 +204,21 @@ def rl2(
     """RL² in batched environments against the same policy and learner on a plain Gymnasium vector environment (extra rl)."""
     with clean_errors():
         counts = numbers("--environments", environments)
-    measure("rl2", as_json, environments=counts, hidden=hidden, shard_size=shard_size, threads=threads, device=device, rounds=rounds)
+    measure(
+        "rl2",
+        as_json,
+        environments=counts,
+        hidden=hidden,
+        shard_size=shard_size,
+        threads=threads,
+        device=device,
+        rounds=rounds,
+    )
 
 
-@app.command(epilog="Examples:  metadist bench serve omniglot_maml_5w1s   |   metadist bench serve sinusoid_maml --requests 100000")
+@app.command(
+    epilog="Examples:  metadist bench serve omniglot_maml_5w1s   |   metadist bench serve sinusoid_maml --requests 100000"
+)
 def serve(
     config: Config = "omniglot_maml_5w1s",
     overrides: Overrides = None,
@@ -165,7 +227,9 @@ def serve(
     seconds: Annotated[float, typer.Option(help="Of one turn.", min=0.1)] = 5.0,
     threads: Annotated[int, typer.Option(help="CPU threads of each server.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    requests: Annotated[int, typer.Option(help="Then so many adaptations more, and the server's memory on the way.", min=0)] = 0,
+    requests: Annotated[
+        int, typer.Option(help="Then so many adaptations more, and the server's memory on the way.", min=0)
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Adaptations over gRPC by callers with different support sets: batched against one at a time."""
@@ -175,11 +239,21 @@ def serve(
         counts = numbers("--clients", clients)
         document = asked(config, overrides)
     measure(
-        "serve", as_json, document=document, clients=counts, turns=turns, seconds=seconds, threads=threads, device=device, requests=requests
+        "serve",
+        as_json,
+        document=document,
+        clients=counts,
+        turns=turns,
+        seconds=seconds,
+        threads=threads,
+        device=device,
+        requests=requests,
     )
 
 
 @app.command("driver-memory", epilog="Example:  metadist bench driver-memory sinusoid_maml --steps 2000")
-def driver_memory(config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False) -> None:
+def driver_memory(
+    config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False
+) -> None:
     """Resident memory of the driver over meta-steps, through one Ray actor."""
     _measure_config("driver-memory", config, overrides, steps, as_json)

@@ -15,20 +15,29 @@ import typer
 from metadist.cli.terminal import clean_errors, say, set_up_logging
 
 ACTIONS = ("status", "watch", "pause", "resume", "checkpoint", "set", "stop")
-Seconds = Annotated[float, typer.Option(help="How long to wait until a command has taken effect, at the end of a meta-step.", min=0.1)]
+Seconds = Annotated[
+    float, typer.Option(help="How long to wait until a command has taken effect, at the end of a meta-step.", min=0.1)
+]
 
 
 def control(
     run: Annotated[str, typer.Argument(help="The folder that train printed, or HOST:PORT of a driver.")],
     action: Annotated[str, typer.Argument(help=", ".join(ACTIONS))],
     assignments: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Of set: meta_batch_size=64, workers=3, workers=environments=2.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]…", help="Of set: meta_batch_size=64, workers=3, workers=environments=2."),
     ] = None,
     token_file: Annotated[str | None, typer.Option(help="The driver's token; default: where its record says.")] = None,
-    tls_ca: Annotated[str | None, typer.Option(help="PEM file with the certificate, or its authority, of a driver that speaks TLS.")] = None,
+    tls_ca: Annotated[
+        str | None, typer.Option(help="PEM file with the certificate, or its authority, of a driver that speaks TLS.")
+    ] = None,
     timeout: Seconds = 600.0,
-    seconds: Annotated[float | None, typer.Option(help="Of watch: for so long; default: until the run is over.", min=0.1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one object; of watch and set one a line.")] = False,
+    seconds: Annotated[
+        float | None, typer.Option(help="Of watch: for so long; default: until the run is over.", min=0.1)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: one object; of watch and set one a line.")
+    ] = False,
 ) -> None:
     """Look at a run that trains, pause and resume it, write a checkpoint, change meta-batch size or workers, stop it.
 
@@ -44,8 +53,16 @@ def control(
             raise ConfigError(f"control: '{action}' is not one of {', '.join(ACTIONS)}{nearest(action, ACTIONS)}")
         if (action == "set") != bool(assignments):
             given = " ".join(assignments or [])
-            raise ConfigError("control set: expected meta_batch_size=N or workers=N" if action == "set" else f"control {action}: '{given}' is not expected")
-        orders = [Command(*order) for order in _orders(assignments or [])] or [Command(action)] if action in ("set", *COMMANDS) else []
+            raise ConfigError(
+                "control set: expected meta_batch_size=N or workers=N"
+                if action == "set"
+                else f"control {action}: '{given}' is not expected"
+            )
+        orders = (
+            [Command(*order) for order in _orders(assignments or [])] or [Command(action)]
+            if action in ("set", *COMMANDS)
+            else []
+        )
         with _connected(run, token_file, tls_ca) as remote:
             if action == "status":
                 _show_status(remote.status(), as_json)
@@ -63,12 +80,16 @@ def _connected(run: str, token_file: str | None, tls_ca: str | None) -> Iterator
     try:
         from metadist.control.client import RemoteRun
     except ModuleNotFoundError as error:
-        raise ConfigError(f"control: {error.name} is not installed; pip install grpcio grpcio-health-checking grpcio-reflection protobuf") from error
+        raise ConfigError(
+            f"control: {error.name} is not installed; pip install grpcio grpcio-health-checking grpcio-reflection protobuf"
+        ) from error
     import os
 
     if re.fullmatch(r"(grpcs?://)?(\[[0-9a-fA-F:]+\]|[\w.-]+):\d+", run) and not os.path.isdir(run):
         if token_file is None:
-            raise ConfigError(f"control {run}: give the driver's token, --token-file FILE; it lies in the run's folder as control.token")
+            raise ConfigError(
+                f"control {run}: give the driver's token, --token-file FILE; it lies in the run's folder as control.token"
+            )
         with RemoteRun(run, token_file, tls_ca) as remote:
             yield remote
         return
@@ -77,7 +98,9 @@ def _connected(run: str, token_file: str | None, tls_ca: str | None) -> Iterator
     record = driver_of(run)
     token = token_file or record["token_file"]
     if not os.path.isfile(token):
-        raise ConfigError(f"control: the driver's token file {token} is not on this machine; give a copy, --token-file FILE")
+        raise ConfigError(
+            f"control: the driver's token file {token} is not on this machine; give a copy, --token-file FILE"
+        )
     address, authority = record["address"], tls_ca or record["tls_ca"]
     if record["tls"] and authority is None and "://" not in address:
         address = f"grpcs://{address}"
@@ -95,11 +118,16 @@ def _orders(assignments: Sequence[str]) -> list[tuple[str, int, str]]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if key not in ("meta_batch_size", "workers") or not equals:
-            raise ConfigError(f"control set: '{assignment}'; expected meta_batch_size=N or workers=N{nearest(key, ('meta_batch_size', 'workers'))}")
+            raise ConfigError(
+                f"control set: '{assignment}'; expected meta_batch_size=N or workers=N{nearest(key, ('meta_batch_size', 'workers'))}"
+            )
         for part in text.split(",") if key == "workers" else [text]:
             role, named, number = part.rpartition("=") if key == "workers" else ("", "", part)
             if not re.fullmatch(r"\d{1,18}", number.strip()):
-                raise ConfigError(f"control set {assignment}: '{part}' is not a whole number" + (" or role=number" if key == "workers" else ""))
+                raise ConfigError(
+                    f"control set {assignment}: '{part}' is not a whole number"
+                    + (" or role=number" if key == "workers" else "")
+                )
             orders.append((f"set_{key}", int(number), role.strip().removesuffix("s") if named else "learner"))
     return orders
 
@@ -107,7 +135,16 @@ def _orders(assignments: Sequence[str]) -> list[tuple[str, int, str]]:
 def _obey(remote: Any, command: Any, timeout: float, as_json: bool) -> None:
     answer = remote.obey(command, timeout)
     if as_json:
-        print(json.dumps({"command": command.name, "value": command.value, "meta_step": answer.meta_step, "message": answer.message}))
+        print(
+            json.dumps(
+                {
+                    "command": command.name,
+                    "value": command.value,
+                    "meta_step": answer.meta_step,
+                    "message": answer.message,
+                }
+            )
+        )
     elif answer.meta_step is None:
         print(f"{answer.message}; look for it with: metadist control … status")
     else:
@@ -119,7 +156,13 @@ def _watch(remote: Any, seconds: float | None, as_json: bool) -> None:
     for sight in remote.watch(seconds):
         if as_json:
             values = _finite(sight.values)
-            about = {"kind": sight.kind, "meta_step": sight.meta_step, "values": values, "message": sight.message, "time": sight.time}
+            about = {
+                "kind": sight.kind,
+                "meta_step": sight.meta_step,
+                "values": values,
+                "message": sight.message,
+                "time": sight.time,
+            }
             print(json.dumps(about), flush=True)
         else:
             what = "validation  " if sight.kind == "validation" else ""
@@ -137,7 +180,9 @@ def _show_status(standing: Any, as_json: bool) -> None:
         about = asdict(standing)
         print(json.dumps({**about, "values": _finite(standing.values), "validation": _finite(standing.validation)}))
         return
-    workers = ", ".join(_workers(role, asked, standing.there.get(role, 0)) for role, asked in sorted(standing.asked.items()) if asked)
+    workers = ", ".join(
+        _workers(role, asked, standing.there.get(role, 0)) for role, asked in sorted(standing.asked.items()) if asked
+    )
     rows = {
         "run": f"{standing.run_id}, process {standing.pid} on {standing.host}",
         "phase": standing.phase,

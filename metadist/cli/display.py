@@ -40,7 +40,9 @@ class Plain:
             self._last = now
             done, since = meta_step - self._first[0], now - self._first[1]
             left = f", {_minutes((self._meta_steps - meta_step) * since / done)} left" if done else ""
-            self.note(f"meta-step {meta_step}/{self._meta_steps}  {_report(report)}  {tasks_per_second:.0f} tasks/s{left}")
+            self.note(
+                f"meta-step {meta_step}/{self._meta_steps}  {_report(report)}  {tasks_per_second:.0f} tasks/s{left}"
+            )
 
     def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
         self.note(f"meta-step {meta_step}  validation {_score(evaluation)}")
@@ -57,7 +59,9 @@ class Bar:
         self._task = progress.add_task("meta-training", total=meta_steps, report="", rate="", validation="")
 
     def step(self, meta_step: int, report: Mapping[str, float], tasks_per_second: float) -> None:
-        self._progress.update(self._task, completed=meta_step, report=_report(report), rate=f"{tasks_per_second:.0f} tasks/s")
+        self._progress.update(
+            self._task, completed=meta_step, report=_report(report), rate=f"{tasks_per_second:.0f} tasks/s"
+        )
 
     def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
         self._progress.update(self._task, validation=f"validation {_score(evaluation)}")
@@ -79,9 +83,14 @@ def live(experiment: Experiment) -> Iterator[Display]:
         yield Plain(meta_steps)
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[report]}"), TextColumn("[green]{task.fields[validation]}"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[report]}"),
+        TextColumn("[green]{task.fields[validation]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=False) as progress:
         yield Bar(progress, meta_steps)
 
@@ -102,7 +111,9 @@ def show_result(result: Result) -> None:
     if result.tracking_url:
         print(f"MLflow          {result.tracking_url}")
     if result.undelivered:
-        print(f"MLflow          {result.undelivered} records wait in {result.run_dir} for the server; metadist ui delivers them")
+        print(
+            f"MLflow          {result.undelivered} records wait in {result.run_dir} for the server; metadist ui delivers them"
+        )
 
 
 def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | None = None) -> None:
@@ -114,7 +125,12 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
     for heading in ("adaptation steps", "mean", "95 % CI", "median", *(("published",) if published else ())):
         table.add_column(heading, justify="right")
     for step in range(len(evaluation.mean)):
-        row = [str(step), f"{evaluation.mean[step]:.4f}", f"± {evaluation.ci95[step]:.4f}", f"{evaluation.median[step]:.4f}"]
+        row = [
+            str(step),
+            f"{evaluation.mean[step]:.4f}",
+            f"± {evaluation.ci95[step]:.4f}",
+            f"{evaluation.median[step]:.4f}",
+        ]
         if published:
             row.append(f"{published[step]:.3f}" if step in published else "")
         table.add_row(*row)
@@ -127,16 +143,30 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
 
 def _show_trials(evaluation: TrialEvaluation) -> None:
     """Returns by episode, which is what adaptation looks like; then those of whole trials."""
-    table = Table(title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} trials, {evaluation.policy}", title_justify="left")
+    table = Table(
+        title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} trials, {evaluation.policy}",
+        title_justify="left",
+    )
     first = 0 if evaluation.by_gradient_steps else 1
     gained = evaluation.gained
-    for heading in ("episode" if first else "gradient steps", "mean", "95 % CI", "median", *(("gained, paired", "SE") if gained else ())):
+    for heading in (
+        "episode" if first else "gradient steps",
+        "mean",
+        "95 % CI",
+        "median",
+        *(("gained, paired", "SE") if gained else ()),
+    ):
         table.add_column(heading, justify="right")
     last = len(evaluation.mean)
     for episode in range(1, last + 1):
         if last <= 10 or episode in EPISODES_SHOWN or episode == last:
             k = episode - 1
-            row = [str(k + first), f"{evaluation.mean[k]:.4f}", f"± {evaluation.ci95[k]:.4f}", f"{evaluation.median[k]:.4f}"]
+            row = [
+                str(k + first),
+                f"{evaluation.mean[k]:.4f}",
+                f"± {evaluation.ci95[k]:.4f}",
+                f"{evaluation.median[k]:.4f}",
+            ]
             table.add_row(*row, *((f"{gained[k][0]:+.4f}", f"{gained[k][1]:.4f}") if gained else ()))
     Console(file=sys.stdout, width=100, highlight=False).print(table)
     what = "trial" if first else "adapted"
@@ -154,9 +184,13 @@ def _show_methods(title: str, rows: Iterable[Mapping[str, Any]], difference: str
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
-            row["name"], f"{row['mean']:.4f}", f"{row['error']:.4f}", f"{row['percent']:.2f}", f"{row['difference']:+.4f}",
+            row["name"],
+            f"{row['mean']:.4f}",
+            f"{row['error']:.4f}",
+            f"{row['percent']:.2f}",
+            f"{row['difference']:+.4f}",
             f"{row['difference_error']:.4f}",
-        )  # fmt: skip
+        )
     Console(file=sys.stdout, width=110, highlight=False).print(table)
 
 
@@ -176,7 +210,12 @@ def show_predictions(report: Mapping[str, Any]) -> None:
         table.add_column(heading)
     table.add_column("probability", justify="right")
     for row in report["predictions"]:
-        table.add_row(escape(row["image"]), escape(row["predicted"]), *([escape(row.get("class", ""))] if known else []), f"{row['probability']:.4f}")
+        table.add_row(
+            escape(row["image"]),
+            escape(row["predicted"]),
+            *([escape(row.get("class", ""))] if known else []),
+            f"{row['probability']:.4f}",
+        )
     Console(file=sys.stdout, width=120, highlight=False).print(table)
     if report["accuracy"] is not None:
         print(f"accuracy        {report['accuracy']:.4f}")
@@ -197,7 +236,9 @@ def show_group(group: Group) -> None:
 
 def show_verification(report: Mapping[str, Any]) -> None:
     for row in report["rows"]:
-        killed = f"  killed {', '.join(row['killed'])}; {row['retried']} shards given out again" if row["killed"] else ""
+        killed = (
+            f"  killed {', '.join(row['killed'])}; {row['retried']} shards given out again" if row["killed"] else ""
+        )
         print(f"workers {row['workers']:>3}  sha256 {row['params_sha256']}  {row['seconds']:.1f} s{killed}")
         if not row["enough_kills"]:
             print(f"workers {row['workers']:>3}  too few shards were lost: nothing is proved; use more meta-steps")
@@ -212,12 +253,21 @@ def show_plan(report: Mapping[str, Any]) -> None:
     reasons = report["reasons"]
     for key, value in report["engine"].items():
         if key in reasons:
-            shown = "whole shard" if value is None else ("yes" if value else "no") if isinstance(value, bool) else str(value)
+            shown = (
+                "whole shard"
+                if value is None
+                else ("yes" if value else "no")
+                if isinstance(value, bool)
+                else str(value)
+            )
             table.add_row(key, shown, reasons[key])
     Console(file=sys.stdout, width=120, highlight=False).print(table)
     if "predicted_peak_bytes" not in report:
         return
-    table = Table(title=f"memory of one worker, {report['tasks_at_once']} of a shard's {report['shard_size']} tasks at once", title_justify="left")
+    table = Table(
+        title=f"memory of one worker, {report['tasks_at_once']} of a shard's {report['shard_size']} tasks at once",
+        title_justify="left",
+    )
     table.add_column("differentiation")
     table.add_column("predicted peak", justify="right")
     for kind, count in report["predicted_peak_bytes"].items():
@@ -268,11 +318,17 @@ def _published(experiment: Experiment) -> Mapping[int, float] | None:
     tasks = experiment.document.get("tasks", {})
     algorithm = experiment.document.get("algorithm", {})
     same = tasks.get("name") == "sinusoid" and tasks.get("k_shot") == 10 and algorithm.get("name") == "maml"
-    return PUBLISHED_SINUSOID if same and algorithm.get("inner_lr") == 0.01 and not algorithm.get("first_order") else None
+    return (
+        PUBLISHED_SINUSOID if same and algorithm.get("inner_lr") == 0.01 and not algorithm.get("first_order") else None
+    )
 
 
 def _report(report: Mapping[str, float]) -> str:
-    shown = ("return", "kl", "entropy", "explained_variance") if "return" in report else [k for k in report if k not in ("gradient_norm", "lr")]
+    shown = (
+        ("return", "kl", "entropy", "explained_variance")
+        if "return" in report
+        else [k for k in report if k not in ("gradient_norm", "lr")]
+    )
     return "  ".join(f"{k} {report[k]:.4f}" for k in shown if k in report)
 
 

@@ -21,10 +21,15 @@ def evaluate(
     run_dir: Annotated[str, typer.Argument(help="The folder that train printed.")],
     tasks: Annotated[int | None, typer.Option(help="Number of tasks; default: evaluate.test_tasks.", min=2)] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps; default: evaluate.inner_steps.", min=0)] = None,
+    inner_steps: Annotated[
+        int | None, typer.Option(help="Adaptation steps; default: evaluate.inner_steps.", min=0)
+    ] = None,
     normalization: Annotated[str | None, typer.Option(help="transductive or inductive; default: the run's.")] = None,
     beside: Annotated[
-        str | None, typer.Option(metavar="NAME,…", help="Known methods on the same trials of a meta-environment, such as gittins,ucb1; all.")
+        str | None,
+        typer.Option(
+            metavar="NAME,…", help="Known methods on the same trials of a meta-environment, such as gittins,ucb1; all."
+        ),
     ] = None,
     workers: Workers = "0",
     as_json: AsJson = False,
@@ -44,9 +49,14 @@ def evaluate(
                 raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}{nearest(value, allowed)}")
         with only_results_on_stdout():
             result = evaluate_run(
-                run_dir, tasks=tasks, split=split, inner_steps=inner_steps, workers=workers, normalization=normalization,
+                run_dir,
+                tasks=tasks,
+                split=split,
+                inner_steps=inner_steps,
+                workers=workers,
+                normalization=normalization,
                 beside=[name.strip() for name in beside.split(",")] if beside else (),
-            )  # fmt: skip
+            )
         show_evaluation(result.evaluations[0])
         if as_json:
             print(json.dumps(result.as_dict()))
@@ -69,7 +79,12 @@ def oracle(
 
         with only_results_on_stdout():
             report = oracles(
-                environment, overrides or [], [name.strip() for name in methods.split(",")], trials=trials, split=split, seed=seed
+                environment,
+                overrides or [],
+                [name.strip() for name in methods.split(",")],
+                trials=trials,
+                split=split,
+                seed=seed,
             )
         show_comparison(report)
         if as_json:

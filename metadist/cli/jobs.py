@@ -13,11 +13,17 @@ import typer
 from metadist.cli.terminal import AsJson, Overrides, Workers, clean_errors, say, set_up_logging
 
 app = typer.Typer(
-    help="The jobs of a Ray cluster: list, status, logs, stop.", invoke_without_command=True, add_completion=False, rich_markup_mode="rich"
+    help="The jobs of a Ray cluster: list, status, logs, stop.",
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode="rich",
 )
 
 Address = Annotated[
-    str | None, typer.Option("--address", metavar="URL", help="The cluster's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS.")
+    str | None,
+    typer.Option(
+        "--address", metavar="URL", help="The cluster's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS."
+    ),
 ]
 Name = Annotated[str | None, typer.Argument(metavar="[ID]", help="A job's id or a run's; default: the newest job.")]
 
@@ -27,11 +33,23 @@ def submit(
     overrides: Overrides = None,
     address: Address = None,
     workers: Workers = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Show the log until the job ends; its failure is exit code 1.")] = False,
-    run_dir: Annotated[str | None, typer.Option(help="fsspec URL, or a folder that all nodes have; default: a new one in METADIST_RUNS.")] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Show the log until the job ends; its failure is exit code 1.")
+    ] = False,
+    run_dir: Annotated[
+        str | None,
+        typer.Option(help="fsspec URL, or a folder that all nodes have; default: a new one in METADIST_RUNS."),
+    ] = None,
     run_id: Annotated[str | None, typer.Option(help="Go on with this run, or give a new one its id.")] = None,
-    data: Annotated[str | None, typer.Option(help="METADIST_DATA on the nodes: URL or folder; default: as it is here.")] = None,
-    env: Annotated[list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="Give an environment variable on. Whoever has the cluster's token can read it.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="METADIST_DATA on the nodes: URL or folder; default: as it is here.")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=VALUE]", help="Give an environment variable on. Whoever has the cluster's token can read it."
+        ),
+    ] = None,
     driver_cpus: Annotated[float, typer.Option(help="CPUs for the driver; with 0 it runs on the head.", min=0)] = 0.0,
     as_json: AsJson = False,
 ) -> None:
@@ -77,7 +95,9 @@ def list_(context: typer.Context, address: Address = None, as_json: AsJson = Fal
         jobs = _cluster(address or context.obj).all()
         width = max((len(job.id) for job in jobs), default=0)
         for job in jobs:
-            print(f"{job.id:<{width}}  {job.status:<9}  {_when(job.started)}  {_lasted(job):>8}  {job.metadata.get('metadist.run_dir', '')}".rstrip())
+            print(
+                f"{job.id:<{width}}  {job.status:<9}  {_when(job.started)}  {_lasted(job):>8}  {job.metadata.get('metadist.run_dir', '')}".rstrip()
+            )
         if not jobs:
             say("no jobs")
         if as_json:
@@ -149,7 +169,9 @@ def stop(
         deadline = time.monotonic() + timeout
         while not (job := cluster.job(job.id)).over:
             if time.monotonic() > deadline:
-                raise WorkerError(f"job {job.id} was told to stop and is still {job.status.lower()} after {timeout:.0f} s; metadist jobs status {job.id} tells more")
+                raise WorkerError(
+                    f"job {job.id} was told to stop and is still {job.status.lower()} after {timeout:.0f} s; metadist jobs status {job.id} tells more"
+                )
             time.sleep(0.5)
         print(f"{job.id}  {job.status}")
         if job.status == "STOPPED" and RUN_ID in job.metadata:
@@ -161,7 +183,9 @@ def _cluster(address: str | None) -> Any:
 
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address:
-        raise ConfigError("--address is missing; expected the URL of the cluster's dashboard, such as http://HEAD:8265 (or RAY_API_SERVER_ADDRESS)")
+        raise ConfigError(
+            "--address is missing; expected the URL of the cluster's dashboard, such as http://HEAD:8265 (or RAY_API_SERVER_ADDRESS)"
+        )
     try:
         from metadist.jobs.ray_jobs import RayJobs
     except ModuleNotFoundError as error:
@@ -191,7 +215,9 @@ def _wait(cluster: Any, job_id: str) -> str:
             sys.stderr.flush()
         return cluster.job(job_id).status
     except KeyboardInterrupt:
-        say(f"\nthe job goes on; metadist jobs logs -f {job_id} --address {cluster.address} shows it, metadist jobs stop {job_id} ends it")
+        say(
+            f"\nthe job goes on; metadist jobs logs -f {job_id} --address {cluster.address} shows it, metadist jobs stop {job_id} ends it"
+        )
         raise typer.Exit(130) from None
 
 

@@ -26,7 +26,9 @@ def list_(what: Annotated[str, typer.Argument(help="algorithms, tasks, environme
             return {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped_configs().items()}
 
         def described(classes: Callable[[], dict[str, type]]) -> Callable[[], dict[str, str]]:
-            return lambda: {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in sorted(classes().items())}
+            return lambda: {
+                name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in sorted(classes().items())
+            }
 
         def algorithms() -> Any:
             from metadist.algorithms import ALGORITHMS
@@ -48,7 +50,13 @@ def list_(what: Annotated[str, typer.Argument(help="algorithms, tasks, environme
 
             return ENVIRONMENTS
 
-        kinds = {"algorithms": described(algorithms), "tasks": described(tasks), "environments": described(environments), "models": described(models), "configs": configs}
+        kinds = {
+            "algorithms": described(algorithms),
+            "tasks": described(tasks),
+            "environments": described(environments),
+            "models": described(models),
+            "configs": configs,
+        }
         if what not in kinds:
             raise ConfigError(f"list: '{what}' is not one of {', '.join(kinds)}{nearest(what, kinds)}")
         entries = kinds[what]()

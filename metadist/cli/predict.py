@@ -12,15 +12,22 @@ from metadist.cli.terminal import AsJson, clean_errors, only_results_on_stdout, 
 
 def predict(
     source: Annotated[
-        str, typer.Argument(metavar="ADDRESS_OR_RUN", help="HOST:PORT of metadist serve, a run directory, or an exported file.")
+        str,
+        typer.Argument(
+            metavar="ADDRESS_OR_RUN", help="HOST:PORT of metadist serve, a run directory, or an exported file."
+        ),
     ],
     support: Annotated[str, typer.Option(metavar="FOLDER", help="The examples: a folder per class.")],
     query: Annotated[str, typer.Option(metavar="FOLDER", help="The images to classify, in class folders or not.")],
     model: Annotated[str, typer.Option(help="Which of a server's models.")] = "",
     inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps; default: as in training.", min=0)] = None,
-    normalization: Annotated[str | None, typer.Option(help="Of a run: transductive or inductive batch norm; default: the run's.")] = None,
+    normalization: Annotated[
+        str | None, typer.Option(help="Of a run: transductive or inductive batch norm; default: the run's.")
+    ] = None,
     token_file: Annotated[str | None, typer.Option(metavar="FILE", help="The server's token.")] = None,
-    tls_ca: Annotated[str | None, typer.Option(metavar="FILE", help="The server's certificate authority (PEM).")] = None,
+    tls_ca: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The server's certificate authority (PEM).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Adapt to a few labelled images per class, and classify others. Images are prepared as in training."""

@@ -21,11 +21,20 @@ def render(
     data: Annotated[str, typer.Option(help="METADIST_DATA on the nodes: URL or folder.")] = "",
     image: Annotated[str, typer.Option(help="Of deploy/Dockerfile: REGISTRY/metadist:TAG.")] = "",
     mlflow: Annotated[str, typer.Option(metavar="URI", help="MLFLOW_TRACKING_URI on the nodes.")] = "",
-    gpus: Annotated[float | None, typer.Option(help="GPUs of a learner where the config says auto; default: 1.", min=0)] = None,
-    node: Annotated[list[str] | None, typer.Option(metavar="ROLE=[TYPE:]CPUS[:GPUS]", help="A role's nodes: learner=g5.12xlarge:48:4.")] = None,
+    gpus: Annotated[
+        float | None, typer.Option(help="GPUs of a learner where the config says auto; default: 1.", min=0)
+    ] = None,
+    node: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=[TYPE:]CPUS[:GPUS]", help="A role's nodes: learner=g5.12xlarge:48:4."),
+    ] = None,
     namespace: Annotated[str, typer.Option(help="Of Kubernetes.")] = "default",
-    auth_secret: Annotated[str, typer.Option(help="Kubernetes: a Secret with Ray's token under auth_token; default: KubeRay makes one.")] = "",
-    credentials_secret: Annotated[str, typer.Option(help="Kubernetes: a Secret whose keys become environment variables.")] = "",
+    auth_secret: Annotated[
+        str, typer.Option(help="Kubernetes: a Secret with Ray's token under auth_token; default: KubeRay makes one.")
+    ] = "",
+    credentials_secret: Annotated[
+        str, typer.Option(help="Kubernetes: a Secret whose keys become environment variables.")
+    ] = "",
     output: Annotated[Path | None, typer.Option(help="Folder for the files; default: rendered/RUN.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -40,7 +49,9 @@ def render(
 
         one_of("render", target, rendering.TARGETS)
         if not run_dir:
-            raise ConfigError("--run-dir is missing; expected where checkpoints and results go: a URL such as s3://bucket/runs/a, or a folder that all nodes have")
+            raise ConfigError(
+                "--run-dir is missing; expected where checkpoints and results go: a URL such as s3://bucket/runs/a, or a folder that all nodes have"
+            )
         document = asked(config, overrides, workers)
         run_id = run_id or new_run_id(build(document).name)
         folder = output or Path("rendered") / run_id
@@ -72,6 +83,8 @@ def _nodes(given: list[str]) -> dict[str, Any]:
         parts = kind.split(":")
         name = parts.pop(0) if not parts[0].isdecimal() else None
         if role not in ROLES or len(parts) not in (1, 2) or not all(p.isdecimal() for p in parts) or int(parts[0]) < 1:
-            raise ConfigError(f"--node {text}: expected ROLE=[TYPE:]CPUS[:GPUS] with a role of {', '.join(ROLES)}, such as learner=g5.12xlarge:48:4")
+            raise ConfigError(
+                f"--node {text}: expected ROLE=[TYPE:]CPUS[:GPUS] with a role of {', '.join(ROLES)}, such as learner=g5.12xlarge:48:4"
+            )
         nodes[role] = Node(name or None, int(parts[0]), int(parts[1]) if len(parts) == 2 else 0)
     return nodes

@@ -17,31 +17,49 @@ from metadist.core.errors import ConfigError
 
 _TRIM_SECONDS = 2.0
 
-TokenFile = Annotated[str | None, typer.Option("--token-file", metavar="FILE", help="The bearer token that every call must carry.")]
+TokenFile = Annotated[
+    str | None, typer.Option("--token-file", metavar="FILE", help="The bearer token that every call must carry.")
+]
 TlsCert = Annotated[str | None, typer.Option("--tls-cert", metavar="FILE", help="The server's certificate (PEM).")]
 TlsKey = Annotated[str | None, typer.Option("--tls-key", metavar="FILE", help="Its private key (PEM).")]
 
 
 def serve(
-    sources: Annotated[list[str], typer.Argument(metavar="[NAME=]RUN_OR_MODEL…", help="Run directories, or files of metadist export.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]RUN_OR_MODEL…", help="Run directories, or files of metadist export.")
+    ],
     host: Annotated[str, typer.Option(help="Anything but loopback needs TLS and a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of gRPC; 0 takes a free one.", min=0, max=65535)] = 8470,
-    http_port: Annotated[int, typer.Option(help="Of JSON over HTTP; 0 takes a free one, -1 does without.", min=-1, max=65535)] = 8471,
+    http_port: Annotated[
+        int, typer.Option(help="Of JSON over HTTP; 0 takes a free one, -1 does without.", min=-1, max=65535)
+    ] = 8471,
     token_file: TokenFile = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
-    normalization: Annotated[str | None, typer.Option(help="transductive or inductive batch norm; default: the run's.")] = None,
+    normalization: Annotated[
+        str | None, typer.Option(help="transductive or inductive batch norm; default: the run's.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the computation; default: PyTorch's.", min=1)] = None,
-    max_batch: Annotated[int, typer.Option(help="Requests computed together at most; 1 serves one at a time.", min=1)] = 64,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of the computation; default: PyTorch's.", min=1)
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option(help="Requests computed together at most; 1 serves one at a time.", min=1)
+    ] = 64,
     batch_wait_ms: Annotated[float, typer.Option(help="How long a request may wait for company.", min=0.0)] = 2.0,
-    budget_mib: Annotated[float, typer.Option(help="Memory for adapted parameters; the least recently used are evicted.", min=0.0)] = 256.0,
+    budget_mib: Annotated[
+        float, typer.Option(help="Memory for adapted parameters; the least recently used are evicted.", min=0.0)
+    ] = 256.0,
     max_message_mib: Annotated[float, typer.Option(help="Of one request or answer.", min=0.01, max=1024)] = 8.0,
     max_calls: Annotated[int, typer.Option(help="Calls at once.", min=1)] = 128,
     max_support: Annotated[int, typer.Option(help="Rows of a support set.", min=1)] = 1000,
     max_queries: Annotated[int, typer.Option(help="Rows to predict in one call.", min=1)] = 1000,
-    ray_serve: Annotated[bool, typer.Option("--ray-serve", help="Deploy on Ray Serve: JSON over HTTP, replicas, autoscaling.")] = False,
-    replicas: Annotated[str, typer.Option(metavar="N|MIN-MAX", help="With --ray-serve: replicas, or the bounds of autoscaling.")] = "1",
+    ray_serve: Annotated[
+        bool, typer.Option("--ray-serve", help="Deploy on Ray Serve: JSON over HTTP, replicas, autoscaling.")
+    ] = False,
+    replicas: Annotated[
+        str, typer.Option(metavar="N|MIN-MAX", help="With --ray-serve: replicas, or the bounds of autoscaling.")
+    ] = "1",
     replica_cpus: Annotated[float, typer.Option(help="With --ray-serve: CPUs that a replica reserves.", min=0.0)] = 1.0,
     replica_gpus: Annotated[float, typer.Option(help="With --ray-serve: GPUs that a replica reserves.", min=0.0)] = 0.0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what the server does.")] = False,
@@ -56,7 +74,15 @@ def serve(
         with only_results_on_stdout():
             message_bytes = int(max_message_mib * 2**20)
             settings = serving.Serving(
-                tuple(sources), normalization, device, threads, max_batch, batch_wait_ms, budget_mib, max_support, max_queries
+                tuple(sources),
+                normalization,
+                device,
+                threads,
+                max_batch,
+                batch_wait_ms,
+                budget_mib,
+                max_support,
+                max_queries,
             )
             if ray_serve:
                 args = {
@@ -87,7 +113,9 @@ def serve(
 def _on_ray(args: dict[str, Any], host: str, port: int, tls_cert: str | None, tls_key: str | None) -> None:
     from metadist.rpc.endpoint import Endpoint
 
-    endpoint = Endpoint(host, max(port, 0), tls_cert, tls_key, args["token_file"])  # the same rules for other hosts than loopback
+    endpoint = Endpoint(
+        host, max(port, 0), tls_cert, tls_key, args["token_file"]
+    )  # the same rules for other hosts than loopback
     endpoint.token(), endpoint.credentials()
     if port < 1:
         raise ConfigError(f"--http-port {port}: Ray Serve has HTTP alone, and needs a port of its own")

@@ -10,10 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Override config keys: outer.lr=1e-3")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Override config keys: outer.lr=1e-3")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Workers = Annotated[
-    str | None, typer.Option("--workers", metavar="N", help="Number of workers; 0 computes in this process; learners=2 for a role.")
+    str | None,
+    typer.Option(
+        "--workers", metavar="N", help="Number of workers; 0 computes in this process; learners=2 for a role."
+    ),
 ]
 
 

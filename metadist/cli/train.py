@@ -46,17 +46,30 @@ class _Stop:
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config (metadist list configs).")],
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a shipped config (metadist list configs).")
+    ],
     overrides: Overrides = None,
     workers: Workers = None,
     outside: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Take workers from outside here, too (metadist worker --connect HOST:PORT).")
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Take workers from outside here, too (metadist worker --connect HOST:PORT)."
+        ),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Several seeds, such as 0,1,2: child runs under one parent.")] = None,
-    run_dir: Annotated[str | None, typer.Option(help="Folder or fsspec URL of the run; default: a new one under METADIST_RUNS.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Several seeds, such as 0,1,2: child runs under one parent.")
+    ] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="Folder or fsspec URL of the run; default: a new one under METADIST_RUNS.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
-    run_id: Annotated[str | None, typer.Option(help="The id of a new run; default: name, time and chance.", hidden=True)] = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the config with every default and stop.")] = False,
+    run_id: Annotated[
+        str | None, typer.Option(help="The id of a new run; default: name, time and chance.", hidden=True)
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the config with every default and stop.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Meta-train, with validation, checkpoints and tracking; test once at the end."""
@@ -79,7 +92,9 @@ def train(
             _train_one(document, run_dir, resume, as_json, run_id)
 
 
-def _train_one(document: dict[str, Any], run_dir: str | None, resume: bool, as_json: bool, run_id: str | None = None) -> None:
+def _train_one(
+    document: dict[str, Any], run_dir: str | None, resume: bool, as_json: bool, run_id: str | None = None
+) -> None:
     from metadist.cli.display import live, show_result
     from metadist.config.build import build
     from metadist.experiment.description import Experiment
@@ -91,7 +106,9 @@ def _train_one(document: dict[str, Any], run_dir: str | None, resume: bool, as_j
         result = run_training(experiment, run_dir=run_dir, resume=resume, display=display, stop=stop, run_id=run_id)
     interrupted = result.outcome.stopped == "interrupted"
     if interrupted:
-        say(f"stopped at meta-step {result.outcome.progress.meta_step}; go on with: metadist train … --run-dir {result.run_dir} --resume")
+        say(
+            f"stopped at meta-step {result.outcome.progress.meta_step}; go on with: metadist train … --run-dir {result.run_dir} --resume"
+        )
     show_result(result)
     if as_json:
         print(json.dumps(result.as_dict()))
@@ -115,5 +132,7 @@ def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None
     if as_json:
         print(json.dumps(group.as_dict()))
     if group.interrupted:
-        say(f"stopped; go on with: metadist train … --seeds {','.join(map(str, seeds))} --run-dir {group.run_dir} --resume")
+        say(
+            f"stopped; go on with: metadist train … --seeds {','.join(map(str, seeds))} --run-dir {group.run_dir} --resume"
+        )
         raise typer.Exit(130)

@@ -21,9 +21,14 @@ def verify(
     config: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped config.")],
     overrides: Overrides = None,
     workers: Annotated[
-        str, typer.Option(metavar="N,N,…", help="Numbers of workers to compare; of several roles as learners=1/environments=2.")
+        str,
+        typer.Option(
+            metavar="N,N,…", help="Numbers of workers to compare; of several roles as learners=1/environments=2."
+        ),
     ] = "0,1,2",
-    kill: Annotated[int, typer.Option(help="Kill so many workers in every run, each with a shard in flight.", min=0)] = 0,
+    kill: Annotated[
+        int, typer.Option(help="Kill so many workers in every run, each with a shard in flight.", min=0)
+    ] = 0,
     meta_steps: Annotated[int | None, typer.Option(help="Shorter runs.", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:

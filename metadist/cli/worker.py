@@ -29,13 +29,24 @@ class _Stop:
 
 
 def worker(
-    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the run's driver takes workers from outside (train … --outside).")],
-    token_file: Annotated[str | None, typer.Option(metavar="FILE", help="The token that the driver wants: its outside.token_file.")] = None,
-    tls_ca: Annotated[str | None, typer.Option(metavar="FILE", help="The PEM certificate of the driver or of its authority.")] = None,
+    connect: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT", help="Where the run's driver takes workers from outside (train … --outside)."
+        ),
+    ],
+    token_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The token that the driver wants: its outside.token_file.")
+    ] = None,
+    tls_ca: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The PEM certificate of the driver or of its authority.")
+    ] = None,
     role: Annotated[str, typer.Option(help="learner, or environment for rollouts alone.")] = "learner",
     name: Annotated[str | None, typer.Option(help="What the run calls this worker; default: the host's name.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: as the run's config says.")] = None,
-    patience: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for a driver that isn't there (again).", min=0)] = 600.0,
+    patience: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long to wait for a driver that isn't there (again).", min=0)
+    ] = 600.0,
     stay: Annotated[bool, typer.Option("--stay", help="Wait for the next run when one is over.")] = False,
 ) -> None:
     """Join a run from outside its Ray cluster: compute shards until it is over.
@@ -49,9 +60,17 @@ def worker(
 
         with only_results_on_stdout():
             reason = work(
-                connect, token_file=token_file, tls_ca=tls_ca, role=role, name=name, device=device, patience=patience, stay=stay,
-                say=say, stopped=stop,
-            )  # fmt: skip
+                connect,
+                token_file=token_file,
+                tls_ca=tls_ca,
+                role=role,
+                name=name,
+                device=device,
+                patience=patience,
+                stay=stay,
+                say=say,
+                stopped=stop,
+            )
         say(f"done: {reason}")
         if stop.asked:
             raise typer.Exit(130)

@@ -62,22 +62,47 @@ class Config:
             apart = any(g.role == "environment" and g.max for g in self.workers)
             role = "environment" if apart else "learner"
             return TrialLearner(
-                self.algorithm, model, self.tasks, self.outer, self.engine.non_finite, rollout_role=role, policy=self.evaluate.policy
+                self.algorithm,
+                model,
+                self.tasks,
+                self.outer,
+                self.engine.non_finite,
+                rollout_role=role,
+                policy=self.evaluate.policy,
             )
-        return Learner(self.algorithm, model, self.tasks, self.outer, self.evaluate.normalization, self.engine.non_finite)
+        return Learner(
+            self.algorithm, model, self.tasks, self.outer, self.evaluate.normalization, self.engine.non_finite
+        )
 
 
 def supervised(learner: Learner | TrialLearner) -> Learner:
     """``learner``, where it learns from supervised tasks; else a ConfigError."""
     if not isinstance(learner, Learner):
-        raise ConfigError(f"environment: {type(learner.tasks).__name__} is a meta-environment; this is for supervised tasks")
+        raise ConfigError(
+            f"environment: {type(learner.tasks).__name__} is a meta-environment; this is for supervised tasks"
+        )
     return learner
 
 
 KEYS = (
-    "name", "seed", "tasks", "environment", "model", "algorithm", "outer", "evaluate", "workers", "engine", "checkpoint", "tracking",
-    "control", "outside", "init_from", "loss", "metric",
-)  # fmt: skip
+    "name",
+    "seed",
+    "tasks",
+    "environment",
+    "model",
+    "algorithm",
+    "outer",
+    "evaluate",
+    "workers",
+    "engine",
+    "checkpoint",
+    "tracking",
+    "control",
+    "outside",
+    "init_from",
+    "loss",
+    "metric",
+)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -101,7 +126,10 @@ def build(document: Document) -> Config:
     what = "environment" if "environment" in document else "tasks"
     for key in (what, "model", "algorithm"):
         if key not in document:
-            raise ConfigError(f"key '{key}' is missing; expected {key}: {{name: …}}" + (" (or environment: {name: …})" if key == "tasks" else ""))
+            raise ConfigError(
+                f"key '{key}' is missing; expected {key}: {{name: …}}"
+                + (" (or environment: {name: …})" if key == "tasks" else "")
+            )
     tasks = _component(what, document[what], ENVIRONMENTS if what == "environment" else TASKS)
     _judge_by(tasks, document)
     model_document = dict(_mapping("model", document["model"]))
@@ -168,13 +196,19 @@ def _check_outside(config: Config, what: str) -> None:
     groups = [(i, g) for i, g in enumerate(config.workers) if g.outside and g.max]
     for i, group in groups:
         if config.outside.listen is None:
-            raise ConfigError(f"workers.{i}.outside: true, but there is no address to connect to; give outside: {{listen: HOST:PORT}}, or --outside HOST:PORT")
+            raise ConfigError(
+                f"workers.{i}.outside: true, but there is no address to connect to; give outside: {{listen: HOST:PORT}}, or --outside HOST:PORT"
+            )
         if group.role == "environment" and what == "tasks":
-            raise ConfigError(f"workers.{i}.role: environment, but supervised tasks have no environments; expected learners")
+            raise ConfigError(
+                f"workers.{i}.role: environment, but supervised tasks have no environments; expected learners"
+            )
         if sum(other.role == group.role for _, other in groups) > 1:
             raise ConfigError(f"workers.{i}: two groups of {group.role}s from outside; expected one for each role")
     if groups and config.engine.wire != "exact":
-        raise ConfigError(f"engine.wire: {config.engine.wire} is for workers of the Ray cluster; with workers from outside use exact")
+        raise ConfigError(
+            f"engine.wire: {config.engine.wire} is for workers of the Ray cluster; with workers from outside use exact"
+        )
 
 
 def build_environment(document: Document) -> MetaEnvironment:
@@ -216,7 +250,11 @@ def resolved(config: Config) -> Document:
         instance: Any = part
         if key == "model" and isinstance(part, functools.partial) and inspect.ismethod(part.func):
             instance = part.func.__self__
-        document[key] = {"name": given.get("name"), **(as_plain(instance) if is_dataclass(instance) else given), **given}
+        document[key] = {
+            "name": given.get("name"),
+            **(as_plain(instance) if is_dataclass(instance) else given),
+            **given,
+        }
     document["outer"] = as_plain(config.outer)
     document["evaluate"] = as_plain(config.evaluate)
     document["workers"] = [as_plain(g) for g in config.workers]

@@ -35,7 +35,9 @@ def _component(key: str, value: Any, known: Mapping[str, type], deferred: bool =
     options = dict(_mapping(key, value))
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise ConfigError(f"{key}.name is missing; expected one of {', '.join(sorted(known))}, or package.module:Class of your own")
+        raise ConfigError(
+            f"{key}.name is missing; expected one of {', '.join(sorted(known))}, or package.module:Class of your own"
+        )
     if ":" in name:
         cls = import_path(name, f"{key}.name")
     elif name in known:
@@ -78,7 +80,9 @@ def import_path(path: str, key: str) -> Any:
     try:
         imported = importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"{key}: '{path}': {error}; modules are looked for in the working directory and on PYTHONPATH") from error
+        raise ConfigError(
+            f"{key}: '{path}': {error}; modules are looked for in the working directory and on PYTHONPATH"
+        ) from error
     except Exception as error:
         line = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if isinstance(error, SyntaxError) else f" ({line.filename}, line {line.lineno})"
@@ -97,16 +101,26 @@ def _factory(model: Any, tasks: TaskFamily | MetaEnvironment, algorithm: Any) ->
             from metadist.models import MODELS
 
             fits = [n for n, cls in MODELS.items() if hasattr(cls, "build_policy")]
-            raise ConfigError(f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}")
-        return functools.partial(model.build_policy, tasks.observation_size, tasks.actions.size, isinstance(tasks.actions, Continuous))
+            raise ConfigError(
+                f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}"
+            )
+        return functools.partial(
+            model.build_policy, tasks.observation_size, tasks.actions.size, isinstance(tasks.actions, Continuous)
+        )
     if not hasattr(model, "build") and hasattr(model, "build_policy"):
-        raise ConfigError(f"model.name: '{type(model).__name__}' is a policy, which goes with environment, not with tasks")
+        raise ConfigError(
+            f"model.name: '{type(model).__name__}' is a policy, which goes with environment, not with tasks"
+        )
     if hasattr(model, "build"):
         if tasks.input_shape is None:
-            raise ConfigError(f"tasks: {type(tasks).__name__} must state its input_shape for model '{type(model).__name__}'")
+            raise ConfigError(
+                f"tasks: {type(tasks).__name__} must state its input_shape for model '{type(model).__name__}'"
+            )
         return functools.partial(model.build, tuple(tasks.input_shape), algorithm.outputs(tasks))
     if not callable(model):
-        raise ConfigError(f"model: expected a torch.nn.Module, a function that builds one, or a class with build(), got {type(model).__name__}")
+        raise ConfigError(
+            f"model: expected a torch.nn.Module, a function that builds one, or a class with build(), got {type(model).__name__}"
+        )
     return model
 
 
@@ -119,5 +133,7 @@ def _itself(module: nn.Module) -> nn.Module:
 def _function(path: str, key: str) -> Any:
     found = import_path(path, key)
     if not callable(found):
-        raise ConfigError(f"{key}: '{path}' is {found!r}; expected a function (prediction [N, …], target [N, …]) → one value per example [N]")
+        raise ConfigError(
+            f"{key}: '{path}' is {found!r}; expected a function (prediction [N, …], target [N, …]) → one value per example [N]"
+        )
     return found

@@ -38,7 +38,11 @@ def read_document(config: str) -> Document:
     if not os.path.isfile(config):  # False where even the name is impossible
         shipped = shipped_configs()
         if os.path.exists(config):
-            raise ConfigError(f"config '{config}' is a folder; expected a YAML file" if path.is_dir() else f"config '{config}' is no file")
+            raise ConfigError(
+                f"config '{config}' is a folder; expected a YAML file"
+                if path.is_dir()
+                else f"config '{config}' is no file"
+            )
         if config not in shipped:
             raise ConfigError(
                 f"config '{config}' is neither a file nor one of the shipped ones: {', '.join(sorted(shipped))}{nearest(config, shipped)}"
@@ -132,7 +136,9 @@ def _counts(workers: str, trials: bool) -> dict[str, int]:
         role = name.strip().removesuffix("s") if equals else "learner"
         number = number if equals else part
         if not number.strip().isdecimal():
-            raise ConfigError(f"--workers {workers}: expected a number, such as 2, or role=number, such as learners=1,environments=2")
+            raise ConfigError(
+                f"--workers {workers}: expected a number, such as 2, or role=number, such as learners=1,environments=2"
+            )
         if role not in ROLES:
             raise ConfigError(f"--workers {workers}: '{role}' is not one of {', '.join(ROLES)}{nearest(role, ROLES)}")
         if role in counts:
@@ -141,5 +147,7 @@ def _counts(workers: str, trials: bool) -> dict[str, int]:
             raise ConfigError(f"--workers {workers}: supervised tasks have no environments; expected learners alone")
         counts[role] = int(number)
     if counts.get("environment") and counts.get("learner") == 0:
-        raise ConfigError(f"--workers {workers}: environments alone learn nothing; expected at least learners=1, or 0 to compute all in this process")
+        raise ConfigError(
+            f"--workers {workers}: environments alone learn nothing; expected at least learners=1, or 0 to compute all in this process"
+        )
     return counts

@@ -37,9 +37,13 @@ class EngineSettings:
         if isinstance(self.chunk, int):
             Engine(chunk=self.chunk)
         if self.dtype == "float64" and self.precision != "float32":
-            raise ConfigError(f"engine.precision: {self.precision} rounds what engine.dtype: float64 is for; choose one of them")
+            raise ConfigError(
+                f"engine.precision: {self.precision} rounds what engine.dtype: float64 is for; choose one of them"
+            )
         if self.exact and not self.deterministic:
-            raise ConfigError("engine.deterministic: false needs engine.exact: false: kernels whose bits vary can't give the same parameters twice")
+            raise ConfigError(
+                "engine.deterministic: false needs engine.exact: false: kernels whose bits vary can't give the same parameters twice"
+            )
         if self.wire == "bfloat16" and self.exact:
             raise ConfigError(
                 "engine.wire: bfloat16 with error feedback makes a contribution depend on what its worker sent before; it needs engine.exact: false"

@@ -87,7 +87,9 @@ def settings(key: str, value: Any, cls: Any) -> Any:
     """A dataclass from a mapping: unknown keys and wrong types are errors, defaults are the dataclass's."""
     value = {} if value is None else value
     if not isinstance(value, dict):
-        raise ConfigError(f"{key}: expected keys and values ({', '.join(f.name for f in fields(cls) if f.init)}), got {value!r}")
+        raise ConfigError(
+            f"{key}: expected keys and values ({', '.join(f.name for f in fields(cls) if f.init)}), got {value!r}"
+        )
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in fields(cls) if f.init}
     for name in value:
@@ -134,7 +136,11 @@ def _type_name(hint: Any) -> str:
         return " or ".join(_type_name(a) for a in arguments)
     if origin is tuple:
         inner = [a for a in arguments if a is not Ellipsis]
-        return f"a list of {_type_name(inner[0])}" if Ellipsis in arguments else f"[{', '.join(_type_name(a) for a in inner)}]"
+        return (
+            f"a list of {_type_name(inner[0])}"
+            if Ellipsis in arguments
+            else f"[{', '.join(_type_name(a) for a in inner)}]"
+        )
     return str(hint)
 
 
@@ -146,7 +152,9 @@ def flatten(document: Any, prefix: str = "") -> dict[str, Any]:
         items = enumerate(document)
     else:
         return {prefix: document}
-    return {k: v for name, value in items for k, v in flatten(value, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        k: v for name, value in items for k, v in flatten(value, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 def as_plain(instance: Any) -> Document:

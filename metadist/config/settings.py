@@ -43,7 +43,9 @@ class TrackingSettings:
 
     def __post_init__(self) -> None:
         if self.register is not None and (not self.register.strip() or set("/:") & set(self.register)):
-            raise ConfigError(f"tracking.register: {self.register!r} is no name of a model; expected one without '/' and ':'")
+            raise ConfigError(
+                f"tracking.register: {self.register!r} is no name of a model; expected one without '/' and ':'"
+            )
         if self.register is not None and self.uri == "none":
             raise ConfigError(f"tracking.register: {self.register!r} needs MLflow, and tracking.uri is none")
 

@@ -45,7 +45,9 @@ class RemoteRun:
             wait = max(0.01, min(WAIT_SECONDS, deadline - time.monotonic()))
             try:
                 with calling(self.address):
-                    answer = answer_of(self._send(command, pb.Order(id=command.id, wait_seconds=wait), wait + STATUS_SECONDS))
+                    answer = answer_of(
+                        self._send(command, pb.Order(id=command.id, wait_seconds=wait), wait + STATUS_SECONDS)
+                    )
             except ServiceError as error:  # the answer was lost, the command perhaps not
                 lost += 1
                 if error.code != grpc.StatusCode.UNAVAILABLE or lost > LOST or time.monotonic() + 1.0 > deadline:
@@ -57,10 +59,19 @@ class RemoteRun:
 
     def _send(self, command: Command, order: pb.Order, timeout: float) -> pb.CommandReply:
         if command.name == "set_meta_batch_size":
-            return self._stub.SetMetaBatchSize(pb.SetMetaBatchSizeRequest(order=order, meta_batch_size=command.value), timeout=timeout)
+            return self._stub.SetMetaBatchSize(
+                pb.SetMetaBatchSizeRequest(order=order, meta_batch_size=command.value), timeout=timeout
+            )
         if command.name == "set_workers":
-            return self._stub.SetWorkers(pb.SetWorkersRequest(order=order, count=command.value, role=command.role), timeout=timeout)
-        methods = {"pause": self._stub.Pause, "resume": self._stub.Resume, "checkpoint": self._stub.CheckpointNow, "stop": self._stub.Stop}
+            return self._stub.SetWorkers(
+                pb.SetWorkersRequest(order=order, count=command.value, role=command.role), timeout=timeout
+            )
+        methods = {
+            "pause": self._stub.Pause,
+            "resume": self._stub.Resume,
+            "checkpoint": self._stub.CheckpointNow,
+            "stop": self._stub.Stop,
+        }
         return methods[command.name](pb.CommandRequest(order=order), timeout=timeout)
 
     def watch(self, seconds: float | None = None) -> Iterator[Sight]:

@@ -40,7 +40,16 @@ class Entry:
         c = self.command
         value = {} if c.value is None else {"value": c.value}
         role = {"role": c.role} if c.name == "set_workers" else {}
-        return {"seq": self.seq, "meta_step": self.meta_step, "command": c.name, **value, **role, "id": c.id, "time": self.time, "by": self.by}
+        return {
+            "seq": self.seq,
+            "meta_step": self.meta_step,
+            "command": c.name,
+            **value,
+            **role,
+            "id": c.id,
+            "time": self.time,
+            "by": self.by,
+        }
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Entry:
@@ -82,7 +91,9 @@ class CommandLog:
                 self._add(entry, line)
             elif line is last and not _holds_a_record(line):
                 # Written ahead: what was not written whole never took effect.
-                log.warning("%s: cutting off a torn last line of %d bytes; its command never took effect", self.where, len(line))
+                log.warning(
+                    "%s: cutting off a torn last line of %d bytes; its command never took effect", self.where, len(line)
+                )
                 self._put(b"".join(self._lines))
             else:
                 raise CheckpointError(
@@ -101,7 +112,9 @@ class CommandLog:
             else:
                 self._put(b"".join([*self._lines, line]))
         except Exception as error:
-            raise MetadistError(f"the command can't be recorded in {self.where}: {why(error)}; it has no effect") from error
+            raise MetadistError(
+                f"the command can't be recorded in {self.where}: {why(error)}; it has no effect"
+            ) from error
         self._add(entry, line)
         return entry
 
@@ -147,7 +160,10 @@ class CommandLog:
 
     def value_at(self, name: str, meta_step: int) -> int | None:
         """What ``name`` was last set to, for the meta-step ``meta_step``."""
-        return next((e.command.value for e in reversed(self._valid) if e.command.name == name and e.meta_step <= meta_step), None)
+        return next(
+            (e.command.value for e in reversed(self._valid) if e.command.name == name and e.meta_step <= meta_step),
+            None,
+        )
 
     def obeyed(self, id: str) -> Entry | None:
         return next((e for e in self.entries if e.command.id == id), None)

@@ -11,7 +11,14 @@ from typing import Any, Protocol
 from metadist.core.errors import ConfigError, MetadistError, one_of
 
 #: command → whether it takes a value
-COMMANDS = {"pause": False, "resume": False, "checkpoint": False, "set_meta_batch_size": True, "set_workers": True, "stop": False}
+COMMANDS = {
+    "pause": False,
+    "resume": False,
+    "checkpoint": False,
+    "set_meta_batch_size": True,
+    "set_workers": True,
+    "stop": False,
+}
 #: those that change the parameters that a run ends with; a resumed run obeys them again
 CHANGES_PARAMETERS = ("set_meta_batch_size",)
 #: more than a run could want, and less than what overflows
@@ -34,7 +41,9 @@ class Command:
     def __post_init__(self) -> None:
         one_of("command", self.name, COMMANDS)
         if COMMANDS[self.name] != (self.value is not None):
-            raise ConfigError(f"command {self.name}: {'a value is missing' if COMMANDS[self.name] else f'{self.value} where no value goes'}")
+            raise ConfigError(
+                f"command {self.name}: {'a value is missing' if COMMANDS[self.name] else f'{self.value} where no value goes'}"
+            )
         if self.value is not None and not 1 <= self.value <= MOST:
             raise ConfigError(f"{self.name.removeprefix('set_')}: {self.value} is not between 1 and {MOST}")
         if not 1 <= len(self.id) <= 64 or not self.id.isascii() or not self.id.isprintable():

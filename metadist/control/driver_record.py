@@ -21,24 +21,38 @@ def driver_of(run: str) -> dict[str, Any]:
         if (group := folder.read_json("group.json")) is not None:
             children = ", ".join(f"{folder.url}/seed-{seed}" for seed in group["seeds"])
             raise ConfigError(f"'{run}' holds a group of seeds; each is a run of its own: {children}")
-        raise ConfigError(f"'{run}' is neither a run directory (the folder that train printed) nor HOST:PORT of a driver")
+        raise ConfigError(
+            f"'{run}' is neither a run directory (the folder that train printed) nor HOST:PORT of a driver"
+        )
     again = f"go on with: metadist train {folder.url}/config.yaml --run-dir {folder.url} --resume"
     record = folder.read_json(RECORD)
     here = record is not None and record["host"] == platform.node()
     stale = record is None or bool(record.get("ended")) or (here and not _alive(record["pid"], record["started"]))
     if stale and _locked(folder):
-        raise ConfigError(f"a driver has just taken the run in {folder.url} and is still starting; ask again in a moment")
+        raise ConfigError(
+            f"a driver has just taken the run in {folder.url} and is still starting; ask again in a moment"
+        )
     if record is None:
-        raise ConfigError(f"no driver has left word in {folder.url}/{RECORD}: nothing trains this run, or it has just begun; {again}")
+        raise ConfigError(
+            f"no driver has left word in {folder.url}/{RECORD}: nothing trains this run, or it has just begun; {again}"
+        )
     ended = record.get("ended")
     if ended and ended["meta_step"] >= ended["meta_steps"]:
-        raise ConfigError(f"the run in {folder.url} is finished, with {ended['meta_step']} meta-steps; there is nothing to steer")
+        raise ConfigError(
+            f"the run in {folder.url} is finished, with {ended['meta_step']} meta-steps; there is nothing to steer"
+        )
     if ended:
-        raise ConfigError(f"nothing trains the run in {folder.url}: it ended at meta-step {ended['meta_step']} of {ended['meta_steps']}; {again}")
+        raise ConfigError(
+            f"nothing trains the run in {folder.url}: it ended at meta-step {ended['meta_step']} of {ended['meta_steps']}; {again}"
+        )
     if stale:
-        raise ConfigError(f"the driver of the run in {folder.url} is gone without a word (process {record['pid']}: killed, or crashed); {again}")
+        raise ConfigError(
+            f"the driver of the run in {folder.url} is gone without a word (process {record['pid']}: killed, or crashed); {again}"
+        )
     if record["address"] is None:
-        raise ConfigError(f"the run in {folder.url} can't be steered: {record['off']}. Ctrl-C or SIGTERM to process {record['pid']} on {record['host']} stops it")
+        raise ConfigError(
+            f"the run in {folder.url} can't be steered: {record['off']}. Ctrl-C or SIGTERM to process {record['pid']} on {record['host']} stops it"
+        )
     if not here and record["address"].startswith(("127.", "localhost", "[::1]")):
         raise ConfigError(
             f"the driver runs on {record['host']} and listens there alone ({record['address']}); run this command on that machine, or give the "

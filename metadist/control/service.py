@@ -43,7 +43,9 @@ class ControlPlane(rpc.ControlPlaneServicer):
             with self._run.watch() as feed:
                 while context.is_active():
                     if context.time_remaining() <= 0:
-                        raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "watched for as long as one call may; open it again")
+                        raise Refused(
+                            grpc.StatusCode.DEADLINE_EXCEEDED, "watched for as long as one call may; open it again"
+                        )
                     try:
                         sights = feed.next(0.5)
                     except EOFError:
@@ -76,7 +78,9 @@ class ControlPlane(rpc.ControlPlaneServicer):
         command = Command(name, **what, **({"id": order.id} if order.id else {}))
         asked = order.wait_seconds if 0 < order.wait_seconds < WAIT_SECONDS else WAIT_SECONDS
         answer = self._run.submit(command, max(0.0, min(asked, context.time_remaining() - 0.5)))
-        return pb.CommandReply(pending=answer.meta_step is None, meta_step=answer.meta_step or 0, message=answer.message)
+        return pb.CommandReply(
+            pending=answer.meta_step is None, meta_step=answer.meta_step or 0, message=answer.message
+        )
 
 
 def answer_of(reply: pb.CommandReply) -> Answer:
@@ -84,7 +88,14 @@ def answer_of(reply: pb.CommandReply) -> Answer:
 
 
 def _update(sight: Sight, dropped: int) -> pb.Update:
-    return pb.Update(kind=sight.kind, meta_step=sight.meta_step, values=sight.values, message=sight.message, time=sight.time, dropped=dropped)
+    return pb.Update(
+        kind=sight.kind,
+        meta_step=sight.meta_step,
+        values=sight.values,
+        message=sight.message,
+        time=sight.time,
+        dropped=dropped,
+    )
 
 
 def sight_of(update: pb.Update) -> Sight:
@@ -93,25 +104,63 @@ def sight_of(update: pb.Update) -> Sight:
 
 def _status(s: Standing) -> pb.StatusReply:
     return pb.StatusReply(
-        run_id=s.run_id, run_dir=s.run_dir, phase=s.phase, meta_step=s.meta_step, meta_steps=s.meta_steps, meta_batch_size=s.meta_batch_size,
-        checkpoint=s.checkpoint, tasks_per_second=s.tasks_per_second, metrics=s.values, validation=s.validation, waiting=s.waiting,
-        workers={role: pb.Workers(asked=s.asked.get(role, 0), there=s.there.get(role, 0)) for role in {*s.asked, *s.there}},
+        run_id=s.run_id,
+        run_dir=s.run_dir,
+        phase=s.phase,
+        meta_step=s.meta_step,
+        meta_steps=s.meta_steps,
+        meta_batch_size=s.meta_batch_size,
+        checkpoint=s.checkpoint,
+        tasks_per_second=s.tasks_per_second,
+        metrics=s.values,
+        validation=s.validation,
+        waiting=s.waiting,
+        workers={
+            role: pb.Workers(asked=s.asked.get(role, 0), there=s.there.get(role, 0)) for role in {*s.asked, *s.there}
+        },
         commands=[
-            pb.Obeyed(meta_step=c["meta_step"], command=c["command"], value=c.get("value", 0), role=c.get("role", ""), time=c["time"])
+            pb.Obeyed(
+                meta_step=c["meta_step"],
+                command=c["command"],
+                value=c.get("value", 0),
+                role=c.get("role", ""),
+                time=c["time"],
+            )
             for c in s.commands
         ],
-        pid=s.pid, host=s.host, started=s.started,
-    )  # fmt: skip
+        pid=s.pid,
+        host=s.host,
+        started=s.started,
+    )
 
 
 def standing_of(reply: pb.StatusReply) -> Standing:
     commands = [
-        {"meta_step": c.meta_step, "command": c.command, **({"value": c.value} if c.value else {}), **({"role": c.role} if c.role else {}), "time": c.time}
+        {
+            "meta_step": c.meta_step,
+            "command": c.command,
+            **({"value": c.value} if c.value else {}),
+            **({"role": c.role} if c.role else {}),
+            "time": c.time,
+        }
         for c in reply.commands
-    ]  # fmt: skip
+    ]
     return Standing(
-        reply.run_id, reply.run_dir, reply.phase, reply.meta_step, reply.meta_steps, reply.meta_batch_size,
-        reply.checkpoint if reply.HasField("checkpoint") else None, {r: w.asked for r, w in reply.workers.items()},
-        {r: w.there for r, w in reply.workers.items()}, reply.tasks_per_second, dict(reply.metrics), dict(reply.validation), commands,
-        list(reply.waiting), reply.pid, reply.host, reply.started,
-    )  # fmt: skip
+        reply.run_id,
+        reply.run_dir,
+        reply.phase,
+        reply.meta_step,
+        reply.meta_steps,
+        reply.meta_batch_size,
+        reply.checkpoint if reply.HasField("checkpoint") else None,
+        {r: w.asked for r, w in reply.workers.items()},
+        {r: w.there for r, w in reply.workers.items()},
+        reply.tasks_per_second,
+        dict(reply.metrics),
+        dict(reply.validation),
+        commands,
+        list(reply.waiting),
+        reply.pid,
+        reply.host,
+        reply.started,
+    )

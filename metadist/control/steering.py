@@ -78,7 +78,9 @@ def resized(learner: AnyLearner, size: int) -> AnyLearner:
 
 def _same(known: _Order, command: Command) -> _Order:
     if known.command != command:
-        raise RefusedError(f"command id '{command.id}' was given to '{known.command}' before; use a new one for '{command}'")
+        raise RefusedError(
+            f"command id '{command.id}' was given to '{known.command}' before; use a new one for '{command}'"
+        )
     if known.answer is not None:
         known.settled.set()
     return known
@@ -88,9 +90,17 @@ class Steering:
     """``stop`` asks for the end as Ctrl-C does. ``asked``: workers by role, as the run began. ``learner`` is the config's."""
 
     def __init__(
-        self, log: CommandLog, board: Board, learner: AnyLearner, recorder: Recorder, *, run_id: str, run_dir: str,
-        asked: Mapping[str, int], stop: Callable[[], bool] = lambda: False,
-    ) -> None:  # fmt: skip
+        self,
+        log: CommandLog,
+        board: Board,
+        learner: AnyLearner,
+        recorder: Recorder,
+        *,
+        run_id: str,
+        run_dir: str,
+        asked: Mapping[str, int],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._log, self._board, self._recorder, self._stop = log, board, recorder, stop
         self._learner = self._steered = learner
         self._run_id, self._run_dir, self._asked, self._there = run_id, run_dir, dict(asked), dict[str, int]()
@@ -117,7 +127,10 @@ class Steering:
             if (known := self._orders.get(command.id)) is not None:
                 return _same(known, command)
             if (entry := self._log.obeyed(command.id)) is not None:
-                return _same(_Order(entry.command, answer=Answer(entry.meta_step, f"{command} took effect before already")), command)
+                return _same(
+                    _Order(entry.command, answer=Answer(entry.meta_step, f"{command} took effect before already")),
+                    command,
+                )
         self._check(command)
         with self._changed:
             if (known := self._orders.get(command.id)) is not None:  # sent twice at once
@@ -139,11 +152,24 @@ class Steering:
         with self._changed:
             waiting = [str(o.command) for o in self._waiting]
         return Standing(
-            self._run_id, self._run_dir, self._phase, meta_step, self._learner.outer.meta_steps, self._steered.outer.meta_batch_size,
-            self._checkpoint, dict(self._asked), self._there, self._board.tasks_per_second,
-            {k: v for k, v in (newest.values if newest else {}).items() if k != "tasks_per_second"}, self._board.validation,
-            [e.as_dict() for e in self._log.entries[-20:]], waiting, os.getpid(), platform.node(), self._started,
-        )  # fmt: skip
+            self._run_id,
+            self._run_dir,
+            self._phase,
+            meta_step,
+            self._learner.outer.meta_steps,
+            self._steered.outer.meta_batch_size,
+            self._checkpoint,
+            dict(self._asked),
+            self._there,
+            self._board.tasks_per_second,
+            {k: v for k, v in (newest.values if newest else {}).items() if k != "tasks_per_second"},
+            self._board.validation,
+            [e.as_dict() for e in self._log.entries[-20:]],
+            waiting,
+            os.getpid(),
+            platform.node(),
+            self._started,
+        )
 
     def watch(self) -> AbstractContextManager[Feed]:
         return self._board.watch()
@@ -159,7 +185,9 @@ class Steering:
                 obeyed += self._obey(order, save)
             if self._replay():  # said to an earlier attempt of the run
                 obeyed += 1
-                self._board.note(f"meta-step {meta_step}: meta_batch_size {self._steered.outer.meta_batch_size} from here on, as the command log says")
+                self._board.note(
+                    f"meta-step {meta_step}: meta_batch_size {self._steered.outer.meta_batch_size} from here on, as the command log says"
+                )
             self._count()
             interrupted = self._stop() or self._stopping
             if interrupted or not self._paused:
@@ -253,7 +281,9 @@ class Steering:
             assert self._executor is not None
             self._executor.resize(command.role, value)
             self._asked[command.role] = value
-            return f"{command.role}s {before} → {value}" + ("; the new ones join when they are ready" if value > before else "")
+            return f"{command.role}s {before} → {value}" + (
+                "; the new ones join when they are ready" if value > before else ""
+            )
         self._stopping = True
         return "stops with a checkpoint, by command"
 
@@ -282,4 +312,3 @@ class Steering:
         if self._log.path is not None:
             with suppress(OSError):
                 self._recorder.artifact(self._log.path)
-

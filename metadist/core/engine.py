@@ -11,6 +11,7 @@ DIFFERENTIATIONS = ("unrolled", "mixed")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
+Differentiation = Literal["unrolled", "mixed"]
 Hessian = Literal["forward", "reverse"]
 
 
@@ -29,7 +30,7 @@ class Engine:
     """
 
     compile: bool = False
-    differentiation: Literal["unrolled", "mixed"] = "unrolled"
+    differentiation: Differentiation = "unrolled"
     hessian: Hessian = "forward"
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     deterministic: bool = True

@@ -92,7 +92,9 @@ class InnerLoop(Algorithm):
         if self.inner_momentum and self.inner_optimizer == "adam":
             raise ConfigError("algorithm.inner_momentum goes with inner_optimizer: sgd; Adam's is inner_betas")
         if self.inner_batch_size is not None and self.inner_batch_size < 1:
-            raise ConfigError(f"algorithm.inner_batch_size: {self.inner_batch_size} is below 1; use null for the whole set")
+            raise ConfigError(
+                f"algorithm.inner_batch_size: {self.inner_batch_size} is below 1; use null for the whole set"
+            )
 
     def descent(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Descent:
         raise NotImplementedError
@@ -134,7 +136,11 @@ class InnerLoop(Algorithm):
         return Moments(first, phi.zeros() if self.inner_optimizer == "adam" else none)
 
     def support_loss(
-        self, model: BoundModel, support: Examples, context: TaskContext, whole: Callable[[Parameters], Parameters] = lambda phi: phi
+        self,
+        model: BoundModel,
+        support: Examples,
+        context: TaskContext,
+        whole: Callable[[Parameters], Parameters] = lambda phi: phi,
     ) -> InnerLoss:
         """The task's loss on the support set, or on its minibatches; ``whole`` completes φ to all that the model needs."""
 
@@ -150,7 +156,9 @@ class InnerLoop(Algorithm):
         if size is None or size >= rows:
             return support
         if support.mask is not None:
-            raise ConfigError("algorithm.inner_batch_size: tasks of unequal size can't be cut into minibatches; set it to null")
+            raise ConfigError(
+                "algorithm.inner_batch_size: tasks of unequal size can't be cut into minibatches; set it to null"
+            )
         epoch, first = step * size // rows, step * size % rows
         epochs = (epoch, epoch + 1) if isinstance(step, Tensor) or first + size > rows else (epoch,)
         order = torch.cat([key.stream("minibatch", e).bits(rows).argsort(dim=-1, stable=True) for e in epochs])

@@ -59,7 +59,9 @@ class _Replaced(TorchFunctionMode):
             return func(args[0].contiguous(), *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def _dropout(self, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    def _dropout(
+        self, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
         if not training or p == 0.0:
             return input
         if p == 1.0:
@@ -93,7 +95,9 @@ class Model:
     Running statistics are refused: under ``vmap`` tasks can't share them, and they would leak between tasks.
     """
 
-    def __init__(self, factory: Callable[[], nn.Module], *, dtype: torch.dtype = torch.float32, freeze: tuple[str, ...] = ()):
+    def __init__(
+        self, factory: Callable[[], nn.Module], *, dtype: torch.dtype = torch.float32, freeze: tuple[str, ...] = ()
+    ):
         self.factory, self.dtype, self.freeze = factory, dtype, freeze
         self._call = _Call(self._build(0))
         self.device = torch.device("cpu")
@@ -127,7 +131,9 @@ class Model:
             raise ConfigError(f"model: expected a torch.nn.Module, got {type(module).__name__}")
         for name, parameter in module.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise ConfigError(f"model: parameter '{name}' is uninitialised (a lazy module); give its input size explicitly")
+                raise ConfigError(
+                    f"model: parameter '{name}' is uninitialised (a lazy module); give its input size explicitly"
+                )
         return module.to(self.dtype)
 
     def _refuse_running_statistics(self) -> None:
@@ -165,9 +171,13 @@ class Model:
         """Names of the parameters of the last module that has any of its own: the classifier of ordinary networks."""
         owners = [n for n, m in self.module.named_modules() if any(True for _ in m.parameters(recurse=False))]
         prefix = f"{owners[-1]}." if owners[-1] else ""
-        return tuple(n for n, _ in self.module.named_parameters() if n.startswith(prefix) and "." not in n[len(prefix) :])
+        return tuple(
+            n for n, _ in self.module.named_parameters() if n.startswith(prefix) and "." not in n[len(prefix) :]
+        )
 
-    def bind(self, fixed: Mapping[str, Tensor], key: TaskKey | None, training: bool, engine: Engine = Engine()) -> BoundModel:  # noqa: B008
+    def bind(
+        self, fixed: Mapping[str, Tensor], key: TaskKey | None, training: bool, engine: Engine = Engine()
+    ) -> BoundModel:
         return BoundModel(self, dict(fixed), key, training, engine)
 
 
@@ -185,7 +195,9 @@ class BoundModel:
     training: bool
     engine: Engine = Engine()
 
-    def __call__(self, parameters: Mapping[str, Tensor], *args: Any, method: str | None = None, step: Any = QUERY) -> Any:
+    def __call__(
+        self, parameters: Mapping[str, Tensor], *args: Any, method: str | None = None, step: Any = QUERY
+    ) -> Any:
         call = self.model._call
         if call.training != self.training:
             call.train(self.training)
@@ -217,5 +229,7 @@ class HeldModel(BoundModel):
 
     call: nn.Module = field(kw_only=True)
 
-    def __call__(self, parameters: Mapping[str, Tensor], *args: Any, method: str | None = None, step: Any = QUERY) -> Any:
+    def __call__(
+        self, parameters: Mapping[str, Tensor], *args: Any, method: str | None = None, step: Any = QUERY
+    ) -> Any:
         return self.call(method, *args)

@@ -50,7 +50,9 @@ class OuterLoop:
             if getattr(self, name) < 1:
                 raise ConfigError(f"outer.{name}: {getattr(self, name)} is below 1")
         if not (0 <= self.lr < math.inf and 0 <= self.final_lr < math.inf):
-            raise ConfigError(f"outer.lr, outer.final_lr: {self.lr}, {self.final_lr}; expected finite rates of 0 or more")
+            raise ConfigError(
+                f"outer.lr, outer.final_lr: {self.lr}, {self.final_lr}; expected finite rates of 0 or more"
+            )
         if self.momentum and self.optimizer != "sgd":
             raise ConfigError(f"outer.momentum goes with optimizer: sgd; {self.optimizer}'s is betas")
         if self.clip_norm is not None and self.clip_norm <= 0:
@@ -85,12 +87,16 @@ class OuterLoop:
         """
         count = meta_step if count is None else count
         if not total.weight:
-            raise NonFiniteError(f"every task of meta-step {meta_step} gave NaN or Inf; lower algorithm.inner_lr or outer.lr")
+            raise NonFiniteError(
+                f"every task of meta-step {meta_step} gave NaN or Inf; lower algorithm.inner_lr or outer.lr"
+            )
         means = {n: v / total.weight for n, v in total.slots.items()}
         gradients = [n for n in slots if slots[n].rule == "gradient"]
         norm = math.sqrt(float(torch.stack([squared_norm(means[n]) for n in gradients]).sum()))
         if not math.isfinite(norm):
-            raise NonFiniteError(f"the norm of the mean gradient at meta-step {meta_step} is {norm}; lower outer.lr or algorithm.inner_lr")
+            raise NonFiniteError(
+                f"the norm of the mean gradient at meta-step {meta_step} is {norm}; lower outer.lr or algorithm.inner_lr"
+            )
         scale = min(1.0, self.clip_norm / norm) if self.clip_norm is not None and norm > 0 else 1.0
         values, outer = dict(state.slots), dict(state.outer)
         for name in gradients:
@@ -100,7 +106,16 @@ class OuterLoop:
         report = {"gradient_norm": norm, "lr": self.rate(self.lr, meta_step)}
         return State(values, outer), report
 
-    def _apply(self, name: str, slot: Slot, theta: Tensor, gradient: Tensor, outer: dict[str, Tensor], meta_step: int, before: int) -> Tensor:
+    def _apply(
+        self,
+        name: str,
+        slot: Slot,
+        theta: Tensor,
+        gradient: Tensor,
+        outer: dict[str, Tensor],
+        meta_step: int,
+        before: int,
+    ) -> Tensor:
         rate = self.rate(self.lr if slot.lr is None else slot.lr, meta_step)
         decay = self.weight_decay if slot.weight_decay is None else slot.weight_decay
         if decay and self.optimizer == "adamw":

@@ -104,7 +104,9 @@ class Layout:
         dtypes = {t.dtype for t in tensors.values()}
         if len(dtypes) > 1:
             raise ValueError(f"one layout holds one dtype, got {sorted(map(str, dtypes))}")
-        return cls(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()), dtypes.pop() if dtypes else torch.float32)
+        return cls(
+            tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()), dtypes.pop() if dtypes else torch.float32
+        )
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

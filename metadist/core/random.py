@@ -84,7 +84,9 @@ def _words_at_once(wanted: Wanted, tasks: Tensor, meta_step: Any, high_word: Any
 
 
 @lru_cache(maxsize=64)
-def _constants(wanted: Wanted, device: torch.device) -> tuple[Tensor, list[int], tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+def _constants(
+    wanted: Wanted, device: torch.device
+) -> tuple[Tensor, list[int], tuple[Tensor, ...], Tensor, Tensor, Tensor]:
     """Block numbers [B] and each stream's first word among all; the ten rounds' keys [2, 1, B or 1], the multipliers
     [2, 1, 1], and two numbers that are quicker as tensors."""
     counts = [(count + 3) // 4 for _, count in wanted]

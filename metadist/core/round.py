@@ -59,7 +59,8 @@ class Shard:
         end = self.start + self.count
         starts = range(self.start, end, self.leaf)
         return tuple(
-            replace(self, index=self.index + i, start=start, count=min(self.leaf, end - start), leaf=0) for i, start in enumerate(starts)
+            replace(self, index=self.index + i, start=start, count=min(self.leaf, end - start), leaf=0)
+            for i, start in enumerate(starts)
         )
 
     @property

@@ -80,7 +80,9 @@ class Contribution:
 
     def _plus(self, other: Contribution, add: Callable[[Tensor, Tensor], Tensor]) -> Contribution:
         if self.slots.keys() != other.slots.keys() or self.metrics.keys() != other.metrics.keys():
-            raise ValueError(f"contributions differ: {sorted(self.slots)} {sorted(self.metrics)} and {sorted(other.slots)}")
+            raise ValueError(
+                f"contributions differ: {sorted(self.slots)} {sorted(self.metrics)} and {sorted(other.slots)}"
+            )
         return Contribution(
             {n: add(v, other.slots[n]) for n, v in self.slots.items()},
             self.weight + other.weight,

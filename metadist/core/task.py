@@ -91,7 +91,9 @@ def _stack_examples(parts: Sequence[Examples]) -> Examples:
 
     masks = [(p.mask if p.mask is not None else p.x.new_ones(p.x.shape[0])).bool() for p in parts]
     return Examples(
-        torch.stack([pad(p.x) for p in parts]), torch.stack([pad(p.y) for p in parts]), torch.stack([pad(m) for m in masks])
+        torch.stack([pad(p.x) for p in parts]),
+        torch.stack([pad(p.y) for p in parts]),
+        torch.stack([pad(m) for m in masks]),
     )
 
 

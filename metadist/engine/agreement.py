@@ -21,7 +21,9 @@ def compiled_disagrees(learner: Learner, seed: int) -> str | None:
     keys = TaskKey.of(seed, "train", 0, range(learner.outer.shard_size))
     exact = _in_float64(learner, learner.algorithm)
     exact.set_engine(replace(learner.engine, compile=False, precision="float32"))
-    eager = Learner(learner.algorithm, learner.model, learner.tasks, learner.outer, engine=replace(learner.engine, compile=False))
+    eager = Learner(
+        learner.algorithm, learner.model, learner.tasks, learner.outer, engine=replace(learner.engine, compile=False)
+    )
     eager.prepared_like(learner)
     try:
         found, usual, true = (_contribution(one, seed, keys) for one in (learner, eager, exact))

@@ -28,14 +28,18 @@ def _count(x: Tensor, dims: Sequence[int]) -> int:
     return math.prod(x.shape[d] for d in dims)
 
 
-def block_sum(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+def block_sum(
+    x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
     """``aten.sum``: one dimension after the other, a long one as rows of about its square root."""
     chosen = _dims(x, dims)
     if not x.is_floating_point() or dtype not in (None, x.dtype) or _count(x, chosen) <= SHORT:
         return NotImplemented
     kept = [d for d in range(x.dim()) if d not in chosen]
     rest = [x.shape[d] for d in kept]
-    if kept and kept[-1] == x.dim() - 3 and x.stride(kept[-1]) == 1:  # images that lie channels last: rows are summed, of channels
+    if (
+        kept and kept[-1] == x.dim() - 3 and x.stride(kept[-1]) == 1
+    ):  # images that lie channels last: rows are summed, of channels
         rows = x.permute(*kept[:-1], *chosen, kept[-1]).flatten(len(rest) - 1, -2)
         x = _along(rows, len(rest) - 1).reshape([1 if d in chosen else s for d, s in enumerate(x.shape)])
     else:
@@ -50,21 +54,29 @@ def _along(x: Tensor, d: int) -> Tensor:
         return aten.sum.dim_IntList(x, [d], True)
     rows = math.isqrt(count)
     whole = count // rows * rows
-    total = aten.sum.dim_IntList(aten.sum.dim_IntList(x.narrow(d, 0, whole).unflatten(d, (rows, whole // rows)), [d + 1]), [d], True)
+    total = aten.sum.dim_IntList(
+        aten.sum.dim_IntList(x.narrow(d, 0, whole).unflatten(d, (rows, whole // rows)), [d + 1]), [d], True
+    )
     return total if whole == count else total + aten.sum.dim_IntList(x.narrow(d, whole, count - whole), [d], True)
 
 
-def _block_mean(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+def _block_mean(
+    x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
     total = block_sum(x, dims, keepdim, dtype=dtype)
     return total if total is NotImplemented else total / _count(x, _dims(x, dims))
 
 
-def _block_var_mean(x: Tensor, dims: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
+def _block_var_mean(
+    x: Tensor, dims: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> Any:
     chosen = _dims(x, dims)
     count, mean = _count(x, chosen), _block_mean(x, chosen, True)
     if mean is NotImplemented:
         return NotImplemented
-    variance = block_sum((x - mean).square(), chosen, keepdim) / max(0.0, count - (1 if correction is None else correction))
+    variance = block_sum((x - mean).square(), chosen, keepdim) / max(
+        0.0, count - (1 if correction is None else correction)
+    )
     return variance, mean if keepdim else mean.reshape(variance.shape)
 
 

@@ -95,7 +95,9 @@ class _Rewriting:
             return False
         source = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else node
         target = getattr(source, "target", None)
-        return target in _IMAGES and (target is aten.convolution.default or any(a in self.held for a in source.all_input_nodes))
+        return target in _IMAGES and (
+            target is aten.convolution.default or any(a in self.held for a in source.all_input_nodes)
+        )
 
     def _view(self, node: Any, rank: int) -> None:
         """One that leaves the images themselves as they are."""

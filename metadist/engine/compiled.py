@@ -34,7 +34,9 @@ class Compiled:
     ``around(name)`` surrounds each compilation: a node's lock, a message.
     """
 
-    def __init__(self, device: torch.device, around: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()) -> None:
+    def __init__(
+        self, device: torch.device, around: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+    ) -> None:
         self.device, self.around = device, around
         self.seconds = 0.0
         self._functions: dict[tuple[Any, ...], tuple[Callable[..., Any], Any]] = {}
@@ -56,7 +58,9 @@ class Compiled:
 
         return run
 
-    def _compile(self, name: str, function: Callable[..., Any], spec: Any, tensors: list[Tensor]) -> tuple[Callable[..., Any], Any]:
+    def _compile(
+        self, name: str, function: Callable[..., Any], spec: Any, tensors: list[Tensor]
+    ) -> tuple[Callable[..., Any], Any]:
         if sum(key[0] == name for key in self._functions) >= MAX_SIGNATURES:
             raise ConfigError(
                 f"engine.compile: this run has more than {MAX_SIGNATURES} different shapes of shards (tasks of unequal size?), each "
@@ -103,9 +107,14 @@ def _write_apart(graph: torch.fx.GraphModule) -> None:
         if name not in _INDEXED_WRITES or all(node.args[0].meta["val"].stride()):
             continue
         with graph.graph.inserting_before(node):
-            own = graph.graph.call_function(torch.ops.aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format})
+            own = graph.graph.call_function(
+                torch.ops.aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format}
+            )
         node.args = (own, *node.args[1:])
     graph.recompile()
 
 
-_INDEXED_WRITES = {f"aten::{name}" for name in ("index_put", "_unsafe_index_put", "_index_put_impl", "index_add", "index_copy", "index_fill")}
+_INDEXED_WRITES = {
+    f"aten::{name}"
+    for name in ("index_put", "_unsafe_index_put", "_index_put_impl", "index_add", "index_copy", "index_fill")
+}

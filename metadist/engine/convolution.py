@@ -82,7 +82,9 @@ def conv2d(
     geometry = _Geometry(_pair(stride), _pair(padding), _pair(dilation), tuple(input.shape), tuple(weight.shape))
     # Autocast reaches the products, but not inside of a contraction.
     library = input.device.type == "cpu" and geometry.operations >= SMALL and not torch.is_autocast_enabled("cpu")
-    result = _Contraction.apply(input, weight, "input", "kernel", geometry) if library else _patches(input, weight, geometry)
+    result = (
+        _Contraction.apply(input, weight, "input", "kernel", geometry) if library else _patches(input, weight, geometry)
+    )
     return result if bias is None else result + bias.view(-1, 1, 1)
 
 
@@ -93,7 +95,11 @@ def _patches(input: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
     # Channels last: a patch is then a few runs of memory, and so is its gradient.
     padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, wide, wide, tall, tall))
     shifted = [
-        padded[:, i * apart : i * apart + down * (high - 1) + 1 : down, j * across : j * across + right * (broad - 1) + 1 : right]
+        padded[
+            :,
+            i * apart : i * apart + down * (high - 1) + 1 : down,
+            j * across : j * across + right * (broad - 1) + 1 : right,
+        ]
         for i in range(height)
         for j in range(width)
     ]
@@ -108,17 +114,26 @@ class _Contraction(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, left: str, right: str, geometry: _Geometry) -> Tensor:
-        given = {left: a.contiguous(memory_format=torch.channels_last), right: b.contiguous(memory_format=torch.channels_last)}
+        given = {
+            left: a.contiguous(memory_format=torch.channels_last),
+            right: b.contiguous(memory_format=torch.channels_last),
+        }
         third, stride, padding, dilation = _third(left, right), geometry.stride, geometry.padding, geometry.dilation
         # Of what is left out only the shape is read.
-        given[third] = torch.empty(geometry.shape(third), dtype=a.dtype, device=a.device, memory_format=torch.channels_last)
+        given[third] = torch.empty(
+            geometry.shape(third), dtype=a.dtype, device=a.device, memory_format=torch.channels_last
+        )
         x, w, y = given["input"], given["kernel"], given["output"]
         if third == "output":
             # As a transposed convolution's derivative, whose operands Inductor hands on in their own layout: it would turn a
             # convolution's into channels first, and the library turns them back.
-            return aten.convolution_backward(x, y, w, None, stride, padding, dilation, True, geometry.left_over, 1, (True, False, False))[0]
+            return aten.convolution_backward(
+                x, y, w, None, stride, padding, dilation, True, geometry.left_over, 1, (True, False, False)
+            )[0]
         wanted = (third == "input", third == "kernel", False)
-        return aten.convolution_backward(y, x, w, None, stride, padding, dilation, False, (0, 0), 1, wanted)[wanted.index(True)]
+        return aten.convolution_backward(y, x, w, None, stride, padding, dilation, False, (0, 0), 1, wanted)[
+            wanted.index(True)
+        ]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -147,7 +162,8 @@ class _Contraction(torch.autograd.Function):
             return t if dim is None else t.select(dim, task)
 
         each = [
-            _Contraction.apply(of(a, in_dims[0], i), of(b, in_dims[1], i), left, right, geometry) for i in range(info.batch_size)
+            _Contraction.apply(of(a, in_dims[0], i), of(b, in_dims[1], i), left, right, geometry)
+            for i in range(info.batch_size)
         ]
         return torch.stack([t.permute(0, 2, 3, 1) for t in each]).permute(0, 1, 4, 2, 3), 0
 

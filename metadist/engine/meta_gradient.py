@@ -101,7 +101,9 @@ class MetaGradient:
             values, metrics = self._mixed(run, theta, tasks, keys, meta_step)
             return run("sum", reduce, values, metrics, keep)
 
-        def whole(vectors: dict[str, Tensor], tasks: Task, indices: Tensor, key_step: Any, meta_step: Any, keep: Tensor) -> Any:
+        def whole(
+            vectors: dict[str, Tensor], tasks: Task, indices: Tensor, key_step: Any, meta_step: Any, keep: Tensor
+        ) -> Any:
             single = self._single(self._named(vectors), replace(keys, meta_step=key_step), meta_step)
             return reduce(*vmap(single)(tasks, indices), keep)
 
@@ -173,7 +175,9 @@ class MetaGradient:
         def over_tasks(single: Callable[..., Any], batched: int) -> Callable[..., Any]:
             """``single(context, theta, task, *batched, *shared)`` over the tasks of a shard."""
 
-            def whole(vectors: dict[str, Tensor], tasks: Task, indices: Tensor, key_step: Any, meta_step: Any, *rest: Any) -> Any:
+            def whole(
+                vectors: dict[str, Tensor], tasks: Task, indices: Tensor, key_step: Any, meta_step: Any, *rest: Any
+            ) -> Any:
                 here, theta = replace(keys, meta_step=key_step), self._named(vectors)
                 each, shared = rest[:batched], rest[batched:]
 
@@ -184,8 +188,20 @@ class MetaGradient:
 
             return whole
 
-        def piece(name: str, single: Callable[..., Any], each: tuple[Any, ...] = (), shared: tuple[Any, ...] = ()) -> Any:
-            return run(name, over_tasks(single, len(each)), vectors, tasks, keys.tasks, keys.meta_step, meta_step, *each, *shared)
+        def piece(
+            name: str, single: Callable[..., Any], each: tuple[Any, ...] = (), shared: tuple[Any, ...] = ()
+        ) -> Any:
+            return run(
+                name,
+                over_tasks(single, len(each)),
+                vectors,
+                tasks,
+                keys.tasks,
+                keys.meta_step,
+                meta_step,
+                *each,
+                *shared,
+            )
 
         states = [piece("start", self._start)]
         for step in range(steps):
@@ -204,7 +220,11 @@ class MetaGradient:
         phi, moments = self.descent(context, theta, task).start
         if self.engine.compile and moments.first:
             # As a number it would be a constant of every step's graph, each to be compiled.
-            moments = replace(moments, count=torch.full((), float(moments.count), dtype=self.model.dtype, device=self.model.device), counted=True)
+            moments = replace(
+                moments,
+                count=torch.full((), float(moments.count), dtype=self.model.dtype, device=self.model.device),
+                counted=True,
+            )
         return phi, moments
 
     def descent(self, context: TaskContext, theta: Theta, task: Task) -> Any:
@@ -215,7 +235,9 @@ class MetaGradient:
         algorithm: Any = self.algorithm
         return algorithm.step(self.descent(context, theta, task), state, step)
 
-    def _outer(self, context: TaskContext, theta: Theta, task: Task, states: list[InnerState]) -> tuple[Values, list[InnerState], Values, Metrics]:
+    def _outer(
+        self, context: TaskContext, theta: Theta, task: Task, states: list[InnerState]
+    ) -> tuple[Values, list[InnerState], Values, Metrics]:
         """∂ of the objective with respect to θ directly, and to the states; and nothing yet of what the steps pull on."""
 
         def objective(learned: Values, states: list[InnerState]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -226,7 +248,9 @@ class MetaGradient:
             loss, prediction = self.algorithm.objective(model, given, trajectory, task, context)
             return loss, (loss.detach(), prediction.detach())
 
-        (direct, cotangents), (loss, prediction) = grad(objective, argnums=(0, 1), has_aux=True)(self._learned(theta), states)
+        (direct, cotangents), (loss, prediction) = grad(objective, argnums=(0, 1), has_aux=True)(
+            self._learned(theta), states
+        )
         nothing = pytree.tree_map(torch.zeros_like, self._held(theta))
         return direct, cotangents, nothing, self._metrics(context, loss, prediction, task)
 
@@ -235,7 +259,15 @@ class MetaGradient:
         return {slot: Parameters({n: t for n, t in theta[slot].items() if (slot, n) in self.held}) for slot in slots}
 
     def _back(
-        self, context: TaskContext, theta: Theta, task: Task, state: InnerState, back: InnerState, before: Values, extra: Any, step: Any
+        self,
+        context: TaskContext,
+        theta: Theta,
+        task: Task,
+        state: InnerState,
+        back: InnerState,
+        before: Values,
+        extra: Any,
+        step: Any,
     ) -> tuple[InnerState, Values]:
         """(λ of the state before the step, what its pull on θ adds up to) from λ of the state behind it."""
         algorithm: Any = self.algorithm
@@ -281,7 +313,9 @@ class MetaGradient:
         _, (curved, crossed) = jvp(gradients, (phi, held), (tangent, still))
         return (through_phi + curved, through_moments), _add(through_rate, crossed)
 
-    def _end(self, context: TaskContext, theta: Theta, task: Task, gradient: Values, back: InnerState, held: Values) -> Values:
+    def _end(
+        self, context: TaskContext, theta: Theta, task: Task, gradient: Values, back: InnerState, held: Values
+    ) -> Values:
         """The direct gradient, the pull of the steps, and that of φ_0's dependence on θ."""
         _, pull = vjp(lambda learned: self._start(context, {**theta, **learned}, task), self._learned(theta))
         (first,) = pull(back)
@@ -304,7 +338,9 @@ def _add(a: Any, b: Any) -> Any:
 def held_by_steps(gradient: MetaGradient, theta: Theta, task: Task, key: TaskKey) -> Names:
     """What the first inner step depends on besides its state: found by ordinary autograd, which tells None from zero."""
     algorithm: Any = gradient.algorithm
-    leaves = {(slot, n): t.detach().clone().requires_grad_() for slot in gradient.learned for n, t in theta[slot].items()}
+    leaves = {
+        (slot, n): t.detach().clone().requires_grad_() for slot in gradient.learned for n, t in theta[slot].items()
+    }
     with torch.enable_grad():
         given = {**theta, **{slot: Parameters({n: leaves[slot, n] for n in theta[slot]}) for slot in gradient.learned}}
         context = gradient.context(key, key.tasks, 0)

@@ -46,7 +46,9 @@ class Arms(MetaEnvironment):
         """The reward [B] of pulling arms with these means [B]."""
         return (noise.squeeze(-1) < mean).to(torch.float32)
 
-    def restart(self, tasks: Tasks, state: Any, observation: Tensor, ended: Tensor, noise: Tensor) -> tuple[Any, Tensor]:
+    def restart(
+        self, tasks: Tasks, state: Any, observation: Tensor, ended: Tensor, noise: Tensor
+    ) -> tuple[Any, Tensor]:
         return state, observation  # a pull leaves nothing behind
 
 

@@ -57,7 +57,9 @@ class Gridworld(MetaEnvironment):
         if not self.held_out_goals:
             return torch.tensor(cells)
         order = TaskKey.of(0, "train", 0, [0]).stream("held-out goals").choose(len(cells), len(cells)).flatten()
-        validation, test, train = torch.tensor(cells)[order].split([held := self.held_out_goals, held, len(cells) - 2 * held])
+        validation, test, train = torch.tensor(cells)[order].split(
+            [held := self.held_out_goals, held, len(cells) - 2 * held]
+        )
         return {"train": train, "validation": validation, "test": test}[split]
 
     def sample(self, keys: TaskKey) -> Tasks:

@@ -48,7 +48,9 @@ class Gymnasium(SimulatedEnvironment):
         self.check_settings()
         module, colon, name = self.make.partition(":")
         if not (module and colon and name):
-            raise ConfigError(f"environment.make: '{self.make}'; expected package.module:function, which returns a Gymnasium environment")
+            raise ConfigError(
+                f"environment.make: '{self.make}'; expected package.module:function, which returns a Gymnasium environment"
+            )
 
     @property
     def title(self) -> str:
@@ -74,11 +76,15 @@ class Gymnasium(SimulatedEnvironment):
                 f"environment.make: '{self.make}': {error}; modules are looked for in the working directory and on PYTHONPATH"
             ) from error
         if not callable(maker := getattr(imported, name, None)):
-            raise ConfigError(f"environment.make: module '{module}' has no function '{name}'{nearest(name, vars(imported))}")
+            raise ConfigError(
+                f"environment.make: module '{module}' has no function '{name}'{nearest(name, vars(imported))}"
+            )
         try:
             made = maker(**self.arguments)
         except Exception as error:
-            raise ConfigError(f"environment.make: {self.make}({_listed(self.arguments)}) raised {type(error).__name__}: {error}") from error
+            raise ConfigError(
+                f"environment.make: {self.make}({_listed(self.arguments)}) raised {type(error).__name__}: {error}"
+            ) from error
         for method in ("reset", "step", "sample_tasks", "set_task"):
             if not callable(_attribute(made, method)):
                 raise ConfigError(f"environment.make: {self.make} made a {type(made).__name__} without {method}()")
@@ -92,7 +98,10 @@ class Gymnasium(SimulatedEnvironment):
         drawn = self._drawn(keys)
         for task in drawn:
             self._check(task, template)
-        return {n: torch.from_numpy(np.stack([np.asarray(task[n]) for task in drawn])).to(keys.tasks.device) for n in template}
+        return {
+            n: torch.from_numpy(np.stack([np.asarray(task[n]) for task in drawn])).to(keys.tasks.device)
+            for n in template
+        }
 
     def _drawn(self, keys: TaskKey) -> list[Task]:
         """One task for each key, from a generator of its own."""
@@ -123,7 +132,9 @@ class Gymnasium(SimulatedEnvironment):
                     f"environment {self.title}: a task's field {name!r} is {str(value)[:80]!r}; expected a number or an array of numbers"
                 )
         if not parts:
-            raise ConfigError(f"environment {self.title}: a task has no fields; expected a number, an array, or a dict of both")
+            raise ConfigError(
+                f"environment {self.title}: a task has no fields; expected a number, an array, or a dict of both"
+            )
         return {name: np.asarray(value) for name, value in parts.items()}
 
     def _check(self, task: Task, template: Task) -> None:

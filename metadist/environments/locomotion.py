@@ -45,7 +45,11 @@ class Locomotion(SimulatedEnvironment):
         return found
 
     def protocol(self, split: str) -> dict[str, Any]:
-        return {**super().protocol(split), "control_cost": self.control_cost, "joint_speed_scale": self.joint_speed_scale}
+        return {
+            **super().protocol(split),
+            "control_cost": self.control_cost,
+            "joint_speed_scale": self.joint_speed_scale,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

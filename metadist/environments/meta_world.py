@@ -75,7 +75,10 @@ class MetaWorld(SimulatedEnvironment):
         families, parameters = self.tasks_of(keys.split)
         chosen = keys.stream("task").integers(len(families), 1).squeeze(-1)
         index = chosen.cpu().numpy()
-        return {n: torch.from_numpy(t[index]).to(chosen.device) for n, t in (("family", families), ("parameters", parameters))}
+        return {
+            n: torch.from_numpy(t[index]).to(chosen.device)
+            for n, t in (("family", families), ("parameters", parameters))
+        }
 
     @property
     def task_fields(self) -> tuple[str, ...]:
@@ -86,7 +89,9 @@ class MetaWorld(SimulatedEnvironment):
         self.check_installed()
         known = families()
         if self.family not in known:
-            raise ConfigError(f"environment.family: '{self.family}' is none of Meta-World's{nearest(self.family, known)}")
+            raise ConfigError(
+                f"environment.family: '{self.family}' is none of Meta-World's{nearest(self.family, known)}"
+            )
         return known.index(self.family)
 
     def kind(self, task: Task) -> int:
@@ -105,7 +110,11 @@ class MetaWorld(SimulatedEnvironment):
         simulator.set_task(Their(families()[task["family"]], pickle.dumps(data)))
 
     def protocol(self, split: str) -> dict[str, Any]:
-        about: dict[str, Any] = {"benchmark": self.benchmark, "task_seed": self.task_seed, "tasks_listed": len(self.tasks_of(split)[0])}
+        about: dict[str, Any] = {
+            "benchmark": self.benchmark,
+            "task_seed": self.task_seed,
+            "tasks_listed": len(self.tasks_of(split)[0]),
+        }
         return {**super().protocol(split), **about, **({"family": self.family} if self.benchmark == "ML1" else {})}
 
 
@@ -121,7 +130,10 @@ def listed(benchmark: str, family: str, task_seed: int, split: str) -> Listed:
     """The tasks of ``split``, from a file in the cache where they have been listed before: ML45 takes half a minute."""
     name = f"metaworld-{version('metaworld')}-{benchmark}-{family if benchmark == 'ML1' else 'all'}-{task_seed}-{split}.npz"
     folder = Path(os.environ.get("METADIST_CACHE") or "~/.cache/metadist").expanduser()
-    with suppress(OSError, EOFError, ValueError, KeyError, BadZipFile), np.load(folder / name, allow_pickle=False) as file:
+    with (
+        suppress(OSError, EOFError, ValueError, KeyError, BadZipFile),
+        np.load(folder / name, allow_pickle=False) as file,
+    ):
         return file["families"], file["parameters"]
     made = _made(benchmark, family, task_seed, split)
     with suppress(OSError), NamedTemporaryFile(prefix=name, suffix=".npz", dir=_existing(folder), delete=False) as file:

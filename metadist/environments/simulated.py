@@ -100,7 +100,9 @@ class SimulatedEnvironment(MetaEnvironment):
     def spaces(self) -> Spaces:
         simulator = self._one(self.first_kind)
         self._idle[self.first_kind].append(simulator)
-        return Spaces(self.title, getattr(simulator, "observation_space", None), getattr(simulator, "action_space", None))
+        return Spaces(
+            self.title, getattr(simulator, "observation_space", None), getattr(simulator, "action_space", None)
+        )
 
     @property
     def observation_size(self) -> int:
@@ -150,11 +152,15 @@ class SimulatedEnvironment(MetaEnvironment):
         values = self._values(tasks)
         count = len(values)
         measured = np.full((count, len(self.measures)), np.nan, np.float32)
-        state = Running(values, [None] * count, measured, [0] * count, [0] * count, [0] * count, [True] * count, [False] * count)
+        state = Running(
+            values, [None] * count, measured, [0] * count, [0] * count, [0] * count, [True] * count, [False] * count
+        )
         weakref.finalize(state, _give_back, self._idle, state.kinds, state.simulators).atexit = False
         return state, self._begin(state, range(count), noise, np.zeros((count, self.observation_size), np.float32))
 
-    def restart(self, tasks: Tasks, state: Running, observation: Tensor, ended: Tensor, noise: Tensor) -> tuple[Running, Tensor]:
+    def restart(
+        self, tasks: Tasks, state: Running, observation: Tensor, ended: Tensor, noise: Tensor
+    ) -> tuple[Running, Tensor]:
         shown = observation.cpu().numpy().copy()
         return state, self._begin(state, ended.nonzero().flatten().tolist(), noise, shown)
 
@@ -193,13 +199,18 @@ class SimulatedEnvironment(MetaEnvironment):
                 except Exception as error:
                     self._broken(state, row, error)
                     terminated[row] = True
-        measured = {name: torch.from_numpy(state.measured[:, i].copy()).to(action.device) for i, name in enumerate(self.measures)}
+        measured = {
+            name: torch.from_numpy(state.measured[:, i].copy()).to(action.device)
+            for i, name in enumerate(self.measures)
+        }
         observation, rewards, ends = (torch.from_numpy(t).to(action.device) for t in (shown, reward, terminated))
         return Step(state, observation, rewards, ends, measured)
 
     def _advance(self, state: Running, row: int, action: Any, shown: Any) -> tuple[float, bool]:
         """A step of one trial: its reward, and whether the episode has come to its own end; the observation is put into ``shown``."""
-        found = _parts(state.simulators[row].step(action), "step()", ("observation", "reward", "terminated", "truncated", "info"))
+        found = _parts(
+            state.simulators[row].step(action), "step()", ("observation", "reward", "terminated", "truncated", "info")
+        )
         observation, reward, terminated, truncated, info = found
         state.clock[row] += 1
         shown[:] = self.observed(observation)
@@ -229,7 +240,11 @@ class SimulatedEnvironment(MetaEnvironment):
             raise error
         state.simulators[row], state.over[row], state.broken[row] = None, True, True
         what = str(error) if isinstance(error, Misbehaved) else f"raised {type(error).__name__}: {error}"
-        where = f"episode {state.episode[row]}, after {state.clock[row]} steps" if state.episode[row] else "before its first step"
+        where = (
+            f"episode {state.episode[row]}, after {state.clock[row]} steps"
+            if state.episode[row]
+            else "before its first step"
+        )
         message = f"environment {self.title}, task {as_text(state.tasks[row])}, {where}: {what}"
         if self.on_error == "abort":
             raise WorkerError(f"{message} (environment.on_error: abort)") from error
@@ -242,13 +257,17 @@ class SimulatedEnvironment(MetaEnvironment):
         known = self.task_fields
         for name in tasks:
             if name not in known:
-                raise ConfigError(f"unknown task field '{name}'{nearest(name, known)}; a task of {self.title} has: {', '.join(known)}")
+                raise ConfigError(
+                    f"unknown task field '{name}'{nearest(name, known)}; a task of {self.title} has: {', '.join(known)}"
+                )
         for name in known:
             if name not in tasks:
                 raise ConfigError(f"task field '{name}' is missing; a task of {self.title} has: {', '.join(known)}")
         columns = {name: value.cpu().numpy() for name, value in tasks.items()}
         count = len(next(iter(columns.values())))
-        return [{n: c[row].item() if c.ndim == 1 else c[row].copy() for n, c in columns.items()} for row in range(count)]
+        return [
+            {n: c[row].item() if c.ndim == 1 else c[row].copy() for n, c in columns.items()} for row in range(count)
+        ]
 
 
 def _give_back(idle: defaultdict[int, list[Any]], kinds: list[int], simulators: list[Any]) -> None:
@@ -267,4 +286,8 @@ def _parts(found: Any, call: str, expected: tuple[str, ...]) -> Any:
 
 
 def as_text(task: Task) -> str:
-    return "{" + ", ".join(f"{n}: {np.array2string(np.asarray(v), precision=6, threshold=12)}" for n, v in task.items()) + "}"
+    return (
+        "{"
+        + ", ".join(f"{n}: {np.array2string(np.asarray(v), precision=6, threshold=12)}" for n, v in task.items())
+        + "}"
+    )

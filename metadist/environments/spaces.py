@@ -38,7 +38,9 @@ class Spaces:
         elif not isinstance(self.action, spaces.Discrete):
             raise ConfigError(f"environment {self.name}: action space {self.action}; expected a Box or Discrete")
         if not isinstance(self.observation, spaces.Space) or not self.observation.is_np_flattenable:
-            raise ConfigError(f"environment {self.name}: observation space {self.observation} can't be made a vector; expected a Box, say")
+            raise ConfigError(
+                f"environment {self.name}: observation space {self.observation} can't be made a vector; expected a Box, say"
+            )
 
     @cached_property
     def observation_size(self) -> int:
@@ -79,7 +81,9 @@ class Spaces:
         if array.dtype.kind not in "fiub":
             raise Misbehaved(f"the observation is of type {array.dtype}; expected numbers")
         if array.shape != self._box:
-            raise Misbehaved(f"the observation has shape {list(array.shape)}; expected {list(self._box)}, as observation_space says")
+            raise Misbehaved(
+                f"the observation has shape {list(array.shape)}; expected {list(self._box)}, as observation_space says"
+            )
         return array.reshape(-1)
 
     def _flattened(self, value: Any) -> Any:

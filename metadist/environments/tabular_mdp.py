@@ -47,7 +47,10 @@ class TabularMDP(MetaEnvironment):
         # Dirichlet(1): exponentials, normalised. Running sums are taken one by one, so a row's bits don't depend on its neighbours.
         exponential = -torch.log1p(-keys.stream("transition").uniform(*shape, self.states).double())
         sums = exponential.cumsum(-1)
-        return {"reward": keys.stream("reward").normal(*shape) + 1.0, "below": (sums / sums[..., -1:]).to(torch.float32)}
+        return {
+            "reward": keys.stream("reward").normal(*shape) + 1.0,
+            "below": (sums / sums[..., -1:]).to(torch.float32),
+        }
 
     def transition(self, tasks: Tasks) -> Tensor:
         """P [B, S, A, S], float64."""

@@ -40,9 +40,19 @@ class Experiment:
     @classmethod
     def of(cls, config: Config) -> Experiment:
         return cls(
-            config.name, config.seed, config.learner(), config.evaluate, config.workers, config.engine, config.checkpoint,
-            config.tracking, config.control, config.outside, config.init_from, resolved(config),
-        )  # fmt: skip
+            config.name,
+            config.seed,
+            config.learner(),
+            config.evaluate,
+            config.workers,
+            config.engine,
+            config.checkpoint,
+            config.tracking,
+            config.control,
+            config.outside,
+            config.init_from,
+            resolved(config),
+        )
 
 
 class Quiet:

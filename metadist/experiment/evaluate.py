@@ -23,9 +23,15 @@ from metadist.workers.plan import as_it_is
 
 
 def evaluate_run(
-    run_dir: str, *, tasks: int | None = None, split: str = "test", inner_steps: int | None = None, workers: str | None = None,
-    normalization: str | None = None, beside: Sequence[str] = (),
-) -> Result:  # fmt: skip
+    run_dir: str,
+    *,
+    tasks: int | None = None,
+    split: str = "test",
+    inner_steps: int | None = None,
+    workers: str | None = None,
+    normalization: str | None = None,
+    beside: Sequence[str] = (),
+) -> Result:
     """Judge a run's best parameters again, on as many tasks and steps as wanted, ``beside`` known methods on the same trials."""
     loaded = load_run(run_dir)
     experiment = loaded.experiment
@@ -38,21 +44,34 @@ def evaluate_run(
     learner = experiment.learner
     if normalization is not None:
         if not isinstance(learner, Learner):
-            raise ConfigError(f"--normalization: {type(learner.tasks).__name__} is a meta-environment; it goes with supervised tasks")
+            raise ConfigError(
+                f"--normalization: {type(learner.tasks).__name__} is a meta-environment; it goes with supervised tasks"
+            )
         learner.normalization = normalization
     if beside and not isinstance(learner, TrialLearner):
-        raise ConfigError(f"--beside: {type(learner.tasks).__name__} is no meta-environment; there are no known methods to compare with")
+        raise ConfigError(
+            f"--beside: {type(learner.tasks).__name__} is no meta-environment; there are no known methods to compare with"
+        )
     learner.prepare(torch.device("cpu"))
     steps = settings.inner_steps if inner_steps is None else inner_steps
     began = time.perf_counter()
     with fleet(experiment, loaded.run_id, as_it_is) as fleet_:
         judged = evaluate(
-            fleet_, learner, loaded.state, run=loaded.run_id, meta_step=loaded.outcome.best_step, seed=experiment.seed, split=split,
-            tasks=tasks or settings.test_tasks, inner_steps=steps,
-        )  # fmt: skip
+            fleet_,
+            learner,
+            loaded.state,
+            run=loaded.run_id,
+            meta_step=loaded.outcome.best_step,
+            seed=experiment.seed,
+            split=split,
+            tasks=tasks or settings.test_tasks,
+            inner_steps=steps,
+        )
     if beside:
         assert isinstance(judged, TrialEvaluation)
         assert isinstance(learner, TrialLearner)
         judged = dataclasses.replace(judged, beside=paired(judged, learner.tasks, beside, seed=experiment.seed))
     learner.prepare(torch.device("cpu"))
-    return dataclasses.replace(loaded, experiment=experiment, evaluations=[judged], wall_seconds=time.perf_counter() - began)
+    return dataclasses.replace(
+        loaded, experiment=experiment, evaluations=[judged], wall_seconds=time.perf_counter() - began
+    )

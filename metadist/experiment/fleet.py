@@ -33,14 +33,23 @@ def local_plan(experiment: Experiment) -> Plan:
     """The plan that a new run would get from workers on this machine."""
     device = resolve_device(experiment.engine.device, 1.0 if torch.cuda.is_available() else 0.0)
     experiment.learner.prepare(torch.device("cpu"))
-    return planner_for(experiment)(Device.of(device, numerics_fingerprint(device, 1, experiment.learner.model.dtype)["device"]))
+    return planner_for(experiment)(
+        Device.of(device, numerics_fingerprint(device, 1, experiment.learner.model.dtype)["device"])
+    )
 
 
 @contextmanager
 def fleet(
-    experiment: Experiment, run_id: str, planner: Planner | None = None, *, expected: dict[str, Any] | None = None, watch: Any = None,
-    folder: RunFolder | None = None, note: Callable[[str], None] = lambda message: None, mark: Callable[[str], None] = lambda text: None,
-) -> Iterator[Scheduler]:  # fmt: skip
+    experiment: Experiment,
+    run_id: str,
+    planner: Planner | None = None,
+    *,
+    expected: dict[str, Any] | None = None,
+    watch: Any = None,
+    folder: RunFolder | None = None,
+    note: Callable[[str], None] = lambda message: None,
+    mark: Callable[[str], None] = lambda text: None,
+) -> Iterator[Scheduler]:
     """Workers and their scheduler, closed at the end. Zero workers compute in this process, without Ray. ``mark`` hears of every
     worker that computes other bits than the run, where it may.
 
@@ -61,7 +70,9 @@ def fleet(
         executor: Executor
         scheduler: Scheduler | None = None
         if any(g.outside and g.max for g in groups):
-            executor = _with_outside(experiment, run_id, expected, planner, note, mark, lambda: _farewell(scheduler), stack)
+            executor = _with_outside(
+                experiment, run_id, expected, planner, note, mark, lambda: _farewell(scheduler), stack
+            )
         elif sum(g.max for g in groups) == 0:
             executor = _local(experiment, groups, expected, ROLES, planner, note, mark)
             stack.callback(executor.close)
@@ -69,16 +80,27 @@ def fleet(
             executor = _ray_executor(experiment, run_id, Numerics(groups, expected, engine.exact, mark), planner, note)
             stack.callback(executor.close)
         scheduler = Scheduler(
-            executor, experiment.learner, timeout=engine.shard_timeout, patience=engine.worker_patience, watch=watch, on_failure=failure
+            executor,
+            experiment.learner,
+            timeout=engine.shard_timeout,
+            patience=engine.worker_patience,
+            watch=watch,
+            on_failure=failure,
         )
         yield scheduler
         scheduler.ended = scheduler.ended or "the run is over"
 
 
 def _with_outside(
-    experiment: Experiment, run_id: str, expected: dict[str, Any] | None, planner: Planner, note: Callable[[str], None],
-    mark: Callable[[str], None], farewell: Callable[[], Dismissal], stack: ExitStack,
-) -> Executor:  # fmt: skip
+    experiment: Experiment,
+    run_id: str,
+    expected: dict[str, Any] | None,
+    planner: Planner,
+    note: Callable[[str], None],
+    mark: Callable[[str], None],
+    farewell: Callable[[], Dismissal],
+    stack: ExitStack,
+) -> Executor:
     """Workers from outside, beside those of the config's other groups: Ray's, or this process where they have a ``max`` of 0.
     Without other groups the driver computes nothing itself."""
     from metadist.experiment.remote import desk
@@ -89,7 +111,11 @@ def _with_outside(
     outside = [g for g in experiment.workers if g.outside and g.max]
     here = bool(mine) and sum(g.max for g in mine) == 0
     # This process leaves alone what others are there for: it may lack their simulators.
-    roles = [r for r in ROLES if r == "learner" or all(g.role != r for g in outside)] if here else [g.role for g in mine if g.max]
+    roles = (
+        [r for r in ROLES if r == "learner" or all(g.role != r for g in outside)]
+        if here
+        else [g.role for g in mine if g.max]
+    )
     # A process that computes has the fingerprint of a learner, whatever its ``max``.
     numerics = Numerics([*([WorkerGroup()] if here else mine), *outside], expected, engine.exact, mark)
     needed = {g.role: max(g.min, 0 if g.role in roles else 1) for g in outside}
@@ -101,7 +127,9 @@ def _with_outside(
     if here:
         obeyed = planner if theirs.plan is None else (lambda device, plan=theirs.plan: plan)
         executor = _local(experiment, mine, expected, roles, obeyed, note, mark)
-        refusal = numerics.refusal("local", "this machine", "learner", next(iter(executor.workers().values()))["fingerprint"])
+        refusal = numerics.refusal(
+            "local", "this machine", "learner", next(iter(executor.workers().values()))["fingerprint"]
+        )
         assert refusal is None, "it was compared with what the run expects already"
     elif roles:
         executor = _ray_executor(experiment, run_id, numerics, planner, note, mine, theirs.plan)
@@ -124,33 +152,64 @@ def _farewell(scheduler: Scheduler | None) -> Dismissal:
 
 
 def _local(
-    experiment: Experiment, groups: Sequence[WorkerGroup], expected: dict[str, Any] | None, roles: Sequence[str], planner: Planner,
-    note: Callable[[str], None], mark: Callable[[str], None],
-) -> LocalExecutor:  # fmt: skip
+    experiment: Experiment,
+    groups: Sequence[WorkerGroup],
+    expected: dict[str, Any] | None,
+    roles: Sequence[str],
+    planner: Planner,
+    note: Callable[[str], None],
+    mark: Callable[[str], None],
+) -> LocalExecutor:
     executor = LocalExecutor(
-        experiment.learner, device=experiment.engine.device, threads=groups[0].threads, planner=planner, seed=experiment.seed, note=note
+        experiment.learner,
+        device=experiment.engine.device,
+        threads=groups[0].threads,
+        planner=planner,
+        seed=experiment.seed,
+        note=note,
     )
     _compare_numerics(experiment.engine, expected, executor, roles, mark)
     return executor
 
 
 def _ray_executor(
-    experiment: Experiment, run_id: str, numerics: Numerics, planner: Planner, note: Callable[[str], None],
-    groups: Sequence[WorkerGroup] | None = None, plan: Plan | None = None,
-) -> Executor:  # fmt: skip
+    experiment: Experiment,
+    run_id: str,
+    numerics: Numerics,
+    planner: Planner,
+    note: Callable[[str], None],
+    groups: Sequence[WorkerGroup] | None = None,
+    plan: Plan | None = None,
+) -> Executor:
     try:
         from metadist.workers.ray.executor import RayExecutor
     except ModuleNotFoundError as error:
-        raise ConfigError(f"workers: {error.name} is not installed; pip install 'ray[default]', or use --workers 0") from error
+        raise ConfigError(
+            f"workers: {error.name} is not installed; pip install 'ray[default]', or use --workers 0"
+        ) from error
     engine = experiment.engine
     return RayExecutor(
-        experiment.learner, experiment.workers if groups is None else groups, run=run_id, device=engine.device, exact=engine.exact,
-        patience=engine.worker_patience, wire=engine.wire, planner=planner, seed=experiment.seed, note=note, numerics=numerics, plan=plan,
-    )  # fmt: skip
+        experiment.learner,
+        experiment.workers if groups is None else groups,
+        run=run_id,
+        device=engine.device,
+        exact=engine.exact,
+        patience=engine.worker_patience,
+        wire=engine.wire,
+        planner=planner,
+        seed=experiment.seed,
+        note=note,
+        numerics=numerics,
+        plan=plan,
+    )
 
 
 def _compare_numerics(
-    engine: EngineSettings, expected: dict[str, Any] | None, executor: Executor, roles: Sequence[str], mark: Callable[[str], None]
+    engine: EngineSettings,
+    expected: dict[str, Any] | None,
+    executor: Executor,
+    roles: Sequence[str],
+    mark: Callable[[str], None],
 ) -> None:
     mine = next(iter(executor.workers().values()))["fingerprint"]
     if expected is None:

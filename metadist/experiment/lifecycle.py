@@ -57,7 +57,13 @@ def claimed(folder: RunFolder) -> Iterator[None]:
 
 
 def steering_of(
-    experiment: Experiment, folder: RunFolder, run_id: str, earlier: Loaded | None, board: Board, tracker: Recorder, stop: Callable[[], bool]
+    experiment: Experiment,
+    folder: RunFolder,
+    run_id: str,
+    earlier: Loaded | None,
+    board: Board,
+    tracker: Recorder,
+    stop: Callable[[], bool],
 ) -> Steering:
     """What steers the run, with the commands that earlier attempts were given. CheckpointError where they contradict ``earlier``."""
     commands = CommandLog(folder.url, copy=folder.scratch / "commands.jsonl")
@@ -67,7 +73,9 @@ def steering_of(
     for group in experiment.workers:
         if not group.outside:  # those come and go by themselves
             asked[group.role] = asked.get(group.role, 0) + group.max
-    steering = Steering(commands, board, experiment.learner, tracker, run_id=run_id, run_dir=folder.url, asked=asked, stop=stop)
+    steering = Steering(
+        commands, board, experiment.learner, tracker, run_id=run_id, run_dir=folder.url, asked=asked, stop=stop
+    )
     if earlier is not None:
         steering.saved(earlier.meta_step)
     return steering
@@ -97,12 +105,22 @@ def checked(settings: ControlSettings) -> None:
 
 
 @contextmanager
-def served(steering: Steering, board: Board, settings: ControlSettings, folder: RunFolder, run_id: str) -> Iterator[None]:
+def served(
+    steering: Steering, board: Board, settings: ControlSettings, folder: RunFolder, run_id: str
+) -> Iterator[None]:
     """Serve the control plane while the run trains, and leave word of it in ``control.json``. Where that can't be, the run goes on."""
     record: dict[str, Any] = {
-        "run_id": run_id, "pid": os.getpid(), "host": platform.node(), "started": time.time(), "address": None, "token_file": None,
-        "tls": settings.tls_cert is not None, "tls_ca": settings.tls_ca, "off": None, "ended": None,
-    }  # fmt: skip
+        "run_id": run_id,
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "started": time.time(),
+        "address": None,
+        "token_file": None,
+        "tls": settings.tls_cert is not None,
+        "tls_ca": settings.tls_ca,
+        "off": None,
+        "ended": None,
+    }
     with ExitStack() as stack:
         try:
             record.update(_serve(stack, steering, settings, folder))
@@ -118,7 +136,13 @@ def served(steering: Steering, board: Board, settings: ControlSettings, folder: 
             yield
         finally:
             standing = steering.standing()
-            _write(folder, {**record, "ended": {"time": time.time(), "meta_step": standing.meta_step, "meta_steps": standing.meta_steps}})
+            _write(
+                folder,
+                {
+                    **record,
+                    "ended": {"time": time.time(), "meta_step": standing.meta_step, "meta_steps": standing.meta_steps},
+                },
+            )
 
 
 def _serve(stack: ExitStack, steering: Steering, settings: ControlSettings, folder: RunFolder) -> dict[str, Any]:
@@ -129,9 +153,14 @@ def _serve(stack: ExitStack, steering: Steering, settings: ControlSettings, fold
 
     token_file = settings.token_file or str(_new_token(folder.scratch / TOKEN))
     endpoint = Endpoint(
-        settings.host, settings.port, settings.tls_cert, settings.tls_key, token_file, message_bytes=plane.MESSAGE_BYTES,
+        settings.host,
+        settings.port,
+        settings.tls_cert,
+        settings.tls_key,
+        token_file,
+        message_bytes=plane.MESSAGE_BYTES,
         concurrent=plane.CONCURRENT,
-    )  # fmt: skip
+    )
     running = stack.enter_context(serve(endpoint, plane.services(steering), grace=2.0))
     return {"address": running.address, "token_file": os.path.abspath(token_file)}
 

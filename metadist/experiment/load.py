@@ -41,7 +41,9 @@ def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
     folder = RunFolder(run_dir)
     text, about = folder.read("config.yaml"), folder.read_json("run.json")
     if text is None or about is None:
-        raise ConfigError(f"run directory '{run_dir}' has no config.yaml and run.json; is it the folder that train printed?")
+        raise ConfigError(
+            f"run directory '{run_dir}' has no config.yaml and run.json; is it the folder that train printed?"
+        )
     if experiment is None:
         experiment = Experiment.of(build(parse_yaml(text, f"{run_dir}/config.yaml")))
     learner = experiment.learner

@@ -26,7 +26,9 @@ from metadist.training.evaluation import Evaluation, TrialEvaluation
 BATCH = 2000
 
 
-def oracles(name: str, overrides: Sequence[str], chosen: Sequence[str], *, trials: int, split: str, seed: int) -> dict[str, Any]:
+def oracles(
+    name: str, overrides: Sequence[str], chosen: Sequence[str], *, trials: int, split: str, seed: int
+) -> dict[str, Any]:
     """What ``chosen`` methods (or ``all``) get in the environment called ``name``, or in that of a config of this name."""
     from metadist.environments import ENVIRONMENTS
 
@@ -47,7 +49,9 @@ def oracles(name: str, overrides: Sequence[str], chosen: Sequence[str], *, trial
     return {**about, "protocol": environment.protocol(split), "rows": [dataclasses.asdict(row) for row in rows]}
 
 
-def paired(judged: TrialEvaluation, environment: MetaEnvironment, chosen: Sequence[str], *, seed: int) -> list[dict[str, Any]]:
+def paired(
+    judged: TrialEvaluation, environment: MetaEnvironment, chosen: Sequence[str], *, seed: int
+) -> list[dict[str, Any]]:
     """The policy and ``chosen`` methods (or ``all``): mean return a trial with its standard error, percent of (oracle − random),
     and by how much the policy is ahead, trial by trial. The oracle is the first method that the environment allows."""
     allowed = possible(environment)
@@ -74,7 +78,11 @@ class Regret:
         self._best: dict[str, Tensor | None] = {}
 
     def __call__(self, judged: Evaluation) -> dict[str, float]:
-        if not isinstance(self._learner, TrialLearner) or not isinstance(judged, TrialEvaluation) or judged.by_gradient_steps:
+        if (
+            not isinstance(self._learner, TrialLearner)
+            or not isinstance(judged, TrialEvaluation)
+            or judged.by_gradient_steps
+        ):
             return {}
         ours = judged.trials[judged.policy][: self._trials]
         if judged.split not in self._best:
@@ -85,7 +93,11 @@ class Regret:
         lost, prefix = (best - ours).nanmean(0), f"eval/{judged.split}/regret"
         shown = [n for n in EPISODES_SHOWN if n < len(lost)] + [len(lost)]
         by_episode = {f"{prefix}/episode_{n}": float(lost[n - 1]) for n in shown}
-        return {prefix: float(lost.sum()), f"{prefix}/per_step": float(lost.mean()) / self._learner.tasks.horizon, **by_episode}
+        return {
+            prefix: float(lost.sum()),
+            f"{prefix}/per_step": float(lost.mean()) / self._learner.tasks.horizon,
+            **by_episode,
+        }
 
     def _oracle(self, environment: MetaEnvironment, split: str, trials: int) -> Tensor | None:
         try:
@@ -104,6 +116,10 @@ def _totals(environment: MetaEnvironment, method: str, judged: TrialEvaluation, 
 def _row(name: str, returns: Tensor, ours: Tensor, best: float, worst: float) -> dict[str, Any]:
     ahead, root, mean = ours - returns, math.sqrt(len(returns)), float(returns.mean())
     return {
-        "name": name, "mean": mean, "error": float(returns.std()) / root, "percent": score(mean, best, worst),
-        "difference": float(ahead.mean()), "difference_error": float(ahead.std()) / root,
-    }  # fmt: skip
+        "name": name,
+        "mean": mean,
+        "error": float(returns.std()) / root,
+        "percent": score(mean, best, worst),
+        "difference": float(ahead.mean()),
+        "difference_error": float(ahead.std()) / root,
+    }

@@ -28,7 +28,8 @@ def log_models(tracker: Any, folder: RunFolder, result: Result, register: str) -
     learner = result.experiment.learner
     if not isinstance(learner, Learner):
         log.warning(
-            "tracking.register: a policy of %s adapts by acting, not to a support set; it is not registered", type(learner.tasks).__name__
+            "tracking.register: a policy of %s adapts by acting, not to a support set; it is not registered",
+            type(learner.tasks).__name__,
         )
         return
     outcome = result.outcome
@@ -57,8 +58,10 @@ def _example(result: Result) -> dict[str, Any]:
     assert isinstance(learner, Learner)
     task = learner.sample(TaskKey.of(result.experiment.seed, "validation", 0, [0]))
     return {
-        "support_x": task.support.x[0].numpy(), "support_y": task.support.y[0].numpy(), "query_x": task.query.x[0].numpy()
-    }  # fmt: skip
+        "support_x": task.support.x[0].numpy(),
+        "support_y": task.support.y[0].numpy(),
+        "query_x": task.query.x[0].numpy(),
+    }
 
 
 def _about(result: Result, meta_step: int) -> dict[str, Any]:
@@ -67,17 +70,29 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
     assert isinstance(learner, Learner)
     judged = [v for v in result.outcome.progress.validation if v["meta_step"] == meta_step]
     if not judged:
-        raise ConfigError(f"run {result.run_id} has no validation at meta-step {meta_step}; the rule that names a champion needs one")
+        raise ConfigError(
+            f"run {result.run_id} has no validation at meta-step {meta_step}; the rule that names a champion needs one"
+        )
     classification = learner.tasks.kind == "classification"
     tasks = {n: experiment.document.get(n) for n in ("tasks", "seed")}
-    protocol = {**tasks, "validation_tasks": settings.tasks, "inner_steps": settings.inner_steps, "metric": learner.tasks.metric_name}
+    protocol = {
+        **tasks,
+        "validation_tasks": settings.tasks,
+        "inner_steps": settings.inner_steps,
+        "metric": learner.tasks.metric_name,
+    }
     return {
-        "run_id": result.run_id, "meta_step": meta_step, "algorithm": type(learner.algorithm).__name__,
-        "metric": learner.tasks.metric_name, "score": judged[-1]["mean"], "higher_is_better": learner.tasks.higher_is_better,
+        "run_id": result.run_id,
+        "meta_step": meta_step,
+        "algorithm": type(learner.algorithm).__name__,
+        "metric": learner.tasks.metric_name,
+        "score": judged[-1]["mean"],
+        "higher_is_better": learner.tasks.higher_is_better,
         "protocol": hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:16],
         "outputs": learner.tasks.ways("test") if classification else learner.tasks.outputs,
-        "dtype": str(learner.model.dtype).removeprefix("torch."), "inner_steps": -1 if settings.inner_steps is None else settings.inner_steps,
-    }  # fmt: skip
+        "dtype": str(learner.model.dtype).removeprefix("torch."),
+        "inner_steps": -1 if settings.inner_steps is None else settings.inner_steps,
+    }
 
 
 def register_run(run_dir: str, name: str) -> str:
@@ -86,9 +101,13 @@ def register_run(run_dir: str, name: str) -> str:
 
     result, folder = load_run(run_dir), RunFolder(run_dir)
     if not isinstance(result.experiment.learner, Learner):
-        raise ConfigError(f"register: {run_dir} is a run in a meta-environment; its policy adapts by acting, not to a support set")
+        raise ConfigError(
+            f"register: {run_dir} is a run in a meta-environment; its policy adapts by acting, not to a support set"
+        )
     result.experiment.learner.prepare(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as place:
         _write(Path(place), result)
         about = {**_about(result, result.outcome.best_step), "register": name}
-        return register_now(folder.scratch / "tracking", result.experiment.tracking.uri, tracking_root(folder), Path(place), about)
+        return register_now(
+            folder.scratch / "tracking", result.experiment.tracking.uri, tracking_root(folder), Path(place), about
+        )

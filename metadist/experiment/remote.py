@@ -46,27 +46,49 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def desk(
-    experiment: Experiment, run_id: str, numerics: Numerics, note: Callable[[str], None], farewell: Callable[[], Dismissal]
+    experiment: Experiment,
+    run_id: str,
+    numerics: Numerics,
+    note: Callable[[str], None],
+    farewell: Callable[[], Dismissal],
 ) -> Iterator[OutsideExecutor]:
     """An executor whose workers can connect; they are told ``farewell`` at the end."""
     try:
         from metadist.rpc.endpoint import Endpoint, serve
         from metadist.workers.remote.server import Leases, add_to_server
     except ModuleNotFoundError as error:
-        raise ConfigError(f"outside: {error.name} is not installed; pip install 'grpcio grpcio-health-checking grpcio-reflection'") from error
+        raise ConfigError(
+            f"outside: {error.name} is not installed; pip install 'grpcio grpcio-health-checking grpcio-reflection'"
+        ) from error
     if not experiment.document:
-        raise ConfigError("outside: workers from outside build their learner from a config; this experiment was made in Python and has none")
+        raise ConfigError(
+            "outside: workers from outside build their learner from a config; this experiment was made in Python and has none"
+        )
     settings = experiment.outside
     groups = [g for g in experiment.workers if g.outside and g.max]
     endpoint = Endpoint(
-        settings.host, settings.port, settings.tls_cert, settings.tls_key, settings.token_file, concurrent=sum(g.max for g in groups) + OTHER_CALLS,
-        stream_seconds=LONGEST_SECONDS, connection_seconds=LONGEST_SECONDS,
-    )  # fmt: skip
+        settings.host,
+        settings.port,
+        settings.tls_cert,
+        settings.tls_key,
+        settings.token_file,
+        concurrent=sum(g.max for g in groups) + OTHER_CALLS,
+        stream_seconds=LONGEST_SECONDS,
+        connection_seconds=LONGEST_SECONDS,
+    )
     document = {k: v for k, v in experiment.document.items() if k not in DRIVERS_OWN}
     executor = OutsideExecutor(
-        experiment.learner, groups, run=run_id, config=yaml.safe_dump(document, sort_keys=False, allow_unicode=True), versions=versions(),
-        numerics=numerics, device=experiment.engine.device, seed=experiment.seed, lease_seconds=settings.lease, note=note,
-    )  # fmt: skip
+        experiment.learner,
+        groups,
+        run=run_id,
+        config=yaml.safe_dump(document, sort_keys=False, allow_unicode=True),
+        versions=versions(),
+        numerics=numerics,
+        device=experiment.engine.device,
+        seed=experiment.seed,
+        lease_seconds=settings.lease,
+        note=note,
+    )
     with serve(endpoint, {add_to_server: Leases(executor)}, grace=GRACE_SECONDS) as served:
         host = platform.node() if settings.host in ("0.0.0.0", "::") else settings.host
         executor.how = f"metadist worker --connect {host}:{served.port}"
@@ -91,9 +113,18 @@ def build(config: str) -> Learner | TrialLearner:
 
 
 def work(
-    address: str, *, token_file: str | None, tls_ca: str | None, role: str, name: str | None, device: str | None, patience: float, stay: bool,
-    say: Callable[[str], None], stopped: Callable[[], bool],
-) -> str:  # fmt: skip
+    address: str,
+    *,
+    token_file: str | None,
+    tls_ca: str | None,
+    role: str,
+    name: str | None,
+    device: str | None,
+    patience: float,
+    stay: bool,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool],
+) -> str:
     """Work for the driver at ``address`` until its run is over (with ``stay``: for the runs that come after, too); returns why it ended.
 
     A driver that can't be reached, or that went away in the middle of a run, is waited for, ``patience`` seconds at a time.
@@ -116,7 +147,17 @@ def work(
                     break
                 waiting_for = ""
             began = time.monotonic()
-            ended = converse(channel, address, name=name, role=role, process=process, versions=versions(), bench=bench, say=say, stopped=stopped)
+            ended = converse(
+                channel,
+                address,
+                name=name,
+                role=role,
+                process=process,
+                versions=versions(),
+                bench=bench,
+                say=say,
+                stopped=stopped,
+            )
             if ended is None:
                 break
             if ended.then == "refused":

@@ -28,7 +28,9 @@ def draw(result: Result, folder: Path) -> list[Path]:
     if curve:
         drawn.append(folder / "learning_curve.png")
         validation = [(int(v["meta_step"]), v["mean"], v["ci95"]) for v in progress.validation]
-        plots.learning_curve(drawn[-1], [int(p["meta_step"]) for p in curve], [p[metric] for p in curve], validation, metric)
+        plots.learning_curve(
+            drawn[-1], [int(p["meta_step"]) for p in curve], [p[metric] for p in curve], validation, metric
+        )
     if isinstance(learner, TrialLearner):
         return drawn + draw_trials(result, learner, folder)
     for judged in result.evaluations:
@@ -42,7 +44,12 @@ def draw(result: Result, folder: Path) -> list[Path]:
         drawn.append(folder / "episode.png")
         task, trajectory = _adapted(result, 0)
         predicted = result.predict(Adapted(trajectory[-1], task.support), task.query.x).argmax(-1)
-        episode = {"support": task.support.x, "support_labels": task.support.y, "query": task.query.x, "query_labels": task.query.y}
+        episode = {
+            "support": task.support.x,
+            "support_labels": task.support.y,
+            "query": task.query.x,
+            "query_labels": task.query.y,
+        }
         plots.episode_sheet(drawn[-1], {**episode, "predicted": predicted, "title": "A held-out episode"})
     return drawn
 

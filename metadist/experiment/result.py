@@ -67,7 +67,9 @@ class Result:
     def _supervised(self, method: str) -> Learner:
         learner = self.experiment.learner
         if not isinstance(learner, Learner):
-            raise ConfigError(f"{method}: {type(learner.tasks).__name__} is a meta-environment; its policy adapts by acting (evaluate)")
+            raise ConfigError(
+                f"{method}: {type(learner.tasks).__name__} is a meta-environment; its policy adapts by acting (evaluate)"
+            )
         return learner
 
     def export(self, path: str | Path) -> None:

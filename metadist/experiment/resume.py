@@ -13,8 +13,16 @@ from metadist.storage.run_directory import RunFolder
 
 #: what may differ between a run and its resumption: nothing of it enters θ
 FREE_ON_RESUME = (
-    "workers", "outside", "tracking", "control", "checkpoint", "evaluate", "engine.exact", "engine.shard_timeout", "engine.worker_patience",
-)  # fmt: skip
+    "workers",
+    "outside",
+    "tracking",
+    "control",
+    "checkpoint",
+    "evaluate",
+    "engine.exact",
+    "engine.shard_timeout",
+    "engine.worker_patience",
+)
 
 
 def _refuse_other_config(folder: RunFolder, experiment: Experiment, meta_step: int) -> None:

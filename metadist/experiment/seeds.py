@@ -35,9 +35,15 @@ class Group:
 
 
 def train_seeds(
-    document: dict[str, Any], seeds: list[int], *, run_dir: str | None, resume: bool, live: Callable[[Experiment], Any],
-    stop: Callable[[], bool], show: Callable[[Result], None] = lambda _: None,
-) -> Group:  # fmt: skip
+    document: dict[str, Any],
+    seeds: list[int],
+    *,
+    run_dir: str | None,
+    resume: bool,
+    live: Callable[[Experiment], Any],
+    stop: Callable[[], bool],
+    show: Callable[[Result], None] = lambda _: None,
+) -> Group:
     """One run per seed, in ``run_dir/seed-N``, as child runs of one parent that gets mean and SD."""
     from metadist import tracking
 
@@ -48,15 +54,23 @@ def train_seeds(
     folder = RunFolder(run_dir or f"{runs_root()}/{group_id}")
     known = folder.read_json("group.json")
     if folder.read("run.json") is not None:
-        raise ConfigError(f"run_dir '{folder.url}' holds a run already, a single run; choose another --run-dir for {len(seeds)} seeds")
+        raise ConfigError(
+            f"run_dir '{folder.url}' holds a run already, a single run; choose another --run-dir for {len(seeds)} seeds"
+        )
     if known is not None:
         if not resume:
-            raise ConfigError(f"run_dir '{folder.url}' holds runs already; go on with them by --resume, or choose another --run-dir")
+            raise ConfigError(
+                f"run_dir '{folder.url}' holds runs already; go on with them by --resume, or choose another --run-dir"
+            )
         if sorted(known["seeds"]) != sorted(seeds):
-            raise ConfigError(f"--resume: the group has the seeds {known['seeds']}, not {seeds}; their mean stands for just these")
+            raise ConfigError(
+                f"--resume: the group has the seeds {known['seeds']}, not {seeds}; their mean stands for just these"
+            )
         group_id = known["group_id"]
     else:
-        folder.write("group.json", json.dumps({"group_id": group_id, "name": base.name, "created": time.time(), "seeds": seeds}))
+        folder.write(
+            "group.json", json.dumps({"group_id": group_id, "name": base.name, "created": time.time(), "seeds": seeds})
+        )
     results: list[Result] = []
     for seed in seeds:
         experiment = Experiment.of(build({**document, "seed": seed}))
@@ -71,7 +85,10 @@ def train_seeds(
     summary = tracking.mean_sd(final)
     if len(final) == len(seeds):  # what is recorded once stays: no mean of half the seeds
         tracker = tracking.make_tracker(
-            base.tracking.uri, spool=folder.scratch / "tracking", experiment=base.tracking.experiment, runs_root=tracking_root(folder)
+            base.tracking.uri,
+            spool=folder.scratch / "tracking",
+            experiment=base.tracking.experiment,
+            runs_root=tracking_root(folder),
         )
         tracking.log_group(tracker, run_id=group_id, name=group_id, results={base.learner.outer.meta_steps: final})
     return Group(group_id, folder.url, results, summary, interrupted=len(final) < len(seeds))

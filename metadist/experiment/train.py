@@ -67,7 +67,9 @@ def train(
         run_dir = newest_run(experiment.name)
     run_id = run_id or new_run_id(experiment.name)
     folder = RunFolder(run_dir or f"{runs_root()}/{run_id}")
-    checkpoints = Checkpoints(folder.url, keep=experiment.checkpoint.keep, higher_is_better=learner.tasks.higher_is_better)
+    checkpoints = Checkpoints(
+        folder.url, keep=experiment.checkpoint.keep, higher_is_better=learner.tasks.higher_is_better
+    )
     learner.prepare(torch.device("cpu"))
     check(learner, experiment.seed)  # before the folder is claimed: a mistake in the config leaves nothing behind
     with claimed(folder):
@@ -78,16 +80,26 @@ def train(
 
 
 def _train(
-    experiment: Experiment, folder: RunFolder, checkpoints: Checkpoints, run_id: str, display: Display, stop: Callable[[], bool],
-    watch: Callable[[Scheduler, Shard], None] | None, parent: str | None, test: bool, plots: bool,
-) -> Result:  # fmt: skip
+    experiment: Experiment,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    run_id: str,
+    display: Display,
+    stop: Callable[[], bool],
+    watch: Callable[[Scheduler, Shard], None] | None,
+    parent: str | None,
+    test: bool,
+    plots: bool,
+) -> Result:
     """``train`` in a folder that is this process's."""
     began, learner = time.perf_counter(), experiment.learner
     earlier = checkpoints.latest(learner.slots)
     progress = Progress.of(earlier) if earlier else Progress(0, learner.initial(experiment.seed, _initial(experiment)))
     expected = _checked_manifest(experiment, earlier.manifest) if earlier else None
     _refuse_other_config(folder, experiment, progress.meta_step)
-    tracker = _start_tracker(experiment, folder, run_id, parent, earlier.manifest.get("mlflow_run_id") if earlier else None)
+    tracker = _start_tracker(
+        experiment, folder, run_id, parent, earlier.manifest.get("mlflow_run_id") if earlier else None
+    )
     status, result = "FAILED", None
     try:
         run_page.record(folder, None)
@@ -104,7 +116,9 @@ def _train(
         steering = steering_of(experiment, folder, run_id, earlier, board, tracker, stop)
         with (
             served(steering, board, experiment.control, folder, run_id),
-            fleet(experiment, run_id, planner, expected=expected, watch=watch, folder=folder, note=board.note, mark=mark) as workers,
+            fleet(
+                experiment, run_id, planner, expected=expected, watch=watch, folder=folder, note=board.note, mark=mark
+            ) as workers,
         ):
             # The list itself: what joins later stands in the checkpoints from then on.
             run = _run(experiment, run_id, {**_facts(experiment, workers), "inexact": inexact})
@@ -115,14 +129,23 @@ def _train(
             evaluations = []
             if test and outcome.stopped != "interrupted":
                 evaluations = [_test(experiment, run_id, workers, outcome)]
-                watched.metrics(progress.meta_step, {**evaluation_metrics(evaluations[0]), **run.beside(evaluations[0])})
+                watched.metrics(
+                    progress.meta_step, {**evaluation_metrics(evaluations[0]), **run.beside(evaluations[0])}
+                )
             retried, workers.ended = dict(workers.retried), outcome.stopped or ""
         learner.prepare(torch.device("cpu"))  # an executor in this process may have moved it to a GPU
         ended = "KILLED" if outcome.stopped == "interrupted" else "FINISHED"
         result = Result(
-            run_id, folder.url, experiment, outcome, evaluations, progress.state.sha256(), retried, time.perf_counter() - began,
+            run_id,
+            folder.url,
+            experiment,
+            outcome,
+            evaluations,
+            progress.state.sha256(),
+            retried,
+            time.perf_counter() - began,
             inexact=inexact,
-        )  # fmt: skip
+        )
         _record(folder, result, tracker, finished=ended == "FINISHED", plots=plots)
         status = ended
     except KeyboardInterrupt:
@@ -138,9 +161,18 @@ def _train(
 def _run(experiment: Experiment, run_id: str, manifest: dict[str, Any]) -> Run:
     e = experiment
     return Run(
-        run_id, e.seed, e.learner, e.evaluate.every, e.evaluate.tasks, e.evaluate.inner_steps, e.evaluate.patience,
-        e.checkpoint.every, e.tracking.log_every, manifest, Regret(e.learner, e.seed),
-    )  # fmt: skip
+        run_id,
+        e.seed,
+        e.learner,
+        e.evaluate.every,
+        e.evaluate.tasks,
+        e.evaluate.inner_steps,
+        e.evaluate.patience,
+        e.checkpoint.every,
+        e.tracking.log_every,
+        manifest,
+        Regret(e.learner, e.seed),
+    )
 
 
 def _open(folder: RunFolder, experiment: Experiment, run_id: str, resume: bool) -> str:
@@ -148,10 +180,14 @@ def _open(folder: RunFolder, experiment: Experiment, run_id: str, resume: bool) 
     about = folder.read_json("run.json")
     if about is not None:
         if not resume:
-            raise ConfigError(f"run_dir '{folder.url}' holds a run already; go on with it by --resume, or choose another --run-dir")
+            raise ConfigError(
+                f"run_dir '{folder.url}' holds a run already; go on with it by --resume, or choose another --run-dir"
+            )
         return about["run_id"]
     if folder.read("group.json") is not None:
-        raise ConfigError(f"run_dir '{folder.url}' holds a group of seeds; go on with it by --seeds, or choose another --run-dir")
+        raise ConfigError(
+            f"run_dir '{folder.url}' holds a group of seeds; go on with it by --seeds, or choose another --run-dir"
+        )
     if resume:
         log.warning("run_dir %s holds no run yet; a new one starts", folder.url)
     folder.write("config.yaml", yaml.safe_dump(experiment.document, sort_keys=False, allow_unicode=True))
@@ -170,7 +206,9 @@ def _facts(experiment: Experiment, workers: Scheduler) -> dict[str, Any]:
     }
 
 
-def _start_tracker(experiment: Experiment, folder: RunFolder, run_id: str, parent: str | None, mlflow_run_id: str | None) -> Any:
+def _start_tracker(
+    experiment: Experiment, folder: RunFolder, run_id: str, parent: str | None, mlflow_run_id: str | None
+) -> Any:
     from metadist import tracking
 
     settings = experiment.tracking
@@ -189,9 +227,13 @@ def _start_tracker(experiment: Experiment, folder: RunFolder, run_id: str, paren
         **run_page.tags(),
     }
     tracker.start(
-        run_id=run_id, name=folder.url.rsplit("/", 1)[-1], params=flatten(experiment.document),
-        tags={k: v for k, v in tags.items() if v}, parent=parent, mlflow_run_id=mlflow_run_id,
-    )  # fmt: skip
+        run_id=run_id,
+        name=folder.url.rsplit("/", 1)[-1],
+        params=flatten(experiment.document),
+        tags={k: v for k, v in tags.items() if v},
+        parent=parent,
+        mlflow_run_id=mlflow_run_id,
+    )
     if folder.local and (Path(folder.url) / "config.yaml").is_file():
         tracker.artifact(Path(folder.url) / "config.yaml")
     return tracker
@@ -211,9 +253,16 @@ def _git_revision() -> str:
 def _test(experiment: Experiment, run_id: str, workers: Scheduler, outcome: Outcome) -> Evaluation:
     settings = experiment.evaluate
     return evaluate(
-        workers, experiment.learner, outcome.best, run=run_id, meta_step=outcome.best_step, seed=experiment.seed,
-        split="test", tasks=settings.test_tasks, inner_steps=settings.inner_steps,
-    )  # fmt: skip
+        workers,
+        experiment.learner,
+        outcome.best,
+        run=run_id,
+        meta_step=outcome.best_step,
+        seed=experiment.seed,
+        split="test",
+        tasks=settings.test_tasks,
+        inner_steps=settings.inner_steps,
+    )
 
 
 def _record(folder: RunFolder, result: Result, tracker: Any, *, finished: bool, plots: bool) -> None:
@@ -238,5 +287,3 @@ def _record(folder: RunFolder, result: Result, tracker: Any, *, finished: bool, 
 
 
 # Afterwards -----------------------------------------------------------------------------------------------------------
-
-

@@ -35,7 +35,9 @@ def draw_trials(result: Result, learner: TrialLearner, folder: Path) -> list[Pat
         ours = {f"this policy, {judged.policy}": (judged.mean, judged.ci95)}
         drawn.append(folder / f"returns_{judged.split}.png")
         curves = {**ours, **{r.name: (r.by_episode, None) for r in rows}}
-        plots.returns_by_episode(drawn[-1], curves, judged.metric, judged.split, first=0 if judged.by_gradient_steps else 1)
+        plots.returns_by_episode(
+            drawn[-1], curves, judged.metric, judged.split, first=0 if judged.by_gradient_steps else 1
+        )
         if rows:
             drawn.append(folder / f"regret_{judged.split}.png")
             best, same = (

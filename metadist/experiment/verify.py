@@ -23,7 +23,9 @@ def counts(text: str) -> list[str]:
     """``--workers 0,2,learners=1/environments=2`` as a list: what is compared, each as ``--workers`` of ``train`` takes it."""
     found = [part.strip().replace("/", ",") for part in text.split(",")]
     if not all(part.isdecimal() or "=" in part for part in found) or len(set(found)) < len(found):
-        raise ConfigError(f"--workers {text}: expected different numbers of workers, such as 0,1,2 or 0,2,learners=1/environments=2")
+        raise ConfigError(
+            f"--workers {text}: expected different numbers of workers, such as 0,1,2 or 0,2,learners=1/environments=2"
+        )
     return found
 
 
@@ -58,7 +60,9 @@ def _as_the_whole_run(document: Document) -> Document:
     return override(document, [f"engine.compile={compile}"])
 
 
-def verify(document: Document, workers: Sequence[str], *, kill: int, meta_steps: int | None, display: Display) -> dict[str, Any]:
+def verify(
+    document: Document, workers: Sequence[str], *, kill: int, meta_steps: int | None, display: Display
+) -> dict[str, Any]:
     """Train once for every number of workers and compare SHA-256s. ``ok`` is False where they differ or too few shards were lost."""
     rows = []
     if meta_steps:

@@ -168,7 +168,9 @@ class Chart:
 
     _functions: Mapping[str, Callable[..., Any]] = {
         "include": _include,
-        "toYaml": lambda chart, scope, value: yaml.safe_dump(value, default_flow_style=False).rstrip("\n").removesuffix("\n..."),
+        "toYaml": lambda chart, scope, value: (
+            yaml.safe_dump(value, default_flow_style=False).rstrip("\n").removesuffix("\n...")
+        ),
         "nindent": lambda chart, scope, width, text: "\n" + "\n".join(" " * width + line for line in text.split("\n")),
         "quote": lambda chart, scope, value: json.dumps(_shown(value), ensure_ascii=False),
         "printf": lambda chart, scope, form, *values: form % values,
@@ -187,7 +189,11 @@ def merge(defaults: Mapping[str, Any], values: Mapping[str, Any], where: str = "
         if key not in defaults:
             raise ConfigError(f"chart value '{path}' is unknown; expected one of {', '.join(defaults)}")
         inner = defaults[key]
-        merged[key] = merge(inner, value, f"{path}.") if isinstance(inner, dict) and inner and isinstance(value, Mapping) else value
+        merged[key] = (
+            merge(inner, value, f"{path}.")
+            if isinstance(inner, dict) and inner and isinstance(value, Mapping)
+            else value
+        )
     return merged
 
 

@@ -25,7 +25,11 @@ def tags() -> dict[str, str]:
     """For the MLflow run; MLflow shows the note at the head of the run's page, as Markdown."""
     if not (url := job_url()):
         return {}
-    return {"ray.job_id": os.environ.get(JOB_ID, ""), "ray.job_url": url, "mlflow.note.content": f"[Ray job {os.environ.get(JOB_ID, '')}]({url})"}
+    return {
+        "ray.job_id": os.environ.get(JOB_ID, ""),
+        "ray.job_url": url,
+        "mlflow.note.content": f"[Ray job {os.environ.get(JOB_ID, '')}]({url})",
+    }
 
 
 def record(folder: RunFolder, mlflow_url: str | None) -> None:
@@ -34,6 +38,8 @@ def record(folder: RunFolder, mlflow_url: str | None) -> None:
     if not any(links.values()):
         return
     try:
-        folder.write(FILE, json.dumps({**(folder.read_json(FILE) or {}), **{k: v for k, v in links.items() if v}}, indent=1))
+        folder.write(
+            FILE, json.dumps({**(folder.read_json(FILE) or {}), **{k: v for k, v in links.items() if v}}, indent=1)
+        )
     except MetadistError as error:  # not worth a run
         log.warning("%s", error)

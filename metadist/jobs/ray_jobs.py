@@ -50,9 +50,15 @@ class Job:
         started, ended = ((t / 1000 if t else None) for t in (details.start_time, details.end_time))
         environment = (details.runtime_env or {}).get("env_vars") or {}
         return cls(
-            details.submission_id or details.job_id or "", str(details.status), details.message or "", details.metadata or {},
-            started, ended, details.driver_exit_code, environment,
-        )  # fmt: skip
+            details.submission_id or details.job_id or "",
+            str(details.status),
+            details.message or "",
+            details.metadata or {},
+            started,
+            ended,
+            details.driver_exit_code,
+            environment,
+        )
 
 
 class _Client(JobSubmissionClient):
@@ -70,7 +76,9 @@ class RayJobs:
         for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)  # they report every upload, and a missing token twice
         # Ray lets these override the address that it is given.
-        others = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
+        others = {
+            name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ
+        }
         try:
             with self._explained("reach"):
                 self._client = _Client(self.address)
@@ -78,16 +86,24 @@ class RayJobs:
             os.environ.update(others)
 
     def submit(
-        self, submission_id: str, entrypoint: str, *, folder: Path, environment: Mapping[str, str], metadata: Mapping[str, str],
+        self,
+        submission_id: str,
+        entrypoint: str,
+        *,
+        folder: Path,
+        environment: Mapping[str, str],
+        metadata: Mapping[str, str],
         cpus: float = 0.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Begin ``entrypoint`` in a copy of ``folder``: on the head, or where ``cpus`` are to be had."""
         with self._explained("submit to"):
             self._client.submit_job(
-                entrypoint=entrypoint, submission_id=submission_id, metadata=dict(metadata),
+                entrypoint=entrypoint,
+                submission_id=submission_id,
+                metadata=dict(metadata),
                 runtime_env={"working_dir": str(folder), "env_vars": dict(environment)},
                 entrypoint_num_cpus=cpus or None,
-            )  # fmt: skip
+            )
 
     def all(self) -> list[Job]:
         """Submitted ones, the newest first; what drivers began without the Jobs API is none of them."""
@@ -121,7 +137,9 @@ class RayJobs:
             except (OSError, RuntimeError, ray.exceptions.RayError, asyncio.TimeoutError) as error:
                 failures += 1
                 if failures > 5:
-                    raise WorkerError(f"the log of {id} broke off ({_short(error)}); metadist jobs logs -f {id} goes on") from error
+                    raise WorkerError(
+                        f"the log of {id} broke off ({_short(error)}); metadist jobs logs -f {id} goes on"
+                    ) from error
             if self.job(id).over:
                 return
             time.sleep(1.0)
@@ -156,7 +174,9 @@ def _checked(address: str) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"RAY_AUTH_TOKEN_PATH={path} can't be read: {error}") from error
         if empty:
-            raise ConfigError(f"RAY_AUTH_TOKEN_PATH={path} is empty; expected the cluster's token (on its head: ray get-auth-token)")
+            raise ConfigError(
+                f"RAY_AUTH_TOKEN_PATH={path} is empty; expected the cluster's token (on its head: ray get-auth-token)"
+            )
     try:
         ray_environment.reach(f"{url.hostname}:{port}")
     except OSError as error:

@@ -69,7 +69,13 @@ def render(target: str, document: dict[str, Any], wanted: Rendering, folder: Pat
     config = build(document)
     document = resolved(config)
     run_id = wanted.run_id or new_run_id(config.name)
-    for key, value in (("--run-id", run_id), ("--run-dir", wanted.run_dir), ("--data", wanted.data), ("--image", wanted.image), ("--mlflow", wanted.mlflow)):
+    for key, value in (
+        ("--run-id", run_id),
+        ("--run-dir", wanted.run_dir),
+        ("--data", wanted.data),
+        ("--image", wanted.image),
+        ("--mlflow", wanted.mlflow),
+    ):
         if re.search(r"[\s\"'`$\\;&|<>]", value):
             raise ConfigError(f"{key} '{value}': has a character that shells take for another")
     groups = [g for g in config.workers if g.max]
@@ -78,7 +84,10 @@ def render(target: str, document: dict[str, Any], wanted: Rendering, folder: Pat
     groups = [_decided(g, wanted.gpus) for g in groups]
     document["workers"] = [dataclasses.asdict(g) for g in groups]
     if target != "slurm":
-        document["engine"] = {**document["engine"], "worker_patience": max(PATIENCE, document["engine"]["worker_patience"])}
+        document["engine"] = {
+            **document["engine"],
+            "worker_patience": max(PATIENCE, document["engine"]["worker_patience"]),
+        }
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     if target == "kubernetes":
         return _kubernetes(text, groups, wanted, run_id, folder)
@@ -123,14 +132,22 @@ def node_groups(groups: Sequence[WorkerGroup], nodes: Mapping[str, Node], spare:
 # Kubernetes -----------------------------------------------------------------------------------------------------------
 
 
-def _kubernetes(text: str, groups: Sequence[WorkerGroup], wanted: Rendering, run_id: str, folder: Path) -> tuple[dict[str, str], list[str]]:
+def _kubernetes(
+    text: str, groups: Sequence[WorkerGroup], wanted: Rendering, run_id: str, folder: Path
+) -> tuple[dict[str, str], list[str]]:
     needs = any(g.gpus for g in groups if g.role == "learner")
     defaults = {role: Node(None, cpus, gpus if needs else 0) for role, (cpus, gpus) in NODES.items()}
-    repository, _, tag = wanted.image.rpartition(":") if ":" in wanted.image.rpartition("/")[2] else (wanted.image, "", "latest")
+    repository, _, tag = (
+        wanted.image.rpartition(":") if ":" in wanted.image.rpartition("/")[2] else (wanted.image, "", "latest")
+    )
     if not repository:
-        raise ConfigError("--image is missing; expected the image of deploy/Dockerfile in a registry that the cluster reaches, REGISTRY/metadist:TAG")
+        raise ConfigError(
+            "--image is missing; expected the image of deploy/Dockerfile in a registry that the cluster reaches, REGISTRY/metadist:TAG"
+        )
     if "://" not in wanted.run_dir:
-        raise ConfigError(f"--run-dir '{wanted.run_dir}': no pod has a lasting disk; expected a URL, such as s3://bucket/runs/a")
+        raise ConfigError(
+            f"--run-dir '{wanted.run_dir}': no pod has a lasting disk; expected a URL, such as s3://bucket/runs/a"
+        )
     values = {
         "image": {"repository": repository, "tag": tag},
         "auth": {"secretName": wanted.auth_secret},
@@ -140,28 +157,46 @@ def _kubernetes(text: str, groups: Sequence[WorkerGroup], wanted: Rendering, run
         "run": {"id": run_id, "dir": wanted.run_dir.rstrip("/"), "config": text},
         "workers": [_pods(g) for g in node_groups(groups, {**defaults, **wanted.nodes}, SPARE_CPUS)],
     }
-    release = re.sub(r"[^a-z0-9-]+", "-", run_id.lower()).strip("-")[:40].rstrip("-")  # KubeRay appends to it, and 63 is the limit
+    release = (
+        re.sub(r"[^a-z0-9-]+", "-", run_id.lower()).strip("-")[:40].rstrip("-")
+    )  # KubeRay appends to it, and 63 is the limit
     rendered = Chart(shipped("deploy/helm/metadist")).render(values, release=release, namespace=wanted.namespace)
-    manifests = HEADER.format(target="kubernetes", source="deploy/helm/metadist") + "".join(f"---\n{manifest}" for manifest in rendered.values())
+    manifests = HEADER.format(target="kubernetes", source="deploy/helm/metadist") + "".join(
+        f"---\n{manifest}" for manifest in rendered.values()
+    )
     return (
-        {"manifests.yaml": manifests, "values.yaml": HEADER.format(target="kubernetes", source="deploy/helm/metadist/values.yaml") + _yaml(values)},
-        [f"kubectl apply -f {folder}/manifests.yaml", f"kubectl get rayjob {release} --namespace {wanted.namespace} --watch"],
-    )  # fmt: skip
+        {
+            "manifests.yaml": manifests,
+            "values.yaml": HEADER.format(target="kubernetes", source="deploy/helm/metadist/values.yaml")
+            + _yaml(values),
+        },
+        [
+            f"kubectl apply -f {folder}/manifests.yaml",
+            f"kubectl get rayjob {release} --namespace {wanted.namespace} --watch",
+        ],
+    )
 
 
 def _pods(group: NodeGroup) -> dict[str, Any]:
     node = group.each
     return {
-        "name": group.name, "minReplicas": 0, "maxReplicas": group.most, "cpu": node.cpus, "memory": f"{node.cpus * MEMORY_PER_CPU}Gi",
-        "gpu": node.gpus, "nodeSelector": {"node.kubernetes.io/instance-type": node.type} if node.type else {},
+        "name": group.name,
+        "minReplicas": 0,
+        "maxReplicas": group.most,
+        "cpu": node.cpus,
+        "memory": f"{node.cpus * MEMORY_PER_CPU}Gi",
+        "gpu": node.gpus,
+        "nodeSelector": {"node.kubernetes.io/instance-type": node.type} if node.type else {},
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}] if node.gpus else [],
-    }  # fmt: skip
+    }
 
 
 # Clouds ---------------------------------------------------------------------------------------------------------------
 
 
-def _cloud(target: str, text: str, groups: Sequence[WorkerGroup], wanted: Rendering, run_id: str, folder: Path) -> tuple[dict[str, str], list[str]]:
+def _cloud(
+    target: str, text: str, groups: Sequence[WorkerGroup], wanted: Rendering, run_id: str, folder: Path
+) -> tuple[dict[str, str], list[str]]:
     cluster = yaml.safe_load(shipped(f"cluster/{target}.yaml").read_text(encoding="utf-8"))
     key = "InstanceType" if target == "aws" else "machineType"
     kinds = cluster["available_node_types"]
@@ -169,30 +204,60 @@ def _cloud(target: str, text: str, groups: Sequence[WorkerGroup], wanted: Render
         gpus = max((float(g.gpus) for g in groups if g.role == role and g.gpus != "auto"), default=0.0)
         if role not in wanted.nodes and not gpus:
             kinds[role] = {**kinds["environment"]}
-    known = {role: Node(None, kinds[role]["resources"]["CPU"], kinds[role]["resources"].get("GPU", 0)) for role in ROLES}
+    known = {
+        role: Node(None, kinds[role]["resources"]["CPU"], kinds[role]["resources"].get("GPU", 0)) for role in ROLES
+    }
     made = {"head": kinds["head"]}
     for group, asked in zip(node_groups(groups, {**known, **wanted.nodes}), groups):
         kind = dict(kinds[asked.role])
         resources = {"CPU": group.each.cpus, **({"GPU": group.each.gpus} if group.each.gpus else {})}
         config = {**kind["node_config"], **({key: group.each.type} if group.each.type else {})}
-        made[group.name] = {**kind, "min_workers": 0, "max_workers": group.most, "resources": resources, "node_config": config}
+        made[group.name] = {
+            **kind,
+            "min_workers": 0,
+            "max_workers": group.most,
+            "resources": resources,
+            "node_config": config,
+        }
     cluster["available_node_types"] = made
     cluster["max_workers"] = sum(kind.get("max_workers", 0) for kind in made.values())
     cluster["cluster_name"] = re.sub(r"[^a-z0-9-]+", "-", run_id.lower())[:40].strip("-")
     if wanted.image:
         cluster["docker"]["image"] = wanted.image
-    submit = ["metadist", "submit", f"{folder}/config.yaml", "--address", "http://localhost:8265", "--run-dir", wanted.run_dir, "--run-id", run_id]
-    submit += (["--data", wanted.data] if wanted.data else []) + (["--env", f"MLFLOW_TRACKING_URI={wanted.mlflow}"] if wanted.mlflow else [])
+    submit = [
+        "metadist",
+        "submit",
+        f"{folder}/config.yaml",
+        "--address",
+        "http://localhost:8265",
+        "--run-dir",
+        wanted.run_dir,
+        "--run-id",
+        run_id,
+    ]
+    submit += (["--data", wanted.data] if wanted.data else []) + (
+        ["--env", f"MLFLOW_TRACKING_URI={wanted.mlflow}"] if wanted.mlflow else []
+    )
     return (
-        {"cluster.yaml": HEADER.format(target=target, source=f"cluster/{target}.yaml") + _yaml(cluster), "config.yaml": text},
-        [f"ray up {folder}/cluster.yaml", f"ray dashboard {folder}/cluster.yaml", shlex.join(submit), f"ray down {folder}/cluster.yaml"],
-    )  # fmt: skip
+        {
+            "cluster.yaml": HEADER.format(target=target, source=f"cluster/{target}.yaml") + _yaml(cluster),
+            "config.yaml": text,
+        },
+        [
+            f"ray up {folder}/cluster.yaml",
+            f"ray dashboard {folder}/cluster.yaml",
+            shlex.join(submit),
+            f"ray down {folder}/cluster.yaml",
+        ],
+    )
 
 
 # Slurm ----------------------------------------------------------------------------------------------------------------
 
 
-def _slurm(text: str, groups: Sequence[WorkerGroup], wanted: Rendering, run_id: str, folder: Path) -> tuple[dict[str, str], list[str]]:
+def _slurm(
+    text: str, groups: Sequence[WorkerGroup], wanted: Rendering, run_id: str, folder: Path
+) -> tuple[dict[str, str], list[str]]:
     """Nodes of an allocation are alike: each takes its part of every group, and a core for Ray and the driver."""
     if wanted.nodes.keys() - {"learner"}:
         raise ConfigError("--node: the nodes of a Slurm job are alike; expected one, such as --node learner=8:2")
@@ -201,21 +266,31 @@ def _slurm(text: str, groups: Sequence[WorkerGroup], wanted: Rendering, run_id: 
     nodes = 1
     while True:
         share = [(math.ceil(g.max / nodes), g) for g in groups]
-        cpus, gpus = 1 + math.ceil(sum(n * g.cpus for n, g in share)), math.ceil(sum(n * float(g.gpus) for n, g in share))
+        cpus, gpus = (
+            1 + math.ceil(sum(n * g.cpus for n, g in share)),
+            math.ceil(sum(n * float(g.gpus) for n, g in share)),
+        )
         if cpus <= node.cpus and gpus <= node.gpus:
             break
         if all(n == 1 for n, _ in share):
-            raise ConfigError(f"workers: one of each group takes {cpus} CPUs (one for Ray) and {gpus} GPUs, a node has {node.cpus} and {node.gpus}; give --node learner=CPUS:GPUS")
+            raise ConfigError(
+                f"workers: one of each group takes {cpus} CPUs (one for Ray) and {gpus} GPUs, a node has {node.cpus} and {node.gpus}; give --node learner=CPUS:GPUS"
+            )
         nodes += 1
     script = shipped("cluster/slurm.sh").read_text(encoding="utf-8")
     lines = {
         r"#SBATCH --job-name=.*": f"#SBATCH --job-name={run_id}",
-        r"#SBATCH --nodes=.*": f"#SBATCH --nodes={nodes}" + (f"\n#SBATCH --constraint={node.type}" if node.type else ""),
+        r"#SBATCH --nodes=.*": f"#SBATCH --nodes={nodes}"
+        + (f"\n#SBATCH --constraint={node.type}" if node.type else ""),
         r"#SBATCH --cpus-per-task=.*": f"#SBATCH --cpus-per-task={cpus}",
         r"#SBATCH --gpus-per-node=.*": f"#SBATCH --gpus-per-node={gpus}",
         r'CONFIG="\$\{CONFIG:\?.*': f'CONFIG="${{CONFIG:-{folder.resolve()}/config.yaml}}"',
         r'RUN_DIR="\$\{RUN_DIR:\?.*': f'RUN_DIR="${{RUN_DIR:-{wanted.run_dir}}}"'
-        + "".join(f'\nexport {n}="${{{n}:-{v}}}"' for n, v in (("METADIST_DATA", wanted.data), ("MLFLOW_TRACKING_URI", wanted.mlflow)) if v),
+        + "".join(
+            f'\nexport {n}="${{{n}:-{v}}}"'
+            for n, v in (("METADIST_DATA", wanted.data), ("MLFLOW_TRACKING_URI", wanted.mlflow))
+            if v
+        ),
     }
     for pattern, line in lines.items():
         script, found = re.subn(rf"^{pattern}$", lambda _, line=line: line, script, flags=re.MULTILINE)  # type: ignore[misc]
@@ -234,4 +309,7 @@ class _Readable(yaml.SafeDumper):
         return True
 
 
-_Readable.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None))
+_Readable.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)

@@ -76,21 +76,29 @@ def submit(cluster: RayJobs, document: dict[str, Any], request: Request) -> Subm
     earlier = [job for job in jobs if job.metadata.get(RUN_ID) == run_id]
     for job in earlier:
         if not job.over:
-            raise ConfigError(f"run {run_id} is {job.status.lower()} as job {job.id}; two drivers would write into one run: stop it first (metadist jobs stop {job.id})")
+            raise ConfigError(
+                f"run {run_id} is {job.status.lower()} as job {job.id}; two drivers would write into one run: stop it first (metadist jobs stop {job.id})"
+            )
     attempt = 1 + max((int(job.metadata.get(ATTEMPT, 0)) for job in earlier), default=0)
     job_id = f"{run_id}-{attempt}"
     url = f"{cluster.address}/#/jobs/{job_id}"
     digest = config_sha256(document)
     with working_directory(document) as folder:
         cluster.submit(
-            job_id, entrypoint(run_id, run_dir), folder=folder,
+            job_id,
+            entrypoint(run_id, run_dir),
+            folder=folder,
             environment={**_environment(request, run_dir), JOB_ID: job_id, JOB_URL: url},
             metadata={
-                RUN_ID: run_id, RUN_DIR: run_dir, CONFIG: digest, ATTEMPT: str(attempt),
-                "metadist.name": config.name, "metadist.version": metadist.__version__,
+                RUN_ID: run_id,
+                RUN_DIR: run_dir,
+                CONFIG: digest,
+                ATTEMPT: str(attempt),
+                "metadist.name": config.name,
+                "metadist.version": metadist.__version__,
             },
             cpus=request.driver_cpus,
-        )  # fmt: skip
+        )
     return Submitted(run_id, run_dir, job_id, attempt, url, digest)
 
 
@@ -105,7 +113,11 @@ def config_sha256(document: Mapping[str, Any]) -> str:
 
 def _which_run(request: Request, name: str, jobs: Sequence[Job]) -> tuple[str, str]:
     """(run id, run directory): of the run that was asked for by either, else of a new one."""
-    known = [(job.metadata[RUN_ID], job.metadata[RUN_DIR]) for job in jobs if RUN_ID in job.metadata and RUN_DIR in job.metadata]
+    known = [
+        (job.metadata[RUN_ID], job.metadata[RUN_DIR])
+        for job in jobs
+        if RUN_ID in job.metadata and RUN_DIR in job.metadata
+    ]
     run_id, run_dir = request.run_id, request.run_dir.rstrip("/") if request.run_dir else None
     if run_dir is not None:
         found = _run_id_at(run_dir) or next((i for i, where in known if where == run_dir), None)
@@ -116,7 +128,9 @@ def _which_run(request: Request, name: str, jobs: Sequence[Job]) -> tuple[str, s
         run_dir = next((where for i, where in known if i == run_id), None)
     run_id = run_id or new_run_id(name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,119}", run_id):
-        raise ConfigError(f"--run-id '{run_id}' must be 1 to 120 letters, digits, '.', '_' or '-', since it names a folder and a job")
+        raise ConfigError(
+            f"--run-id '{run_id}' must be 1 to 120 letters, digits, '.', '_' or '-', since it names a folder and a job"
+        )
     return run_id, _reachable(run_dir or f"{runs_root()}/{run_id}")
 
 
@@ -164,7 +178,9 @@ def working_directory(document: dict[str, Any]) -> Iterator[Path]:
         for source, target in own_modules(document).items():
             (folder / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / target)
-        (folder / "config.yaml").write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (folder / "config.yaml").write_text(
+            yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
         _check_size(folder)
         yield folder
 
@@ -173,7 +189,9 @@ def _initial(source: str | None, folder: Path) -> str | None:
     if source is None or "://" in source:
         return source
     if not source.endswith(".safetensors"):
-        raise ConfigError(f"init_from: '{source}' is a folder of this machine; give the run's URL, or a .safetensors file (metadist export), which goes along")
+        raise ConfigError(
+            f"init_from: '{source}' is a folder of this machine; give the run's URL, or a .safetensors file (metadist export), which goes along"
+        )
     try:
         shutil.copyfile(source, folder / "init.safetensors")
     except OSError as error:
@@ -184,7 +202,9 @@ def _initial(source: str | None, folder: Path) -> str | None:
 def own_modules(document: Mapping[str, Any]) -> dict[Path, str]:
     """File → its place below the working directory, of modules that the config names by import path and of those beside them that
     they import. Of a package all its Python files. What is installed stays: the nodes must have it."""
-    named = {v.partition(":")[0] for k, v in flatten(dict(document)).items() if isinstance(v, str) and _is_import_path(k, v)}
+    named = {
+        v.partition(":")[0] for k, v in flatten(dict(document)).items() if isinstance(v, str) and _is_import_path(k, v)
+    }
     files: dict[Path, str] = {}
     roots = set()
     for name in sorted(named):
@@ -198,13 +218,19 @@ def own_modules(document: Mapping[str, Any]) -> dict[Path, str]:
         root = top.parent.parent if top.name == "__init__.py" else top.parent
         if root in roots:
             found = top.parent.rglob("*.py") if top.name == "__init__.py" else [top]
-            files.update({f: str(f.relative_to(root)) for f in found if not NOT_SHIPPED & set(f.relative_to(root).parts)})
+            files.update(
+                {f: str(f.relative_to(root)) for f in found if not NOT_SHIPPED & set(f.relative_to(root).parts)}
+            )
     return files
 
 
 def _is_import_path(key: str, value: str) -> bool:
     module, colon, name = value.partition(":")
-    return bool(colon) and (key.endswith("name") or key in ("loss", "metric")) and all(p.isidentifier() for p in [*module.split("."), *name.split(".")])
+    return (
+        bool(colon)
+        and (key.endswith("name") or key in ("loss", "metric"))
+        and all(p.isidentifier() for p in [*module.split("."), *name.split(".")])
+    )
 
 
 def _origin(module: str) -> Path | None:
@@ -217,7 +243,11 @@ def _origin(module: str) -> Path | None:
         return None
     origin = Path(spec.origin).resolve()
     installed = {Path(p).resolve() for p in (sys.prefix, sys.base_prefix)}
-    if any(p in origin.parents for p in installed) or "site-packages" in origin.parts or Path(metadist.__file__).resolve().parent in origin.parents:
+    if (
+        any(p in origin.parents for p in installed)
+        or "site-packages" in origin.parts
+        or Path(metadist.__file__).resolve().parent in origin.parents
+    ):
         return None
     return origin
 
@@ -249,7 +279,9 @@ def find(cluster: RayJobs, name: str | None) -> Job:
     for job in jobs:
         if name is None or name in (job.id, job.metadata.get(RUN_ID)):
             return job
-    raise ConfigError(f"'{name}' is neither a job nor a run of the cluster at {cluster.address}; metadist jobs list names them")
+    raise ConfigError(
+        f"'{name}' is neither a job nor a run of the cluster at {cluster.address}; metadist jobs list names them"
+    )
 
 
 def reason(job: Job) -> str:
@@ -262,7 +294,11 @@ def reason(job: Job) -> str:
 
 def why_it_failed(job: Job) -> MetadistError:
     """One line on a job that ended badly, with what to do."""
-    again = f"metadist submit … --run-id {job.metadata[RUN_ID]} goes on with it" if RUN_ID in job.metadata else "submit it again"
+    again = (
+        f"metadist submit … --run-id {job.metadata[RUN_ID]} goes on with it"
+        if RUN_ID in job.metadata
+        else "submit it again"
+    )
     if job.exit_code == 127:
         return WorkerError(
             f"job {job.id}: the cluster's nodes have no metadist; install it where Ray runs (pip install metadist), or start Ray with "

@@ -72,16 +72,25 @@ class BaseLearner:
             chosen = {n: given[n].to(initial[n].dtype) for n in initial if n in given}
             declared[slot_name] = (slot, initial.replace(chosen))
         if not known & set(given):
-            raise ConfigError(f"init_from: none of its parameters ({', '.join(sorted(given)[:4])}, …) is one of this model's")
+            raise ConfigError(
+                f"init_from: none of its parameters ({', '.join(sorted(given)[:4])}, …) is one of this model's"
+            )
         if known - set(given):
             log.warning("init_from has no %s; they start anew", ", ".join(sorted(known - set(given))))
         if set(given) - known:
-            log.warning("init_from: %s are not parameters of this model and are left out", ", ".join(sorted(set(given) - known)))
+            log.warning(
+                "init_from: %s are not parameters of this model and are left out", ", ".join(sorted(set(given) - known))
+            )
 
     def parameters(self, state: State) -> dict[str, Tensor]:
         """The model's parameters and buffers under their own names, for export and for prediction."""
         theta = state.theta(self.slots)
-        return {n: t for slot in theta if slot in ("model", "frozen") or slot.startswith(BUFFERS) for n, t in theta[slot].items()}
+        return {
+            n: t
+            for slot in theta
+            if slot in ("model", "frozen") or slot.startswith(BUFFERS)
+            for n, t in theta[slot].items()
+        }
 
     def with_meta_batch_size(self: AnyLearner, size: int) -> AnyLearner:
         """The same learner with meta-steps of ``size`` tasks, to make rounds with; it computes nothing itself. ConfigError where
@@ -114,13 +123,24 @@ class BaseLearner:
         """Compute shards as ``engine`` says from now on."""
         self.engine = engine
 
-    def shards(self, run: str, meta_step: int, seed: int, *, function: str, split: str, tasks: int, **settings: Any) -> list[Shard]:
+    def shards(
+        self, run: str, meta_step: int, seed: int, *, function: str, split: str, tasks: int, **settings: Any
+    ) -> list[Shard]:
         size = self.outer.shard_size
         key_step = meta_step if split == "train" else 0
         return [
             Shard(
-                run, meta_step, 0, index, function, start, min(size, tasks - start), seed, split, key_step,
+                run,
+                meta_step,
+                0,
+                index,
+                function,
+                start,
+                min(size, tasks - start),
+                seed,
+                split,
+                key_step,
                 settings=tuple(sorted(settings.items())),
             )
             for index, start in enumerate(range(0, tasks, size))
-        ]  # fmt: skip
+        ]

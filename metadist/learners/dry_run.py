@@ -34,7 +34,9 @@ def check(learner: Learner | TrialLearner, seed: int) -> None:
         except Exception as error:  # the user's own code
             last = traceback.extract_tb(error.__traceback__)[-1]
             name = type(learner.tasks).__name__
-            raise ConfigError(f"tasks: '{name}' can't sample {split} tasks: {first_line(error)} ({last.filename}:{last.lineno})") from error
+            raise ConfigError(
+                f"tasks: '{name}' can't sample {split} tasks: {first_line(error)} ({last.filename}:{last.lineno})"
+            ) from error
         one = torch.utils._pytree.tree_map(lambda t: t[0], task)
         try:
             _check_output(learner, state, one, split)
@@ -59,10 +61,14 @@ def _check_trial(learner: TrialLearner, seed: int) -> None:
         raise
     except Exception as error:  # the user's own code
         last = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(f"environment: '{name}' can't be rolled out: {first_line(error)} ({last.filename}:{last.lineno})") from error
+        raise ConfigError(
+            f"environment: '{name}' can't be rolled out: {first_line(error)} ({last.filename}:{last.lineno})"
+        ) from error
     assert isinstance(rolled, WithOutput)
     settings = (("deviation", 1.0), ("mean", 0.0))
-    learner.compute(replace(shard, round=1, function="gradient", keeps=False, settings=settings), vectors, [rolled.output])
+    learner.compute(
+        replace(shard, round=1, function="gradient", keeps=False, settings=settings), vectors, [rolled.output]
+    )
 
 
 def _check_participation(learner: Learner, state: State, task: Task) -> None:
@@ -70,12 +76,21 @@ def _check_participation(learner: Learner, state: State, task: Task) -> None:
     if hasattr(learner.algorithm, "delta"):
         return
     theta = {slot: p.map(torch.clone) for slot, p in state.theta(learner.slots).items()}
-    learned = {(s, n): t.requires_grad_() for s, p in theta.items() if learner.slots[s].rule == "gradient" for n, t in p.items()}
+    learned = {
+        (s, n): t.requires_grad_()
+        for s, p in theta.items()
+        if learner.slots[s].rule == "gradient"
+        for n, t in p.items()
+    }
     key = TaskKey.of(0, "train", 0, [0]).each()[0].to(learner.device)
     model, context = learner.bind(theta, key, True), TaskContext(key, 0, True, learner.tasks)
     trajectory = learner.algorithm.adapt(model, theta, task.support, context)
     loss, _ = learner.algorithm.objective(model, theta, trajectory, task, context)
-    found = torch.autograd.grad(loss, list(learned.values()), allow_unused=True) if loss.requires_grad else [None] * len(learned)
+    found = (
+        torch.autograd.grad(loss, list(learned.values()), allow_unused=True)
+        if loss.requires_grad
+        else [None] * len(learned)
+    )
     missing = [name if slot == "model" else f"{slot}/{name}" for (slot, name), g in zip(learned, found) if g is None]
     if missing:
         raise ConfigError(

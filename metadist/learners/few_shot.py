@@ -86,9 +86,13 @@ class Learner(BaseLearner):
 
         yield Round(0, state, shards, apply)
 
-    def evaluation(self, run: str, meta_step: int, seed: int, state: State, *, split: str, tasks: int, inner_steps: int | None) -> Round:
+    def evaluation(
+        self, run: str, meta_step: int, seed: int, state: State, *, split: str, tasks: int, inner_steps: int | None
+    ) -> Round:
         """A round that judges θ on ``tasks`` tasks of ``split``; its records are one row per task."""
-        shards = self.shards(run, meta_step, seed, function="evaluate", split=split, tasks=tasks, inner_steps=inner_steps)
+        shards = self.shards(
+            run, meta_step, seed, function="evaluate", split=split, tasks=tasks, inner_steps=inner_steps
+        )
         return Round(0, state, shards, lambda state, _: state, reduce=False)
 
     def warm_up(self, seed: int) -> float:
@@ -151,7 +155,9 @@ class Learner(BaseLearner):
         """Σ over the shard's tasks of each one's gradient (or delta), with loss and metric on the query set."""
         return self.contribute_tasks(theta, self.sample(keys), keys, meta_step)
 
-    def contribute_tasks(self, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int) -> Contribution:
+    def contribute_tasks(
+        self, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int
+    ) -> Contribution:
         """``contribute`` of tasks that were sampled already, ``engine.chunk`` of them at a time."""
         count, size = len(keys.tasks), self.engine.chunk
         if size is None or size >= count:
@@ -165,7 +171,9 @@ class Learner(BaseLearner):
             total.add(index, self._contribute_chunk(theta, chunk, some, meta_step))
         return total.result()
 
-    def _contribute_chunk(self, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int) -> Contribution:
+    def _contribute_chunk(
+        self, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int
+    ) -> Contribution:
         keys = keys.to(self.device)
         tasks, keys, keep = self._padded(tasks, keys)
         run = self._compiled.runner(keys.seed, keys.split) if self.engine.compile else directly
@@ -182,10 +190,14 @@ class Learner(BaseLearner):
         what = f"tasks {list(bad)} gave NaN or Inf" if bad else f"the sum over tasks {indices} overflows"
         raise NonFiniteError(f"{what} (seed {keys.seed}, meta-step {meta_step})", bad)
 
-    def _sum(self, run: Run, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor) -> Contribution:
+    def _sum(
+        self, run: Run, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
+    ) -> Contribution:
         slots, metrics = self.meta_gradient.sums(run, theta, tasks, keys, meta_step, keep)
         count, names = sum(keep.tolist()), ("loss", self.tasks.metric_name)
-        return Contribution({n: v.cpu() for n, v in slots.items()}, float(count), count, dict(zip(names, metrics.tolist())))
+        return Contribution(
+            {n: v.cpu() for n, v in slots.items()}, float(count), count, dict(zip(names, metrics.tolist()))
+        )
 
     def _padded(self, tasks: Task, keys: TaskKey) -> tuple[Task, TaskKey, Tensor]:
         """To the size of a full chunk by repeating the last task, where shards are compiled: one graph then serves them all."""
@@ -198,7 +210,11 @@ class Learner(BaseLearner):
         def pad(t: Tensor) -> Tensor:
             return torch.cat([t, t[-1:].expand(missing, *t.shape[1:])])
 
-        return torch.utils._pytree.tree_map(pad, tasks), replace(keys, tasks=pad(keys.tasks)), torch.cat([keep, keep.new_zeros(missing)])
+        return (
+            torch.utils._pytree.tree_map(pad, tasks),
+            replace(keys, tasks=pad(keys.tasks)),
+            torch.cat([keep, keep.new_zeros(missing)]),
+        )
 
     def _explained(self, compute: Callable[[], T]) -> T:
         try:
@@ -216,7 +232,9 @@ class Learner(BaseLearner):
         tensors = [t for p in values.values() for t in p.values()]
         return torch.stack([torch.isfinite(t).reshape(len(t), -1).all(1) for t in tensors]).all(0).cpu()
 
-    def evaluate(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int, inner_steps: int | None = None) -> Records:
+    def evaluate(
+        self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int, inner_steps: int | None = None
+    ) -> Records:
         """Loss and metric of every task after 0, 1, …, k adaptation steps: columns [T, k+1] in float64, and the index [T]."""
         algorithm = with_inner_steps(self.algorithm, inner_steps)
 
@@ -232,8 +250,12 @@ class Learner(BaseLearner):
             return torch.stack(losses), torch.stack(metrics)
 
         with torch.no_grad():
-            losses, metrics = self._explained(lambda: torch.func.vmap(single)(self.sample(keys), keys.tasks.to(self.device)))
-        return Records({"task": keys.tasks, "loss": losses.double().cpu(), self.tasks.metric_name: metrics.double().cpu()})
+            losses, metrics = self._explained(
+                lambda: torch.func.vmap(single)(self.sample(keys), keys.tasks.to(self.device))
+            )
+        return Records(
+            {"task": keys.tasks, "loss": losses.double().cpu(), self.tasks.metric_name: metrics.double().cpu()}
+        )
 
     def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Any, support: Tensor, x: Tensor) -> Tensor:
         """Predictions for x [N, …], normalised as ``normalization`` says; ``support`` holds the support set's inputs."""

@@ -86,7 +86,9 @@ class TrialLearner(BaseLearner):
         def collected(state: State, total: Contribution) -> State:
             if not total.weight:
                 raise WorkerError(f"meta-step {meta_step}: every trial was left out (environment.on_error: skip)")
-            statistics.update({n: v / total.weight for n, v in total.metrics.items()}, steps=total.weight, trials=total.tasks)
+            statistics.update(
+                {n: v / total.weight for n, v in total.metrics.items()}, steps=total.weight, trials=total.tasks
+            )
             return state
 
         yield Round(0, state, rolled, collected)
@@ -117,19 +119,29 @@ class TrialLearner(BaseLearner):
                 count = statistics[f"target_count{suffix}"]
                 variance = statistics[f"target_squared{suffix}"] / count - (statistics[f"target{suffix}"] / count) ** 2
                 error = statistics[f"error_squared{suffix}"] / count - (statistics[f"error{suffix}"] / count) ** 2
-                found["explained_variance" + suffix.replace("/", "/episode_")] = 1 - error / variance if variance > 1e-12 else 0.0
+                found["explained_variance" + suffix.replace("/", "/episode_")] = (
+                    1 - error / variance if variance > 1e-12 else 0.0
+                )
         return found
 
-    def evaluation(self, run: str, meta_step: int, seed: int, state: State, *, split: str, tasks: int, inner_steps: int | None) -> Round:
+    def evaluation(
+        self, run: str, meta_step: int, seed: int, state: State, *, split: str, tasks: int, inner_steps: int | None
+    ) -> Round:
         """A round that judges θ on ``tasks`` trials of ``split``; its records are one row per trial."""
-        shards = self.shards(run, meta_step, seed, function="evaluate", split=split, tasks=tasks, inner_steps=inner_steps)
-        return Round(0, state, [replace(s, role=self.rollout_role) for s in shards], lambda state, _: state, reduce=False)
+        shards = self.shards(
+            run, meta_step, seed, function="evaluate", split=split, tasks=tasks, inner_steps=inner_steps
+        )
+        return Round(
+            0, state, [replace(s, role=self.rollout_role) for s in shards], lambda state, _: state, reduce=False
+        )
 
     # What a worker does -----------------------------------------------------------------------------------------------
 
     def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result | WithOutput:
         """Slot vectors, a shard and the outputs that it needs in; its result, and what is to be kept for later rounds, out."""
-        keys = TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count)).to(self.device)
+        keys = TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count)).to(
+            self.device
+        )
         named = {name: self.slots[name].layout.unflatten(vector) for name, vector in theta.items()}
         context = TrialContext(self.tasks, self.model, keys, shard.meta_step)
         settings = dict(shard.settings)
@@ -142,7 +154,9 @@ class TrialLearner(BaseLearner):
             return Records({"task": keys.tasks.cpu(), **{n: v.cpu() for n, v in returns.items()}})
         return self._learn(shard, named, inputs[0], settings, context)
 
-    def _learn(self, shard: Shard, theta: Theta, trials: Records, settings: dict[str, Any], context: TrialContext) -> Contribution:
+    def _learn(
+        self, shard: Shard, theta: Theta, trials: Records, settings: dict[str, Any], context: TrialContext
+    ) -> Contribution:
         """What a shard of a later round comes to, on the trials of the first."""
         algorithm, sums = self.algorithm.at(shard.meta_step), dict[str, float]()
         slots: dict[str, Parameters] = {}
@@ -153,9 +167,18 @@ class TrialLearner(BaseLearner):
         elif shard.function == "fisher":
             slots["model"], weight = algorithm.fisher(theta, trials, theta[DIRECTION], context)
         elif shard.function == "surrogate":
-            sums, weight = algorithm.surrogate(theta, trials, theta[DIRECTION] * settings["fraction"], settings, context)
+            sums, weight = algorithm.surrogate(
+                theta, trials, theta[DIRECTION] * settings["fraction"], settings, context
+            )
             # A step too far may overflow: that is for the line search to refuse, where the scheduler takes NaN for a fault.
             sums = {n: v if math.isfinite(v) else FAR[n] for n, v in sums.items()}
         else:
-            raise ValueError(f"unknown function '{shard.function}'; expected rollout, evaluate, surrogate or one of {self.gradients}")
-        return Contribution({n: self.slots[n].layout.flatten(g).cpu() for n, g in slots.items()}, weight, shard.count if weight else 0, sums)
+            raise ValueError(
+                f"unknown function '{shard.function}'; expected rollout, evaluate, surrogate or one of {self.gradients}"
+            )
+        return Contribution(
+            {n: self.slots[n].layout.flatten(g).cpu() for n, g in slots.items()},
+            weight,
+            shard.count if weight else 0,
+            sums,
+        )

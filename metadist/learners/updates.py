@@ -35,9 +35,14 @@ class MetaStep:
     _means: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def ask(
-        self, function: str, shards: Sequence[Shard], then: Callable[[Contribution], State] | None = None, *,
-        published: State | None = None, **settings: Any,
-    ) -> Generator[Round, None, Contribution]:  # fmt: skip
+        self,
+        function: str,
+        shards: Sequence[Shard],
+        then: Callable[[Contribution], State] | None = None,
+        *,
+        published: State | None = None,
+        **settings: Any,
+    ) -> Generator[Round, None, Contribution]:
         """A round of ``function`` on the trials of ``shards`` under θ (or what is ``published`` in its place); returns the sum.
 
         ``then`` makes the new θ of the sum. It runs as the round is applied: whoever runs the last round goes on no further.
@@ -46,11 +51,17 @@ class MetaStep:
         told = tuple(sorted({**self.settings, **settings}.items()))
         asked = [
             replace(
-                shard, round=self.round, index=i, function=function, role="learner", keeps=False, settings=told,
+                shard,
+                round=self.round,
+                index=i,
+                function=function,
+                role="learner",
+                keeps=False,
+                settings=told,
                 needs=((self.meta_step, 0, shard.index),),
             )
             for i, shard in enumerate(shards)
-        ]  # fmt: skip
+        ]
         found: list[Contribution] = []
 
         def apply(_: State, total: Contribution) -> State:
@@ -71,10 +82,14 @@ class MetaStep:
         self.report.update(extra)
         return replace(new, outer={**new.outer, UPDATES: torch.tensor([count + 1.0], dtype=torch.float64)})
 
-    def minibatch_rounds(self, function: str, epochs: int, minibatches: int, kl_limit: float | None = None) -> Generator[Round, None, None]:
+    def minibatch_rounds(
+        self, function: str, epochs: int, minibatches: int, kl_limit: float | None = None
+    ) -> Generator[Round, None, None]:
         """An update for every minibatch, until its mean KL divergence passes ``kl_limit``."""
         for number, shards in enumerate(self._minibatches(epochs, minibatches)):
-            total = yield from self.ask(function, shards, lambda total: self.descend(total) if total.weight else self.state)
+            total = yield from self.ask(
+                function, shards, lambda total: self.descend(total) if total.weight else self.state
+            )
             if not total.weight:  # every trial of these shards was left out
                 continue
             self.describe(total)

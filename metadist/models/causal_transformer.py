@@ -56,8 +56,14 @@ class TransformerPolicy(nn.Module):
 
     def __init__(self, features: int, head: int, log_std: bool, config: CausalTransformer) -> None:
         super().__init__()
-        self.features, self.window, self.shape = features, config.window, (config.depth, config.window, 2 * config.width)
-        self.embedding = nn.Sequential(nn.Linear(2 * features, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.width))
+        self.features, self.window, self.shape = (
+            features,
+            config.window,
+            (config.depth, config.window, 2 * config.width),
+        )
+        self.embedding = nn.Sequential(
+            nn.Linear(2 * features, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.width)
+        )
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.head, self.value = nn.Linear(config.width, head // 2 if log_std else head), nn.Linear(config.width, 1)
@@ -73,10 +79,16 @@ class TransformerPolicy(nn.Module):
 
     def forward(self, features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         length, alone = features.shape[1], features.shape[1] == 1 and not torch.is_grad_enabled()
-        last, count, numbers, ring = memory.split([self.features, 1, self.window, memory.shape[1] - self.features - 1 - self.window], 1)
+        last, count, numbers, ring = memory.split(
+            [self.features, 1, self.window, memory.shape[1] - self.features - 1 - self.window], 1
+        )
         x = self.embedding(torch.cat([features, torch.cat([last.unsqueeze(1), features[:, :-1]], 1)], -1))
         new = count + torch.arange(1, length + 1, device=memory.device)  # the numbers of these steps [B, T]
-        x, kept = self._alone(x, new, numbers, ring.unflatten(1, self.shape)) if alone else self._together(x, new, numbers, ring)
+        x, kept = (
+            self._alone(x, new, numbers, ring.unflatten(1, self.shape))
+            if alone
+            else self._together(x, new, numbers, ring)
+        )
         if alone:
             last.copy_(features[:, -1])
             count.copy_(new)
@@ -122,7 +134,11 @@ class _Block(nn.Module):
         super().__init__()
         width = config.width
         self.heads = config.heads
-        self.attention_norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.attention_norm, self.qkv, self.out = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
         self.distance = nn.Parameter(torch.zeros(config.heads, config.window))
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, config.hidden), nn.GELU(), nn.Linear(config.hidden, width))
@@ -132,7 +148,9 @@ class _Block(nn.Module):
         how many steps ago each was; ``seen`` [B, T, steps]."""
         query, new = self._project(x)
         cache = new if cache is None else torch.cat([cache, new], 1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, *cache.chunk(2, -1)))  # [B, heads, steps, D / heads]
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, *cache.chunk(2, -1))
+        )  # [B, heads, steps, D / heads]
         # A product and a softmax alone: torch's fused kernels know no second derivative, which TRPO needs.
         logits = q @ k.mT * q.shape[-1] ** -0.5 + self._bias(ago)
         weights = logits.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
@@ -146,7 +164,9 @@ class _Block(nn.Module):
         cache.scatter_(1, place.unsqueeze(-1).expand_as(new), new)
         keys, values = cache.chunk(2, -1)
         part = torch.eye(self.heads, device=x.device, dtype=x.dtype).repeat_interleave(query.shape[-1] // self.heads, 1)
-        logits = (query * part) @ keys.mT * (query.shape[-1] // self.heads) ** -0.5 + self._bias(ago.unsqueeze(1)).squeeze(2)
+        logits = (query * part) @ keys.mT * (query.shape[-1] // self.heads) ** -0.5 + self._bias(
+            ago.unsqueeze(1)
+        ).squeeze(2)
         weights = logits.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
         x = x + self.out(((weights @ values) * part).sum(1, keepdim=True))
         return x + self.mlp(self.mlp_norm(x))

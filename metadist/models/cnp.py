@@ -29,10 +29,18 @@ class _CNP(nn.Module):
         super().__init__()
         width, self.minimum = config.width, config.minimum_deviation
         self.encoder = nn.Sequential(
-            nn.Linear(inputs + outputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.representation)
+            nn.Linear(inputs + outputs, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, config.representation),
         )
         self.decoder = nn.Sequential(
-            nn.Linear(inputs + config.representation, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2 * outputs)
+            nn.Linear(inputs + config.representation, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, 2 * outputs),
         )
 
     def encode(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:

@@ -57,7 +57,9 @@ class Conv4:
 
     def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
         if len(input_shape) != 3:
-            raise ConfigError(f"model 'conv4' needs images [channels, height, width]; these tasks' inputs are {list(input_shape)}")
+            raise ConfigError(
+                f"model 'conv4' needs images [channels, height, width]; these tasks' inputs are {list(input_shape)}"
+            )
         channels = input_shape[0]
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for block in range(1, self.blocks + 1):

@@ -17,7 +17,9 @@ class ReactivePolicy(nn.Module):
     sees_history = False
     memory_size = 0
 
-    def __init__(self, observation: int, head: int, hidden: tuple[int, ...], activation: type[nn.Module], log_std: bool) -> None:
+    def __init__(
+        self, observation: int, head: int, hidden: tuple[int, ...], activation: type[nn.Module], log_std: bool
+    ) -> None:
         super().__init__()
         self.head = network(observation, hidden, head // 2 if log_std else head, activation, 0.01)
         self.value = network(observation, hidden, 1, activation, 1.0)
@@ -30,7 +32,9 @@ class ReactivePolicy(nn.Module):
         return head, self.value(features).squeeze(-1), memory
 
 
-def network(inputs: int, hidden: tuple[int, ...], outputs: int, activation: type[nn.Module], gain: float) -> nn.Sequential:
+def network(
+    inputs: int, hidden: tuple[int, ...], outputs: int, activation: type[nn.Module], gain: float
+) -> nn.Sequential:
     """Layers of ``hidden`` widths and a linear one, which starts orthogonal with ``gain``."""
     layers: list[nn.Module] = []
     for size in hidden:

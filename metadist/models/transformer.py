@@ -34,7 +34,9 @@ class Transformer:
         if self.width % self.heads:
             raise ConfigError(f"model.width = {self.width}: must be a multiple of model.heads = {self.heads}")
         if int(self.width * self.mlp_ratio) < 1:
-            raise ConfigError(f"model.mlp_ratio = {self.mlp_ratio}: leaves no hidden unit of model.width = {self.width}")
+            raise ConfigError(
+                f"model.mlp_ratio = {self.mlp_ratio}: leaves no hidden unit of model.width = {self.width}"
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout = {self.dropout}: must be at least 0 and below 1")
 
@@ -108,6 +110,8 @@ class _Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [N, heads, tokens, width / heads]
+        q, k, v = (
+            self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each [N, heads, tokens, width / heads]
         weights = self.dropout((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
         return self.out((weights @ v).transpose(1, 2).flatten(2))

@@ -150,7 +150,9 @@ class Optimal(Learner):
     def __init__(self, environment: Any, tasks: Tasks, keys: TaskKey) -> None:
         super().__init__(environment, tasks, keys)
         if self.gaussian:
-            raise ConfigError("optimal: of bandits with environment.reward 'gaussian' no exact optimum is known; expected 'bernoulli'")
+            raise ConfigError(
+                "optimal: of bandits with environment.reward 'gaussian' no exact optimum is known; expected 'bernoulli'"
+            )
         self.solution = solve(environment.arms, environment.episodes)
 
     def index(self, t: int) -> Tensor:

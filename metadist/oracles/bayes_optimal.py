@@ -56,7 +56,9 @@ class Solution:
         # With more arms than pulls some are never touched, and of those the solution leaves out as many as it can.
         rest = own.sum(1, keepdim=True) - (own.shape[1] - self.arms) * codes.bits[0] - own
         sums, values = self.layers[w + 1]
-        won, lost = (values[torch.searchsorted(sums, rest + codes.bits[after[pasts]])] for after in (codes.win, codes.lose))
+        won, lost = (
+            values[torch.searchsorted(sums, rest + codes.bits[after[pasts]])] for after in (codes.win, codes.lose)
+        )
         return mean * (1 + won) + (1 - mean) * lost
 
 
@@ -76,7 +78,9 @@ def solve(arms: int, pulls: int) -> Solution:
         found, parents, columns, wins = _children(codes, states[w], sums[w])
         children = states[w][parents]
         old = children.gather(1, columns.unsqueeze(1)).long()
-        children.scatter_(1, columns.unsqueeze(1), torch.where(wins.unsqueeze(1), codes.win[old], codes.lose[old]).int())
+        children.scatter_(
+            1, columns.unsqueeze(1), torch.where(wins.unsqueeze(1), codes.win[old], codes.lose[old]).int()
+        )
         assert len(found) == expected[w + 1], "two states share their 64 bits"
         states.append(children)
         sums.append(found)

@@ -31,7 +31,9 @@ def methods(environment: MetaEnvironment) -> Mapping[str, Method]:
         if cls in ORACLES:
             return ORACLES[cls]
     known = ", ".join(cls.__name__ for cls in ORACLES)
-    raise ConfigError(f"environment.name: there are no oracles for '{type(environment).__name__}'; there are for {known}")
+    raise ConfigError(
+        f"environment.name: there are no oracles for '{type(environment).__name__}'; there are for {known}"
+    )
 
 
 def play(environment: MetaEnvironment, name: str, keys: TaskKey) -> Tensor:

@@ -95,7 +95,9 @@ class KnownMDP(Planner):
     """Value iteration in the MDP itself, which it knows."""
 
     def values(self, t: int) -> Tensor:
-        return action_values(self.tasks["reward"].double(), self.environment.transition(self.tasks), self.environment.horizon)
+        return action_values(
+            self.tasks["reward"].double(), self.environment.transition(self.tasks), self.environment.horizon
+        )
 
 
 class Greedy(Planner):

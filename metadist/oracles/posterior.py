@@ -27,7 +27,10 @@ def standard_gamma(stream: Stream, shape: Tensor) -> Tensor:
     while len(left):
         position, task = left % count, stream.tasks[left // count]
         zero = torch.zeros_like(task)
-        words = philox((_PROPOSALS + attempt * count + position, task, zero + stream.meta_step, zero + stream.high_word), stream.key)
+        words = philox(
+            (_PROPOSALS + attempt * count + position, task, zero + stream.meta_step, zero + stream.high_word),
+            stream.key,
+        )
         u1, u2, u, _ = (uniform(w).double() for w in words)
         normal = (-2 * torch.log1p(-u1)).sqrt() * torch.cos(2 * math.pi * u2)
         d = shape.reshape(-1)[left].double() - 1 / 3

@@ -67,7 +67,11 @@ class TrialAlgorithm:
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         """Slots beyond ``model``: name → (slot, initial values)."""
-        return {} if self.trust_region is None else {DIRECTION: (Slot(Layout.of(parameters), "constant"), parameters.zeros())}
+        return (
+            {}
+            if self.trust_region is None
+            else {DIRECTION: (Slot(Layout.of(parameters), "constant"), parameters.zeros())}
+        )
 
     def compatible(self, environment: MetaEnvironment, model: Model) -> str | None:
         """Why this algorithm can't learn in this environment with this model, or None."""
@@ -102,11 +106,15 @@ class TrialAlgorithm:
         """The gradient of the value's error by what the actions don't depend on; zero for everything else (``fits_value``)."""
         raise NotImplementedError
 
-    def fisher(self, theta: Theta, trials: Records, direction: Parameters, context: TrialContext) -> tuple[Parameters, float]:
+    def fisher(
+        self, theta: Theta, trials: Records, direction: Parameters, context: TrialContext
+    ) -> tuple[Parameters, float]:
         """F · ``direction``, F being the Hessian at θ of the KL divergence from θ's policy; the weight (trust regions)."""
         raise NotImplementedError
 
-    def surrogate(self, theta: Theta, trials: Records, step: Parameters, settings: Settings, context: TrialContext) -> tuple[Sums, float]:
+    def surrogate(
+        self, theta: Theta, trials: Records, step: Parameters, settings: Settings, context: TrialContext
+    ) -> tuple[Sums, float]:
         """``improvement`` of what is maximised and ``kl`` from θ's policy to that at θ + ``step``; the weight (trust regions)."""
         raise NotImplementedError
 
@@ -148,9 +156,20 @@ class PolicySearch(TrialAlgorithm):
         self._within("[0, 1]", lambda v: 0 <= v <= 1, "discount", "gae_lambda", "final_gae_lambda")
         self._within("above 0", lambda v: v > 0, "clip", "kl", "kl_limit")
         self._within("0 or more", lambda v: v >= 0, "entropy", "final_entropy", "damping")
-        self._within("1 or more", lambda v: v >= 1, "epochs", "minibatches", "cg_steps", "backtracks", "entropy_steps", "gae_lambda_steps")
+        self._within(
+            "1 or more",
+            lambda v: v >= 1,
+            "epochs",
+            "minibatches",
+            "cg_steps",
+            "backtracks",
+            "entropy_steps",
+            "gae_lambda_steps",
+        )
         if self.optimizer == "trpo" and self.kl_limit is not None:
-            raise ConfigError(f"algorithm.kl_limit: {self.kl_limit} goes with optimizer: ppo; the bound of trpo's step is algorithm.kl")
+            raise ConfigError(
+                f"algorithm.kl_limit: {self.kl_limit} goes with optimizer: ppo; the bound of trpo's step is algorithm.kl"
+            )
 
     def _within(self, expected: str, holds: Any, *names: str) -> None:
         for name in names:

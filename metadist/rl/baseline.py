@@ -13,7 +13,11 @@ def linear_baseline(observation: Tensor, target: Tensor, valid: Tensor, ridge: f
     observation [B, N, T, O], target and valid [B, N, T] → float64 [B, N, T].
     """
     clipped = observation.double().clamp(-10, 10)
-    t = (torch.arange(clipped.shape[2], device=clipped.device, dtype=torch.float64) / 100).view(-1, 1).expand(*clipped.shape[:3], 1)
+    t = (
+        (torch.arange(clipped.shape[2], device=clipped.device, dtype=torch.float64) / 100)
+        .view(-1, 1)
+        .expand(*clipped.shape[:3], 1)
+    )
     features = torch.cat([clipped, clipped.square(), t, t**2, t**3, torch.ones_like(t)], -1).flatten(1, 2)
     used = features * valid.flatten(1).unsqueeze(-1)
     identity = torch.eye(features.shape[-1], dtype=torch.float64, device=features.device)

@@ -95,7 +95,9 @@ class MetaEnvironment:
     def step(self, tasks: Tasks, state: Any, action: Tensor, noise: Tensor) -> Step:
         raise NotImplementedError
 
-    def restart(self, tasks: Tasks, state: Any, observation: Tensor, ended: Tensor, noise: Tensor) -> tuple[Any, Tensor]:
+    def restart(
+        self, tasks: Tasks, state: Any, observation: Tensor, ended: Tensor, noise: Tensor
+    ) -> tuple[Any, Tensor]:
         """Begin the next episode where ``ended`` [B]; the others go on. States that are no trees of tensors override it."""
         new = self.reset(tasks, noise)
         if bool(ended.all()):

@@ -90,9 +90,16 @@ class Trials:
 
 @torch.no_grad()
 def rollout(
-    environment: MetaEnvironment, policy: Policy, keys: TaskKey, *, greedy: bool = False, tasks: Tasks | None = None,
-    episodes: int | None = None, stage: int = 0, serial: Tensor | int = 0,
-) -> Trials:  # fmt: skip
+    environment: MetaEnvironment,
+    policy: Policy,
+    keys: TaskKey,
+    *,
+    greedy: bool = False,
+    tasks: Tasks | None = None,
+    episodes: int | None = None,
+    stage: int = 0,
+    serial: Tensor | int = 0,
+) -> Trials:
     """Every task of ``keys`` for one trial. ``greedy``: the likeliest action in place of a drawn one.
 
     ``episodes``: as many in place of the environment's. Where a task is rolled out more than once, ``stage`` and ``serial``
@@ -103,8 +110,16 @@ def rollout(
     batch, length, distribution = len(keys.tasks), episodes * environment.horizon, policy.distribution
     acting = keys.stream("action", stage, serial).uniform(length, distribution.words)
     none = acting[..., :0]
-    stepping = keys.stream("environment", stage, serial).uniform(length, environment.step_noise) if environment.step_noise else none
-    starting = keys.stream("reset", stage, serial).uniform(episodes, environment.reset_noise) if environment.reset_noise else none
+    stepping = (
+        keys.stream("environment", stage, serial).uniform(length, environment.step_noise)
+        if environment.step_noise
+        else none
+    )
+    starting = (
+        keys.stream("reset", stage, serial).uniform(episodes, environment.reset_noise)
+        if environment.reset_noise
+        else none
+    )
 
     memory = policy.start(batch, device)
     episode = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -129,9 +144,13 @@ def rollout(
         over = episode >= episodes
         flags = live * VALID + (step.terminated & live) * TERMINATED + ended * EPISODE_END + (ended & over) * TRIAL_END
         for name, column in (
-            ("observation", observation), ("action", action), ("log_probability", distribution.log_probability(head, action)),
-            ("value", value), ("reward", reward), ("flags", flags.to(torch.uint8)),
-        ):  # fmt: skip
+            ("observation", observation),
+            ("action", action),
+            ("log_probability", distribution.log_probability(head, action)),
+            ("value", value),
+            ("reward", reward),
+            ("flags", flags.to(torch.uint8)),
+        ):
             columns[name].append(column)
         for name, column in step.measured.items():
             measured.setdefault(name, []).append(column)
@@ -149,7 +168,11 @@ def rollout(
     found = {n: torch.stack(c, 1) for n, c in columns.items()}
     trials = Trials(**found, task=keys.tasks, measured={n: torch.stack(c, 1) for n, c in measured.items()})
     left_out = environment.left_out(state)
-    return trials if left_out is None else replace(trials, flags=trials.flags.masked_fill(left_out.to(device).unsqueeze(1), 0))
+    return (
+        trials
+        if left_out is None
+        else replace(trials, flags=trials.flags.masked_fill(left_out.to(device).unsqueeze(1), 0))
+    )
 
 
 def _at(noise: Tensor, episode: Tensor) -> Tensor:
@@ -166,7 +189,9 @@ def _finite(observation: Tensor, reward: Tensor, live: Tensor, keys: TaskKey) ->
         return observation, reward
     bad = tuple(int(i) for i in keys.tasks[~finite & live].cpu())
     if bad:
-        raise NonFiniteError(f"the environment gave a reward or observation of NaN or Inf in tasks {list(bad)} (seed {keys.seed})", bad)
+        raise NonFiniteError(
+            f"the environment gave a reward or observation of NaN or Inf in tasks {list(bad)} (seed {keys.seed})", bad
+        )
     return torch.where(finite.unsqueeze(-1), observation, 0.0), torch.where(finite, reward, 0.0)
 
 

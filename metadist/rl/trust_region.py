@@ -88,7 +88,11 @@ def _line_search(step: MetaStep, region: TrustRegion, whole: Tensor) -> Generato
             nonlocal accepted
             improvement, kl = total.metrics["improvement"] / total.weight, total.metrics["kl"] / total.weight
             accepted = improvement > 0 and kl <= region.kl
-            step.report.update(improvement=improvement if accepted else 0.0, kl=kl if accepted else 0.0, step_fraction=fraction * accepted)
+            step.report.update(
+                improvement=improvement if accepted else 0.0,
+                kl=kl if accepted else 0.0,
+                step_fraction=fraction * accepted,
+            )
             if not accepted:
                 return step.state
             moved = published.slots["model"] + fraction * published.slots[DIRECTION]

@@ -27,9 +27,13 @@ class ServiceError(MetadistError):
 
 
 def connect(
-    address: str, token_file: str | None = None, tls_ca: str | None = None, *, message_bytes: int = MESSAGE_BYTES,
+    address: str,
+    token_file: str | None = None,
+    tls_ca: str | None = None,
+    *,
+    message_bytes: int = MESSAGE_BYTES,
     seconds: float = UNARY_SECONDS,
-) -> grpc.Channel:  # fmt: skip
+) -> grpc.Channel:
     """A channel to ``HOST:PORT``; nothing is sent yet. TLS where ``tls_ca`` (PEM) is given or the address begins with ``grpcs://``
     (the system's authorities). A token goes over TLS or to loopback, nowhere else. Calls without a timeout get ``seconds``."""
     target, secure = _target(address)
@@ -124,9 +128,11 @@ class _Details(_Fields, grpc.ClientCallDetails):
 
 
 class _Caller(
-    grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor,
-    grpc.StreamUnaryClientInterceptor, grpc.StreamStreamClientInterceptor,
-):  # fmt: skip
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
     """Adds the token to every call, and a timeout to those of one answer that have none."""
 
     def __init__(self, token: str | None, seconds: float) -> None:
@@ -138,9 +144,13 @@ class _Caller(
             metadata.append(("authorization", f"Bearer {self._token}"))
         timeout = details.timeout if details.timeout is not None or streams else self._seconds
         changed = _Details(
-            details.method, timeout, metadata, details.credentials, getattr(details, "wait_for_ready", None),
+            details.method,
+            timeout,
+            metadata,
+            details.credentials,
+            getattr(details, "wait_for_ready", None),
             getattr(details, "compression", None),
-        )  # fmt: skip
+        )
         return continuation(changed, request)
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:

@@ -52,9 +52,13 @@ class Endpoint:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port}: expected 0 (any free one) to 65535")
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ConfigError("TLS takes two files: give both the certificate (--tls-cert) and its private key (--tls-key)")
+            raise ConfigError(
+                "TLS takes two files: give both the certificate (--tls-cert) and its private key (--tls-key)"
+            )
         if not is_loopback(self.host) and not (self.secure and self.token_file):
-            missing = " and ".join(what for what, there in (("TLS", self.secure), ("a token", self.token_file)) if not there)
+            missing = " and ".join(
+                what for what, there in (("TLS", self.secure), ("a token", self.token_file)) if not there
+            )
             raise ConfigError(
                 f"host {self.host}: any other machine could connect, and there is no {missing}; give --tls-cert, --tls-key and "
                 "--token-file, or stay on 127.0.0.1"
@@ -74,7 +78,9 @@ class Endpoint:
         assert self.tls_key is not None
         certificate, key = read_file("tls-cert", self.tls_cert), read_file("tls-key", self.tls_key)
         if b"BEGIN CERTIFICATE" not in certificate or b"PRIVATE KEY" not in key:
-            raise ConfigError(f"tls-cert {self.tls_cert}, tls-key {self.tls_key}: expected PEM files: a certificate and its private key")
+            raise ConfigError(
+                f"tls-cert {self.tls_cert}, tls-key {self.tls_key}: expected PEM files: a certificate and its private key"
+            )
         return grpc.ssl_server_credentials([(key, certificate)])
 
     def options(self) -> list[tuple[str, int]]:
@@ -87,7 +93,10 @@ class Endpoint:
             ("grpc.max_send_message_length", self.message_bytes),
             ("grpc.max_metadata_size", self.metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.metadata_bytes),
-            ("grpc.max_concurrent_streams", 2 * self.concurrent),  # more than are served: a caller is told, and does not wait
+            (
+                "grpc.max_concurrent_streams",
+                2 * self.concurrent,
+            ),  # more than are served: a caller is told, and does not wait
             ("grpc.max_connection_idle_ms", milliseconds(self.idle_seconds)),
             ("grpc.max_connection_age_ms", milliseconds(self.connection_seconds)),
             ("grpc.max_connection_age_grace_ms", milliseconds(self.seconds)),
@@ -119,7 +128,9 @@ class Served:
 
 
 @contextmanager
-def serve(endpoint: Endpoint, services: Mapping[Add, Any], *, grace: float = 5.0, observe: Observe | None = None) -> Iterator[Served]:
+def serve(
+    endpoint: Endpoint, services: Mapping[Add, Any], *, grace: float = 5.0, observe: Observe | None = None
+) -> Iterator[Served]:
     """Serve ``{add_XServicer_to_server: servicer}`` until the block is left; running calls then get ``grace`` seconds.
 
     Servicers refuse a call by raising ``Refused(code, message)``; a ConfigError becomes INVALID_ARGUMENT, another MetadistError
@@ -129,7 +140,9 @@ def serve(endpoint: Endpoint, services: Mapping[Add, Any], *, grace: float = 5.0
     token, credentials = endpoint.token(), endpoint.credentials()
     guard = Guard(token, endpoint.seconds, endpoint.stream_seconds, observe)
     pool = ThreadPoolExecutor(endpoint.concurrent, thread_name_prefix="rpc")
-    server = grpc.server(pool, interceptors=[guard], options=endpoint.options(), maximum_concurrent_rpcs=endpoint.concurrent)
+    server = grpc.server(
+        pool, interceptors=[guard], options=endpoint.options(), maximum_concurrent_rpcs=endpoint.concurrent
+    )
     names = _Names()
     for add, servicer in services.items():
         add(servicer, names)
@@ -142,8 +155,13 @@ def serve(endpoint: Endpoint, services: Mapping[Add, Any], *, grace: float = 5.0
     server.start()
     for name in ("", *names.found):
         healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
-    log.info("serving %s on %s (%s, %s)", ", ".join(names.found), served.address, "TLS" if credentials else "plaintext",
-             "token" if token else "no token")  # fmt: skip
+    log.info(
+        "serving %s on %s (%s, %s)",
+        ", ".join(names.found),
+        served.address,
+        "TLS" if credentials else "plaintext",
+        "token" if token else "no token",
+    )
     try:
         yield served
     finally:
@@ -173,5 +191,7 @@ def _bind(server: grpc.Server, endpoint: Endpoint, credentials: grpc.ServerCrede
     except RuntimeError:
         port = 0
     if not port:
-        raise ConfigError(f"can't listen on {address}: the port is taken, or the address is not this machine's; choose another --port")
+        raise ConfigError(
+            f"can't listen on {address}: the port is taken, or the address is not this machine's; choose another --port"
+        )
     return port

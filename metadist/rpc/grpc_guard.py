@@ -42,7 +42,9 @@ class Guard(grpc.ServerInterceptor):
     thread for longer than it must.
     """
 
-    def __init__(self, token: str | None, seconds: float, stream_seconds: float, observe: Observe | None = None) -> None:
+    def __init__(
+        self, token: str | None, seconds: float, stream_seconds: float, observe: Observe | None = None
+    ) -> None:
         self.token = token.encode() if token is not None else None
         self.seconds, self.stream_seconds = seconds, stream_seconds
         self.clock = _Clock()
@@ -64,7 +66,9 @@ class Guard(grpc.ServerInterceptor):
 
         def begin(requests: Iterator[bytes], context: Any) -> tuple[Any, _Context]:
             if not allowed:
-                raise Refused(grpc.StatusCode.UNAUTHENTICATED, "this server wants a token, and the call has none or a wrong one")
+                raise Refused(
+                    grpc.StatusCode.UNAUTHENTICATED, "this server wants a token, and the call has none or a wrong one"
+                )
             own = _Context(context, limit)
             parsed = self._parsed(requests, handler.request_deserializer, context, None if streams else limit)
             return (parsed if handler.request_streaming else self._only(parsed)), own
@@ -78,11 +82,17 @@ class Guard(grpc.ServerInterceptor):
                 request, own = begin(requests, context)
                 for item in inner(request, own):
                     if own.time_remaining() <= 0:
-                        raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, f"a stream lasts {limit:g} s at most; open it again")
+                        raise Refused(
+                            grpc.StatusCode.DEADLINE_EXCEEDED, f"a stream lasts {limit:g} s at most; open it again"
+                        )
                     with self.clock.limit(context, self.seconds):  # a reader that doesn't read
                         yield item
 
-        make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
         return make(stream if handler.response_streaming else unary, None, handler.response_serializer)
 
     def _allowed(self, details: Any) -> bool:
@@ -92,7 +102,9 @@ class Guard(grpc.ServerInterceptor):
         sent = given[0] if len(given) == 1 else ""
         return hmac.compare_digest(sent.encode() if isinstance(sent, str) else bytes(sent), b"Bearer " + self.token)
 
-    def _parsed(self, requests: Iterator[bytes], parse: Callable[[bytes], Any] | None, context: Any, limit: float | None) -> Iterator[Any]:
+    def _parsed(
+        self, requests: Iterator[bytes], parse: Callable[[bytes], Any] | None, context: Any, limit: float | None
+    ) -> Iterator[Any]:
         while True:
             # Between the messages of a stream a client may think; the first one is due.
             with self.clock.limit(context, limit or self.stream_seconds):
@@ -103,7 +115,9 @@ class Guard(grpc.ServerInterceptor):
             try:
                 request = data if parse is None else parse(data)
             except Exception:
-                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid message of this method's type") from None
+                raise Refused(
+                    grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid message of this method's type"
+                ) from None
             yield request
 
     @staticmethod
@@ -135,7 +149,10 @@ class Guard(grpc.ServerInterceptor):
                 return
             number = uuid.uuid4().hex[:12]
             log.exception("%s failed (error %s)", method, number)
-            code, message = grpc.StatusCode.INTERNAL, f"internal error {number}; the server's log has it under this number"
+            code, message = (
+                grpc.StatusCode.INTERNAL,
+                f"internal error {number}; the server's log has it under this number",
+            )
         self.observe(name, code.name, time.perf_counter() - began)
         context.abort(code, " ".join(message.split())[:LONGEST_MESSAGE])
 

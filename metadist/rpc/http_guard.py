@@ -21,10 +21,14 @@ from metadist.rpc.grpc_guard import Observe, Refused
 log = logging.getLogger(__name__)
 
 _STATUS = {
-    grpc.StatusCode.INVALID_ARGUMENT: 400, grpc.StatusCode.UNAUTHENTICATED: 401, grpc.StatusCode.NOT_FOUND: 404,
-    grpc.StatusCode.FAILED_PRECONDITION: 422, grpc.StatusCode.RESOURCE_EXHAUSTED: 429, grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.FAILED_PRECONDITION: 422,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
-}  # fmt: skip
+}
 _CODES = {200: "OK"} | {status: code.name for code, status in _STATUS.items()}
 
 
@@ -48,14 +52,22 @@ def answer(error: Exception) -> Response:
         number = uuid.uuid4().hex[:12]
         log.error("a call over HTTP failed (error %s)", number, exc_info=error)
         status, message = 500, f"internal error {number}; the server's log has it under this number"
-    return JSONResponse({"error": " ".join(message.split())[:400]}, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
+    return JSONResponse(
+        {"error": " ".join(message.split())[:400]}, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    )
 
 
 class Guarded:
     """Token, number of calls and time, before and around the application. A reader that doesn't read is cut off."""
 
     def __init__(self, inner: Any, token: str | None, seconds: float, concurrent: int, observe: Observe) -> None:
-        self._inner, self._seconds, self._concurrent, self._running, self._observe = inner, seconds, concurrent, 0, observe
+        self._inner, self._seconds, self._concurrent, self._running, self._observe = (
+            inner,
+            seconds,
+            concurrent,
+            0,
+            observe,
+        )
         self._token = None if token is None else b"Bearer " + token.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -69,7 +81,11 @@ class Guarded:
 
             await self._answered(scope, receive, sending)
             method = "".join(part.title() for part in scope["path"].rpartition("/")[2].split("_"))
-            self._observe({"Models": "ListModels"}.get(method, method), _CODES.get(status, str(status)), time.perf_counter() - began)
+            self._observe(
+                {"Models": "ListModels"}.get(method, method),
+                _CODES.get(status, str(status)),
+                time.perf_counter() - began,
+            )
         elif scope["type"] == "lifespan":
             await self._inner(scope, receive, send)
 
@@ -77,10 +93,14 @@ class Guarded:
         given = [value for key, value in scope["headers"] if key == b"authorization"]
         allowed = self._token is None or hmac.compare_digest(given[0] if len(given) == 1 else b"", self._token)
         if not allowed and scope["path"] != "/healthz":
-            refusal = Refused(grpc.StatusCode.UNAUTHENTICATED, "this server wants a token, and the call has none or a wrong one")
+            refusal = Refused(
+                grpc.StatusCode.UNAUTHENTICATED, "this server wants a token, and the call has none or a wrong one"
+            )
             await self._bounded(answer(refusal)(scope, receive, send))
         elif self._running >= self._concurrent:
-            refusal = Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._running} calls are running already; try again")
+            refusal = Refused(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._running} calls are running already; try again"
+            )
             await self._bounded(answer(refusal)(scope, receive, send))
         else:
             self._running += 1

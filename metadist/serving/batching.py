@@ -100,7 +100,11 @@ class Batcher:
             results = [error] * len(running)
         now = time.monotonic()
         counts = self.counts
-        counts.batches, counts.items, counts.largest = counts.batches + 1, counts.items + len(running), max(counts.largest, len(running))
+        counts.batches, counts.items, counts.largest = (
+            counts.batches + 1,
+            counts.items + len(running),
+            max(counts.largest, len(running)),
+        )
         for waiting, result in zip(running, results, strict=True):
             counts.milliseconds.append((now - waiting.since) * 1000)
             if isinstance(result, Exception):

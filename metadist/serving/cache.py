@@ -47,8 +47,11 @@ class Handles(Generic[T]):
                 self.bytes -= old.bytes
                 self.evictions += 1
         if first and self.evictions and self.tells:
-            log.warning("the budget of %.1f MiB for adapted parameters is spent: the least recently used are evicted from now on; "
-                        "--budget-mib raises it", self.budget / 2**20)  # fmt: skip
+            log.warning(
+                "the budget of %.1f MiB for adapted parameters is spent: the least recently used are evicted from now on; "
+                "--budget-mib raises it",
+                self.budget / 2**20,
+            )
         return handle
 
     def get(self, handle: str) -> T | None:
@@ -66,7 +69,12 @@ class Handles(Generic[T]):
             return kept is not None
 
     def counts(self) -> dict[str, int]:
-        return {"handles": len(self), "handle_bytes": self.bytes, "budget_bytes": self.budget, "evictions": self.evictions}
+        return {
+            "handles": len(self),
+            "handle_bytes": self.bytes,
+            "budget_bytes": self.budget,
+            "evictions": self.evictions,
+        }
 
 
 class Shelf(Handles[Any]):
@@ -86,7 +94,9 @@ class SharedHandles(Handles[T]):
 
     tells = False
 
-    def __init__(self, budget: int, call: Callable[..., Any], pack: Callable[[T], Any], unpack: Callable[[Any], tuple[T, int]]) -> None:
+    def __init__(
+        self, budget: int, call: Callable[..., Any], pack: Callable[[T], Any], unpack: Callable[[Any], tuple[T, int]]
+    ) -> None:
         super().__init__(budget)
         self._call, self._pack, self._unpack = call, pack, unpack
 

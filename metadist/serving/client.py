@@ -27,7 +27,9 @@ class Client:
     ``token_file`` and ``tls_ca`` as the server was started. What goes wrong is a ``MetadistError`` of one line.
     """
 
-    def __init__(self, address: str, *, token_file: str | None = None, tls_ca: str | None = None, seconds: float = 60.0) -> None:
+    def __init__(
+        self, address: str, *, token_file: str | None = None, tls_ca: str | None = None, seconds: float = 60.0
+    ) -> None:
         self.address = address
         self._channel = connect(address, token_file, tls_ca, seconds=seconds)
         self._stub = adapt_pb2_grpc.AdaptationStub(self._channel)
@@ -43,7 +45,9 @@ class Client:
 
     def adapt_predict(self, x: Any, y: Any, query: Any, *, model: str = "", inner_steps: int | None = None) -> Tensor:
         """Both in one call; the server keeps nothing."""
-        request = pb.AdaptPredictRequest(model=model, x=_sent(x), y=_sent(y), query=_sent(query), inner_steps=inner_steps)
+        request = pb.AdaptPredictRequest(
+            model=model, x=_sent(x), y=_sent(y), query=_sent(query), inner_steps=inner_steps
+        )
         return from_reply(self._call(self._stub.AdaptPredict, request).prediction)
 
     def forget(self, handle: str) -> bool:
@@ -64,7 +68,9 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _call(self, method: Callable[[Any], Any], request: Any) -> Any:

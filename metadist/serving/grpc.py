@@ -24,13 +24,17 @@ class AdaptationServicer(adapt_pb2_grpc.AdaptationServicer):
     def Predict(self, request: pb.PredictRequest, context: Any) -> pb.PredictReply:
         model, adapted = self.service.found(request.handle)
         x = _inputs(model, "x", request.x, model.limits.queries)
-        return pb.PredictReply(prediction=to_message(self.service.predict(model, adapted, x, _left(context)), request.arrow))
+        return pb.PredictReply(
+            prediction=to_message(self.service.predict(model, adapted, x, _left(context)), request.arrow)
+        )
 
     def AdaptPredict(self, request: pb.AdaptPredictRequest, context: Any) -> pb.PredictReply:
         model = self.service.model(request.model)
         x = _inputs(model, "query", request.query, model.limits.queries)
         support, steps = _support(model, request), _steps(model, request)
-        return pb.PredictReply(prediction=to_message(self.service.adapt_predict(model, support, x, steps, _left(context)), request.arrow))
+        return pb.PredictReply(
+            prediction=to_message(self.service.adapt_predict(model, support, x, steps, _left(context)), request.arrow)
+        )
 
     def Forget(self, request: pb.ForgetRequest, context: Any) -> pb.ForgetReply:
         return pb.ForgetReply(existed=self.service.forget(request.handle))
@@ -46,7 +50,12 @@ def _inputs(model: ServedModel, what: str, message: pb.Tensor, most: int) -> Any
 
 def _support(model: ServedModel, request: Any) -> Examples:
     x = _inputs(model, "x", request.x, model.limits.support)
-    return Examples(x, model.check_targets(from_message("y", request.y, lambda shape: model.check_target_shape(shape, len(x))), len(x)))
+    return Examples(
+        x,
+        model.check_targets(
+            from_message("y", request.y, lambda shape: model.check_target_shape(shape, len(x))), len(x)
+        ),
+    )
 
 
 def _steps(model: ServedModel, request: Any) -> int | None:

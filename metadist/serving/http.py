@@ -57,7 +57,10 @@ def app(service: Adaptation, *, token: str | None, seconds: float, message_bytes
     routes = [Route(f"/v1/{name}", route(call), methods=["POST"]) for name, call in calls.items()]
     routes += [Route("/v1/models", models), Route("/metrics", metrics), Route("/healthz", health)]
     return Guarded(
-        Starlette(routes=routes, exception_handlers=dict.fromkeys((Refused, ConfigError, TooLarge, HTTPException, Exception), _failed)),
+        Starlette(
+            routes=routes,
+            exception_handlers=dict.fromkeys((Refused, ConfigError, TooLarge, HTTPException, Exception), _failed),
+        ),
         token,
         seconds,
         concurrent,
@@ -78,14 +81,18 @@ def _adapt(service: Adaptation, body: dict[str, Any], left: Left) -> dict[str, A
 def _predict(service: Adaptation, body: dict[str, Any], left: Left) -> dict[str, Any]:
     _only(body, "handle", "x")
     model, adapted = service.found(_text(body, "handle"))
-    return {"prediction": service.predict(model, adapted, _inputs(model, "x", body, model.limits.queries), left).tolist()}
+    return {
+        "prediction": service.predict(model, adapted, _inputs(model, "x", body, model.limits.queries), left).tolist()
+    }
 
 
 def _adapt_predict(service: Adaptation, body: dict[str, Any], left: Left) -> dict[str, Any]:
     _only(body, "model", "x", "y", "query", "inner_steps")
     model = service.model(_text(body, "model"))
     query = _inputs(model, "query", body, model.limits.queries)
-    return {"prediction": service.adapt_predict(model, _support(model, body), query, _steps(model, body), left).tolist()}
+    return {
+        "prediction": service.adapt_predict(model, _support(model, body), query, _steps(model, body), left).tolist()
+    }
 
 
 def _forget(service: Adaptation, body: dict[str, Any], left: Left) -> dict[str, Any]:
@@ -175,13 +182,30 @@ def serve_http(service: Adaptation, endpoint: Endpoint, *, grace: float = 5.0) -
     try:
         listening = socket.create_server((endpoint.host, endpoint.port), family=family, backlog=512)
     except OSError as error:
-        raise ConfigError(f"can't listen on {endpoint.host}:{endpoint.port} ({error.strerror}); choose another --http-port") from None
-    application = app(service, token=token, seconds=endpoint.seconds, message_bytes=endpoint.message_bytes, concurrent=endpoint.concurrent)
+        raise ConfigError(
+            f"can't listen on {endpoint.host}:{endpoint.port} ({error.strerror}); choose another --http-port"
+        ) from None
+    application = app(
+        service,
+        token=token,
+        seconds=endpoint.seconds,
+        message_bytes=endpoint.message_bytes,
+        concurrent=endpoint.concurrent,
+    )
     config = uvicorn.Config(
-        application, http=Impatient, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        ssl_certfile=endpoint.tls_cert, ssl_keyfile=endpoint.tls_key, timeout_keep_alive=int(min(endpoint.idle_seconds, 60)),
-        timeout_graceful_shutdown=int(grace), h11_max_incomplete_event_size=endpoint.metadata_bytes,
-    )  # fmt: skip
+        application,
+        http=Impatient,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ssl_certfile=endpoint.tls_cert,
+        ssl_keyfile=endpoint.tls_key,
+        timeout_keep_alive=int(min(endpoint.idle_seconds, 60)),
+        timeout_graceful_shutdown=int(grace),
+        h11_max_incomplete_event_size=endpoint.metadata_bytes,
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="http", daemon=True)
     thread.start()

@@ -123,7 +123,10 @@ def adaptation(serving: Serving, shelf: Callable[..., Any] | None = None) -> Ada
     if serving.threads is not None:
         torch.set_num_threads(serving.threads)
     limits = {"support": serving.max_support, "queries": serving.max_queries, "inner_steps": serving.max_inner_steps}
-    models = [open_model(source, normalization=serving.normalization, device=serving.device, **limits) for source in serving.sources]
+    models = [
+        open_model(source, normalization=serving.normalization, device=serving.device, **limits)
+        for source in serving.sources
+    ]
     for model in models:
         model.warm_up()
     budget, patience = int(serving.budget_mib * MIB), serving.batch_wait_ms / 1000
@@ -150,7 +153,9 @@ def serve(service: Adaptation, endpoint: Endpoint, http_port: int | None = None)
     _allow_many_connections()
     with ExitStack() as stack:
         stack.callback(service.close)
-        served = stack.enter_context(serve_grpc(endpoint, {add: AdaptationServicer(service)}, observe=service.measures.observe))
+        served = stack.enter_context(
+            serve_grpc(endpoint, {add: AdaptationServicer(service)}, observe=service.measures.observe)
+        )
         http = None
         if http_port is not None:
             port = stack.enter_context(serve_http(service, replace(endpoint, port=http_port)))
@@ -159,9 +164,14 @@ def serve(service: Adaptation, endpoint: Endpoint, http_port: int | None = None)
 
 
 def replica(
-    settings: Mapping[str, Any], *, shelf: Callable[..., Any], token_file: str | None = None, message_bytes: int = 8 << 20,
-    concurrent: int = 128, seconds: float = 60.0,
-) -> Any:  # fmt: skip
+    settings: Mapping[str, Any],
+    *,
+    shelf: Callable[..., Any],
+    token_file: str | None = None,
+    message_bytes: int = 8 << 20,
+    concurrent: int = 128,
+    seconds: float = 60.0,
+) -> Any:
     """The HTTP door as an ASGI application, of one of Ray Serve's replicas. ``settings`` are fields of ``Serving``."""
     from metadist.rpc.credentials import read_token
     from metadist.serving.http import app
@@ -173,7 +183,9 @@ def replica(
         )
     serving = Serving(**{**settings, "sources": tuple(settings["sources"])})
     token = read_token(token_file) if token_file else None
-    return app(adaptation(serving, shelf), token=token, seconds=seconds, message_bytes=message_bytes, concurrent=concurrent)
+    return app(
+        adaptation(serving, shelf), token=token, seconds=seconds, message_bytes=message_bytes, concurrent=concurrent
+    )
 
 
 def _allow_many_connections() -> None:

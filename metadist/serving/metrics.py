@@ -15,18 +15,30 @@ class Measures:
 
     def __init__(self, statistics: Callable[[], Mapping[str, float]]) -> None:
         self._registry, self._statistics = CollectorRegistry(), statistics
-        self._calls = Counter("metadist_serve_calls", "Calls by method and status.", ("method", "code"), registry=self._registry)
-        self._seconds = Histogram("metadist_serve_seconds", "Seconds of a call.", ("method",), buckets=SECONDS, registry=self._registry)
+        self._calls = Counter(
+            "metadist_serve_calls", "Calls by method and status.", ("method", "code"), registry=self._registry
+        )
+        self._seconds = Histogram(
+            "metadist_serve_seconds", "Seconds of a call.", ("method",), buckets=SECONDS, registry=self._registry
+        )
         gauges = {
-            "handles": "Adaptations that are kept.", "handle_bytes": "What they take.", "budget_bytes": "What they may take.",
+            "handles": "Adaptations that are kept.",
+            "handle_bytes": "What they take.",
+            "budget_bytes": "What they may take.",
             "largest_batch": "Requests computed together at most.",
-        }  # fmt: skip
-        self._gauges = {name: Gauge(f"metadist_serve_{name}", text, registry=self._registry) for name, text in gauges.items()}
+        }
+        self._gauges = {
+            name: Gauge(f"metadist_serve_{name}", text, registry=self._registry) for name, text in gauges.items()
+        }
         totals = {
-            "evictions": "Adaptations evicted.", "adaptations": "Adaptations computed.", "predictions": "Predictions computed.",
+            "evictions": "Adaptations evicted.",
+            "adaptations": "Adaptations computed.",
+            "predictions": "Predictions computed.",
             "batches": "Batches that they were computed in.",
-        }  # fmt: skip
-        self._totals = {name: Counter(f"metadist_serve_{name}", text, registry=self._registry) for name, text in totals.items()}
+        }
+        self._totals = {
+            name: Counter(f"metadist_serve_{name}", text, registry=self._registry) for name, text in totals.items()
+        }
 
     def observe(self, method: str, code: str, seconds: float) -> None:
         """One call has ended. Other methods than the service's (a probe's) don't count."""

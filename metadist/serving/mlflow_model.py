@@ -31,7 +31,9 @@ class Adapting:
         model.check_shape("support_x", tuple(x.shape), model.limits.support)
         model.check_shape("query_x", tuple(query.shape), model.limits.queries)
         support = Examples(model.check_values("support_x", x), model.check_targets(y, len(x)))
-        phi = model.learner.adapt(model.state, support, model.check_steps(None if steps is None or steps < 0 else int(steps)))
+        phi = model.learner.adapt(
+            model.state, support, model.check_steps(None if steps is None or steps < 0 else int(steps))
+        )
         return model.learner.predict(model.state, phi, model.check_values("query_x", query), support).cpu().numpy()
 
 

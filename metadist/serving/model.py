@@ -80,13 +80,21 @@ class ServedModel:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "name": self.name, "algorithm": self.algorithm, "kind": self.learner.tasks.kind, "input_shape": list(self.input_shape or ()),
-            "target_shape": list(self.target_shape), "outputs": self.outputs, "dtype": str(self.dtype).removeprefix("torch."),
-            "params_sha256": self.params_sha256, "source": self.source, "max_support": self.limits.support,
-            "max_inner_steps": self.limits.inner_steps, "max_queries": self.limits.queries,
+            "name": self.name,
+            "algorithm": self.algorithm,
+            "kind": self.learner.tasks.kind,
+            "input_shape": list(self.input_shape or ()),
+            "target_shape": list(self.target_shape),
+            "outputs": self.outputs,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "params_sha256": self.params_sha256,
+            "source": self.source,
+            "max_support": self.limits.support,
+            "max_inner_steps": self.limits.inner_steps,
+            "max_queries": self.limits.queries,
             "normalization": self.learner.normalization if self.learner.model.normalises_over_batch else "none",
             **({} if self.images is None else {"images": dict(zip(("size", "channels", "invert"), self.images))}),
-        }  # fmt: skip
+        }
 
     # What a request must be -------------------------------------------------------------------------------------------
 
@@ -101,10 +109,14 @@ class ServedModel:
     def check_values(self, what: str, x: Tensor) -> Tensor:
         """x as the model computes with it."""
         if not x.is_floating_point():
-            raise Wrong(f"{what} holds {str(x.dtype).removeprefix('torch.')}; inputs are floating point, images in [0, 1]")
+            raise Wrong(
+                f"{what} holds {str(x.dtype).removeprefix('torch.')}; inputs are floating point, images in [0, 1]"
+            )
         x = x.to(self.learner.device, self.dtype)
         if not bool(torch.isfinite(x).all()):
-            raise Wrong(f"{what} holds NaN or Inf; every input must be finite (as {str(self.dtype).removeprefix('torch.')})")
+            raise Wrong(
+                f"{what} holds NaN or Inf; every input must be finite (as {str(self.dtype).removeprefix('torch.')})"
+            )
         return x
 
     def check_target_shape(self, shape: Sequence[int], rows: int) -> None:
@@ -147,14 +159,18 @@ class ServedModel:
                 many = torch.func.vmap(lambda s: self.learner.adapt(self.state, s, inner_steps))(stacked)
                 return self._kept(many, supports, inner_steps)
             except (RuntimeError, TypeError, ValueError) as error:  # an algorithm whose φ holds more than tensors
-                log.warning("model '%s': adaptations can't be computed together (%s), so one after the other", self.name, error)
+                log.warning(
+                    "model '%s': adaptations can't be computed together (%s), so one after the other", self.name, error
+                )
                 self._stackable = False
         return [self._alone(support, inner_steps) for support in supports]
 
     def _alone(self, support: Examples, inner_steps: int | None) -> Adapted | Exception:
         try:
             phi = self._explained(lambda: self.learner.adapt(self.state, support, inner_steps))
-            return self._kept(pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, phi), [support], inner_steps)[0]
+            return self._kept(
+                pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, phi), [support], inner_steps
+            )[0]
         except Exception as error:
             return error
 
@@ -173,10 +189,14 @@ class ServedModel:
             if not good:
                 kept.append(Diverged("the adaptation gave NaN or Inf; are the inputs scaled as in training?"))
                 continue
-            phi = pytree.tree_unflatten([row[i].detach().clone() if own else row[i] for row, own in zip(rows, apart)], spec)
+            phi = pytree.tree_unflatten(
+                [row[i].detach().clone() if own else row[i] for row, own in zip(rows, apart)], spec
+            )
             inputs = support.x if self._needs_support else None
             total = size + (0 if inputs is None else inputs.numel() * inputs.element_size())
-            kept.append(Adapted(phi, inputs, total, structure, (inner_steps, tuple(support.x.shape), tuple(support.y.shape))))
+            kept.append(
+                Adapted(phi, inputs, total, structure, (inner_steps, tuple(support.x.shape), tuple(support.y.shape)))
+            )
         return kept
 
     # From one replica to another --------------------------------------------------------------------------------------
@@ -193,7 +213,9 @@ class ServedModel:
         data, (inner_steps, x, y) = packed
         tensors = {n: t.clone().to(self.learner.device) for n, t in safetensors.torch.load(data).items()}
         with self._lock:
-            targets = torch.zeros(y, dtype=torch.int64 if self.classification else self.dtype, device=self.learner.device)
+            targets = torch.zeros(
+                y, dtype=torch.int64 if self.classification else self.dtype, device=self.learner.device
+            )
             empty = self.learner.adapt(
                 self.state, Examples(torch.zeros(x, dtype=self.dtype, device=self.learner.device), targets), inner_steps
             )
@@ -216,18 +238,27 @@ class ServedModel:
         if len(pairs) == 1:
             ((adapted, x),) = pairs
             support = x if adapted.support is None else adapted.support
-            return [self._explained(lambda: self.learner.predict(self.state, adapted.phi, x, Examples(support, support)))]
+            return [
+                self._explained(lambda: self.learner.predict(self.state, adapted.phi, x, Examples(support, support)))
+            ]
         x = torch.stack([x for _, x in pairs])
         support = torch.stack([x if a.support is None else a.support for a, x in pairs])
         leaves, specs = zip(*(pytree.tree_flatten(a.phi) for a, _ in pairs))
         shared = [isinstance(t, Tensor) and t.untyped_storage().data_ptr() in self._own for t in leaves[0]]
-        stacked = [column[0] if s or not isinstance(column[0], Tensor) else torch.stack(column) for s, column in zip(shared, zip(*leaves))]
+        stacked = [
+            column[0] if s or not isinstance(column[0], Tensor) else torch.stack(column)
+            for s, column in zip(shared, zip(*leaves))
+        ]
         dims = [None if s or not isinstance(t, Tensor) else 0 for s, t in zip(shared, leaves[0])]
 
         def single(columns: list[Any], x: Tensor, support: Tensor) -> Tensor:
-            return self.learner.predict(self.state, pytree.tree_unflatten(columns, specs[0]), x, Examples(support, support))
+            return self.learner.predict(
+                self.state, pytree.tree_unflatten(columns, specs[0]), x, Examples(support, support)
+            )
 
-        return list(self._explained(lambda: torch.func.vmap(single, in_dims=(dims, 0, 0))(stacked, x, support)).unbind())
+        return list(
+            self._explained(lambda: torch.func.vmap(single, in_dims=(dims, 0, 0))(stacked, x, support)).unbind()
+        )
 
     def _explained(self, compute: Any) -> Any:
         """Shapes that only the model itself can judge are still the caller's."""

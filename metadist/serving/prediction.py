@@ -15,14 +15,23 @@ from metadist.serving.load import decoder
 
 
 def predict_folders(
-    source: str, support: str, query: str, *, model: str = "", inner_steps: int | None = None, normalization: str | None = None,
-    token_file: str | None = None, tls_ca: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    source: str,
+    support: str,
+    query: str,
+    *,
+    model: str = "",
+    inner_steps: int | None = None,
+    normalization: str | None = None,
+    token_file: str | None = None,
+    tls_ca: str | None = None,
+) -> dict[str, Any]:
     """Adapt to ``support/CLASS/IMAGE``, predict every image below ``query``; an accuracy where those lie in folders of the same names."""
     with _opened(source, model, normalization, token_file, tls_ca) as (about, adapt_predict):
         images = about.get("images")
         if about["kind"] != "classification" or images is None:
-            raise ConfigError(f"predict: model '{about['name']}' ({about['kind']}) doesn't classify images; use the Python client or HTTP")
+            raise ConfigError(
+                f"predict: model '{about['name']}' ({about['kind']}) doesn't classify images; use the Python client or HTTP"
+            )
         decode = decoder((images["size"], images["channels"], images["invert"]))
         x, names, labels = decode.by_class(_folder("--support", support))
         classes = sorted(set(labels))
@@ -30,7 +39,9 @@ def predict_folders(
             wrong = f"'{names[labels.index('')]}' is in no folder" if "" in classes else "no images there"
             raise DataError(f"--support {support}: {wrong}; expected {support}/CLASS/IMAGE.png, a folder per class")
         if not 2 <= len(classes) <= about["outputs"]:
-            raise DataError(f"--support {support}: {len(classes)} classes; model '{about['name']}' tells 2 to {about['outputs']} apart")
+            raise DataError(
+                f"--support {support}: {len(classes)} classes; model '{about['name']}' tells 2 to {about['outputs']} apart"
+            )
         queries, files, truths = decode.by_class(_folder("--query", query))
         if not files:
             raise DataError(f"--query {query}: no images there")
@@ -44,9 +55,14 @@ def predict_folders(
         rows.append({**row, "class": truth} if truth in classes else row)
     judged = [row["class"] == row["predicted"] for row in rows if "class" in row]
     return {
-        "model": about["name"], "algorithm": about["algorithm"], "normalization": about["normalization"], "classes": classes,
-        "support": len(names), "predictions": rows, "accuracy": sum(judged) / len(judged) if judged else None,
-    }  # fmt: skip
+        "model": about["name"],
+        "algorithm": about["algorithm"],
+        "normalization": about["normalization"],
+        "classes": classes,
+        "support": len(names),
+        "predictions": rows,
+        "accuracy": sum(judged) / len(judged) if judged else None,
+    }
 
 
 def _folder(option: str, path: str) -> str:
@@ -56,7 +72,9 @@ def _folder(option: str, path: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened(source: str, model: str, normalization: str | None, token_file: str | None, tls_ca: str | None) -> Iterator[tuple[dict, Any]]:
+def _opened(
+    source: str, model: str, normalization: str | None, token_file: str | None, tls_ca: str | None
+) -> Iterator[tuple[dict, Any]]:
     """What the model is, and how it is asked: in this process where ``source`` is a run or a file, else by a client."""
     if _is_address(source):
         from metadist.serving.client import Client

@@ -47,11 +47,15 @@ def application(args: Mapping[str, Any]) -> Any:
     except ImportError as error:
         raise ConfigError(f"Ray Serve is not installed ({error}); pip install 'metadist[serve]'") from None
     settings = {key: value for key, value in args.items() if key not in _OWN}
-    settings["sources"] = [settings["sources"]] if isinstance(settings.get("sources"), str) else list(settings.get("sources") or ())
+    settings["sources"] = (
+        [settings["sources"]] if isinstance(settings.get("sources"), str) else list(settings.get("sources") or ())
+    )
     if not settings["sources"]:
         raise ConfigError("args.sources: which runs or models to serve is missing")
     least, most = bounds(str(args.get("replicas", 1)))
-    options = {key: args[key] for key in ("token_file", "message_bytes", "concurrent", "seconds") if args.get(key) is not None}
+    options = {
+        key: args[key] for key in ("token_file", "message_bytes", "concurrent", "seconds") if args.get(key) is not None
+    }
     budget = int(float(args.get("budget_mib", 256)) * 2**20)
     shelf = ray.remote(_Shelf).options(
         name=f"{NAME}-shelf", get_if_exists=True, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=1
@@ -66,12 +70,17 @@ def application(args: Mapping[str, Any]) -> Any:
 
         return _located(APPLICATION)(settings, shelf=call, **options)
 
-    scaling: dict[str, Any] = {"num_replicas": least} if least == most else {
-        "autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": ONGOING}
-    }  # fmt: skip
+    scaling: dict[str, Any] = (
+        {"num_replicas": least}
+        if least == most
+        else {"autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": ONGOING}}
+    )
     resources = {"num_cpus": float(args.get("cpus", 1)), "num_gpus": float(args.get("gpus", 0))}
     deployment = serve.deployment(
-        name="Adaptation", max_ongoing_requests=int(options.get("concurrent", 128)), ray_actor_options=resources, **scaling
+        name="Adaptation",
+        max_ongoing_requests=int(options.get("concurrent", 128)),
+        ray_actor_options=resources,
+        **scaling,
     )(serve.ingress(build)(type("Adaptation", (), {})))
     return deployment.bind()
 
@@ -80,14 +89,21 @@ _OWN = ("replicas", "cpus", "gpus", "token_file", "message_bytes", "concurrent",
 
 
 @contextlib.contextmanager
-def deploy(args: Mapping[str, Any], *, host: str, port: int, tls_cert: str | None = None, tls_key: str | None = None) -> Iterator[str]:
+def deploy(
+    args: Mapping[str, Any], *, host: str, port: int, tls_cert: str | None = None, tls_key: str | None = None
+) -> Iterator[str]:
     """Deploy on the cluster in RAY_ADDRESS, or on one started here; yields the address. Leaving takes the application down again."""
     bounds(str(args.get("replicas", 1)))
     try:
         from ray import serve
     except ImportError as error:
         raise ConfigError(f"--ray-serve: Ray Serve is not installed ({error}); pip install 'metadist[serve]'") from None
-    http = {"host": host, "port": port, "request_timeout_s": float(args.get("seconds", 60.0)), **_tls(serve, tls_cert, tls_key)}
+    http = {
+        "host": host,
+        "port": port,
+        "request_timeout_s": float(args.get("seconds", 60.0)),
+        **_tls(serve, tls_cert, tls_key),
+    }
     ours = ray_environment.ADDRESS is None
     _join(args)
     try:
@@ -125,10 +141,13 @@ def _join(args: Mapping[str, Any]) -> None:
                 ray.init(address=address, **quiet)  # type: ignore[arg-type]
             else:
                 needed = bounds(str(args.get("replicas", 1)))[1] * float(args.get("cpus", 1)) + 1
-                ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)), include_dashboard=False, **quiet)  # type: ignore[arg-type]
+                cpus = max(os.cpu_count() or 1, int(needed + 0.999))
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)  # type: ignore[arg-type]
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
-        raise WorkerError(f"can't {where}: {' '.join(str(error).split())[:300]}; without --ray-serve the server needs no Ray") from error
+        raise WorkerError(
+            f"can't {where}: {' '.join(str(error).split())[:300]}; without --ray-serve the server needs no Ray"
+        ) from error
 
 
 def _tls(serve: Any, certificate: str | None, key: str | None) -> dict[str, str]:
@@ -136,7 +155,9 @@ def _tls(serve: Any, certificate: str | None, key: str | None) -> dict[str, str]
         return {}
     fields = getattr(serve.HTTPOptions, "model_fields", None) or getattr(serve.HTTPOptions, "__fields__", {})
     if "ssl_certfile" not in fields:
-        raise ConfigError(f"--tls-cert: Ray Serve {ray.__version__} has no TLS; use a newer Ray, or put a proxy with TLS before it")
+        raise ConfigError(
+            f"--tls-cert: Ray Serve {ray.__version__} has no TLS; use a newer Ray, or put a proxy with TLS before it"
+        )
     return {"ssl_certfile": os.path.abspath(certificate), "ssl_keyfile": os.path.abspath(key)}
 
 

@@ -44,7 +44,9 @@ class Adaptation:
     ) -> None:
         self.models = {model.name: model for model in models}
         if len(self.models) < len(models) or not models:
-            raise ConfigError(f"serve: models need different names, got {', '.join(m.name for m in models) or 'none'}; use NAME=RUN")
+            raise ConfigError(
+                f"serve: models need different names, got {', '.join(m.name for m in models) or 'none'}; use NAME=RUN"
+            )
         self.kept: Handles[tuple[ServedModel, Adapted]] = (
             Handles(budget) if shelf is None else SharedHandles(budget, shelf, self._pack, self._unpack)
         )
@@ -62,9 +64,11 @@ class Adaptation:
             return next(iter(self.models.values()))
         if name not in self.models:
             known = ", ".join(self.models)
-            message = f"there is no model '{name[:80]}' here; there are {known}{nearest(name[:80], self.models)}" if name else (
-                f"several models are served; name one of {known}"
-            )  # fmt: skip
+            message = (
+                f"there is no model '{name[:80]}' here; there are {known}{nearest(name[:80], self.models)}"
+                if name
+                else (f"several models are served; name one of {known}")
+            )
             raise Refused(grpc.StatusCode.NOT_FOUND if name else grpc.StatusCode.INVALID_ARGUMENT, message)
         return self.models[name]
 
@@ -96,7 +100,9 @@ class Adaptation:
         self.predictions += 1
         return prediction
 
-    def adapt_predict(self, model: ServedModel, support: Examples, x: Tensor, inner_steps: int | None, left: Left) -> Tensor:
+    def adapt_predict(
+        self, model: ServedModel, support: Examples, x: Tensor, inner_steps: int | None, left: Left
+    ) -> Tensor:
         return self.predict(model, self._adapted(model, support, inner_steps, left), x, left)
 
     def forget(self, handle: str) -> bool:
@@ -106,10 +112,14 @@ class Adaptation:
         counts, times = self._adapting.counts, sorted(self._adapting.counts.milliseconds)
         cuts = statistics.quantiles(times, n=100) if len(times) > 1 else [*times, 0.0] * 99
         return {
-            "adaptations": self.adaptations, "predictions": self.predictions, "batches": counts.batches, "largest_batch": counts.largest,
+            "adaptations": self.adaptations,
+            "predictions": self.predictions,
+            "batches": counts.batches,
+            "largest_batch": counts.largest,
             **self.kept.counts(),
-            "p50_ms": round(cuts[49], 3), "p99_ms": round(cuts[98], 3),
-        }  # fmt: skip
+            "p50_ms": round(cuts[49], 3),
+            "p99_ms": round(cuts[98], 3),
+        }
 
     def _pack(self, kept: tuple[ServedModel, Adapted]) -> Any:
         model, adapted = kept
@@ -140,7 +150,9 @@ def _within(left: Left, future: Future[Any]) -> Any:
         return future.result(max(left(), 0.0))
     except Late:
         future.cancel()
-        raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "the server is too busy to answer within the call's deadline") from None
+        raise Refused(
+            grpc.StatusCode.DEADLINE_EXCEEDED, "the server is too busy to answer within the call's deadline"
+        ) from None
     except CancelledError:
         raise Refused(grpc.StatusCode.UNAVAILABLE, "the server is stopping") from None
     except Diverged as error:

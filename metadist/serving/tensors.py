@@ -37,7 +37,9 @@ def to_message(tensor: Tensor, arrow: bool = False) -> pb.Tensor:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise Wrong(f"{dtype} does not travel; one of {', '.join(_DTYPES)} does")
-    return pb.Tensor(shape=list(tensor.shape), dtype=dtype, data=tensor.numpy().astype(_DTYPES[dtype], copy=False).tobytes())
+    return pb.Tensor(
+        shape=list(tensor.shape), dtype=dtype, data=tensor.numpy().astype(_DTYPES[dtype], copy=False).tobytes()
+    )
 
 
 def from_reply(message: pb.Tensor) -> Tensor:
@@ -49,7 +51,12 @@ def from_json(what: str, value: Any, check: CheckShape) -> Tensor:
     """Nested lists of numbers, or {"shape": […], "dtype": "float32", "data": base64}."""
     if isinstance(value, dict):
         shape, dtype, data = value.get("shape"), value.get("dtype", ""), value.get("data", "")
-        if not (isinstance(shape, list) and all(type(n) is int for n in shape) and isinstance(dtype, str) and isinstance(data, str)):
+        if not (
+            isinstance(shape, list)
+            and all(type(n) is int for n in shape)
+            and isinstance(dtype, str)
+            and isinstance(data, str)
+        ):
             raise Wrong(f'{what}: expected {{"shape": [N, …], "dtype": "float32", "data": base64}}')
         try:
             return _packed(what, shape, dtype, base64.b64decode(data, validate=True), check)
@@ -83,7 +90,9 @@ def _packed(what: str, shape: list[int], dtype: str, data: bytes, check: CheckSh
     check(shape)
     kind = np.dtype(_DTYPES[dtype])
     if len(data) != math.prod(shape) * kind.itemsize:
-        raise Wrong(f"{what}: shape {shape} of {dtype} takes {math.prod(shape) * kind.itemsize} bytes, data has {len(data)}")
+        raise Wrong(
+            f"{what}: shape {shape} of {dtype} takes {math.prod(shape) * kind.itemsize} bytes, data has {len(data)}"
+        )
     return torch.from_numpy(np.frombuffer(data, kind).astype(kind.newbyteorder("=")).reshape(shape))
 
 

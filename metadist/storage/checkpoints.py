@@ -273,7 +273,9 @@ class Checkpoints:
         return body, payloads
 
 
-def export_parameters(path: str | Path, parameters: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def export_parameters(
+    path: str | Path, parameters: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Parameters under the model's own names → one safetensors file, a local path or any fsspec URL.
 
     Tied tensors are written once per name. Raises ``CheckpointError`` if the file can't be written.

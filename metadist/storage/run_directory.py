@@ -72,5 +72,7 @@ def newest_run(name: str, marker: str = "run.json") -> str:
         if about is not None and about["name"] == name:
             found.append((about["created"], place))
     if not found:
-        raise ConfigError(f"--resume: there is no {'group of seeds' if marker == 'group.json' else 'run'} of '{name}' in {runs_root()}; give --run-dir DIR, or start without --resume")
+        raise ConfigError(
+            f"--resume: there is no {'group of seeds' if marker == 'group.json' else 'run'} of '{name}' in {runs_root()}; give --run-dir DIR, or start without --resume"
+        )
     return max(found)[1]

@@ -28,7 +28,9 @@ class Store:
             try:
                 self.fs, path = url_to_fs(url)
             except ImportError as error:
-                raise ImportError(f"{error}: pip install 'metadist[cluster]' brings what S3 and Google's store need") from error
+                raise ImportError(
+                    f"{error}: pip install 'metadist[cluster]' brings what S3 and Google's store need"
+                ) from error
         else:
             self.fs, path = LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
         self.local = isinstance(self.fs, LocalFileSystem)

@@ -67,12 +67,16 @@ class ImageFolder(Episodes):
         name = "images-" + re.sub(r"\W+", "-", Path(self.path).name)
         if path.lower().endswith(TABLES):
             system, root = fsspec.core.url_to_fs(path)
-            source = f"{sorted((k, str(v)) for k, v in system.info(root).items())} {self.image_column} {self.label_column}"
+            source = (
+                f"{sorted((k, str(v)) for k, v in system.info(root).items())} {self.image_column} {self.label_column}"
+            )
             return cached(name, decode.source(source), lambda: self._from_table(path, decode))
         files = in_folder(path)
         classes = {n: n.rpartition("/")[0] for n in files.names}
         if not classes:
-            raise DataError(f"tasks.path = {path}: no images in folders there; expected {path}/CLASS/IMAGE.png or .jpg …")
+            raise DataError(
+                f"tasks.path = {path}: no images in folders there; expected {path}/CLASS/IMAGE.png or .jpg …"
+            )
         if "" in classes.values():
             stray = next(n for n, c in classes.items() if not c)
             raise DataError(f"tasks.path = {path}: '{stray}' is in no folder; put every image into its class's folder")

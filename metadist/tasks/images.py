@@ -73,7 +73,9 @@ def cached(name: str, source: str, build: Callable[[], ImageSet]) -> ImageSet:
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=1800)
     except OSError as error:
-        log.warning("cannot use the cache %s (%s): this process holds its own copy; set METADIST_CACHE", directory, error)
+        log.warning(
+            "cannot use the cache %s (%s): this process holds its own copy; set METADIST_CACHE", directory, error
+        )
         return build()
     try:
         found = _open(entry)
@@ -111,7 +113,13 @@ def _save(entry: Path, name: str, images: ImageSet) -> None:
     array = entry.with_name(f"{name}-{images.sha256[:16]}.npy")
     with replacing(array) as temporary, open(temporary, "wb") as file:
         np.save(file, images.pixels, allow_pickle=False)
-    meta = {"file": array.name, "names": images.names, "counts": images.counts, "parts": images.parts, "sha256": images.sha256}
+    meta = {
+        "file": array.name,
+        "names": images.names,
+        "counts": images.counts,
+        "parts": images.parts,
+        "sha256": images.sha256,
+    }
     with replacing(entry) as temporary:
         temporary.write_text(json.dumps(meta))
 

@@ -60,7 +60,9 @@ class Omniglot(Episodes):
         for name in ("rotations", "evaluation_rotations"):
             value, allowed = getattr(self, name), get_args(Rotations)
             if value not in allowed:
-                raise ConfigError(f"tasks.{name} = {value}: must be one of {', '.join(allowed)}{nearest(value, allowed)}")
+                raise ConfigError(
+                    f"tasks.{name} = {value}: must be one of {', '.join(allowed)}{nearest(value, allowed)}"
+                )
         if self.split_list not in SPLIT_LISTS and not self.split_list.endswith(".json"):
             hint = nearest(self.split_list, SPLIT_LISTS)
             raise ConfigError(f"tasks.split_list = {self.split_list}: must be vinyals, lake or a .json file{hint}")

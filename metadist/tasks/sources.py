@@ -78,7 +78,11 @@ class Decode:
         """The images anywhere below a folder or URL: float32 in [0, 1] as in training, their names, and the class (the folder) of each."""
         files = in_folder(path)
         pixels = files.decode(self, files.names)
-        return pixels.astype(np.float32) * np.float32(1 / 255), list(files.names), [n.rpartition("/")[0] for n in files.names]
+        return (
+            pixels.astype(np.float32) * np.float32(1 / 255),
+            list(files.names),
+            [n.rpartition("/")[0] for n in files.names],
+        )
 
     def source(self, what: str) -> str:
         """A text that identifies ``what`` as decoded by this Pillow, for ``images.cached``."""
@@ -145,7 +149,12 @@ def data_folder(name: str, files: Sequence[str]) -> Path | None:
         system, base = fsspec.core.url_to_fs(f"{root.rstrip('/')}/{name}")
         there = {f: f"{base}/{f}" for f in files if system.exists(f"{base}/{f}")}
         state = sorted((f, str(system.ukey(path))) for f, path in there.items())
-        copy = cache_directory() / "data" / hashlib.sha256(json.dumps([root, name, state]).encode()).hexdigest()[:16] / name
+        copy = (
+            cache_directory()
+            / "data"
+            / hashlib.sha256(json.dumps([root, name, state]).encode()).hexdigest()[:16]
+            / name
+        )
         for f, path in there.items():
             if not (copy / f).is_file():
                 copy.mkdir(parents=True, exist_ok=True)
@@ -169,7 +178,9 @@ def in_zip(data: bytes, where: str) -> Files:
         except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
             raise DataError(f"{where} is damaged at {name} ({error}); download it again") from error
 
-    return Files(where, tuple(sorted(n for n in archive.namelist() if _is_image(n))), hashlib.sha256(data).hexdigest(), read)
+    return Files(
+        where, tuple(sorted(n for n in archive.namelist() if _is_image(n))), hashlib.sha256(data).hexdigest(), read
+    )
 
 
 def _is_image(name: str) -> bool:
@@ -272,7 +283,9 @@ def _encoded(value: Any, size: int, where: str) -> bytes:
     while pa.types.is_nested(pixels.type):
         pixels = pixels.flatten()
     if len(pixels) not in (size * size, size * size * 3):
-        raise DataError(f"{where}: {len(pixels)} values are no {size} × {size} image; set tasks.image_size to what they are")
+        raise DataError(
+            f"{where}: {len(pixels)} values are no {size} × {size} image; set tasks.image_size to what they are"
+        )
     array = np.asarray(pixels.to_numpy(zero_copy_only=False))
     if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
         raise DataError(f"{where}: pixel values must be integers in 0 … 255, found {pixels.type}")
@@ -292,11 +305,15 @@ def split_list(path: str, known: Sequence[str]) -> dict[str, list[int]]:
     except Exception as error:  # every fsspec backend raises its own
         raise ConfigError(f"tasks.split_list = {path}: cannot be read as JSON ({error})") from error
     if not isinstance(lists, dict) or not all(isinstance(names, list) for names in lists.values()) or not lists:
-        raise ConfigError(f"tasks.split_list = {path}: must be {{split: [class names]}} with the splits {', '.join(SPLITS)}")
+        raise ConfigError(
+            f"tasks.split_list = {path}: must be {{split: [class names]}} with the splits {', '.join(SPLITS)}"
+        )
     index = {name: i for i, name in enumerate(known)}
     for split, names in lists.items():
         if split not in SPLITS:
-            raise ConfigError(f"tasks.split_list = {path}: '{split}' is not one of {', '.join(SPLITS)}{nearest(split, SPLITS)}")
+            raise ConfigError(
+                f"tasks.split_list = {path}: '{split}' is not one of {', '.join(SPLITS)}{nearest(split, SPLITS)}"
+            )
         for name in names:
             if name not in index:
                 raise ConfigError(f"tasks.split_list = {path}: there is no class '{name}'{nearest(str(name), known)}")

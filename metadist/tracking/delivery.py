@@ -44,7 +44,9 @@ class Delivery(threading.Thread):
         self._store: RunStore | None = None
         self._opened = False
         self._tail_considered = False
-        self._on_server: dict[str, Steps] | None = None  # what not to send again, in the rare cases that the position can't tell
+        self._on_server: dict[str, Steps] | None = (
+            None  # what not to send again, in the rare cases that the position can't tell
+        )
         self._failures = 0
         self._draining = False
         self._stopping = False
@@ -108,8 +110,10 @@ class Delivery(threading.Thread):
             if not self._failures:
                 logger.warning(
                     "MLflow at %s fails: %s. Training goes on; records wait in %s",
-                    without_password(self.uri), " ".join(str(error).split())[:300] or type(error).__name__, self.folder,
-                )  # fmt: skip
+                    without_password(self.uri),
+                    " ".join(str(error).split())[:300] or type(error).__name__,
+                    self.folder,
+                )
             self._failures = min(self._failures + 1, 20)
             return pause
         if self._failures:

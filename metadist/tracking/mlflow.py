@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 class MLflowTracker:
     """Records into a local spool, which a background thread delivers to MLflow."""
 
-    def __init__(self, spool: str | Path, *, tracking_uri: str, experiment: str, runs_root: str | Path, interval: float = 2.0) -> None:
+    def __init__(
+        self, spool: str | Path, *, tracking_uri: str, experiment: str, runs_root: str | Path, interval: float = 2.0
+    ) -> None:
         self.folder = Path(spool)
         self.tracking_uri = tracking_uri
         self.experiment = experiment
@@ -106,7 +108,11 @@ class MLflowTracker:
     @property
     def mlflow_run_id(self) -> str | None:
         """The MLflow run, once the server has told (now or in an earlier attempt)."""
-        return self._delivery.mlflow_run_id if self._delivery else read_json(self.folder / "acked.json").get("mlflow_run_id")
+        return (
+            self._delivery.mlflow_run_id
+            if self._delivery
+            else read_json(self.folder / "acked.json").get("mlflow_run_id")
+        )
 
     def url(self) -> str | None:
         """The run's page on an MLflow server; None for a local file, which needs ``metadist ui``."""

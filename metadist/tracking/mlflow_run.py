@@ -45,7 +45,9 @@ class RunStore:
             if run is None:
                 self.experiment_id = self._experiment()
                 with self._creating():
-                    run = self._find_or_create(identity["run_id"], identity["name"], identity["start_ms"], identity.get("parent"))
+                    run = self._find_or_create(
+                        identity["run_id"], identity["name"], identity["start_ms"], identity.get("parent")
+                    )
             self.adopted = bool(run.data.metrics)
             if run.info.run_name != identity["name"]:  # a parent that a child created, under its id
                 self._client.update_run(run.info.run_id, name=identity["name"])
@@ -75,7 +77,9 @@ class RunStore:
             self._log_batch(tags=[RunTag(*item) for item in chunk])
         self.params.update(new)
         if metrics:
-            self._log_batch(metrics=[Metric(m["key"], float(m["value"]), m["timestamp_ms"], m["step"]) for m in metrics])
+            self._log_batch(
+                metrics=[Metric(m["key"], float(m["value"]), m["timestamp_ms"], m["step"]) for m in metrics]
+            )
 
     def _log_batch(self, **entities: Any) -> None:
         self._client.log_batch(self.run_id, **entities)
@@ -142,7 +146,11 @@ class RunStore:
 
     def _tagged(self, run_id: str) -> list[Any]:
         order = ["attributes.start_time ASC", "attributes.run_id ASC"]  # every process takes the same one
-        return list(self._client.search_runs([self.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", order_by=order, max_results=100))
+        return list(
+            self._client.search_runs(
+                [self.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", order_by=order, max_results=100
+            )
+        )
 
     def _get(self, mlflow_run_id: str | None) -> Any:
         if mlflow_run_id is None:

@@ -19,7 +19,19 @@ from metadist.tracking.spool import read_json
 logger = logging.getLogger(__name__)
 
 #: what loading and predicting import beside metadist itself, which travels with the model
-REQUIREMENTS = ("torch", "numpy", "safetensors", "pydantic", "PyYAML", "pyarrow", "xxhash", "fsspec", "filelock", "psutil", "pillow")
+REQUIREMENTS = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "pydantic",
+    "PyYAML",
+    "pyarrow",
+    "xxhash",
+    "fsspec",
+    "filelock",
+    "psutil",
+    "pillow",
+)
 WEIGHTS, EXAMPLE = "model.safetensors", "example.npz"
 CANDIDATE, CHAMPION = "candidate", "champion"
 #: tags of a registered version
@@ -43,10 +55,15 @@ def save(folder: Path, source: Path, about: Mapping[str, Any]) -> None:
         data.mkdir()
         (data / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes())
         mlflow.pyfunc.save_model(
-            str(folder), loader_module="metadist.serving.mlflow_model", data_path=str(data), code_paths=[str(Path(metadist.__file__).parent)],
-            pip_requirements=_requirements(), signature=ModelSignature(Schema(inputs), Schema(outputs), steps), input_example=example,
+            str(folder),
+            loader_module="metadist.serving.mlflow_model",
+            data_path=str(data),
+            code_paths=[str(Path(metadist.__file__).parent)],
+            pip_requirements=_requirements(),
+            signature=ModelSignature(Schema(inputs), Schema(outputs), steps),
+            input_example=example,
             metadata={n: str(about[n]) for n in ("run_id", "algorithm", "metric")},
-        )  # fmt: skip
+        )
 
 
 def _requirements() -> list[str]:
@@ -76,7 +93,12 @@ def register(client: Any, name: str, source: str, mlflow_run_id: str, about: Map
     if known:
         made = known[0]
     else:
-        tags = {MODEL: mine, SCORE: repr(about["score"]), PROTOCOL: about["protocol"], "metadist.metric": about["metric"]}
+        tags = {
+            MODEL: mine,
+            SCORE: repr(about["score"]),
+            PROTOCOL: about["protocol"],
+            "metadist.metric": about["metric"],
+        }
         made = client.create_model_version(name, source, run_id=mlflow_run_id, tags=tags)
     client.set_registered_model_alias(name, CANDIDATE, made.version)
     champion = _champion(client, name)
@@ -84,7 +106,9 @@ def register(client: Any, name: str, source: str, mlflow_run_id: str, about: Map
         client.set_registered_model_alias(name, CHAMPION, made.version)
         logger.info("model %s version %s is the champion (%s %s)", name, made.version, about["metric"], about["score"])
     else:
-        logger.info("model %s: version %s stays champion, version %s is the candidate", name, champion.version, made.version)
+        logger.info(
+            "model %s: version %s stays champion, version %s is the candidate", name, champion.version, made.version
+        )
     return str(made.version)
 
 
@@ -102,13 +126,17 @@ def _champion(client: Any, name: str) -> Any:
 def _beats(about: Mapping[str, Any], champion: Any) -> bool:
     """Scores of different tasks say nothing of each other: then the champion stays."""
     if champion.tags.get(PROTOCOL) != about["protocol"] or SCORE not in champion.tags:
-        logger.warning("the champion was validated on other tasks: it stays; move the alias by hand if this one is to follow it")
+        logger.warning(
+            "the champion was validated on other tasks: it stays; move the alias by hand if this one is to follow it"
+        )
         return False
     there = float(champion.tags[SCORE])
     return about["score"] > there if about["higher_is_better"] else about["score"] < there
 
 
-def log_and_register(client: Any, mlflow_run_id: str, folder: str, source: Path, about: Mapping[str, Any]) -> str | None:
+def log_and_register(
+    client: Any, mlflow_run_id: str, folder: str, source: Path, about: Mapping[str, Any]
+) -> str | None:
     """The model as an artifact ``folder`` of the run, and a registered version where ``about['register']`` names one."""
     with tempfile.TemporaryDirectory() as place:
         saved = Path(place) / "model"
@@ -134,7 +162,9 @@ def register_now(spool: Path, uri: str | None, runs_root: Path, source: Path, ab
     try:
         made = log_and_register(MlflowClient(tracking_uri=store), known, "model", source, about)
     except MlflowException as error:
-        raise ConfigError(f"register: MLflow at {without_password(store)}: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(
+            f"register: MLflow at {without_password(store)}: {' '.join(str(error).split())[:300]}"
+        ) from None
     assert made is not None
     return made
 
@@ -152,7 +182,9 @@ def fetch(uri: str, runs_root: Path, tracking_uri: str | None = None) -> Path:
     try:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except MlflowException as error:
-        raise ConfigError(f"{uri}: {' '.join(str(error).split())[:300]} (MLflow at {without_password(store)})") from None
+        raise ConfigError(
+            f"{uri}: {' '.join(str(error).split())[:300]} (MLflow at {without_password(store)})"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{uri}: can't be fetched from MLflow at {without_password(store)}: {error}") from None
     found = sorted(folder.rglob(WEIGHTS))

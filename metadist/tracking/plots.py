@@ -47,12 +47,25 @@ def learning_curve(
             axes.plot(x, y, color=BLUE, alpha=0.22, linewidth=0.9)
             few = len(y) < 50
             axes.plot(
-                x, smooth, color=BLUE, marker="." if few else "",
+                x,
+                smooth,
+                color=BLUE,
+                marker="." if few else "",
                 label="training meta-batch" + ("" if few else " (running median)"),
-            )  # fmt: skip
+            )
         if len(validation):
             at, mean, ci = np.asarray([tuple(map(float, point)) for point in validation]).T
-            axes.errorbar(at, mean, yerr=ci, color=ORANGE, marker="o", markersize=4, capsize=3, elinewidth=1.2, label="validation, 95 % CI")
+            axes.errorbar(
+                at,
+                mean,
+                yerr=ci,
+                color=ORANGE,
+                marker="o",
+                markersize=4,
+                capsize=3,
+                elinewidth=1.2,
+                label="validation, 95 % CI",
+            )
         axes.set(xlabel="meta-step", ylabel=_label(metric_name), title=f"Learning curve: {metric_name}")
         _scale(axes, np.concatenate([y, [v[1] for v in validation]]) if len(validation) else y)
         axes.margins(x=0.01)
@@ -74,9 +87,14 @@ def adaptation_curve(path: str | Path, mean: Any, ci: Any, metric_name: str, spl
         falling = len(mean) > 1 and mean[-1] < mean[0]
         for step in sorted({0, 1, len(mean) - 1} & set(steps.tolist())):
             axes.annotate(
-                f"{mean[step]:.3g}", (step, mean[step]), textcoords="offset points", xytext=(9, 8 if falling else -15),
-                fontsize=9.5, color="#111827", bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
-            )  # fmt: skip
+                f"{mean[step]:.3g}",
+                (step, mean[step]),
+                textcoords="offset points",
+                xytext=(9, 8 if falling else -15),
+                fontsize=9.5,
+                color="#111827",
+                bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
+            )
         axes.set(xlabel="inner-loop steps", ylabel=_label(metric_name))
         axes.set_title(f"Adaptation to new tasks: {metric_name}, {split} split")
         axes.xaxis.set_major_locator(_integers())
@@ -98,19 +116,36 @@ def sinusoid_fits(path: str | Path, tasks: Sequence[Mapping[str, Any]]) -> Path:
         for axes, task in zip(grid.flat, tasks, strict=False):
             x = _array(task["x_curve"])
             order = np.argsort(x)
-            axes.plot(x[order], _array(task["y_true"])[order], color="#111827", linewidth=2.4, alpha=0.35, label="true function")
+            axes.plot(
+                x[order],
+                _array(task["y_true"])[order],
+                color="#111827",
+                linewidth=2.4,
+                alpha=0.35,
+                label="true function",
+            )
             predictions = sorted(task["predictions"].items())
             for place, (steps, y) in enumerate(predictions):
                 before = steps == 0
                 axes.plot(
-                    x[order], _array(y)[order], color=GREY if before else _shade(place, len(predictions)),
-                    linestyle="--" if before else "-", linewidth=1.5,
+                    x[order],
+                    _array(y)[order],
+                    color=GREY if before else _shade(place, len(predictions)),
+                    linestyle="--" if before else "-",
+                    linewidth=1.5,
                     label="before adaptation" if before else f"after {steps} inner step{'s' * (steps != 1)}",
-                )  # fmt: skip
+                )
             axes.plot(
-                _array(task["x_support"]), _array(task["y_support"]), linestyle="", marker="^", markersize=7, color=RED,
-                markeredgecolor="white", zorder=5, label="support set",
-            )  # fmt: skip
+                _array(task["x_support"]),
+                _array(task["y_support"]),
+                linestyle="",
+                marker="^",
+                markersize=7,
+                color=RED,
+                markeredgecolor="white",
+                zorder=5,
+                label="support set",
+            )
         for axes in list(grid.flat)[len(tasks) :]:
             axes.set_visible(False)
         for index, axes in enumerate(list(grid.flat)[: len(tasks)]):
@@ -140,13 +175,17 @@ def episode_sheet(path: str | Path, episode: Mapping[str, Any], max_queries: int
     n_support = min(10, max(int((support_labels == c).sum()) for c in classes))
     n_query = min(max_queries, max(int((labels == c).sum()) for c in classes))
     with _figure(path, max(4.8, 1.4 + 0.92 * (n_support + n_query)), 1.5 + 1.08 * len(classes)) as figure:
-        grid = figure.subplots(len(classes), n_support + n_query + 1, squeeze=False, width_ratios=[1] * n_support + [0.25] + [1] * n_query)
+        grid = figure.subplots(
+            len(classes), n_support + n_query + 1, squeeze=False, width_ratios=[1] * n_support + [0.25] + [1] * n_query
+        )
         for axes in grid.flat:
             axes.set_axis_off()
         for row, label in zip(grid, classes, strict=True):
             for axes, image in zip(row[:n_support], support[support_labels == label], strict=False):
                 _show(axes, image, GREY)
-            row[0].text(-0.12, 0.5, name_of[int(label)], transform=row[0].transAxes, ha="right", va="center", fontsize=9)
+            row[0].text(
+                -0.12, 0.5, name_of[int(label)], transform=row[0].transAxes, ha="right", va="center", fontsize=9
+            )
             mine = labels == label
             for axes, image, guess in zip(row[n_support + 1 :], query[mine], predicted[mine], strict=False):
                 right = guess == label

@@ -80,7 +80,9 @@ class Steps:
         self._largest = -(1 << 62)
 
     def __contains__(self, step: int) -> bool:
-        return step <= self._largest and any(first <= step <= last and (step - first) % stride == 0 for first, stride, last in self._runs)
+        return step <= self._largest and any(
+            first <= step <= last and (step - first) % stride == 0 for first, stride, last in self._runs
+        )
 
     def __len__(self) -> int:
         return sum((last - first) // stride + 1 for first, stride, last in self._runs)
@@ -117,7 +119,9 @@ class Spool:
         try:
             self._lock.acquire(timeout=lock_timeout)
         except Timeout:
-            raise MetadistError(f"{self.folder} is being written by another process: is this run still going on elsewhere?") from None
+            raise MetadistError(
+                f"{self.folder} is being written by another process: is this run still going on elsewhere?"
+            ) from None
         self.steps: dict[str, Steps] = {}
         self.params: dict[str, str] = {}
         self.tags: dict[str, str] = {}
@@ -206,7 +210,9 @@ class Spool:
         except OSError as error:
             logger.warning("model %s is not recorded: %s", name, error)
             return
-        self._append([{"kind": "model", "key": name, "value": dict(about), "timestamp_ms": time.time_ns() // 1_000_000}])
+        self._append(
+            [{"kind": "model", "key": name, "value": dict(about), "timestamp_ms": time.time_ns() // 1_000_000}]
+        )
 
     def status(self, status: str) -> None:
         """Appends the run's status: RUNNING, FINISHED, FAILED or KILLED."""

@@ -14,7 +14,9 @@ from metadist.tracking.mlflow_uri import require_mlflow, resolve_uri, sqlite_pat
 from metadist.tracking.spool import legal_key, read_json
 
 
-def make_tracker(uri: str | None, *, spool: str | Path, experiment: str, runs_root: str | Path, interval: float = 2.0) -> Tracker:
+def make_tracker(
+    uri: str | None, *, spool: str | Path, experiment: str, runs_root: str | Path, interval: float = 2.0
+) -> Tracker:
     """The tracker for ``tracking.uri``: ``none``, ``auto`` (``MLFLOW_TRACKING_URI``, else a SQLite file under ``runs_root``) or
     any MLflow tracking URI. ConfigError if it needs MLflow and that isn't installed."""
     if uri == "none":
@@ -23,7 +25,9 @@ def make_tracker(uri: str | None, *, spool: str | Path, experiment: str, runs_ro
     tracking_uri = resolve_uri(uri, Path(runs_root))
     if tracking_uri.startswith("sqlite") and sqlite_path(tracking_uri) is None:
         raise ConfigError(f"tracking.uri={tracking_uri} names no file; write sqlite:////absolute/path/mlflow.db")
-    return MLflowTracker(spool, tracking_uri=tracking_uri, experiment=experiment, runs_root=runs_root, interval=interval)
+    return MLflowTracker(
+        spool, tracking_uri=tracking_uri, experiment=experiment, runs_root=runs_root, interval=interval
+    )
 
 
 def log_group(
@@ -89,5 +93,3 @@ def replay(spool: str | Path, *, tracking_uri: str | None = None, timeout: float
     delivery.start()
     delivery.drain(already + left, timeout)
     return undelivered(folder)
-
-

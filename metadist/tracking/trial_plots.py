@@ -25,7 +25,9 @@ def _style(place: int, label: str) -> dict[str, Any]:
     }
 
 
-def returns_by_episode(path: str | Path, curves: Mapping[str, tuple[Any, Any | None]], metric: str, split: str, first: int = 1) -> Path:
+def returns_by_episode(
+    path: str | Path, curves: Mapping[str, tuple[Any, Any | None]], metric: str, split: str, first: int = 1
+) -> Path:
     """Label → (mean return in episode 1, 2, …, 95 % CI or None), or after ``first`` = 0, 1, … gradient steps. The policy's own curve comes
     first."""
     with _figure(path, 6.4, 4.2) as figure:
@@ -35,9 +37,13 @@ def returns_by_episode(path: str | Path, curves: Mapping[str, tuple[Any, Any | N
             episodes = np.arange(first, len(mean) + first)
             axes.plot(episodes, mean, marker="o" if len(mean) <= 20 else "", markersize=4, label=label, **style)
             if ci is not None:
-                axes.fill_between(episodes, mean - _array(ci), mean + _array(ci), color=style["color"], alpha=0.2, linewidth=0)
+                axes.fill_between(
+                    episodes, mean - _array(ci), mean + _array(ci), color=style["color"], alpha=0.2, linewidth=0
+                )
         axes.set(
-            xlabel="episode of a trial" if first else "gradient steps", ylabel=metric, title=f"Adaptation within a trial, {split} split"
+            xlabel="episode of a trial" if first else "gradient steps",
+            ylabel=metric,
+            title=f"Adaptation within a trial, {split} split",
         )
         axes.xaxis.set_major_locator(_integers())
         axes.legend(fontsize=8.5)
@@ -52,13 +58,17 @@ def regret(path: str | Path, curves: Mapping[str, Any], oracle: str) -> Path:
             total = np.cumsum(_array(per_episode))
             axes.plot(np.arange(1, len(total) + 1), total, label=label, **_style(place, label))
         axes.axhline(0, color=GREY, linewidth=0.8)
-        axes.set(xlabel="episode of a trial", ylabel=f"regret against {oracle}, summed up", title="Regret in the same trials")
+        axes.set(
+            xlabel="episode of a trial", ylabel=f"regret against {oracle}, summed up", title="Regret in the same trials"
+        )
         axes.xaxis.set_major_locator(_integers())
         axes.legend(fontsize=8.5)
     return Path(path)
 
 
-def grid_trials(path: str | Path, size: int, goal: tuple[int, int], trials: Mapping[str, Sequence[Sequence[tuple[int, int]]]]) -> Path:
+def grid_trials(
+    path: str | Path, size: int, goal: tuple[int, int], trials: Mapping[str, Sequence[Sequence[tuple[int, int]]]]
+) -> Path:
     """Label → the cells (x, y) of every episode of a trial: a row of grids each, the goal marked."""
     columns = max(len(episodes) for episodes in trials.values())
     with _figure(path, 2.3 * columns, 2.5 * len(trials) + 0.4) as figure:
@@ -91,7 +101,13 @@ def planar_trials(path: str | Path, goals: Sequence[tuple[float, float]], trials
             for number, positions in enumerate(episodes):
                 x, y = _array(positions[:, 0]), _array(positions[:, 1])
                 axes.plot(
-                    x, y, color=_COLOURS[number % len(_COLOURS)], marker=".", markersize=3, linewidth=1.1, label=f"episode {number + 1}"
+                    x,
+                    y,
+                    color=_COLOURS[number % len(_COLOURS)],
+                    marker=".",
+                    markersize=3,
+                    linewidth=1.1,
+                    label=f"episode {number + 1}",
                 )
             axes.plot(*goal, color=GREEN, marker="*", markersize=15, linestyle="", label="goal (hidden)")
             axes.set(xlim=(-far, far), ylim=(-far, far), aspect="equal")
@@ -116,7 +132,11 @@ def speeds_against_targets(path: str | Path, targets: Any, means: Sequence[Any])
                 color=_COLOURS[number % len(_COLOURS)],
                 label=f"episode {number + 1}",
             )
-        axes.set(xlabel="hidden target speed, m/s", ylabel="mean speed over the episode, m/s", title="Speed against target, held-out tasks")
+        axes.set(
+            xlabel="hidden target speed, m/s",
+            ylabel="mean speed over the episode, m/s",
+            title="Speed against target, held-out tasks",
+        )
         axes.legend(fontsize=8.5)
     return Path(path)
 

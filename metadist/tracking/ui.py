@@ -26,13 +26,26 @@ def ui_command(tracking_uri: str | None, port: int, runs_root: str | Path) -> li
     prepare_sqlite(uri, Path(runs_root))
     root = artifact_location(uri, Path(runs_root))
     return [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", *(["--default-artifact-root", root] if root else []),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        *(["--default-artifact-root", root] if root else []),
+    ]
 
 
 def serve_ui(tracking_uri: str | None, port: int, runs_root: str | Path) -> None:
     """Replaces this process by the MLflow server; it takes up to half a minute to answer."""
     command = ui_command(tracking_uri, port, runs_root)
-    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # its job runner starts more processes than the server itself
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = (
+        "false"  # its job runner starts more processes than the server itself
+    )
     os.execv(command[0], command)

@@ -26,7 +26,10 @@ def in_blocks(shards: Sequence[Shard], paces: Sequence[float | None]) -> list[Sh
     """``shards`` in the order in which they are to be given out, joined for workers of these ``paces``: seconds per shard, None where
     nothing is measured. As they are where they don't follow on each other."""
     parts = [shards[r.start : r.stop] for r in cuts(len(shards), max(1, len(paces)), largest(len(shards), paces))]
-    blocks = [part[0] if len(part) == 1 else replace(part[0], count=sum(s.count for s in part), leaf=part[0].count) for part in parts]
+    blocks = [
+        part[0] if len(part) == 1 else replace(part[0], count=sum(s.count for s in part), leaf=part[0].count)
+        for part in parts
+    ]
     whole = [s for block in blocks for s in block.each()] == list(shards)
     return blocks if whole else list(shards)
 

@@ -99,7 +99,16 @@ def as_json(value: Any) -> Any:
 
 
 def evaluate(
-    fleet: Scheduler, learner: Learner | TrialLearner, state: State, *, run: str, meta_step: int, seed: int, split: str, tasks: int, inner_steps: int | None
+    fleet: Scheduler,
+    learner: Learner | TrialLearner,
+    state: State,
+    *,
+    run: str,
+    meta_step: int,
+    seed: int,
+    split: str,
+    tasks: int,
+    inner_steps: int | None,
 ) -> Evaluation:
     """Judge θ on ``tasks`` tasks of ``split`` on the fleet."""
     round = learner.evaluation(run, meta_step, seed, state, split=split, tasks=tasks, inner_steps=inner_steps)
@@ -111,7 +120,9 @@ def evaluate(
 
 def summarise_trials(records: Records, learner: TrialLearner, *, seed: int, split: str) -> TrialEvaluation:
     totals, all_rows = {}, records
-    counted = ~(records.columns["greedy"].isnan() | records.columns["sampled"].isnan()).any(1)  # left out where environments broke down
+    counted = ~(records.columns["greedy"].isnan() | records.columns["sampled"].isnan()).any(
+        1
+    )  # left out where environments broke down
     if not counted.any():
         raise WorkerError(f"every one of {records.rows} {split} trials was left out (environment.on_error: skip)")
     records = records.part(counted)
@@ -120,10 +131,20 @@ def summarise_trials(records: Records, learner: TrialLearner, *, seed: int, spli
         error = float(whole.std()) / math.sqrt(len(whole)) if len(whole) > 1 else math.nan
         totals[name] = {"mean": float(whole.mean()), "standard_error": error, "median": float(whole.quantile(0.5))}
     chosen = records.columns[learner.policy]
-    measured = {n.removesuffix(suffix): c.nanmean(0).tolist() for n, c in records.columns.items() if n.endswith(suffix := f"/{learner.policy}")}
+    measured = {
+        n.removesuffix(suffix): c.nanmean(0).tolist()
+        for n, c in records.columns.items()
+        if n.endswith(suffix := f"/{learner.policy}")
+    }
     deviation = chosen.std(0) if len(chosen) > 1 else torch.full_like(chosen[0], math.nan)
     more = chosen - chosen[:, :1]
-    facts = {"split": split, "seed": seed, "tasks": records.rows, "policy": learner.policy, "family": type(learner.tasks).__name__}
+    facts = {
+        "split": split,
+        "seed": seed,
+        "tasks": records.rows,
+        "policy": learner.policy,
+        "family": type(learner.tasks).__name__,
+    }
     return TrialEvaluation(
         split=split,
         metric=learner.tasks.metric_name,

@@ -16,7 +16,13 @@ from metadist.training.scheduler import Scheduler
 
 
 def meta_train(
-    run: Run, progress: Progress, fleet: Scheduler, tracker: Tracker, checkpoints: Checkpoints, display: Display, steering: Steering
+    run: Run,
+    progress: Progress,
+    fleet: Scheduler,
+    tracker: Tracker,
+    checkpoints: Checkpoints,
+    display: Display,
+    steering: Steering,
 ) -> Outcome:
     """θ ← outer(θ, Σ contributions / Σ weights), ``meta_steps`` times, with validation and checkpoints when due."""
     began = progress.meta_step
@@ -35,9 +41,15 @@ def meta_train(
 
 
 def _loop(
-    run: Run, progress: Progress, fleet: Scheduler, tracker: Tracker, checkpoints: Checkpoints, display: Display, steering: Steering,
+    run: Run,
+    progress: Progress,
+    fleet: Scheduler,
+    tracker: Tracker,
+    checkpoints: Checkpoints,
+    display: Display,
+    steering: Steering,
     save: Callable[[], bool],
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     higher = run.learner.tasks.higher_is_better
     meter, saved = _Meter(fleet), progress.meta_step
     stopped = None
@@ -78,10 +90,23 @@ def _validate(run: Run, progress: Progress, fleet: Scheduler, tracker: Tracker, 
     """Judge θ on the validation tasks; True if it is the best so far."""
     step, higher = progress.meta_step, run.learner.tasks.higher_is_better
     judged = evaluate(
-        fleet, run.learner, progress.state, run=run.id, meta_step=step, seed=run.seed, split="validation",
-        tasks=run.evaluate_tasks, inner_steps=run.inner_steps,
-    )  # fmt: skip
-    entry = {"meta_step": step, "mean": judged.score, "ci95": judged.score_ci95, "median": judged.score_median, "loss": judged.loss[-1]}
+        fleet,
+        run.learner,
+        progress.state,
+        run=run.id,
+        meta_step=step,
+        seed=run.seed,
+        split="validation",
+        tasks=run.evaluate_tasks,
+        inner_steps=run.inner_steps,
+    )
+    entry = {
+        "meta_step": step,
+        "mean": judged.score,
+        "ci95": judged.score_ci95,
+        "median": judged.score_median,
+        "loss": judged.loss[-1],
+    }
     progress.validation.append(entry)
     tracker.metrics(step, {**evaluation_metrics(judged), **run.beside(judged)})
     display.evaluated(step, judged)
@@ -100,10 +125,19 @@ def evaluation_metrics(judged: Evaluation) -> dict[str, float]:
             if k + 1 in EPISODES_SHOWN or k == last
         }
         values |= {f"{prefix}/{policy}": total["mean"] for policy, total in judged.totals.items()}
-        return values | {prefix: judged.score, f"{prefix}/ci95": judged.score_ci95, f"{prefix}/median": judged.score_median}
-    values = {f"{prefix}/step_{k}": judged.mean[k] for k in range(last + 1) if k in (0, 1, 2, 3, 5, 10, 20, 50) or k == last}
+        return values | {
+            prefix: judged.score,
+            f"{prefix}/ci95": judged.score_ci95,
+            f"{prefix}/median": judged.score_median,
+        }
+    values = {
+        f"{prefix}/step_{k}": judged.mean[k] for k in range(last + 1) if k in (0, 1, 2, 3, 5, 10, 20, 50) or k == last
+    }
     values |= {prefix: judged.mean[last], f"{prefix}/ci95": judged.ci95[last], f"{prefix}/median": judged.median[last]}
-    return values | {f"eval/{judged.split}/loss": judged.loss[last], f"eval/{judged.split}/divergence_rate": judged.divergence_rate}
+    return values | {
+        f"eval/{judged.split}/loss": judged.loss[last],
+        f"eval/{judged.split}/divergence_rate": judged.divergence_rate,
+    }
 
 
 def _save(run: Run, progress: Progress, tracker: Tracker, checkpoints: Checkpoints, steering: Steering) -> bool:
@@ -118,7 +152,9 @@ def _save(run: Run, progress: Progress, tracker: Tracker, checkpoints: Checkpoin
         "curve": as_json(progress.curve),
         "commands": list(steering.history(progress.meta_step)),
     }
-    done = checkpoints.save(progress.meta_step, progress.state, manifest, slots=run.learner.slots, score=here[0] if here else None)
+    done = checkpoints.save(
+        progress.meta_step, progress.state, manifest, slots=run.learner.slots, score=here[0] if here else None
+    )
     if done:
         steering.saved(progress.meta_step)
     return done
@@ -140,5 +176,3 @@ def _best(run: Run, progress: Progress, checkpoints: Checkpoints, display: Displ
 def _thinned(curve: list[dict[str, float]], most: int = 2000) -> list[dict[str, float]]:
     """Every second point once there are too many, so that a manifest stays small however long the run."""
     return curve if len(curve) <= most else curve[1::2]
-
-

@@ -45,13 +45,21 @@ class _Meter:
         }
         for name in ("bytes_published", "bytes_received"):
             values[f"engine/{name}_per_step"] = taken.counts[name] / steps
-        for name in ("publish", "gather", "compute", "reduce", *sorted(n for n in taken.seconds if n.startswith("compute/"))):
+        for name in (
+            "publish",
+            "gather",
+            "compute",
+            "reduce",
+            *sorted(n for n in taken.seconds if n.startswith("compute/")),
+        ):
             values[f"engine/seconds_per_step/{name}"] = taken.seconds[name] / steps
         if self.environment_steps:
             values |= self._rates(taken.seconds)
         for worker, stats in sorted(taken.workers.items()):
             values |= {
-                f"sys/{worker}/{k}": stats[k] for k in ("cpu_percent", "memory_bytes", "gpu_percent", "gpu_memory_bytes") if k in stats
+                f"sys/{worker}/{k}": stats[k]
+                for k in ("cpu_percent", "memory_bytes", "gpu_percent", "gpu_memory_bytes")
+                if k in stats
             }
         self._window_seconds = self._window_tasks = self._steps = self.environment_steps = 0.0
         return values
@@ -59,10 +67,14 @@ class _Meter:
     def _rates(self, seconds: Mapping[str, float]) -> dict[str, float]:
         """Environment steps per second of the run, and per second that workers spent on each part of them."""
         learning = sum(
-            s for n, s in seconds.items() if n.startswith("compute/") and not n.startswith(("compute/rollout", "compute/evaluate"))
+            s
+            for n, s in seconds.items()
+            if n.startswith("compute/") and not n.startswith(("compute/rollout", "compute/evaluate"))
         )
         parts = {
-            "": self._window_seconds, "/environment": seconds.get("compute/rollout/environment", 0.0),
-            "/inference": seconds.get("compute/rollout/inference", 0.0), "/learning": learning,
-        }  # fmt: skip
+            "": self._window_seconds,
+            "/environment": seconds.get("compute/rollout/environment", 0.0),
+            "/inference": seconds.get("compute/rollout/inference", 0.0),
+            "/learning": learning,
+        }
         return {f"engine/steps_per_second{n}": self.environment_steps / s for n, s in parts.items() if s}

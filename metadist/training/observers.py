@@ -35,7 +35,9 @@ class Display(Protocol):
 class Steering(Protocol):
     """What the loop needs of whoever steers it."""
 
-    def boundary(self, meta_step: int, fleet: Scheduler, save: Callable[[], bool]) -> tuple[Learner | TrialLearner, str | None]:
+    def boundary(
+        self, meta_step: int, fleet: Scheduler, save: Callable[[], bool]
+    ) -> tuple[Learner | TrialLearner, str | None]:
         """Between meta-steps: the learner for the next one, and why to stop, if at all. Returns when the run may go on."""
         ...
 

@@ -171,7 +171,9 @@ class Scheduler:
         there, first = self.executor.workers(), round.shards[0]
         for key in [key for key in self._paces if key[1] not in there]:
             del self._paces[key]
-        paces = [self._paces.get((first.function, name)) for name, about in there.items() if about["role"] == first.role]
+        paces = [
+            self._paces.get((first.function, name)) for name, about in there.items() if about["role"] == first.role
+        ]
         return in_blocks(round.shards, [statistics.median(p) if p else None for p in paces])
 
     def _submit(self, progress: _Progress) -> None:
@@ -253,7 +255,9 @@ class Scheduler:
         """Outputs that the shard needs are lost: their producers compute them anew, under the θ of their own round."""
         progress.missed[event.shard] += 1
         if progress.missed[event.shard] > MAX_FAILURES:
-            raise WorkerError(f"{event.shard} lacked what it needs {progress.missed[event.shard]} times, the last with: {event.message}")
+            raise WorkerError(
+                f"{event.shard} lacked what it needs {progress.missed[event.shard]} times, the last with: {event.message}"
+            )
         if event.missing:
             progress.wait_for(event.shard, [self._producers[key] for key in event.missing])
 
@@ -268,7 +272,9 @@ class Scheduler:
                 log.warning("%s: no answer for %.0f s; its worker is recycled", shard, age)
                 self.executor.cancel(shard, attempt)
                 self._outstanding[shard, attempt] = now
-            elif age > max(3.0, 8 * shard.leaves * usual.get(shard.function, self._timeout)) and self._may_back_up(progress, shard, attempt):
+            elif age > max(3.0, 8 * shard.leaves * usual.get(shard.function, self._timeout)) and self._may_back_up(
+                progress, shard, attempt
+            ):
                 self.measured.counts["backups"] += 1
                 self._give(shard)
 
@@ -301,7 +307,9 @@ def fault_of(result: Result, shard: Shard, learner: BaseLearner, reduce: bool) -
     wrong = [] if gradient else [n for n, value in result.metrics.items() if not math.isfinite(value)]
     if wrong:
         return f"'{wrong[0]}' is {result.metrics[wrong[0]]}"
-    skipped = "skip" in (learner.non_finite, getattr(learner.tasks, "on_error", None)) and result.tasks == result.weight == 0
+    skipped = (
+        "skip" in (learner.non_finite, getattr(learner.tasks, "on_error", None)) and result.tasks == result.weight == 0
+    )
     if not skipped and not (0 < result.weight < math.inf and 1 <= result.tasks <= shard.count):
         return f"weight {result.weight} and {result.tasks} tasks for a shard of {shard.count}"
     return None

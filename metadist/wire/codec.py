@@ -22,14 +22,23 @@ from metadist.wire.memory import fresh
 from metadist.wire.stream import RejectedError, decode, dtype_name, encode_parts, short
 
 __all__ = [
-    "RejectedError", "decode_output", "decode_result", "decode_theta", "encode_result", "encode_theta", "output_parts", "result_parts",
+    "RejectedError",
+    "decode_output",
+    "decode_result",
+    "decode_theta",
+    "encode_result",
+    "encode_theta",
+    "output_parts",
+    "result_parts",
     "theta_parts",
-]  # fmt: skip
+]
 
 _IDENTITY = ("run", "meta_step", "round", "function", "split", "start", "count", "leaf", "seed", "key_step")
 
 
-def encode_theta(state_slots: Mapping[str, Tensor], slots: Mapping[str, Slot], *, run: str, meta_step: int, round: int) -> pa.Buffer:
+def encode_theta(
+    state_slots: Mapping[str, Tensor], slots: Mapping[str, Slot], *, run: str, meta_step: int, round: int
+) -> pa.Buffer:
     """θ (slot → vector [numel], any device) as one framed buffer, copied once. Pass a part of both to publish a part.
 
     Raises ``ValueError`` where the vectors are not those that ``slots`` declares.
@@ -37,7 +46,9 @@ def encode_theta(state_slots: Mapping[str, Tensor], slots: Mapping[str, Slot], *
     return join(theta_parts(state_slots, slots, run=run, meta_step=meta_step, round=round))
 
 
-def theta_parts(state_slots: Mapping[str, Tensor], slots: Mapping[str, Slot], *, run: str, meta_step: int, round: int) -> list[pa.Buffer]:
+def theta_parts(
+    state_slots: Mapping[str, Tensor], slots: Mapping[str, Slot], *, run: str, meta_step: int, round: int
+) -> list[pa.Buffer]:
     """The frame of ``encode_theta`` in parts, for a transport that copies them itself. A large vector on the CPU is a part
     as it lies, and must not change before it was copied (the receiver would refuse the frame)."""
     if state_slots.keys() != slots.keys():
@@ -189,7 +200,10 @@ def _encode_vectors(
     for name, vector in vectors.items():
         if name not in slots:
             raise ValueError(f"unknown slot {name!r}; there are {', '.join(slots)}")
-        got, expected = (vector.dtype, tuple(vector.shape)), (wire_dtype(slots[name], wire), (slots[name].layout.numel,))
+        got, expected = (
+            (vector.dtype, tuple(vector.shape)),
+            (wire_dtype(slots[name], wire), (slots[name].layout.numel,)),
+        )
         if got != expected:
             raise ValueError(f"slot {name} is {got[0]} {got[1]}, its layout {expected[0]} {expected[1]}")
     layouts = {name: slots[name].layout.fingerprint for name in vectors}

@@ -57,7 +57,9 @@ def _decode(data: bytes, most: int) -> Tensor:
         widths.append(kind.list_size)
         kind = kind.value_type
     if kind not in _NUMBERS:
-        raise RejectedError(f"a column of {short(str(schema.field(0).type))}; expected numbers ({_names()}), or fixed-size lists of them")
+        raise RejectedError(
+            f"a column of {short(str(schema.field(0).type))}; expected numbers ({_names()}), or fixed-size lists of them"
+        )
     message = _next(messages, "record batch")
     if _is_compressed(message):
         raise RejectedError("a compressed record batch; write it without compression")

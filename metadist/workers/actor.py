@@ -23,7 +23,14 @@ class Actor:
     """A worker inside an actor. θ arrives as a zero-copy view of the object store and is decoded once per version."""
 
     def __init__(
-        self, learner: Learner | TrialLearner, name: str, role: str, device: str, gpus: float, threads: int, places: dict[str, str]
+        self,
+        learner: Learner | TrialLearner,
+        name: str,
+        role: str,
+        device: str,
+        gpus: float,
+        threads: int,
+        places: dict[str, str],
     ) -> None:
         self._arguments = (learner, name, role, device, gpus, threads)
         self._places = places
@@ -59,7 +66,9 @@ class Actor:
         if call.settled is not None and not isinstance(result, Records) and result.slots:
             result = self._feedback.round((shard, call.attempt), result)
         wire = "exact" if call.settled is None else "bfloat16"
-        parts = result_parts(result, shard, slots, attempt=call.attempt, worker=self._worker.name, stats=stats, wire=wire)
+        parts = result_parts(
+            result, shard, slots, attempt=call.attempt, worker=self._worker.name, stats=stats, wire=wire
+        )
         if output is None:
             return parts
         self._outputs[call.token] = output
@@ -72,7 +81,12 @@ class Actor:
             raise RejectedError(f"theta {call.version} did not arrive")
         shard, worker = call.shard, self._worker
         self._theta = decode_theta(
-            theta, worker.learner.slots, device=worker.device, run=shard.run, meta_step=shard.meta_step, round=shard.round
+            theta,
+            worker.learner.slots,
+            device=worker.device,
+            run=shard.run,
+            meta_step=shard.meta_step,
+            round=shard.round,
         )
         self._version = call.version
 

@@ -63,7 +63,9 @@ class JointExecutor:
 
     def submit(self, shard: Shard, attempt: int) -> None:
         room = {e: e.capacity(shard.role) / self._count(e, shard.role) for e in self._serving(shard.role)}
-        chosen = max(room, key=lambda e: (room[e] > 0, self._failed.get(shard) is not e, -len(e.lacking(shard)), room[e]))
+        chosen = max(
+            room, key=lambda e: (room[e] > 0, self._failed.get(shard) is not e, -len(e.lacking(shard)), room[e])
+        )
         for key in chosen.lacking(shard):
             for other in (self._inside, self._outside):
                 found = None if other is chosen else other.output(key)

@@ -26,9 +26,15 @@ class LocalExecutor:
     blocks = False
 
     def __init__(
-        self, learner: Learner | TrialLearner, *, device: str = "auto", threads: int = 1, planner: Planner = as_it_is, seed: int = 0,
+        self,
+        learner: Learner | TrialLearner,
+        *,
+        device: str = "auto",
+        threads: int = 1,
+        planner: Planner = as_it_is,
+        seed: int = 0,
         note: Callable[[str], None] = lambda message: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._threads = torch.get_num_threads()
         gpus = 1.0 if torch.cuda.is_available() else 0.0
         self._worker = Worker(learner, name="local", device=device, gpus=gpus, threads=threads)

@@ -19,7 +19,11 @@ class Numerics:
     """
 
     def __init__(
-        self, groups: Sequence[WorkerGroup], expected: dict[str, Any] | None, exact: bool, mark: Callable[[str], None] = lambda text: None
+        self,
+        groups: Sequence[WorkerGroup],
+        expected: dict[str, Any] | None,
+        exact: bool,
+        mark: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.exact, self._mark = exact, mark
         self.expected = expected_by_role(expected, groups, exact)

@@ -18,7 +18,7 @@ import torch
 
 from metadist.config.engine import EngineSettings
 from metadist.config.groups import WorkerGroup
-from metadist.core.engine import Engine, Hessian
+from metadist.core.engine import Differentiation, Engine, Hessian
 from metadist.core.errors import ConfigError
 from metadist.engine.agreement import mixed_disagrees
 from metadist.engine.memory import Footprint, allocated_bytes, footprint
@@ -128,14 +128,25 @@ def sharing(device: Device, groups: Sequence[WorkerGroup]) -> float:
 
 def _plan_for_trials(settings: EngineSettings, device: Device) -> Plan:
     """Policies run eagerly and whole: there is no inner loop to be compiled, differentiated or cut into chunks."""
-    for name, without in (("compile", "never"), ("differentiation", "auto"), ("chunk", "auto"), ("precision", "float32")):
+    for name, without in (
+        ("compile", "never"),
+        ("differentiation", "auto"),
+        ("chunk", "auto"),
+        ("precision", "float32"),
+    ):
         chosen = getattr(settings, name)
         if chosen not in (without, "auto", None):
             raise ConfigError(f"engine.{name}: {chosen} is for supervised tasks; with a meta-environment use {without}")
-    return Plan(Engine(deterministic=settings.deterministic), device, {"compile": "not: policies of meta-environments run eagerly"})
+    return Plan(
+        Engine(deterministic=settings.deterministic),
+        device,
+        {"compile": "not: policies of meta-environments run eagerly"},
+    )
 
 
-def make_plan(learner: Learner | TrialLearner, settings: EngineSettings, device: Device, groups: Sequence[WorkerGroup] = ()) -> Plan:
+def make_plan(
+    learner: Learner | TrialLearner, settings: EngineSettings, device: Device, groups: Sequence[WorkerGroup] = ()
+) -> Plan:
     """Resolve ``settings`` for ``learner`` on workers of ``groups`` that compute on ``device``.
 
     Raises ConfigError where what is asked for can't be had.
@@ -144,9 +155,13 @@ def make_plan(learner: Learner | TrialLearner, settings: EngineSettings, device:
         return _plan_for_trials(settings, device)
     reasons: dict[str, str] = {}
     if settings.precision == "tf32" and device.kind != "cuda":
-        raise ConfigError(f"engine.precision: tf32 is a format of NVIDIA GPUs; these workers compute on '{device.name}'. Use float32")
+        raise ConfigError(
+            f"engine.precision: tf32 is a format of NVIDIA GPUs; these workers compute on '{device.name}'. Use float32"
+        )
     engine = Engine(
-        compile=_compile(learner, settings, device, reasons), precision=settings.precision, deterministic=settings.deterministic
+        compile=_compile(learner, settings, device, reasons),
+        precision=settings.precision,
+        deterministic=settings.deterministic,
     )
     memory = _Memory(learner, settings, engine.compile, int(device.memory_bytes * USABLE / sharing(device, groups)))
     engine = _differentiation(learner, settings, engine, memory, reasons)
@@ -161,7 +176,9 @@ class _Memory:
         self.budget, self._learner, self._compile, self._precision = budget, learner, compile, settings.precision
         self.shard = min(learner.outer.shard_size, learner.outer.meta_batch_size)
         self.chunk = min(self.shard, settings.chunk) if isinstance(settings.chunk, int) else self.shard
-        self.kinds = ("unrolled", "mixed") if learner.meta_gradient.cannot_walk_back is None else ("unrolled",)
+        self.kinds: tuple[Differentiation, ...] = (
+            ("unrolled", "mixed") if learner.meta_gradient.cannot_walk_back is None else ("unrolled",)
+        )
         self._footprints: dict[str, Footprint] = {}
         self._allocated: int | None = None
 
@@ -171,10 +188,14 @@ class _Memory:
             self._allocated = allocated_bytes(self._learner)
         return tasks * self._allocated <= budget
 
-    def peak(self, differentiation: str, tasks: int) -> int:
+    def peak(self, differentiation: Differentiation, tasks: int) -> int:
         if differentiation not in self._footprints:
-            hessian = "forward" if self._compile else "reverse"
-            engine = Engine(compile=self._compile, differentiation=differentiation, precision=self._precision, hessian=hessian)  # type: ignore[arg-type]
+            engine = Engine(
+                compile=self._compile,
+                differentiation=differentiation,
+                precision=self._precision,
+                hessian="forward" if self._compile else "reverse",
+            )
             self._footprints[differentiation] = footprint(self._learner, engine)
         return self._footprints[differentiation].peak(tasks)
 
@@ -186,7 +207,9 @@ def _compile(learner: Learner, settings: EngineSettings, device: Device, reasons
         return False
     if settings.compile == "always":
         if device.no_compiler:
-            raise ConfigError(f"engine.compile: always, but on '{device.name}' {device.no_compiler}; install one, or use never")
+            raise ConfigError(
+                f"engine.compile: always, but on '{device.name}' {device.no_compiler}; install one, or use never"
+            )
         reasons["compile"] = "as asked for"
         return True
     passes = outer.meta_steps * outer.meta_batch_size * (getattr(algorithm, "inner_steps", 0) + 1)
@@ -195,14 +218,18 @@ def _compile(learner: Learner, settings: EngineSettings, device: Device, reasons
     elif not learner.tasks_alike():
         reasons["compile"] = "not: tasks differ in size, and each size would be compiled"
     elif passes < WORTH_COMPILING:
-        reasons["compile"] = f"not: {passes} passes over tasks are fewer than {WORTH_COMPILING} and over before a compiler is"
+        reasons["compile"] = (
+            f"not: {passes} passes over tasks are fewer than {WORTH_COMPILING} and over before a compiler is"
+        )
     else:
         reasons["compile"] = f"{passes} passes over tasks repay it"
         return True
     return False
 
 
-def _differentiation(learner: Learner, settings: EngineSettings, engine: Engine, memory: _Memory, reasons: dict[str, str]) -> Engine:
+def _differentiation(
+    learner: Learner, settings: EngineSettings, engine: Engine, memory: _Memory, reasons: dict[str, str]
+) -> Engine:
     impossible = learner.meta_gradient.cannot_walk_back
     steps = getattr(learner.algorithm, "inner_steps", 0)
     chosen = settings.differentiation
@@ -216,9 +243,15 @@ def _differentiation(learner: Learner, settings: EngineSettings, engine: Engine,
     elif getattr(learner.algorithm, "first_order", False) or steps < 2:
         chosen, why = "unrolled", f"{steps} inner steps" + (", first order" if steps > 1 else "") + ": nothing to save"
     elif not memory.fits_anyhow(tasks, budget) and memory.peak("unrolled", tasks) > budget:
-        chosen, why = "mixed", f"unrolled would take {size(memory.peak('unrolled', tasks))} of the {size(budget)} that a worker may use"
+        chosen, why = (
+            "mixed",
+            f"unrolled would take {size(memory.peak('unrolled', tasks))} of the {size(budget)} that a worker may use",
+        )
     elif engine.compile and steps > MAX_COMPILED_STEPS:
-        chosen, why = "mixed", f"a graph of {steps} inner steps takes minutes to compile; these graphs don't grow with them"
+        chosen, why = (
+            "mixed",
+            f"a graph of {steps} inner steps takes minutes to compile; these graphs don't grow with them",
+        )
     else:
         chosen, why = "unrolled", f"it fits in the {size(budget)} that a worker may use"
     reasons["differentiation"] = why
@@ -240,12 +273,16 @@ def _differentiation(learner: Learner, settings: EngineSettings, engine: Engine,
         reasons["differentiation"] = f"mixed is wrong for this model and algorithm in float64: {other}"
         return replace(engine, differentiation="unrolled")
     if other is not None:
-        raise ConfigError(f"engine.differentiation: mixed is wrong for this model and algorithm in float64: {other}; use unrolled")
+        raise ConfigError(
+            f"engine.differentiation: mixed is wrong for this model and algorithm in float64: {other}; use unrolled"
+        )
     reasons["hessian"] = f"{second} over reverse, because {first} over reverse {reason}"
     return replace(engine, hessian=second)
 
 
-def _chunk(settings: EngineSettings, engine: Engine, memory: _Memory, cache: int | None, reasons: dict[str, str]) -> Engine:
+def _chunk(
+    settings: EngineSettings, engine: Engine, memory: _Memory, cache: int | None, reasons: dict[str, str]
+) -> Engine:
     shard, budget, place = memory.shard, memory.budget, "the memory that a worker may use, "
     if isinstance(settings.chunk, int):
         reasons["chunk"] = "as asked for"
@@ -257,11 +294,16 @@ def _chunk(settings: EngineSettings, engine: Engine, memory: _Memory, cache: int
         reasons["chunk"] = f"the whole shard of {shard} tasks fits"
         return engine
     chunk = 1 << (shard - 1).bit_length() >> 1
-    while chunk > 1 and (memory.peak(engine.differentiation, chunk) > budget or (engine.compile and _filled_up(shard, chunk) > MAX_FILLED_UP)):
+    while chunk > 1 and (
+        memory.peak(engine.differentiation, chunk) > budget
+        or (engine.compile and _filled_up(shard, chunk) > MAX_FILLED_UP)
+    ):
         chunk //= 2
     need = memory.peak(engine.differentiation, chunk)
     over = f"; even so {size(need)} are predicted, more than there may be" if need > memory.budget else ""
-    reasons["chunk"] = f"{shard} tasks take {size(memory.peak(engine.differentiation, shard))}, {place}{size(budget)}{over}"
+    reasons["chunk"] = (
+        f"{shard} tasks take {size(memory.peak(engine.differentiation, shard))}, {place}{size(budget)}{over}"
+    )
     return replace(engine, chunk=chunk)
 
 

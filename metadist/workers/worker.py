@@ -36,11 +36,15 @@ def resolve_device(wanted: str, gpus: float) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda:0" if gpus > 0 and torch.cuda.is_available() else "cpu")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"engine.device: '{wanted}' was asked for, but PyTorch {torch.__version__} sees no GPU here; use cpu or auto")
+        raise ConfigError(
+            f"engine.device: '{wanted}' was asked for, but PyTorch {torch.__version__} sees no GPU here; use cpu or auto"
+        )
     return torch.device(wanted)
 
 
-def numerics_fingerprint(device: torch.device, threads: int, dtype: torch.dtype, engine: Engine = Engine()) -> dict[str, Any]:  # noqa: B008
+def numerics_fingerprint(
+    device: torch.device, threads: int, dtype: torch.dtype, engine: Engine = Engine()
+) -> dict[str, Any]:
     """What must be equal for two workers to compute the same bits, and a hash of it under ``id``."""
     facts: dict[str, Any] = {
         "torch": torch.__version__,
@@ -50,7 +54,9 @@ def numerics_fingerprint(device: torch.device, threads: int, dtype: torch.dtype,
         "threads": threads,
         "dtype": str(dtype).removeprefix("torch."),
         "compile": engine.compile,
-        "differentiation": engine.differentiation if engine.differentiation == "unrolled" else f"mixed, {engine.hessian}",
+        "differentiation": engine.differentiation
+        if engine.differentiation == "unrolled"
+        else f"mixed, {engine.hessian}",
         "precision": engine.precision,
     }
     if engine.chunk is not None:  # a library's kernels may choose otherwise for other batches
@@ -60,7 +66,9 @@ def numerics_fingerprint(device: torch.device, threads: int, dtype: torch.dtype,
 
 def fingerprint_id(facts: Mapping[str, Any]) -> str:
     """A hash of everything but the ``id``."""
-    return hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "id"}, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps({k: v for k, v in facts.items() if k != "id"}, sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 
 def _processor() -> str:
@@ -84,7 +92,9 @@ class Worker:
         keep_freed_memory()
         self.device = resolve_device(device, gpus)
         if self.device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic ones are
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # read when cuBLAS starts; deterministic ones are
             torch.cuda.set_device(self.device)
         learner.prepare(self.device)
         self.fingerprint = numerics_fingerprint(self.device, threads, learner.model.dtype)
@@ -101,7 +111,9 @@ class Worker:
         """Compute as ``engine`` says, and compile what it says before the first shard waits for it; what ``about`` says then."""
         reason = self.describe().no_compiler if engine.compile else None
         if reason:
-            raise WorkerError(f"worker {self.name} can't comply with engine.compile: on '{self.fingerprint['device']}' {reason}")
+            raise WorkerError(
+                f"worker {self.name} can't comply with engine.compile: on '{self.fingerprint['device']}' {reason}"
+            )
         if self.device.type == "cuda":
             torch.use_deterministic_algorithms(engine.deterministic)
             torch.backends.cudnn.benchmark = not engine.deterministic
@@ -149,8 +161,15 @@ class Worker:
         now = time.perf_counter()
         if now > self._measured_at + 1.0:  # asking the system takes as long as a small shard
             self._measured_at = now
-            self._measured = {"cpu_percent": self._process.cpu_percent(), "memory_bytes": float(self._process.memory_info().rss)}
-        stats = {"seconds": now - started, **{f"seconds/{name}": seconds for name, seconds in split.items()}, **self._measured}
+            self._measured = {
+                "cpu_percent": self._process.cpu_percent(),
+                "memory_bytes": float(self._process.memory_info().rss),
+            }
+        stats = {
+            "seconds": now - started,
+            **{f"seconds/{name}": seconds for name, seconds in split.items()},
+            **self._measured,
+        }
         if self.device.type == "cuda":
             stats["gpu_memory_bytes"] = float(torch.cuda.memory_allocated(self.device))
             with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # needs NVIDIA's management library
@@ -164,7 +183,9 @@ class Worker:
             total.add(index, self._explained(shard, theta, ())[0])
         return total.result(), None
 
-    def _explained(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records]) -> tuple[Result, Records | None]:
+    def _explained(
+        self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records]
+    ) -> tuple[Result, Records | None]:
         try:
             return self._computed(shard, theta, inputs)
         except (MetadistError, NonFiniteError):
@@ -177,15 +198,21 @@ class Worker:
                 ) from error
             raise self._blame(shard, theta, inputs, error) from error
 
-    def _computed(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records]) -> tuple[Result, Records | None]:
+    def _computed(
+        self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records]
+    ) -> tuple[Result, Records | None]:
         """One call form for all learners: ``inputs`` only where the shard needs some."""
         learner: Any = self.learner
         found = learner.compute(shard, theta, inputs) if shard.needs else learner.compute(shard, theta)
         if isinstance(found, WithOutput) != shard.keeps:
-            raise ValueError(f"function '{shard.function}' has {'no output' if shard.keeps else 'an output'}; the shard says otherwise")
+            raise ValueError(
+                f"function '{shard.function}' has {'no output' if shard.keeps else 'an output'}; the shard says otherwise"
+            )
         return (found.result, aligned(found.output, self.device)) if isinstance(found, WithOutput) else (found, None)
 
-    def _blame(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records], error: Exception) -> TaskError:
+    def _blame(
+        self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records], error: Exception
+    ) -> TaskError:
         """Which tasks of the shard fail on their own?"""
         tasks = []
         for position in range(shard.count):

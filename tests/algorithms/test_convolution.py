@@ -52,7 +52,9 @@ def test_convolution(stride, padding, dilation, kernel, groups, way, choose):
         value = function(x, w, b, stride=stride, padding=padding, dilation=dilation, groups=groups)
         _, forward = torch.func.jvp(gradient, (x, w), (tx, tw))
         _, pull = torch.func.vjp(gradient, x, w)
-        results.append([value, function(x, w, None, stride, padding, dilation, groups), *gradient(x, w), *forward, *pull((tx, tw))])
+        results.append(
+            [value, function(x, w, None, stride, padding, dilation, groups), *gradient(x, w), *forward, *pull((tx, tw))]
+        )
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -70,7 +72,9 @@ def test_every_task_with_a_kernel_of_its_own(way, own, choose):
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 3, 6, 5), (4, 3, 3, 3))
     x, w = (
-        torch.randn(*(shape if dim is None else (*shape[:dim], 3, *shape[dim:])), dtype=torch.float64, generator=generator)
+        torch.randn(
+            *(shape if dim is None else (*shape[:dim], 3, *shape[dim:])), dtype=torch.float64, generator=generator
+        )
         for shape, dim in zip(shapes, own)
     )
     tx, tw = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes)
@@ -116,7 +120,9 @@ def test_autocast_reaches_the_products(choose):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("model", ["conv4-stride-batch", pytest.param("conv4-max-batch", marks=pytest.mark.long)])
-@pytest.mark.parametrize("engine", [engines.UNROLLED, pytest.param(engines.MIXED, marks=pytest.mark.long)], ids=engines.name_of)
+@pytest.mark.parametrize(
+    "engine", [engines.UNROLLED, pytest.param(engines.MIXED, marks=pytest.mark.long)], ids=engines.name_of
+)
 def test_compiled_by_the_library(model, engine, choose):
     """A shard of three tasks against the plain loop, where small convolutions are the library's, too."""
     choose("library")
@@ -182,7 +188,10 @@ def test_a_graph_computes_the_same_channels_last(way, tasks, choose):
     graph.graph.lint()
     for got, expected in zip(graph(*arguments), function(*arguments)):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-    assert before - {aten.clone.default} <= {n.target for n in graph.graph.nodes} | {aten.view.default, aten._unsafe_view.default}
+    assert before - {aten.clone.default} <= {n.target for n in graph.graph.nodes} | {
+        aten.view.default,
+        aten._unsafe_view.default,
+    }
 
 
 @pytest.mark.parametrize("way", WAYS)

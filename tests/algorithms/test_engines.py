@@ -54,7 +54,8 @@ WALKING = [(a, m) for a, m in CASES if isinstance(ALGORITHMS[a], InnerLoop)]
 
 @pytest.mark.parametrize("hessian", HESSIANS)
 @pytest.mark.parametrize(
-    ("algorithm", "model"), [*WALKING, *((a, "transformer") for a in ("maml-5", "anil", "meta_sgd", "momentum", "adam", "minibatches"))]
+    ("algorithm", "model"),
+    [*WALKING, *((a, "transformer") for a in ("maml-5", "anil", "meta_sgd", "momentum", "adam", "minibatches"))],
 )
 def test_mixed(algorithm, model, hessian):
     check(make(ALGORITHMS[algorithm], model), Engine(differentiation="mixed", hessian=hessian), keys(0, 1, 5))
@@ -101,7 +102,9 @@ class EveryStep(MAML):
         plain = super().descent(model, theta, support, context)
 
         def loss(phi, step):
-            return plain.loss(phi, step) + 0.3 * sum((p - t).square().sum() for p, t in zip(phi.values(), theta["model"].values()))
+            return plain.loss(phi, step) + 0.3 * sum(
+                (p - t).square().sum() for p, t in zip(phi.values(), theta["model"].values())
+            )
 
         return replace(plain, loss=loss, rate=theta["rate"]["alpha"])
 
@@ -123,7 +126,11 @@ def test_mixed_follows_every_path_on_which_theta_comes_in(hessian, optimizer):
 
 
 def test_what_has_no_inner_steps_is_computed_as_ever():
-    for subject in (make(ALGORITHMS["protonet"], "conv4-max-batch"), spine.cnp_learner(), make(Reptile(inner_lr=0.1, inner_steps=2), "mlp")):
+    for subject in (
+        make(ALGORITHMS["protonet"], "conv4-max-batch"),
+        spine.cnp_learner(),
+        make(Reptile(inner_lr=0.1, inner_steps=2), "mlp"),
+    ):
         theta = somewhere(subject)
         expected = subject.contribute(theta, keys(0, 1), 3)
         subject.set_engine(Engine(differentiation="mixed"))
@@ -156,9 +163,7 @@ def name_of(value):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("algorithm", "model", "engine"), [late(*case) for case in LATE], ids=name_of
-)
+@pytest.mark.parametrize(("algorithm", "model", "engine"), [late(*case) for case in LATE], ids=name_of)
 def test_compiled(algorithm, model, engine):
     """Three tasks in a graph of four."""
     check(make(ALGORITHMS[algorithm], model, outer=SHARD), engine, keys(0, 1, 5))
@@ -201,7 +206,9 @@ class Noisy(torch.nn.Sequential):
 
     def __init__(self):
         norm = torch.nn.BatchNorm1d(6, track_running_stats=False)
-        super().__init__(torch.nn.Linear(2, 6, bias=False), norm, torch.nn.Tanh(), torch.nn.Dropout(0.3), torch.nn.Linear(6, 2))
+        super().__init__(
+            torch.nn.Linear(2, 6, bias=False), norm, torch.nn.Tanh(), torch.nn.Dropout(0.3), torch.nn.Linear(6, 2)
+        )
 
 
 SGD = replace(SHARD, optimizer="sgd", lr=0.1)
@@ -260,7 +267,9 @@ class Spoiling:
 
     def runner(self, *static):
         def run(name, function, *arguments):
-            return torch.utils._pytree.tree_map(lambda t: t * 1.01 if t.is_floating_point() else t, function(*arguments))
+            return torch.utils._pytree.tree_map(
+                lambda t: t * 1.01 if t.is_floating_point() else t, function(*arguments)
+            )
 
         return run
 
@@ -277,6 +286,7 @@ def test_a_wrong_graph_is_found_before_it_is_used(dtype):
 def test_another_seed_and_split_are_not_served_by_the_same_graph():
     """They are numbers in it: those of dropout."""
     algorithm, config = MAML(inner_lr=0.1), MLP(hidden=(4,))
+
     def factory():
         return torch.nn.Sequential(config.build((2,), 2), torch.nn.Dropout(0.5))
 

@@ -73,7 +73,11 @@ def plain_objective(learner, theta, key, task):
     def objective(phi, step):
         chosen = order[step * algorithm.inner_batch_size :][: algorithm.inner_batch_size] if order else slice(None)
         examples = type(task.support)(task.support.x[chosen], task.support.y[chosen])
-        body = {**fixed, **{n: t.detach() for n, t in theta["model"].items()}} if first_order else {**fixed, **theta["model"]}
+        body = (
+            {**fixed, **{n: t.detach() for n, t in theta["model"].items()}}
+            if first_order
+            else {**fixed, **theta["model"]}
+        )
         return plain.loss(family, model({**body, **phi}, examples.x, step=step), examples)
 
     first_order = algorithm.first_order
@@ -93,7 +97,8 @@ def plain_objective(learner, theta, key, task):
 def plain_contribution(learner, theta, shard, objective=plain_objective):
     """Σ over the shard's tasks of the gradient of ``objective``: slot → vector; and Σ of the losses."""
     leaves = {
-        s: {n: t.clone().requires_grad_(learner.slots[s].rule == "gradient") for n, t in theta[s].items()} for s in theta
+        s: {n: t.clone().requires_grad_(learner.slots[s].rule == "gradient") for n, t in theta[s].items()}
+        for s in theta
     }
     learned = {s: list(leaves[s].values()) for s in leaves if learner.slots[s].rule == "gradient"}
     sums, total = {}, 0.0
@@ -124,7 +129,11 @@ def test_meta_gradient_is_the_plain_loop_s(algorithm, model):
 @pytest.mark.parametrize("algorithm", ["maml-1", "maml-5", "protonet"])
 @pytest.mark.parametrize("pooling", ["stride", "max"])
 def test_on_the_network_and_the_data_of_the_main_job(algorithm, pooling, data):
-    method, family, config = ALGORITHMS[algorithm], Omniglot(query_shots=2), Conv4(filters=64, pooling=pooling, features="mean" if pooling == "stride" else "flatten")
+    method, family, config = (
+        ALGORITHMS[algorithm],
+        Omniglot(query_shots=2),
+        Conv4(filters=64, pooling=pooling, features="mean" if pooling == "stride" else "flatten"),
+    )
     subject = learner(method, lambda: config.build(family.input_shape, method.outputs(family)), family)
     subject.prepare(torch.device("cpu"))
     theta = somewhere(subject)
@@ -137,7 +146,12 @@ def test_first_order_differs_from_second_order():
     shard = keys(0, 1)
     second, first = (make(ALGORITHMS[a], "mlp") for a in ("maml-1", "fomaml-1"))
     theta = somewhere(second)
-    assert relative_error(first.contribute(theta, shard, 3).slots["model"], second.contribute(theta, shard, 3).slots["model"]) > 1e-2
+    assert (
+        relative_error(
+            first.contribute(theta, shard, 3).slots["model"], second.contribute(theta, shard, 3).slots["model"]
+        )
+        > 1e-2
+    )
 
 
 def test_dropout_depends_on_task_and_step_alone():
@@ -236,9 +250,14 @@ def test_reptile_s_moments_against_an_optimiser_with_state(moments, optimizer, m
     """Two meta-steps of two tasks; each task's optimiser begins with nothing, or with the mean of the last meta-step's."""
     betas, eps, lr, steps = (0.5, 0.99), 1e-6, 0.05, 3
     algorithm = Reptile(
-        inner_lr=lr, inner_steps=steps, inner_optimizer=optimizer, inner_momentum=momentum,
-        inner_betas=betas, inner_eps=eps, moments=moments,
-    )  # fmt: skip
+        inner_lr=lr,
+        inner_steps=steps,
+        inner_optimizer=optimizer,
+        inner_momentum=momentum,
+        inner_betas=betas,
+        inner_eps=eps,
+        moments=moments,
+    )
     subject = make(algorithm, "mlp", outer=OuterLoop(optimizer="sgd", lr=0.7, meta_batch_size=2, shard_size=2))
     state = subject.initial(0)
     layout = subject.slots["model"].layout
@@ -251,7 +270,9 @@ def test_reptile_s_moments_against_an_optimiser_with_state(moments, optimizer, m
         for key in keys(0, 1, meta_step=meta_step).each():
             phi, m, v, t = theta.clone(), first.clone(), second.clone(), count
             for _ in range(steps):
-                g = support_gradients(subject, {"model": layout.unflatten(phi)}, keys(int(key.tasks), meta_step=meta_step))
+                g = support_gradients(
+                    subject, {"model": layout.unflatten(phi)}, keys(int(key.tasks), meta_step=meta_step)
+                )
                 t += 1
                 if optimizer == "adam":
                     m.mul_(betas[0]).add_(g, alpha=1 - betas[0])

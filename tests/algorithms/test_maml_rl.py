@@ -24,7 +24,7 @@ def flat(parameters):
     return torch.cat([t.reshape(-1) for t in parameters.values()])
 
 
-def subject(environment=Chance(continuous=True, end=0.2, horizon=6), hidden=(5,), **options):  # noqa: B008
+def subject(environment=Chance(continuous=True, end=0.2, horizon=6), hidden=(5,), **options):
     settings = {"rollouts_per_task": 4, "inner_lr": 0.3, "discount": 0.9, "gae_lambda": 0.8, **options}
     return learner(MAMLRL(**settings), Reactive(hidden=hidden), environment, dtype=torch.float64, batch=4, shard=2)
 
@@ -89,7 +89,9 @@ def test_the_meta_gradient_is_that_of_a_plain_loop_over_tasks(options):
         leaves = {n: t.clone().requires_grad_() for n, t in new["model"].items()}
         theta, penalty = plain_adapted(algorithm, leaves, records, task)
         ppo = algorithm.optimizer == "ppo"
-        gain, _ = plain_surrogate(theta, stage_of(records, task, algorithm.inner_steps), algorithm.clip if ppo else None)
+        gain, _ = plain_surrogate(
+            theta, stage_of(records, task, algorithm.inner_steps), algorithm.clip if ppo else None
+        )
         loss = -gain + (algorithm.kl_penalty * penalty if ppo else 0.0) - algorithm.entropy * theta["log_std"].sum()
         found_by_loop = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         expected = expected + torch.cat(
@@ -109,7 +111,9 @@ def test_fisher_products_go_through_the_adaptation():
     shapes = {n: theta["model"][n].shape for n in names}
 
     def heads(vector, task):
-        parts = dict(zip(names, (p.view(s) for p, s in zip(vector.split([s.numel() for s in shapes.values()]), shapes.values()))))
+        parts = dict(
+            zip(names, (p.view(s) for p, s in zip(vector.split([s.numel() for s in shapes.values()]), shapes.values())))
+        )
         adapted, _ = plain_adapted(algorithm, {n: p.requires_grad_() for n, p in parts.items()}, records, task)
         last = stage_of(records, task, 1)
         mean, log_std = plain_head(adapted, last["observation"].double())
@@ -123,7 +127,9 @@ def test_fisher_products_go_through_the_adaptation():
             for e in torch.eye(len(vector), dtype=torch.float64)
         ]
         jacobian, head = torch.stack(columns, -1), heads(vector, task)
-        metric = torch.cat([(-2 * head[..., 2:]).exp(), torch.full_like(head[..., 2:], 2.0)], -1)  # 1/σ² for means, 2 for log σ
+        metric = torch.cat(
+            [(-2 * head[..., 2:]).exp(), torch.full_like(head[..., 2:], 2.0)], -1
+        )  # 1/σ² for means, 2 for log σ
         expected = expected + torch.einsum("sap,sa,saq,q->p", jacobian, metric, jacobian, direction) / len(head)
     whole = {n: torch.zeros_like(t) for n, t in theta["model"].items()}
     whole.update({n: p.view(shapes[n]) for n, p in zip(names, direction.split([s.numel() for s in shapes.values()]))})
@@ -196,15 +202,20 @@ def stage(theta, horizon):
     chance = torch.tensor([row[2] for row in rows], dtype=torch.float64).unsqueeze(1)
     assert float(chance.sum()) == pytest.approx(1.0)
     return {
-        "observation": torch.eye(2, dtype=torch.float64)[states], "action": actions, "advantage": togo * chance * scale,
-        "log_probability": policy[states, actions].log(), "valid": torch.ones(len(rows), horizon, dtype=torch.bool),
-    }  # fmt: skip
+        "observation": torch.eye(2, dtype=torch.float64)[states],
+        "action": actions,
+        "advantage": togo * chance * scale,
+        "log_probability": policy[states, actions].log(),
+        "valid": torch.ones(len(rows), horizon, dtype=torch.bool),
+    }
 
 
 def enumerated(horizon):
     """(θ, its policy parameters flat, the meta-gradient of ``objective`` in expectation, φ)."""
     algorithm = MAMLRL(inner_lr=RATE, kl_penalty=0.0, normalize=False, rollouts_per_task=1)
-    found = learner(algorithm, Reactive(hidden=()), Chance(count=2, continuous=False), dtype=torch.float64, batch=4, shard=2)
+    found = learner(
+        algorithm, Reactive(hidden=()), Chance(count=2, continuous=False), dtype=torch.float64, batch=4, shard=2
+    )
     about, theta = context(found, 1), somewhere(found, scale=0.7)["model"]
     bound = about.policy(found.initial(0).theta(found.slots))
     phi, _ = algorithm.adapted(bound, theta, stage(theta, horizon))
@@ -234,7 +245,9 @@ def differences(function, theta, epsilon=1e-6):
 def test_the_inner_step_is_unbiased(horizon):
     theta, _, phi = enumerated(horizon)
     step = (flat(policy_only(phi)) - flat(policy_only(theta))) / RATE
-    torch.testing.assert_close(step, differences(lambda p: exact_return(p, horizon), policy_only(theta)), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(
+        step, differences(lambda p: exact_return(p, horizon), policy_only(theta)), rtol=1e-7, atol=1e-8
+    )
 
 
 def after_adaptation(theta, horizon):
@@ -242,7 +255,9 @@ def after_adaptation(theta, horizon):
     slope = differences(lambda p: exact_return(p, horizon), theta, 1e-4)
     vector = flat(theta) + RATE * slope
     shapes = [t.shape for t in theta.values()]
-    return exact_return(dict(zip(theta, (p.view(s) for p, s in zip(vector.split([s.numel() for s in shapes]), shapes)))), horizon)
+    return exact_return(
+        dict(zip(theta, (p.view(s) for p, s in zip(vector.split([s.numel() for s in shapes]), shapes)))), horizon
+    )
 
 
 def test_with_one_step_the_meta_gradient_is_that_of_the_return_after_adaptation():
@@ -272,7 +287,9 @@ def test_with_more_steps_it_lacks_how_later_actions_change_the_worth_of_earlier_
 @pytest.mark.parametrize("inner_steps", [1, 2])
 def test_on_the_first_minibatch_every_ratio_is_1(inner_steps):
     environment = Chance(continuous=True, end=0.2, horizon=6)
-    found = learner(MAMLRL(inner_steps=inner_steps, rollouts_per_task=5), Reactive(hidden=(8,)), environment, batch=8, shard=4)
+    found = learner(
+        MAMLRL(inner_steps=inner_steps, rollouts_per_task=5), Reactive(hidden=(8,)), environment, batch=8, shard=4
+    )
     theta, about = somewhere(found), context(found, 8)
     records, _, _ = found.algorithm.rollout(theta, about)
     bound, worst = about.policy(theta), 0.0
@@ -299,7 +316,9 @@ def test_stages_have_trajectories_of_their_own_and_normal_advantages():
     assert len(first.unique(dim=0)) == 3 * 2 * 4
     for task, k in itertools.product(range(3), range(2)):
         advantage = columns["advantage"][task, k][columns["valid"][task, k]]
-        assert abs(float(advantage.mean())) < 1e-9 and float(advantage.std(correction=0)) == pytest.approx(1.0, abs=1e-5)
+        assert abs(float(advantage.mean())) < 1e-9 and float(advantage.std(correction=0)) == pytest.approx(
+            1.0, abs=1e-5
+        )
     alone = found.algorithm.rollout(theta, context(found, 1))[0].columns
     assert alone["action"].equal(columns["action"][:1]) and alone["valid"].equal(columns["valid"][:1])
 
@@ -307,7 +326,12 @@ def test_stages_have_trajectories_of_their_own_and_normal_advantages():
 def test_shards_sum_to_the_whole_batch():
     def first_gradient(shard):
         found = learner(
-            MAMLRL(rollouts_per_task=3), Reactive(hidden=(5,)), Chance(continuous=True), dtype=torch.float64, batch=4, shard=shard
+            MAMLRL(rollouts_per_task=3),
+            Reactive(hidden=(5,)),
+            Chance(continuous=True),
+            dtype=torch.float64,
+            batch=4,
+            shard=shard,
         )
         rounds, kept = found.rounds("run", 0, 0, found.initial(0), {}), {}
         rolling = next(rounds)
@@ -327,7 +351,9 @@ def test_evaluation_has_a_column_for_every_number_of_steps():
     assert default["sampled"].equal(columns["sampled"][:, :2]) and default["greedy"].dtype == torch.float64
 
 
-@pytest.mark.parametrize("options", [{"optimizer": "ppo"}, {"optimizer": "trpo", "kl": 0.02, "cg_steps": 5}], ids=["promp", "trpo"])
+@pytest.mark.parametrize(
+    "options", [{"optimizer": "ppo"}, {"optimizer": "trpo", "kl": 0.02, "cg_steps": 5}], ids=["promp", "trpo"]
+)
 def test_it_learns_to_adapt(options):
     """Of goals in all directions no one action is good: what a step of adaptation gains, paired, must come from the trajectories."""
     algorithm = MAMLRL(rollouts_per_task=10, inner_lr=0.3, gae_lambda=0.95, **options)

@@ -20,9 +20,11 @@ from metadist.rl.policy import Policy
 from metadist.rl.trial import VALID, Trials, rollout
 
 POLICIES = {
-    "gru": GRU(hidden=16), "lstm": LSTM(hidden=16), "reactive": Reactive(hidden=(16,)),
+    "gru": GRU(hidden=16),
+    "lstm": LSTM(hidden=16),
+    "reactive": Reactive(hidden=(16,)),
     "causal_transformer": CausalTransformer(width=16, depth=2, heads=2, window=5),
-}  # fmt: skip
+}
 SETTINGS = {"mean": 0.1, "deviation": 1.7}
 
 
@@ -34,7 +36,9 @@ def flat(parameters):
 
 
 @pytest.mark.parametrize(
-    "environment", [Bandit(arms=4, episodes=12), Chance(), Chance(continuous=True)], ids=["bandit", "chance", "continuous"]
+    "environment",
+    [Bandit(arms=4, episodes=12), Chance(), Chance(continuous=True)],
+    ids=["bandit", "chance", "continuous"],
 )
 @pytest.mark.parametrize("name", POLICIES)
 def test_on_the_first_minibatch_every_ratio_is_1_and_kl_is_0(name, environment):
@@ -96,7 +100,9 @@ def plain_loss(algorithm, theta, trials):
     return total
 
 
-@pytest.mark.parametrize("options", [{}, {"value_clip": 0.05, "reward_scale": 0.3, "clip": 0.05}], ids=["plain", "clipped"])
+@pytest.mark.parametrize(
+    "options", [{}, {"value_clip": 0.05, "reward_scale": 0.3, "clip": 0.05}], ids=["plain", "clipped"]
+)
 def test_the_gradient_is_that_of_a_plain_implementation(options):
     algorithm = RL2(**options)
     subject = learner(algorithm, GRU(hidden=4), Chance(), dtype=torch.float64)
@@ -106,8 +112,12 @@ def test_the_gradient_is_that_of_a_plain_implementation(options):
     gradients, sums, weight = algorithm.gradient(new, records, SETTINGS, about)
     leaves = {n: t.clone().requires_grad_() for n, t in new["model"].items()}
     expected = torch.autograd.grad(plain_loss(algorithm, leaves, Trials.of(records)), list(leaves.values()))
-    torch.testing.assert_close(flat(gradients["model"]), torch.cat([g.reshape(-1) for g in expected]), rtol=1e-9, atol=1e-10)
-    assert 0.05 < sums["clip_fraction"] / weight < 0.95 and weight == float((records.columns["flags"] & VALID).bool().sum())
+    torch.testing.assert_close(
+        flat(gradients["model"]), torch.cat([g.reshape(-1) for g in expected]), rtol=1e-9, atol=1e-10
+    )
+    assert 0.05 < sums["clip_fraction"] / weight < 0.95 and weight == float(
+        (records.columns["flags"] & VALID).bool().sum()
+    )
 
 
 def gradient(bptt, *, together=False):
@@ -235,5 +245,8 @@ def test_lambda_reaches_the_shards_as_it_is_at_their_meta_step():
         for more in (line | {"gae_lambda_steps": 1}, {"gae_lambda": 1.0}, {"gae_lambda": 0.0})
     )
     assert len({near, one, zero}) == 3  # λ: 0 then 1; 1 and 1; 0 and 0
-    first = [train(learner(RL2(**more), GRU(hidden=8), Chance()), 1)[0].sha256() for more in (line | {"gae_lambda_steps": 1}, {"gae_lambda": 0.0})]
+    first = [
+        train(learner(RL2(**more), GRU(hidden=8), Chance()), 1)[0].sha256()
+        for more in (line | {"gae_lambda_steps": 1}, {"gae_lambda": 0.0})
+    ]
     assert first[0] == first[1]

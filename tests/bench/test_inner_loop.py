@@ -16,7 +16,13 @@ from metadist.cli import app as cli
 from metadist.core.errors import ConfigError
 
 CPU = torch.device("cpu")
-IMAGES = {"name": "metadist.benchmarks.random_images:RandomImages", "n_way": 3, "query_shots": 2, "channels": 2, "size": 12}
+IMAGES = {
+    "name": "metadist.benchmarks.random_images:RandomImages",
+    "n_way": 3,
+    "query_shots": 2,
+    "channels": 2,
+    "size": 12,
+}
 QUICK = ("--tasks", "2", "--inner-steps", "1", "--seconds", "0", "--eager")
 
 
@@ -60,7 +66,9 @@ def test_the_loop_s_gradient_is_the_difference_quotient():
             for _ in range(problem.inner_steps):
                 inner = problem.loss(torch.func.functional_call(module, phi, (support_x,)), support_y)
                 slopes = torch.autograd.grad(inner, list(phi.values()))
-                phi = {n: (p - problem.inner_lr * s).detach().requires_grad_() for (n, p), s in zip(phi.items(), slopes)}
+                phi = {
+                    n: (p - problem.inner_lr * s).detach().requires_grad_() for (n, p), s in zip(phi.items(), slopes)
+                }
             total += problem.loss(torch.func.functional_call(module, phi, (query_x,)), query_y).item()
         return total
 
@@ -76,7 +84,9 @@ def test_peers_get_pytorch_s_own_layers():
 
 
 def test_theta_is_the_same_numbers_in_both_precisions_and_off_the_kinks():
-    single, double = (inner_loop.problem_of(document("stride mean", 1), dtype, CPU).parameters() for dtype in ("float32", "float64"))
+    single, double = (
+        inner_loop.problem_of(document("stride mean", 1), dtype, CPU).parameters() for dtype in ("float32", "float64")
+    )
     assert all(torch.equal(single[n].double(), double[n]) for n in double)
     assert 0.05 < double["norm1.bias"].abs().max() < 0.5
 
@@ -106,15 +116,25 @@ def test_operations_are_those_of_the_products():
     # 3 query rows through 1→40→40→1: forward, gradient to the weights, and to the inputs of all but the first layer
     assert inner_loop.operations_of(problem) == 2 * 2 * 3 * (2 * (40 + 1600 + 40) + 1600 + 40)
     assert inner_loop.products_of(problem) == {
-        (2, 4, 1, 40), (2, 4, 40, 1), (2, 1, 4, 40), (2, 4, 40, 40), (2, 40, 4, 40), (2, 40, 4, 1),
-    }  # fmt: skip
+        (2, 4, 1, 40),
+        (2, 4, 40, 1),
+        (2, 1, 4, 40),
+        (2, 4, 40, 40),
+        (2, 40, 4, 40),
+        (2, 40, 4, 1),
+    }
 
 
 def test_a_wrong_or_missing_number_is_an_error_of_one():
     reference = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0])}
-    assert contestants.relative_error({"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([0.0])}, reference) == pytest.approx(0.1)
+    assert contestants.relative_error(
+        {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([0.0])}, reference
+    ) == pytest.approx(0.1)
     assert contestants.relative_error({"a": torch.tensor([3.0, 4.0])}, reference) == math.inf
-    assert contestants.relative_error({"a": torch.tensor([3.0, math.nan]), "b": torch.tensor([0.0])}, reference) == math.inf
+    assert (
+        contestants.relative_error({"a": torch.tensor([3.0, math.nan]), "b": torch.tensor([0.0])}, reference)
+        == math.inf
+    )
 
 
 def test_a_shard_of_20_ways_takes_the_paper_s_rate():
@@ -148,7 +168,9 @@ def test_the_command_prints_a_table_and_one_json_object():
 def test_disagreement_ends_it_before_anything_is_timed(monkeypatch, spoilt):
     def wrong(problem):
         right = contestants.loop(problem)
-        change = {"scaled": lambda g: g * 1.001, "silent": torch.zeros_like, "not a number": lambda g: g * math.nan}[spoilt]
+        change = {"scaled": lambda g: g * 1.001, "silent": torch.zeros_like, "not a number": lambda g: g * math.nan}[
+            spoilt
+        ]
         return contestants.Contestant(right.call, lambda gradient: {n: change(g) for n, g in gradient.items()})
 
     def timed(*_, **__):
@@ -176,7 +198,9 @@ def test_one_that_is_missing_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     done = bench(*QUICK, "--against", "loop,higher")
     assert done.exit_code == 2
-    assert done.stderr.splitlines() == ["error: --against higher: higher is not installed; pip install 'metadist[bench]' brings it"]
+    assert done.stderr.splitlines() == [
+        "error: --against higher: higher is not installed; pip install 'metadist[bench]' brings it"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -184,10 +208,16 @@ def test_one_that_is_missing_names_the_extra(monkeypatch):
     [
         (("--against", "lop"), "--against: 'lop' is not one of loop, higher, torchopt, jax; did you mean 'loop'?"),
         (("--model", "conv5"), "--model: 'conv5' is not one of mlp, conv4; did you mean 'conv4'?"),
-        (("--task", "omniglott"), "--task: 'omniglott' is not one of sinusoid, omniglot, images84; did you mean 'omniglot'?"),
+        (
+            ("--task", "omniglott"),
+            "--task: 'omniglott' is not one of sinusoid, omniglot, images84; did you mean 'omniglot'?",
+        ),
         (("--inner-steps", "1,x"), "--inner-steps 1,x: expected different whole numbers, such as 0,1,2"),
         (("--n-way", "5"), "--n-way goes with classification; sinusoids have no classes"),
-        (("--model", "conv4", "--task", "sinusoid"), "model 'conv4' needs images [channels, height, width]; these tasks' inputs are [1]"),
+        (
+            ("--model", "conv4", "--task", "sinusoid"),
+            "model 'conv4' needs images [channels, height, width]; these tasks' inputs are [1]",
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):

@@ -15,7 +15,12 @@ def test_the_report(model, data):
     report = bench("memory", model=model, inner_steps=[1, 6], tasks=4, rounds=1)
     case = report["cases"][model]
     rows = case["contestants"]
-    assert list(rows) == ["1 inner step, unrolled", "1 inner step, mixed", "6 inner steps, unrolled", "6 inner steps, mixed"]
+    assert list(rows) == [
+        "1 inner step, unrolled",
+        "1 inner step, mixed",
+        "6 inner steps, unrolled",
+        "6 inner steps, mixed",
+    ]
     for row in rows.values():
         assert row["peak"] == pytest.approx(row["predicted"], rel=0.25, abs=3)
         assert row["seconds"] > 0
@@ -32,7 +37,9 @@ def test_other_gradients_are_not_measured(monkeypatch, data):
         bench("memory", inner_steps=[3], tasks=1)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"model": "mlp"}, "--model"), ({"inner_steps": [0, 5]}, r"--inner-steps \[0, 5\]")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"model": "mlp"}, "--model"), ({"inner_steps": [0, 5]}, r"--inner-steps \[0, 5\]")]
+)
 def test_senseless_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         bench("memory", **options)

@@ -40,7 +40,9 @@ def test_the_processes_compute_other_shards_each_and_all_of_them(monkeypatch) ->
 
     submit = LocalExecutor.submit
     monkeypatch.setattr(
-        LocalExecutor, "submit", lambda self, shard, attempt: (given.append((shard.meta_step, shard.index)), submit(self, shard, attempt))
+        LocalExecutor,
+        "submit",
+        lambda self, shard, attempt: (given.append((shard.meta_step, shard.index)), submit(self, shard, attempt)),
     )
     for index in range(3):
         scaling._alone(Connection(), tiny.document(), index, 3, 0)

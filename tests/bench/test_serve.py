@@ -12,7 +12,9 @@ pytestmark = pytest.mark.long
 
 
 def test_report():
-    report = bench("serve", document=tiny.document(), clients=[1, 8], turns=2, seconds=0.3, threads=1, device="cpu", requests=200)
+    report = bench(
+        "serve", document=tiny.document(), clients=[1, 8], turns=2, seconds=0.3, threads=1, device="cpu", requests=200
+    )
     *cases, memory = report["cases"].values()
     for case in cases:
         rows = case["contestants"]
@@ -25,4 +27,13 @@ def test_only_supervised_tasks():
     from metadist.config.document import read_document
 
     with pytest.raises(ConfigError, match="supervised"):
-        bench("serve", document=read_document("bandit_rl2"), clients=[1], turns=1, seconds=0.1, threads=1, device="cpu", requests=0)
+        bench(
+            "serve",
+            document=read_document("bandit_rl2"),
+            clients=[1],
+            turns=1,
+            seconds=0.1,
+            threads=1,
+            device="cpu",
+            requests=0,
+        )

@@ -28,9 +28,36 @@ def test_every_benchmark_has_a_subcommand() -> None:
 
 
 def test_reports_are_shown_whole(capsys) -> None:
-    rows = {"a [b]": {"median": 12345.678, "quartiles": [1.0, 2.5], "note": "[1×2]·[2×3]"}, "c": {"median": 0.5, "more": None}}
-    case = {"unit": "tasks/s", "contestants": rows, "floor": {"ms": 2.0, "at": {"size": [3, 4]}}, "same_parameters": True}
-    show_benchmark({"benchmark": "x", "settings": {"steps": 3}, "cases": {"one [1]": case}, "versions": {"torch": "2"}, "machine": {"cores": 2}})
+    rows = {
+        "a [b]": {"median": 12345.678, "quartiles": [1.0, 2.5], "note": "[1×2]·[2×3]"},
+        "c": {"median": 0.5, "more": None},
+    }
+    case = {
+        "unit": "tasks/s",
+        "contestants": rows,
+        "floor": {"ms": 2.0, "at": {"size": [3, 4]}},
+        "same_parameters": True,
+    }
+    show_benchmark(
+        {
+            "benchmark": "x",
+            "settings": {"steps": 3},
+            "cases": {"one [1]": case},
+            "versions": {"torch": "2"},
+            "machine": {"cores": 2},
+        }
+    )
     shown = capsys.readouterr().out
-    for part in ("x: steps=3", "one [1] [tasks/s]", "a [b]", "12346", "1 … 2.5", "[1×2]·[2×3]", "ms=2, at=(size=3 … 4)", "True", "torch=2", "cores=2"):
+    for part in (
+        "x: steps=3",
+        "one [1] [tasks/s]",
+        "a [b]",
+        "12346",
+        "1 … 2.5",
+        "[1×2]·[2×3]",
+        "ms=2, at=(size=3 … 4)",
+        "True",
+        "torch=2",
+        "cores=2",
+    ):
         assert part in shown, part

@@ -35,7 +35,11 @@ def pictures(tmp_path, monkeypatch):
 
 def test_all_samplers_make_the_same_tasks(pictures):
     few = replace(pictures, query_shots=2)
-    for family, names in ((Sinusoid(), {AT_ONCE, TASKWISE, PLAIN}), (few, {AT_ONCE, TASKWISE, PLAIN}), (Curves(), {AT_ONCE, TASKWISE})):
+    for family, names in (
+        (Sinusoid(), {AT_ONCE, TASKWISE, PLAIN}),
+        (few, {AT_ONCE, TASKWISE, PLAIN}),
+        (Curves(), {AT_ONCE, TASKWISE}),
+    ):
         samplers = contestants(family, keys())
         assert samplers.keys() == names
         assert prove_same(samplers).query.x.equal(family.sample(keys(), "train").query.x)

@@ -37,7 +37,8 @@ def test_the_echo_has_as_many_parameters_as_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [({"sizes": []}, "--sizes"), ({"sizes": [0]}, "--sizes"), ({"sizes": [1], "wire": "int8"}, "--wire")]
+    ("options", "reason"),
+    [({"sizes": []}, "--sizes"), ({"sizes": [0]}, "--sizes"), ({"sizes": [1], "wire": "int8"}, "--wire")],
 )
 def test_senseless_options_are_one_line(options, reason) -> None:
     with pytest.raises(ConfigError, match=reason):

@@ -116,7 +116,9 @@ def test_killed_drivers_lose_nothing(tmp_path, expected):
     assert result["evaluation"] == expected.as_dict()["evaluation"]
     check_points(tmp_path)
     values = dict(query(tmp_path, "SELECT step, value FROM metrics WHERE key = 'meta/loss'"))
-    assert [values[p["meta_step"]] for p in expected.outcome.progress.curve] == [p["loss"] for p in expected.outcome.progress.curve]
+    assert [values[p["meta_step"]] for p in expected.outcome.progress.curve] == [
+        p["loss"] for p in expected.outcome.progress.curve
+    ]
 
 
 @pytest.mark.long
@@ -149,7 +151,9 @@ ENDLESS = ["outer.meta_steps=100000", "checkpoint.every=50", "evaluate.every=100
 
 def interrupt(folder: Path, number: int, *more: str, group=False):
     """A run that gets a signal in the middle; returns (exit code, stdout, stderr, processes that are left)."""
-    process = tiny.start("train", tiny.write(folder, *ENDLESS), *more, "--run-dir", folder / "run", "--json", folder=folder)
+    process = tiny.start(
+        "train", tiny.write(folder, *ENDLESS), *more, "--run-dir", folder / "run", "--json", folder=folder
+    )
     # A store takes longer to make than is waited for at the end of a run that is interrupted.
     delivered = lambda: TRACKED not in more or read_json(folder / "run/tracking/acked.json").get("records", 0) > 0  # noqa: E731
     wait_for(process, lambda: newest(folder / "run") > 0 and delivered())
@@ -181,12 +185,28 @@ def test_ctrl_c_checkpoints_closes_mlflow_and_can_be_resumed(tmp_path):
     assert status == "KILLED"
     steps = about["meta_step"] + 7
     # the schedule is constant, so the end may move
-    done = tiny.run("train", tiny.write(tmp_path, *ENDLESS), "--workers", "0", TRACKED, f"outer.meta_steps={steps}",
-                    "--run-dir", tmp_path / "run", "--resume", "--json", folder=tmp_path)  # fmt: skip
+    done = tiny.run(
+        "train",
+        tiny.write(tmp_path, *ENDLESS),
+        "--workers",
+        "0",
+        TRACKED,
+        f"outer.meta_steps={steps}",
+        "--run-dir",
+        tmp_path / "run",
+        "--resume",
+        "--json",
+        folder=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert query(tmp_path, "SELECT run_uuid, status FROM runs") == [(run_uuid, "FINISHED")]
     # The run began as an endless one, which is compiled, and stays so.
-    whole = train(tiny.experiment(*ENDLESS, f"outer.meta_steps={steps}", "engine.compile=always"), run_dir=str(tmp_path / "whole"), plots=False, test=False)
+    whole = train(
+        tiny.experiment(*ENDLESS, f"outer.meta_steps={steps}", "engine.compile=always"),
+        run_dir=str(tmp_path / "whole"),
+        plots=False,
+        test=False,
+    )
     assert tiny.last_json(done.stdout)["params_sha256"] == whole.params_sha256
     assert tiny.last_json(done.stdout)["run_id"] == about["run_id"]
 
@@ -203,7 +223,9 @@ def test_ctrl_c_in_a_terminal_reaches_the_actors_too(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_while_ray_starts(tmp_path, number):
-    process = tiny.start("train", tiny.write(tmp_path, *ENDLESS), "--workers", "1", "--run-dir", tmp_path / "run", folder=tmp_path)
+    process = tiny.start(
+        "train", tiny.write(tmp_path, *ENDLESS), "--workers", "1", "--run-dir", tmp_path / "run", folder=tmp_path
+    )
     me = psutil.Process(process.pid)
     wait_for(process, lambda: any("gcs_server" in command for command in commands(me)))
     time.sleep(0.5)
@@ -244,7 +266,9 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path, workers):
         "            open('reached', 'w').close()\n            time.sleep(600)\n        return super().sample(keys, split)\n"
     )
     overrides = ["tasks={name: 'slow:Slow'}", "--workers", workers]
-    process = tiny.start("train", tiny.write(tmp_path, *ENDLESS), *overrides, "--run-dir", tmp_path / "run", folder=tmp_path)
+    process = tiny.start(
+        "train", tiny.write(tmp_path, *ENDLESS), *overrides, "--run-dir", tmp_path / "run", folder=tmp_path
+    )
     wait_for(process, lambda: (tmp_path / "reached").exists())
     family = children(psutil.Process(process.pid))
     process.send_signal(signal.SIGINT)
@@ -278,7 +302,15 @@ def test_a_cluster_that_is_not_there_is_one_line_after_a_bounded_wait(tmp_path):
 
 @pytest.mark.long
 def test_no_gpu_is_one_line_after_a_bounded_wait(tmp_path):
-    done = tiny.run("train", tiny.write(tmp_path), "--workers", "1", "workers.0.gpus=0.5", "engine.worker_patience=2", folder=tmp_path)
+    done = tiny.run(
+        "train",
+        tiny.write(tmp_path),
+        "--workers",
+        "1",
+        "workers.0.gpus=0.5",
+        "engine.worker_patience=2",
+        folder=tmp_path,
+    )
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "gpus: 0.5" in done.stderr
@@ -295,7 +327,9 @@ def test_actors_find_ones_own_module_and_stdout_stays_clean(tmp_path):
     )
     config = tiny.write(tmp_path)
     own = ["tasks={name: 'myown:Mine', shift: 2}", "loss=myown:loss"]
-    two, none = (tiny.run("train", config, *own, "--workers", workers, "--json", folder=tmp_path) for workers in ("2", "0"))
+    two, none = (
+        tiny.run("train", config, *own, "--workers", workers, "--json", folder=tmp_path) for workers in ("2", "0")
+    )
     assert two.returncode == 0, two.stderr
     assert none.returncode == 0, none.stderr
     a, b = tiny.last_json(two.stdout), tiny.last_json(none.stdout)
@@ -303,5 +337,7 @@ def test_actors_find_ones_own_module_and_stdout_stays_clean(tmp_path):
     assert a["evaluation"] == b["evaluation"]
     kept = ("meta-step", "INFO", "WARNING")
     assert all(line.startswith(kept) for line in two.stderr.splitlines()), two.stderr
-    assert [line.split()[0] for line in two.stdout.splitlines()][:2] == [line.split()[0] for line in none.stdout.splitlines()][:2]
+    assert [line.split()[0] for line in two.stdout.splitlines()][:2] == [
+        line.split()[0] for line in none.stdout.splitlines()
+    ][:2]
     assert json.loads((Path(a["run_dir"]) / "result.json").read_text())["params_sha256"] == a["params_sha256"]

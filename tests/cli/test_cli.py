@@ -68,7 +68,9 @@ def test_every_command_has_help_with_an_example(cli, command):
     assert "Example" in cli(command, "--help").stdout
 
 
-@pytest.mark.parametrize(("what", "some"), [("algorithms", "maml"), ("tasks", "omniglot"), ("models", "conv4"), ("configs", "sinusoid_maml")])
+@pytest.mark.parametrize(
+    ("what", "some"), [("algorithms", "maml"), ("tasks", "omniglot"), ("models", "conv4"), ("configs", "sinusoid_maml")]
+)
 def test_list_describes_each_in_a_line(cli, what, some):
     lines = ok(cli("list", what)).stdout.splitlines()
     assert any(line.split()[0] == some for line in lines)
@@ -77,10 +79,16 @@ def test_list_describes_each_in_a_line(cli, what, some):
 
 
 def test_list_of_something_else(cli):
-    mistake(cli("list", "algorithm"), "'algorithm' is not one of algorithms, tasks, environments, models, configs; did you mean 'algorithms'?")
+    mistake(
+        cli("list", "algorithm"),
+        "'algorithm' is not one of algorithms, tasks, environments, models, configs; did you mean 'algorithms'?",
+    )
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", "x", "--wokers", "2"], ["verify"], ["ui", "--port", "x"], ["ui", "--port", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["trian"], ["train"], ["train", "x", "--wokers", "2"], ["verify"], ["ui", "--port", "x"], ["ui", "--port", "0"]],
+)
 def test_unknown_commands_and_options_exit_with_2(cli, arguments):
     result = cli(*arguments)
     assert result.exit_code == 2
@@ -125,13 +133,26 @@ def test_one_task_has_no_interval_and_json_no_nan(cli, config, tmp_path):
     assert about["validation"][0]["ci95"] is None
     text = (tmp_path / "run/result.json").read_text() + (tmp_path / "run/evaluation.json").read_text()
     assert "NaN" not in text
-    again = tiny.last_json(ok(cli("train", config(), *overrides, "--run-dir", tmp_path / "run", "--resume", "--json")).stdout)
+    again = tiny.last_json(
+        ok(cli("train", config(), *overrides, "--run-dir", tmp_path / "run", "--resume", "--json")).stdout
+    )
     assert again["validation"] == about["validation"]
 
 
 def test_a_diverging_validation_ends_nothing(cli, config):
-    result = ok(cli("train", config(), "algorithm.inner_lr=1e30", "outer.lr=0.0", "algorithm.first_order=true", "engine.non_finite=skip",
-                    "algorithm.inner_steps=0", "evaluate.inner_steps=5", "--json"))  # fmt: skip
+    result = ok(
+        cli(
+            "train",
+            config(),
+            "algorithm.inner_lr=1e30",
+            "outer.lr=0.0",
+            "algorithm.first_order=true",
+            "engine.non_finite=skip",
+            "algorithm.inner_steps=0",
+            "evaluate.inner_steps=5",
+            "--json",
+        )
+    )
     about = tiny.last_json(result.stdout)
     assert about["evaluation"]["divergence_rate"] == 1.0
     assert about["evaluation"]["mean"][-1] is None
@@ -180,7 +201,8 @@ def test_resume_without_a_folder_takes_the_newest_run_of_that_name(cli, config):
 
 def test_resuming_a_finished_run_changes_nothing(cli, config, tmp_path):
     one, two = (
-        tiny.last_json(ok(cli("train", config(), "--run-dir", tmp_path / "run", *more, "--json")).stdout) for more in ([], ["--resume"])
+        tiny.last_json(ok(cli("train", config(), "--run-dir", tmp_path / "run", *more, "--json")).stdout)
+        for more in ([], ["--resume"])
     )
     for key in ("run_id", "params_sha256", "meta_step", "best_meta_step", "evaluation", "validation"):
         assert one[key] == two[key], key
@@ -192,7 +214,9 @@ def test_init_from_is_needed_at_the_start_only(cli, config, tmp_path):
     more = [f"init_from={tmp_path / 'start.safetensors'}", "--run-dir", tmp_path / "second", "--json"]
     begun = tiny.last_json(ok(cli("train", config(), *more)).stdout)
     (tmp_path / "start.safetensors").unlink()
-    assert tiny.last_json(ok(cli("train", config(), *more, "--resume")).stdout)["params_sha256"] == begun["params_sha256"]
+    assert (
+        tiny.last_json(ok(cli("train", config(), *more, "--resume")).stdout)["params_sha256"] == begun["params_sha256"]
+    )
 
 
 def test_evaluate_repeats_the_test_exactly(cli, config, tmp_path):
@@ -200,7 +224,11 @@ def test_evaluate_repeats_the_test_exactly(cli, config, tmp_path):
     for workers in ([], ["--workers", "0"]):
         judged = tiny.last_json(ok(cli("evaluate", tmp_path / "run", *workers, "--json")).stdout)["evaluation"]
         assert judged == trained
-    more = tiny.last_json(ok(cli("evaluate", tmp_path / "run", "--tasks", 9, "--inner-steps", 4, "--split", "validation", "--json")).stdout)
+    more = tiny.last_json(
+        ok(
+            cli("evaluate", tmp_path / "run", "--tasks", 9, "--inner-steps", 4, "--split", "validation", "--json")
+        ).stdout
+    )
     assert more["evaluation"]["protocol"]["task_list_sha256"] != trained["protocol"]["task_list_sha256"]
     assert more["evaluation"]["tasks"] == 9
     assert len(more["evaluation"]["mean"]) == 5
@@ -213,7 +241,9 @@ def test_export_writes_the_best_parameters(cli, config, tmp_path):
     from safetensors.torch import load_file
 
     ok(cli("train", config(), "--run-dir", tmp_path / "run"))
-    assert ok(cli("export", tmp_path / "run", tmp_path / "model.safetensors")).stdout.strip() == str(tmp_path / "model.safetensors")
+    assert ok(cli("export", tmp_path / "run", tmp_path / "model.safetensors")).stdout.strip() == str(
+        tmp_path / "model.safetensors"
+    )
     names = set(load_file(tmp_path / "model.safetensors"))
     assert names == set(load_file(tmp_path / "run/model.safetensors"))
     mistake(cli("export", tmp_path / "run", tmp_path / "run/run.json/model.safetensors"), "can't be written")
@@ -275,7 +305,11 @@ def test_a_model_that_does_not_fit_n_way(cli, config, images, tmp_path):
         "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 7))\n\n"
         "def other():\n    return nn.Sequential(nn.Flatten(), nn.Linear(99, 3))\n"
     )
-    mistake(cli("train", config(), *classification(images), "model={name: 'mynet:net'}"), "puts out shape [3, 7]", "n_way = 3")
+    mistake(
+        cli("train", config(), *classification(images), "model={name: 'mynet:net'}"),
+        "puts out shape [3, 7]",
+        "n_way = 3",
+    )
     mistake(cli("train", config(), *classification(images), "model={name: 'mynet:other'}"), "fails on", "784")
     assert not list((tmp_path / "runs").glob("*/checkpoints/*"))
 
@@ -317,7 +351,10 @@ def test_bad_overrides(cli, config, assignment):
     mistake(cli("verify", config(), assignment))
 
 
-@pytest.mark.parametrize("option", [["--workers", "two"], ["--workers", "actors=2"], ["--seeds", "a,b"], ["--seeds", "1,1"], ["--seeds", "²"]])
+@pytest.mark.parametrize(
+    "option",
+    [["--workers", "two"], ["--workers", "actors=2"], ["--seeds", "a,b"], ["--seeds", "1,1"], ["--seeds", "²"]],
+)
 def test_bad_options(cli, config, option):
     mistake(cli("train", config(), *option), option[0])
 
@@ -351,7 +388,9 @@ def test_a_run_dir_in_use(cli, config, tmp_path):
     (tmp_path / "group/group.json").write_text('{"group_id": "g", "seeds": [0, 1]}')
     mistake(cli("train", config(), "--run-dir", tmp_path / "group"), "--seeds")
     mistake(cli("train", config(), "--seeds", "0,1", "--run-dir", tmp_path / "group"), "holds runs already")
-    mistake(cli("train", config(), "--seeds", "0,1,2", "--run-dir", tmp_path / "group", "--resume"), "has the seeds [0, 1]")
+    mistake(
+        cli("train", config(), "--seeds", "0,1,2", "--run-dir", tmp_path / "group", "--resume"), "has the seeds [0, 1]"
+    )
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == before
 
 
@@ -385,8 +424,16 @@ def test_resume_with_a_changed_config(cli, config, tmp_path, assignment, key):
 
 def test_resume_with_what_may_change(cli, config, tmp_path):
     one = tiny.last_json(ok(cli("train", config(), "--run-dir", tmp_path / "run", "--json")).stdout)
-    changed = ["evaluate.tasks=3", "checkpoint.keep=1", "tracking.log_every=3", "engine.shard_timeout=9", "outer.meta_steps=8"]
-    two = tiny.last_json(ok(cli("train", config(), *changed, "--run-dir", tmp_path / "run", "--resume", "--json")).stdout)
+    changed = [
+        "evaluate.tasks=3",
+        "checkpoint.keep=1",
+        "tracking.log_every=3",
+        "engine.shard_timeout=9",
+        "outer.meta_steps=8",
+    ]
+    two = tiny.last_json(
+        ok(cli("train", config(), *changed, "--run-dir", tmp_path / "run", "--resume", "--json")).stdout
+    )
     assert two["meta_step"] == 8
     assert two["run_id"] == one["run_id"]
     whole = tiny.last_json(ok(cli("train", config(), "outer.meta_steps=8", "--json")).stdout)
@@ -395,7 +442,11 @@ def test_resume_with_what_may_change(cli, config, tmp_path):
 
 def test_a_checkpoint_of_another_model(cli, config, tmp_path):
     ok(cli("train", config(), "--run-dir", tmp_path / "run"))
-    mistake(cli("train", config(), "model.hidden=[9]", "--run-dir", tmp_path / "run", "--resume"), "another model", "step-00000006")
+    mistake(
+        cli("train", config(), "model.hidden=[9]", "--run-dir", tmp_path / "run", "--resume"),
+        "another model",
+        "step-00000006",
+    )
     assert ok(cli("evaluate", tmp_path / "run"))
 
 
@@ -459,7 +510,12 @@ def test_an_error_in_ones_own_task_is_named_with_task_and_seed(cli, config, tmp_
         "        return super().sample(keys, split)\n"
     )
     overrides = ["tasks={name: 'mybroken:Broken'}", "checkpoint.every=100"]
-    line = mistake(cli("train", config(), *overrides, "--run-dir", tmp_path / "run"), "meta-step 4", "task 5: ValueError: no sine", "seed 3")
+    line = mistake(
+        cli("train", config(), *overrides, "--run-dir", tmp_path / "run"),
+        "meta-step 4",
+        "task 5: ValueError: no sine",
+        "seed 3",
+    )
     assert f"{tmp_path}/run/failure.txt" in line
     assert "mybroken.py" in (tmp_path / "run/failure.txt").read_text()
     assert (tmp_path / "run/checkpoints/step-00000004/manifest.json").exists(), "what was learned is not lost"
@@ -474,4 +530,7 @@ def test_non_finite_gradients_are_named(cli, config):
 def test_json_of_results_never_has_nan(value):
     from metadist.training.evaluation import as_json
 
-    assert json.dumps(as_json({"a": [1, value, {"b": (value, "x")}]}), allow_nan=False) == '{"a": [1, null, {"b": [null, "x"]}]}'
+    assert (
+        json.dumps(as_json({"a": [1, value, {"b": (value, "x")}]}), allow_nan=False)
+        == '{"a": [1, null, {"b": [null, "x"]}]}'
+    )

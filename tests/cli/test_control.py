@@ -39,7 +39,9 @@ def out(result):
 
 def mistake(result, *expected):
     lines = result.stderr.splitlines()
-    assert (result.exit_code, len(lines), result.stdout) == (2, 1, ""), f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    assert (result.exit_code, len(lines), result.stdout) == (2, 1, ""), (
+        f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    )
     for text in expected:
         assert text in lines[0], lines[0]
 
@@ -67,8 +69,17 @@ def test_a_live_run(cli, live):
     assert {"kind", "meta_step", "values", "message", "time"} == json.loads(lines[-1]).keys()
     assert "meta-step" in watched(cli, live.folder)
     address = live.record["address"]
-    assert json.loads(out(cli("control", address, "status", "--json", "--token-file", live.record["token_file"])))["meta_batch_size"] == 6
-    mistake(cli("control", live.folder, "set", "workers=3"), "workers: this run computes in its own process", "--resume --workers N")
+    assert (
+        json.loads(out(cli("control", address, "status", "--json", "--token-file", live.record["token_file"])))[
+            "meta_batch_size"
+        ]
+        == 6
+    )
+    mistake(
+        cli("control", live.folder, "set", "workers=3"),
+        "workers: this run computes in its own process",
+        "--resume --workers N",
+    )
     mistake(cli("control", address, "status"), "--token-file FILE")
 
 
@@ -102,7 +113,11 @@ def test_where_no_driver_is(cli, over, tmp_path):
 
     gone = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(gone, 0)
-    mistake(recorded(pid=gone), f"is gone without a word (process {gone}: killed, or crashed)", f"{where}/config.yaml --run-dir {where} --resume")
+    mistake(
+        recorded(pid=gone),
+        f"is gone without a word (process {gone}: killed, or crashed)",
+        f"{where}/config.yaml --run-dir {where} --resume",
+    )
     mistake(recorded(started=1.0), "is gone without a word"), "the number is another process's by now"
     mistake(recorded(host="elsewhere"), "the driver runs on elsewhere and listens there alone")
     mistake(recorded(address=None, off="no port"), "can't be steered: no port")
@@ -145,7 +160,14 @@ def test_mistakes_in_the_config(cli, config, tmp_path, override, told):
 # A Ray run, in processes of their own ---------------------------------------------------------------------------------
 
 STEPS = 1200
-RAY = ("evaluate.every=100", "checkpoint.every=50", "engine.compile=never", f"outer.meta_steps={STEPS}", "outer.meta_batch_size=32", "outer.shard_size=4")
+RAY = (
+    "evaluate.every=100",
+    "checkpoint.every=50",
+    "engine.compile=never",
+    f"outer.meta_steps={STEPS}",
+    "outer.meta_batch_size=32",
+    "outer.shard_size=4",
+)
 
 
 class Driver:
@@ -153,7 +175,9 @@ class Driver:
 
     def __init__(self, folder, where, *arguments):
         self.folder, self.where = folder, where
-        self.process = tiny.start("train", tiny.write(folder, *RAY), "--run-dir", where, "--json", *arguments, folder=folder)
+        self.process = tiny.start(
+            "train", tiny.write(folder, *RAY), "--run-dir", where, "--json", *arguments, folder=folder
+        )
 
     def control(self, *arguments):
         done = tiny.run("control", self.where, *arguments, folder=self.folder)
@@ -171,7 +195,9 @@ class Driver:
             done = tiny.run("control", self.where, "status", "--json", folder=self.folder)
             if done.returncode == 0 and condition(status := json.loads(done.stdout)):
                 return status
-            assert done.returncode == 0 or re.search("still starting|neither a run directory|nothing trains", done.stderr), done.stderr
+            assert done.returncode == 0 or re.search(
+                "still starting|neither a run directory|nothing trains", done.stderr
+            ), done.stderr
             time.sleep(0.2)
 
     def end(self, code=0):
@@ -231,12 +257,35 @@ def test_a_ray_run_steered_killed_and_resumed_ends_with_the_same_bits(tmp_path):
             driver.process.kill()
     history = [json.loads(line) for line in (tmp_path / "run/commands.jsonl").read_text().splitlines()]
     assert [c["command"] for c in history] == [
-        "pause", "checkpoint", "set_workers", "resume", "set_meta_batch_size", "set_workers", "stop", "set_meta_batch_size",
-    ]  # fmt: skip
+        "pause",
+        "checkpoint",
+        "set_workers",
+        "resume",
+        "set_meta_batch_size",
+        "set_workers",
+        "stop",
+        "set_meta_batch_size",
+    ]
     (tmp_path / "unbroken").mkdir()
     shutil.copy(tmp_path / "run/commands.jsonl", tmp_path / "unbroken")
-    unbroken = tiny.run("train", tiny.write(tmp_path, *RAY), "--run-dir", tmp_path / "unbroken", "--workers", "0", "--json", folder=tmp_path, timeout=600)
+    unbroken = tiny.run(
+        "train",
+        tiny.write(tmp_path, *RAY),
+        "--run-dir",
+        tmp_path / "unbroken",
+        "--workers",
+        "0",
+        "--json",
+        folder=tmp_path,
+        timeout=600,
+    )
     assert unbroken.returncode == 0, unbroken.stderr
     expected = tiny.last_json(unbroken.stdout)["params_sha256"]
-    print({"steered, stopped, killed, resumed": done["params_sha256"], "unbroken": expected, "commands": [(c["command"], c["meta_step"]) for c in history]})
+    print(
+        {
+            "steered, stopped, killed, resumed": done["params_sha256"],
+            "unbroken": expected,
+            "commands": [(c["command"], c["meta_step"]) for c in history],
+        }
+    )
     assert done["params_sha256"] == expected

@@ -50,7 +50,9 @@ def test_a_terminal_gets_a_bar(tmp_path):
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "metadist", "train", str(tiny.write(tmp_path, "outer.meta_steps=30")), "--json"]
     environment = {**tiny.environment(tmp_path), "TERM": "xterm-256color", "COLUMNS": "160"}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=slave, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=slave, text=True
+    ) as process:
         os.close(slave)
         shown = b""
         while True:

@@ -31,11 +31,16 @@ class Lines(TaskFamily):
 """
 BESIDE = "import torch\n\n\ndef slope_of(generator):\n    return torch.randn(1, generator=generator)\n"
 CONFIG = {
-    "name": "lines", "tasks": {"name": "lines:Lines"}, "model": {"name": "mlp", "hidden": [8]},
-    "algorithm": {"name": "maml", "inner_lr": 0.01}, "outer": {"meta_steps": 300, "meta_batch_size": 4, "shard_size": 2},
-    "evaluate": {"every": 100, "tasks": 8, "test_tasks": 8}, "checkpoint": {"every": 10}, "engine": {"compile": "never"},
+    "name": "lines",
+    "tasks": {"name": "lines:Lines"},
+    "model": {"name": "mlp", "hidden": [8]},
+    "algorithm": {"name": "maml", "inner_lr": 0.01},
+    "outer": {"meta_steps": 300, "meta_batch_size": 4, "shard_size": 2},
+    "evaluate": {"every": 100, "tasks": 8, "test_tasks": 8},
+    "checkpoint": {"every": 10},
+    "engine": {"compile": "never"},
     "workers": [{"role": "learner", "cpus": 0.5}],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +64,13 @@ def home(tmp_path):
 
 def metadist(cluster, home, *words, expect=0, **environment):
     done = subprocess.run(
-        [BIN / "metadist", *words], cwd=home, env={**cluster.environment, "RAY_API_SERVER_ADDRESS": cluster.address, **environment},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [BIN / "metadist", *words],
+        cwd=home,
+        env={**cluster.environment, "RAY_API_SERVER_ADDRESS": cluster.address, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert "Traceback" not in done.stderr or expect, done.stderr
     assert done.returncode == expect, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -73,7 +82,18 @@ def last_json(done):
 
 def unbroken(home, tmp_path, *overrides):
     """The parameters of the same run, in one process here."""
-    words = [BIN / "metadist", "train", "lines.yaml", *overrides, "tracking.uri=none", "--workers", "0", "--run-dir", tmp_path / "here", "--json"]
+    words = [
+        BIN / "metadist",
+        "train",
+        "lines.yaml",
+        *overrides,
+        "tracking.uri=none",
+        "--workers",
+        "0",
+        "--run-dir",
+        tmp_path / "here",
+        "--json",
+    ]
     done = subprocess.run(words, cwd=home, capture_output=True, text=True, timeout=300, check=True)
     return last_json(done)["params_sha256"]
 
@@ -89,7 +109,20 @@ def until(condition, seconds=180):
 def test_a_killed_driver_goes_on_elsewhere_and_ends_the_same(cluster, home, tmp_path):
     runs = f"file://{tmp_path}/store"  # by URL: the driver keeps nothing beside it
     longer = "outer.meta_steps=1200"  # or it may have ended before a second command has been refused
-    done = metadist(cluster, home, "submit", "lines.yaml", longer, "--workers", "2", "--run-dir", f"{runs}/a", "--run-id", "lines-a", "--json")
+    done = metadist(
+        cluster,
+        home,
+        "submit",
+        "lines.yaml",
+        longer,
+        "--workers",
+        "2",
+        "--run-dir",
+        f"{runs}/a",
+        "--run-id",
+        "lines-a",
+        "--json",
+    )
     first = last_json(done)
     assert first["job_id"] == "lines-a-1"
     assert first["job_url"] == f"{cluster.address}/#/jobs/lines-a-1"
@@ -101,8 +134,20 @@ def test_a_killed_driver_goes_on_elsewhere_and_ends_the_same(cluster, home, tmp_
     until(lambda: "FAILED" in metadist(cluster, home, "jobs", "status", "lines-a-1").stdout)
 
     done = metadist(
-        cluster, home, "submit", "lines.yaml", longer, "--workers", "2", "--run-dir", f"{runs}/a", "--wait", "--json", "--driver-cpus", "0.5",
-    )  # fmt: skip
+        cluster,
+        home,
+        "submit",
+        "lines.yaml",
+        longer,
+        "--workers",
+        "2",
+        "--run-dir",
+        f"{runs}/a",
+        "--wait",
+        "--json",
+        "--driver-cpus",
+        "0.5",
+    )
     second = last_json(done)
     assert (second["run_id"], second["attempt"], second["status"]) == ("lines-a", 2, "SUCCEEDED")
     assert second["config_sha256"] == first["config_sha256"]
@@ -122,13 +167,23 @@ def test_a_killed_driver_goes_on_elsewhere_and_ends_the_same(cluster, home, tmp_
     # What travelled: nothing but the config and the two modules.
     packages = [p for p in Path(cluster.folder, "ray").rglob("working_dir_files/_ray_pkg_*") if p.is_dir()]
     assert packages and all(
-        {f.name for f in p.rglob("*") if f.suffix != ".pyc" and f.is_file()} == {"config.yaml", "lines.py", "beside.py"} for p in packages
+        {f.name for f in p.rglob("*") if f.suffix != ".pyc" and f.is_file()} == {"config.yaml", "lines.py", "beside.py"}
+        for p in packages
     )
 
 
 def test_stopped_with_a_checkpoint(cluster, home, tmp_path):
     store = tmp_path / "stopped"
-    done = metadist(cluster, home, "submit", "lines.yaml", "outer.meta_steps=100000", "checkpoint.every=50000", "--run-dir", str(store))
+    done = metadist(
+        cluster,
+        home,
+        "submit",
+        "lines.yaml",
+        "outer.meta_steps=100000",
+        "checkpoint.every=50000",
+        "--run-dir",
+        str(store),
+    )
     job_id = done.stdout.strip()
     until(lambda: "meta-step" in metadist(cluster, home, "jobs", "logs", job_id).stdout)
     stopped = metadist(cluster, home, "jobs", "stop", job_id)
@@ -141,7 +196,11 @@ def test_stopped_with_a_checkpoint(cluster, home, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("token", "says"), [(None, "it asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"), ("0" * 32, "it does not accept this token")]
+    ("token", "says"),
+    [
+        (None, "it asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"),
+        ("0" * 32, "it does not accept this token"),
+    ],
 )
 def test_without_the_right_token(cluster, home, tmp_path, token, says):
     other = {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
@@ -156,7 +215,16 @@ def test_without_the_right_token(cluster, home, tmp_path, token, says):
 def test_a_users_mistake_fails_the_job_in_one_line(cluster, home, tmp_path):
     # Seen on the nodes alone: here there is no such data either, but nothing is loaded before the driver does.
     done = metadist(
-        cluster, home, "submit", "omniglot_maml_5w1s", "--run-dir", str(tmp_path / "b"), "--data", str(tmp_path / "nothing"), "--wait", expect=1
+        cluster,
+        home,
+        "submit",
+        "omniglot_maml_5w1s",
+        "--run-dir",
+        str(tmp_path / "b"),
+        "--data",
+        str(tmp_path / "nothing"),
+        "--wait",
+        expect=1,
     )
     assert "has no Omniglot" in done.stderr
     assert "--run-id omniglot-maml-5w1s-" in done.stderr.splitlines()[-1]
@@ -170,5 +238,7 @@ def test_nodes_without_metadist(home, tmp_path):
         (bare / tool).symlink_to(shutil.which(tool))
     with RayCluster(path=f"{bare}{os.pathsep}/usr/bin{os.pathsep}/bin") as cluster:
         environment = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-        done = metadist(cluster, home, "submit", "lines.yaml", "--run-dir", str(tmp_path / "c"), "--wait", expect=1, **environment)
+        done = metadist(
+            cluster, home, "submit", "lines.yaml", "--run-dir", str(tmp_path / "c"), "--wait", expect=1, **environment
+        )
         assert "the cluster's nodes have no metadist" in done.stderr.splitlines()[-1], done.stderr

@@ -21,8 +21,11 @@ def bucket(monkeypatch):
     server.start()
     host, port = server.get_host_and_port()
     keys = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "y",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     for name, value in keys.items():
         monkeypatch.setenv(name, value)
     fsspec.filesystem("s3", skip_instance_cache=True).makedirs("bucket", exist_ok=True)
@@ -45,7 +48,9 @@ def test_a_driver_dies_and_another_goes_on(bucket, tmp_path):
     first.communicate()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    second = tiny.run("train", config, "--run-dir", run, "--resume", "--json", folder=elsewhere, METADIST_CACHE=str(elsewhere))
+    second = tiny.run(
+        "train", config, "--run-dir", run, "--resume", "--json", folder=elsewhere, METADIST_CACHE=str(elsewhere)
+    )
     assert second.returncode == 0, second.stderr
     assert "resumed at meta-step" in second.stderr
     assert tiny.last_json(second.stdout)["params_sha256"] == whole.params_sha256
@@ -55,11 +60,21 @@ def test_a_driver_dies_and_another_goes_on(bucket, tmp_path):
 def test_a_mistyped_bucket_is_not_made(bucket, tmp_path):
     ended = tiny.run("train", tiny.write(tmp_path), "--run-dir", "s3://buckte/runs/a", folder=tmp_path)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-    assert "run_dir 's3://buckte/runs/a': config.yaml can't be written: The specified bucket does not exist" in ended.stderr
+    assert (
+        "run_dir 's3://buckte/runs/a': config.yaml can't be written: The specified bucket does not exist"
+        in ended.stderr
+    )
     assert fsspec.filesystem("s3", skip_instance_cache=True).ls("") == ["bucket"]
 
 
 def test_a_store_that_is_not_there_is_one_line(tmp_path, monkeypatch, bucket):
-    ended = tiny.run("train", tiny.write(tmp_path), "--run-dir", f"{bucket}/a", folder=tmp_path, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    ended = tiny.run(
+        "train",
+        tiny.write(tmp_path),
+        "--run-dir",
+        f"{bucket}/a",
+        folder=tmp_path,
+        AWS_ENDPOINT_URL="http://127.0.0.1:9",
+    )
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert "run.json can't be read: EndpointConnectionError" in ended.stderr

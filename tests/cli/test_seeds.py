@@ -47,15 +47,22 @@ def test_a_half_finished_group_goes_on_to_the_mean_of_all_seeds(runs):
     assert not done.interrupted
     assert done.group_id == half.group_id
     assert done.run_dir == half.run_dir, "without a folder the newest group of that name"
-    scores = [train(tiny.experiment(f"seed={s}"), run_dir=str(runs / f"alone-{s}"), plots=False).evaluations[0].score for s in (5, 6)]
+    scores = [
+        train(tiny.experiment(f"seed={s}"), run_dir=str(runs / f"alone-{s}"), plots=False).evaluations[0].score
+        for s in (5, 6)
+    ]
     assert [r.evaluations[0].score for r in done.results] == scores
     mean, deviation = statistics.mean(scores), statistics.stdev(scores)
     assert done.summary["eval/test/mse/mean"] == pytest.approx(mean)
     assert done.summary["eval/test/mse/sd"] == pytest.approx(deviation)
 
-    recorded = query(runs, "SELECT run_uuid, key, value FROM metrics WHERE key IN ('eval/test/mse/mean', 'eval/test/mse/sd')")
+    recorded = query(
+        runs, "SELECT run_uuid, key, value FROM metrics WHERE key IN ('eval/test/mse/mean', 'eval/test/mse/sd')"
+    )
     assert len(recorded) == 2
-    assert {key: value for _, key, value in recorded} == pytest.approx({"eval/test/mse/mean": mean, "eval/test/mse/sd": deviation})
+    assert {key: value for _, key, value in recorded} == pytest.approx(
+        {"eval/test/mse/mean": mean, "eval/test/mse/sd": deviation}
+    )
     [parent] = {run for run, _, _ in recorded}
     children = query(runs, "SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId' AND value = '" + parent + "'")
     assert len(children) == 2
@@ -77,7 +84,9 @@ def test_the_command(cli, config, tmp_path):
     assert {p.name for p in (tmp_path / "group").iterdir()} >= {"group.json", "seed-0", "seed-1"}
     assert about["seeds"][0]["params_sha256"] != about["seeds"][1]["params_sha256"]
     assert "mean ± SD" in result.stdout
-    again = tiny.last_json(cli("train", config(), "--seeds", "1,0", "--run-dir", tmp_path / "group", "--resume", "--json").stdout)
+    again = tiny.last_json(
+        cli("train", config(), "--seeds", "1,0", "--run-dir", tmp_path / "group", "--resume", "--json").stdout
+    )
     assert {s["params_sha256"] for s in again["seeds"]} == {s["params_sha256"] for s in about["seeds"]}
     one = tiny.last_json(cli("train", config(), "--seeds", "4", "--json").stdout)
     assert "eval/test/mse/sd" not in one["summary"], "one seed has no deviation"

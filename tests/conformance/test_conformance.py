@@ -34,9 +34,14 @@ from metadist.wire import decode_result, decode_theta, encode_result, encode_the
 
 #: given to every config that has such a field: what has no default, and what makes it small
 SETTINGS = {
-    "path": "images", "filters": 8, "hidden": (16, 16), "width": 16, "representation": 16, "query_shots": 4,
+    "path": "images",
+    "filters": 8,
+    "hidden": (16, 16),
+    "width": 16,
+    "representation": 16,
+    "query_shots": 4,
     "image_size": 28,
-}  # fmt: skip
+}
 OUTER = OuterLoop(meta_batch_size=6, shard_size=4, lr=3e-3)
 
 
@@ -47,7 +52,9 @@ def built(cls):
 @cache
 def learner(algorithm, tasks, model, outer=OUTER) -> Learner:
     family, method, config = built(TASKS[tasks]), built(ALGORITHMS[algorithm]), built(MODELS[model])
-    return Learner(method, Model(lambda: config.build(tuple(family.input_shape), method.outputs(family))), family, outer)
+    return Learner(
+        method, Model(lambda: config.build(tuple(family.input_shape), method.outputs(family))), family, outer
+    )
 
 
 def refusal(*triple) -> str | None:
@@ -87,7 +94,9 @@ def data(tmp_path_factory):
     images = np.clip(patterns + rng.normal(0, 90, (30, 20, 28, 28)), 0, 255).astype(np.uint8)
     names = np.array([f"{a}/character{i:02}" for a in ("Greek", "Hebrew", "Tibetan") for i in range(1, 11)])
     (root / "omniglot").mkdir()
-    np.savez(root / "omniglot" / "omniglot28.npz", images=images, class_names=names, class_is_background=np.arange(30) < 20)
+    np.savez(
+        root / "omniglot" / "omniglot28.npz", images=images, class_names=names, class_is_background=np.arange(30) < 20
+    )
     for split, c in ((s, c) for s, part in enumerate(np.split(np.arange(30), 3)) for c in part):
         folder = root / "images" / ("train", "validation", "test")[split] / f"class{c}"
         folder.mkdir(parents=True)
@@ -99,7 +108,10 @@ def data(tmp_path_factory):
         yield root
 
 
-@pytest.fixture(params=[pytest.param(t, id="-".join(t), marks=() if t in SHORT else pytest.mark.long) for t in FITTING], scope="module")
+@pytest.fixture(
+    params=[pytest.param(t, id="-".join(t), marks=() if t in SHORT else pytest.mark.long) for t in FITTING],
+    scope="module",
+)
 def subject(request, data):
     found = learner(*request.param)
     found.prepare(torch.device("cpu"))
@@ -141,7 +153,10 @@ def test_a_contribution_fits_the_slots(subject):
         assert (got.tasks, got.weight) == (shard.count, float(shard.count))
         assert got.slots.keys() == {n for n, slot in subject.slots.items() if slot.rule != "constant"}
         for name, vector in got.slots.items():
-            assert (vector.dtype, vector.shape) == (subject.slots[name].layout.dtype, (subject.slots[name].layout.numel,))
+            assert (vector.dtype, vector.shape) == (
+                subject.slots[name].layout.dtype,
+                (subject.slots[name].layout.numel,),
+            )
         assert got.is_finite()
         assert got.slots["model"].any()
         assert got.metrics.keys() == {"loss", subject.tasks.metric_name}
@@ -211,7 +226,9 @@ def test_the_wire_brings_over_every_bit(subject):
     sent = encode_theta(state.slots, subject.slots, run="run", meta_step=2, round=0)
     assert same(decode_theta(sent, subject.slots, run="run", meta_step=2, round=0), dict(state.slots))
     result = subject.compute(shard, state.slots)
-    got, _ = decode_result(encode_result(result, shard, subject.slots, attempt=1, worker="w"), shard, subject.slots, reduce=True)
+    got, _ = decode_result(
+        encode_result(result, shard, subject.slots, attempt=1, worker="w"), shard, subject.slots, reduce=True
+    )
     assert same(got.slots, result.slots)
     assert (got.weight, got.tasks, got.metrics) == (result.weight, result.tasks, dict(result.metrics))
     judge = shards(subject, "evaluate", "test")[0]

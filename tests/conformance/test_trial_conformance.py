@@ -42,10 +42,10 @@ def built(cls):
 @cache
 def learner(algorithm, environment, model) -> TrialLearner:
     world, method, config = built(ENVIRONMENTS[environment]), built(ALGORITHMS[algorithm]), built(MODELS[model])
-    policy = Model(lambda: config.build_policy(world.observation_size, world.actions.size, isinstance(world.actions, Continuous)))
+    policy = Model(
+        lambda: config.build_policy(world.observation_size, world.actions.size, isinstance(world.actions, Continuous))
+    )
     return TrialLearner(method, policy, world, OUTER)
-
-
 
 
 #: simulators need packages, and have tests of their own
@@ -81,7 +81,10 @@ def test_what_does_not_fit_says_why_in_one_line(triple, reason):
     assert "\n" not in reason
 
 
-@pytest.fixture(params=[pytest.param(t, id="-".join(t), marks=() if t in SHORT else pytest.mark.long) for t in FITTING], scope="module")
+@pytest.fixture(
+    params=[pytest.param(t, id="-".join(t), marks=() if t in SHORT else pytest.mark.long) for t in FITTING],
+    scope="module",
+)
 def subject(request):
     return learner(*request.param)
 
@@ -117,7 +120,9 @@ def test_a_trial_does_not_depend_on_the_shard_that_it_is_in(subject):
     """What is drawn, at any rate; a matrix product's last bit may depend on the number of rows."""
     shards = subject.shards("run", 0, 0, function="rollout", split="train", tasks=6)
     outputs = [subject.compute(dataclasses.replace(s, keeps=True), subject.initial(0).slots).output for s in shards]
-    alone = subject.compute(dataclasses.replace(shards[0], start=5, count=1, keeps=True), subject.initial(0).slots).output
+    alone = subject.compute(
+        dataclasses.replace(shards[0], start=5, count=1, keeps=True), subject.initial(0).slots
+    ).output
     for name, column in Records.concatenate(outputs).columns.items():
         if column.shape[0] == 6 and column.shape[1:] == alone.columns[name].shape[1:]:
             torch.testing.assert_close(column[5:], alone.columns[name], rtol=1e-4, atol=1e-5, msg=name)

@@ -55,7 +55,9 @@ def test_together_as_alone(algorithm, normalization):
         assert isinstance(adapted, Adapted)
         alone = expected(model, x, y, query)
         assert close(prediction, alone)
-        assert torch.equal(model.predict(model.adapt([Examples(x, y)], None), [query])[0], alone)  # one request: the very bits
+        assert torch.equal(
+            model.predict(model.adapt([Examples(x, y)], None), [query])[0], alone
+        )  # one request: the very bits
     spread = torch.stack(predictions).std(0).max()
     assert spread > 1e-3  # different support sets, different answers
 
@@ -156,7 +158,11 @@ def secrets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def running(secrets):
-    models = [served("maml", name="curves"), served("protonet", name="blobs", support=50), served("maml", "inductive", name="images")]
+    models = [
+        served("maml", name="curves"),
+        served("protonet", name="blobs", support=50),
+        served("maml", "inductive", name="images"),
+    ]
     service = Adaptation(models, budget=20_000)
     with serving.serve(service, Endpoint(token_file=secrets.token, message_bytes=1 << 20), 0) as own:
         yield own
@@ -177,7 +183,9 @@ def ask(running, secrets):
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
-            with urllib.request.urlopen(urllib.request.Request(running.http_address + path, data, headers), timeout=120) as answer:
+            with urllib.request.urlopen(
+                urllib.request.Request(running.http_address + path, data, headers), timeout=120
+            ) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
@@ -193,15 +201,25 @@ def test_every_door_gives_the_same_answer(running, client, ask, name):
     handle = client.adapt(x, y, model=name)
     assert torch.equal(client.predict(handle, query), reference)
     assert torch.equal(client.adapt_predict(x, y, query, model=name), reference)
-    assert torch.equal(client.adapt_predict(x.numpy(), y.numpy().astype(y.numpy().dtype), query.double(), model=name), reference)
+    assert torch.equal(
+        client.adapt_predict(x.numpy(), y.numpy().astype(y.numpy().dtype), query.double(), model=name), reference
+    )
     lists = {"model": name, "x": x.tolist(), "y": y.tolist()}
     status, answer = ask("/v1/adapt_predict", {**lists, "query": query.tolist()})
     assert status == 200 and torch.equal(torch.tensor(answer["prediction"]), reference)
     status, adapted = ask("/v1/adapt", lists)
-    packed = {"shape": list(query.shape), "dtype": "float32", "data": base64.b64encode(query.numpy().tobytes()).decode()}
+    packed = {
+        "shape": list(query.shape),
+        "dtype": "float32",
+        "data": base64.b64encode(query.numpy().tobytes()).decode(),
+    }
     status, answer = ask("/v1/predict", {"handle": adapted["handle"], "x": packed})
     assert status == 200 and torch.equal(torch.tensor(answer["prediction"]), reference)
-    assert client.forget(handle) and not client.forget(handle) and ask("/v1/forget", {"handle": adapted["handle"]})[1] == {"existed": True}
+    assert (
+        client.forget(handle)
+        and not client.forget(handle)
+        and ask("/v1/forget", {"handle": adapted["handle"]})[1] == {"existed": True}
+    )
 
 
 def test_arrow_and_inner_steps(running, client, secrets):
@@ -209,7 +227,12 @@ def test_arrow_and_inner_steps(running, client, secrets):
     x, y, query = tasks(model, 1)[0]
     stub = adapt_pb2_grpc.AdaptationStub(connect(running.address, secrets.token))
     arrow = pb.AdaptPredictRequest(
-        model="curves", x=to_message(x, arrow=True), y=to_message(y, arrow=True), query=to_message(query, arrow=True), arrow=True, inner_steps=4
+        model="curves",
+        x=to_message(x, arrow=True),
+        y=to_message(y, arrow=True),
+        query=to_message(query, arrow=True),
+        arrow=True,
+        inner_steps=4,
     )
     answer = stub.AdaptPredict(arrow).prediction
     assert torch.equal(from_reply(answer), expected(model, x, y, query, 4))
@@ -230,7 +253,9 @@ def test_many_callers_with_different_support_sets(running, client, monkeypatch):
         return compute(key, items)
 
     monkeypatch.setattr(batcher, "_compute", once_others_wait)
-    given = [(name, *task) for name in ("curves", "blobs", "images") for task in tasks(running.service.models[name], 12)]
+    given = [
+        (name, *task) for name in ("curves", "blobs", "images") for task in tasks(running.service.models[name], 12)
+    ]
     given = [(n, x[: len(x) - i % 2], y[: len(y) - i % 2], q) for i, (n, x, y, q) in enumerate(given)]
     before = client.statistics()
     with ThreadPoolExecutor(16) as pool:
@@ -248,7 +273,10 @@ def test_metrics(running, client, ask, secrets):
     x, y, query = tasks(running.service.models["curves"], 1)[0]
     client.adapt_predict(x, y, query, model="curves")
     ask("/v1/adapt_predict", {"model": "nothing"}), ask("/v1/adapt_predict", {"model": "curves", "x": 1})
-    request = urllib.request.Request(running.http_address + "/metrics", headers={"Authorization": f"Bearer {Path(secrets.token).read_text().strip()}"})
+    request = urllib.request.Request(
+        running.http_address + "/metrics",
+        headers={"Authorization": f"Bearer {Path(secrets.token).read_text().strip()}"},
+    )
     text = urllib.request.urlopen(request, timeout=120).read().decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     for code in ("OK", "NOT_FOUND", "INVALID_ARGUMENT"):
@@ -323,7 +351,13 @@ def test_mistakes_are_named(ask, body, words):
 
 def test_what_is_no_request(ask):
     nan = b'{"model": "curves", "x": [[NaN, 1.0]], "y": [[1.0, 1.0]]}'
-    cases = [(b"{", 400, "no JSON"), (nan, 400, "finite"), (b"[" * 100_000, 400, "no JSON"), (b"[]", 400, "object"), (b" " * 2_000_000, 413, "1 MiB")]
+    cases = [
+        (b"{", 400, "no JSON"),
+        (nan, 400, "finite"),
+        (b"[" * 100_000, 400, "no JSON"),
+        (b"[]", 400, "object"),
+        (b" " * 2_000_000, 413, "1 MiB"),
+    ]
     for raw, status, words in cases:
         got, answer = ask("/v1/adapt", raw=raw)
         assert got == status and words in answer["error"]
@@ -337,7 +371,9 @@ def test_tensors_that_lie(running, secrets):
     good, target = to_message(torch.zeros(2, 2)), to_message(torch.zeros(2, 2))
     zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(4)), 2)
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, pa.schema([pa.field("x", zeros.type)]), options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with pa.ipc.new_stream(
+        sink, pa.schema([pa.field("x", zeros.type)]), options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays([zeros], names=["x"]))
     lies = [
         pb.Tensor(),
@@ -389,7 +425,9 @@ def test_replicas_share_what_they_adapted():
         x, y, query = tasks(model, 1)[0]
         handle, _ = one.adapt(model, Examples(x, y), 2, lambda: 10)
         for replica in (one, other, other):
-            assert torch.equal(replica.predict(*replica.found(handle), query, lambda: 10), expected(model, x, y, query, 2))
+            assert torch.equal(
+                replica.predict(*replica.found(handle), query, lambda: 10), expected(model, x, y, query, 2)
+            )
         assert one.statistics()["handles"] == other.statistics()["handles"] == 1
         assert one.forget(handle)
         handle, _ = one.adapt(model, Examples(x, y), 2, lambda: 10)

@@ -33,7 +33,9 @@ GROWTH_MIB = 50
 
 class Server:
     def __init__(self, folder, *options):
-        self.process = tiny.start("serve", folder / "run", "--port", 0, "--http-port", 0, *options, folder=folder, OMP_NUM_THREADS="1")
+        self.process = tiny.start(
+            "serve", folder / "run", "--port", 0, "--http-port", 0, *options, folder=folder, OMP_NUM_THREADS="1"
+        )
         said = {}
         while "HTTP" not in said:
             line = self.process.stderr.readline()
@@ -123,7 +125,12 @@ def test_ten_thousand_malformed_messages(server, secrets, unharmed):
     print(counts)
     assert sum(counts.values()) == 10_000
     # A flipped bit may leave a valid request, or one for a model that isn't there.
-    assert set(counts) <= {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.OK, grpc.StatusCode.FAILED_PRECONDITION}
+    assert set(counts) <= {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.OK,
+        grpc.StatusCode.FAILED_PRECONDITION,
+    }
     assert counts[grpc.StatusCode.INVALID_ARGUMENT] > 9_000
 
 
@@ -133,14 +140,18 @@ def test_no_token_wrong_token_and_too_large(server, secrets, unharmed):
     assert codes(channel, [good] * 500) == {grpc.StatusCode.UNAUTHENTICATED: 500}
     wrong = [("authorization", "Bearer " + "x" * 64)]
     assert codes(channel, [good] * 500, metadata=wrong) == {grpc.StatusCode.UNAUTHENTICATED: 500}
-    assert codes(connect(server.address, secrets.token), [b"\0" * (9 << 20)] * 40, at_once=2) == {grpc.StatusCode.RESOURCE_EXHAUSTED: 40}
+    assert codes(connect(server.address, secrets.token), [b"\0" * (9 << 20)] * 40, at_once=2) == {
+        grpc.StatusCode.RESOURCE_EXHAUSTED: 40
+    }
 
 
 def test_tensors_that_lie(server, secrets, unharmed):
     channel = connect(server.address, secrets.token)
     zeros = pa.array(np.zeros(20_000_000))
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, pa.schema([pa.field("x", zeros.type)]), options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with pa.ipc.new_stream(
+        sink, pa.schema([pa.field("x", zeros.type)]), options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays([zeros], names=["x"]))
     bomb = sink.getvalue().to_pybytes()
     longer = bytearray(to_message(X, arrow=True).arrow)
@@ -166,7 +177,15 @@ def test_malformed_http(server, secrets, unharmed):
     token = {"Authorization": f"Bearer {open(secrets.token).read().strip()}"}  # noqa: SIM115
     connection = http.client.HTTPConnection(host, int(port), timeout=60)
     many = json.dumps({"x": [[0.0]] * 10_000, "y": [[0.0]] * 10_000}).encode()
-    bodies = [b"{", b"[" * 200_000, b'{"x": NaN}', b'{"x": 1e999, "y": 1}', many, b'{"x": ' + b"9" * 5000 + b"}", b"\xff" * 100]
+    bodies = [
+        b"{",
+        b"[" * 200_000,
+        b'{"x": NaN}',
+        b'{"x": 1e999, "y": 1}',
+        many,
+        b'{"x": ' + b"9" * 5000 + b"}",
+        b"\xff" * 100,
+    ]
     for i in range(3000):
         body = bodies[i % len(bodies)] if i % 3 else draw.randbytes(draw.randint(0, 200))
         connection.request("POST", "/v1/adapt", body, token)
@@ -248,7 +267,10 @@ def _deaf(server, secrets):
         deaf.append(one)
     query = pb.PredictRequest(handle=handle, x=to_message(torch.rand(1000, 1)))
     for _ in range(5):
-        futures = [adapt_pb2_grpc.AdaptationStub(connect(server.address, secrets.token)).Predict.future(query) for _ in range(40)]
+        futures = [
+            adapt_pb2_grpc.AdaptationStub(connect(server.address, secrets.token)).Predict.future(query)
+            for _ in range(40)
+        ]
         for future in futures:
             future.cancel()
     with Client(server.address, token_file=secrets.token) as client:

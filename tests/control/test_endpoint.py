@@ -100,7 +100,9 @@ def test_loopback_needs_neither():
         Endpoint(host)
 
 
-@pytest.mark.parametrize(("content", "message"), [("short", "16 or more"), ("two words and more text", "without spaces"), ("", "openssl")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("short", "16 or more"), ("two words and more text", "without spaces"), ("", "openssl")]
+)
 def test_a_token_file_must_hold_a_token(tmp_path, content, message):
     (tmp_path / "token").write_text(content)
     with pytest.raises(ConfigError, match=message):
@@ -135,8 +137,15 @@ def test_the_token_opens_and_nothing_else_does(servicer, files, tmp_path, caplog
             error = refused(lambda channel=channel: call(channel))
             assert error.code() == grpc.StatusCode.UNAUTHENTICATED and "--token-file" in explain(error)
         token = Path(files.token).read_text().strip()
-        for metadata in ([("authorization", token)], [("authorization", f"bearer {token}")], [("authorization", f"Bearer {token}")] * 2):
-            assert refused(lambda m=metadata: call(connect(served.address), metadata=m)).code() == grpc.StatusCode.UNAUTHENTICATED
+        for metadata in (
+            [("authorization", token)],
+            [("authorization", f"bearer {token}")],
+            [("authorization", f"Bearer {token}")] * 2,
+        ):
+            assert (
+                refused(lambda m=metadata: call(connect(served.address), metadata=m)).code()
+                == grpc.StatusCode.UNAUTHENTICATED
+            )
         # Unknown methods and reflection tell nothing either; a probe learns that it is serving.
         assert raw(connect(served.address), b"", "/no.Such/Method").code() == grpc.StatusCode.UNAUTHENTICATED
         reflected = reflection_pb2_grpc.ServerReflectionStub(connect(served.address))
@@ -154,7 +163,10 @@ def test_tls(servicer, files, tmp_path):
         address = f"127.0.0.1:{served.port}"
         assert call(connect(address, files.token, files.authority)).handle == "x"
         assert refused(lambda: call(connect(address, tls_ca=files.authority))).code() == grpc.StatusCode.UNAUTHENTICATED
-        for channel, words in ((connect(address, files.token), "--tls-ca"), (connect(address, files.token, other.authority), "TLS")):
+        for channel, words in (
+            (connect(address, files.token), "--tls-ca"),
+            (connect(address, files.token, other.authority), "TLS"),
+        ):
             error = refused(lambda channel=channel: call(channel, timeout=60))
             assert error.code() == grpc.StatusCode.UNAVAILABLE and words in explain(error)
         with socket.create_connection(("127.0.0.1", served.port), timeout=60) as plain:
@@ -292,7 +304,17 @@ PACKAGE = Path(metadist.__file__).parent
 def test_generated_code_is_of_this_proto(proto, tmp_path):
     """`make protos` was run after the last change."""
     subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", "-I", str(PACKAGE.parent), f"--descriptor_set_out={tmp_path}/set", proto], cwd=PACKAGE.parent, check=True
+        [
+            sys.executable,
+            "-m",
+            "grpc_tools.protoc",
+            "-I",
+            str(PACKAGE.parent),
+            f"--descriptor_set_out={tmp_path}/set",
+            proto,
+        ],
+        cwd=PACKAGE.parent,
+        check=True,
     )
     (now,) = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "set").read_bytes()).file
     module = importlib.import_module(f"{proto.removesuffix('.proto').replace('/', '.')}_pb2")

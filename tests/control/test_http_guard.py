@@ -68,6 +68,8 @@ def test_nothing_but_health_is_told_without_the_token(path):
     for headers in ([], [(b"authorization", b"Bearer wrong")], [(b"authorization", b"Bearer " + b"right" * 4)] * 2):
         asyncio.run(guarded({"type": "http", "headers": headers, "path": path}, None, keep))
     assert {a for a in answers if a is not None} == {401}
-    asyncio.run(guarded({"type": "http", "headers": [(b"authorization", b"Bearer " + b"right" * 4)], "path": path}, None, keep))
+    asyncio.run(
+        guarded({"type": "http", "headers": [(b"authorization", b"Bearer " + b"right" * 4)], "path": path}, None, keep)
+    )
     asyncio.run(guarded({"type": "http", "headers": [], "path": "/healthz"}, None, keep))
     assert answers[-2:] == [200, 200]

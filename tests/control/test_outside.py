@@ -182,7 +182,9 @@ class Raw:
     def __init__(self, run, token_file=None, **hello):
         self._messages, self._more = [], threading.Condition()
         self.channel = connect(run.outside.listen, token_file)
-        self.send(pb.FromWorker(hello=pb.Hello(**{"name": "raw", "role": "learner", "versions": outside.versions(), **hello})))
+        self.send(
+            pb.FromWorker(hello=pb.Hello(**{"name": "raw", "role": "learner", "versions": outside.versions(), **hello}))
+        )
         self.answers = work_pb2_grpc.WorkStub(self.channel).Join(self._stream(), wait_for_ready=True)
 
     def send(self, message):
@@ -230,7 +232,9 @@ def behind(run, deed):
 
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
-    sha256, scheduler = train(run, each=lambda step, scheduler: wait_for(lambda: given, scheduler) if step == 3 else None)
+    sha256, scheduler = train(
+        run, each=lambda step, scheduler: wait_for(lambda: given, scheduler) if step == 3 else None
+    )
     thread.join(60)
     return sha256, scheduler, given[0]
 
@@ -278,7 +282,9 @@ def nonsense_about_itself(raw, run):
     return caught.value.code()
 
 
-@pytest.mark.parametrize("deed", [vanish, cut_in_mid_stream, fall_silent, out_of_place, too_much, nonsense_about_itself])
+@pytest.mark.parametrize(
+    "deed", [vanish, cut_in_mid_stream, fall_silent, out_of_place, too_much, nonsense_about_itself]
+)
 def test_a_client_that_breaks_the_conversation(expected, deed):
     # Long enough for one that is well to be heard of on a busy machine.
     lease = {"lease": 4.0} if deed is fall_silent else {}
@@ -341,9 +347,15 @@ def refused(run, hand, match):
 def test_another_version_is_refused(monkeypatch, patient):
     run = experiment(document(OUTSIDE), "engine.worker_patience=1")
     real = outside.versions()
-    monkeypatch.setattr(outside, "versions", lambda: {**real, "metadist": "0.0.1" if threading.current_thread().daemon else real["metadist"]})
+    monkeypatch.setattr(
+        outside,
+        "versions",
+        lambda: {**real, "metadist": "0.0.1" if threading.current_thread().daemon else real["metadist"]},
+    )
     hand = Hand(run)
-    assert "install the same version" in refused(run, hand, r"0 of 1 learners from outside had joined after 1 s.*this worker has 0.0.1")
+    assert "install the same version" in refused(
+        run, hand, r"0 of 1 learners from outside had joined after 1 s.*this worker has 0.0.1"
+    )
 
 
 def test_other_data_are_refused(monkeypatch, patient):
@@ -360,11 +372,21 @@ def test_other_data_are_refused(monkeypatch, patient):
 def test_a_role_that_is_not_wanted_and_one_that_does_not_exist(patient):
     run = experiment(document(OUTSIDE), "engine.worker_patience=1")
     assert "it takes --role learner" in refused(run, Hand(run, role="environment"), "takes no environment")
-    with pytest.raises(ConfigError, match="--role: 'learners' is not one of learner, environment; did you mean 'learner'"):
+    with pytest.raises(
+        ConfigError, match="--role: 'learners' is not one of learner, environment; did you mean 'learner'"
+    ):
         outside.work(
-            "127.0.0.1:1", token_file=None, tls_ca=None, role="learners", name=None, device=None, patience=0, stay=False,
-            say=print, stopped=lambda: False,
-        )  # fmt: skip
+            "127.0.0.1:1",
+            token_file=None,
+            tls_ca=None,
+            role="learners",
+            name=None,
+            device=None,
+            patience=0,
+            stay=False,
+            say=print,
+            stopped=lambda: False,
+        )
 
 
 class Other(ActorBench):
@@ -382,7 +404,10 @@ def test_other_numerics_are_refused(expected, monkeypatch):
     monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Other)
     run = experiment(document(HERE, {**OUTSIDE, "min": 0}))
     hand = Hand(run)
-    assert train(run, each=lambda step, scheduler: wait_for(lambda: hand.error, scheduler) if step == 2 else None)[0] == expected[False]
+    assert (
+        train(run, each=lambda step, scheduler: wait_for(lambda: hand.error, scheduler) if step == 2 else None)[0]
+        == expected[False]
+    )
     assert "a processor of yore" in str(hand.error)
     assert "computes other bits than this run" in str(hand.error)
 
@@ -453,7 +478,11 @@ def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, monkeypa
             sent.append(threading.Timer(0.5, interrupt))
             sent[0].start()
 
-    sha256, scheduler = train(run, watch=watch, each=lambda step, scheduler: step < 3 or wait_for(lambda: len(scheduler.executor.workers()) == 1, scheduler))
+    sha256, scheduler = train(
+        run,
+        watch=watch,
+        each=lambda step, scheduler: step < 3 or wait_for(lambda: len(scheduler.executor.workers()) == 1, scheduler),
+    )
     out, err = process.communicate(timeout=150)
     assert sha256 == expected[False]
     assert process.returncode == 130
@@ -498,7 +527,9 @@ def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
     plain = train_experiment(experiment(document(HERE)), run_dir=str(tmp_path / "plain"), test=False, plots=False)
     steps = iter(range(3))
     with hands(run, "learner") as [hand]:
-        first = train_experiment(run, run_dir=str(tmp_path / "run"), stop=lambda: next(steps) == 2, test=False, plots=False)
+        first = train_experiment(
+            run, run_dir=str(tmp_path / "run"), stop=lambda: next(steps) == 2, test=False, plots=False
+        )
         assert first.outcome.stopped == "interrupted"
         wait_for(lambda: any("may be resumed; waiting up to 60 s" in line for line in hand.said))
         again = experiment(document(HERE, OUTSIDE, port=run.outside.port))
@@ -511,8 +542,14 @@ def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
 
 def test_a_worker_outlives_a_driver_that_was_killed(tmp_path):
     """SIGKILL: nobody says a word. The worker finds the driver that resumes the run, and the bits are those of an unbroken one."""
-    steps = ("outer.meta_steps=240", "checkpoint.every=2", "engine.compile=never")  # or the first may have ended before it is killed
-    plain = train_experiment(experiment(document(HERE), *steps), run_dir=str(tmp_path / "plain"), test=False, plots=False)
+    steps = (
+        "outer.meta_steps=240",
+        "checkpoint.every=2",
+        "engine.compile=never",
+    )  # or the first may have ended before it is killed
+    plain = train_experiment(
+        experiment(document(HERE), *steps), run_dir=str(tmp_path / "plain"), test=False, plots=False
+    )
     made = override(document(HERE, OUTSIDE), steps)
     (tmp_path / "outside.yaml").write_text(yaml.safe_dump(made))
     command = ("train", "outside.yaml", "--run-dir", "run", "--json")
@@ -583,9 +620,22 @@ def test_another_address_than_loopback_needs_tls_and_a_token():
 
 def test_shards_are_the_same_after_the_way():
     shard = Shard(
-        "run", 3, 2, 7, "gradient", 14, 2, 11, "train", 3, "environment", ((3, 0, 7), (3, 0, 8)),
-        settings=(("clip", 0.1), ("mean", -1.2345678901234567e-300), ("none", None), ("steps", (1, 2))), keeps=True, leaf=1,
-    )  # fmt: skip
+        "run",
+        3,
+        2,
+        7,
+        "gradient",
+        14,
+        2,
+        11,
+        "train",
+        3,
+        "environment",
+        ((3, 0, 7), (3, 0, 8)),
+        settings=(("clip", 0.1), ("mean", -1.2345678901234567e-300), ("none", None), ("steps", (1, 2))),
+        keeps=True,
+        leaf=1,
+    )
     assert shard_of(pb.Shard.FromString(shard_message(shard).SerializeToString())) == shard
 
 

@@ -52,7 +52,9 @@ LIES = {
     "one shard of so many tasks": lambda block: replace(block, leaf=0),
     "other shards": lambda block: replace(block, leaf=block.leaf + 1),
     "its first shard": lambda block: block.each()[0],
-    "the shards behind": lambda block: replace(block, index=block.index + block.leaves, start=block.start + block.count),
+    "the shards behind": lambda block: replace(
+        block, index=block.index + block.leaves, start=block.start + block.count
+    ),
 }
 
 

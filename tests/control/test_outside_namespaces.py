@@ -24,7 +24,13 @@ from metadist.experiment.description import Experiment
 from metadist.experiment.result import Result
 from metadist.experiment.train import train
 
-SHORT = ["evaluate.tasks=40", "evaluate.test_tasks=40", "engine.compile=never", "tracking.uri=none", "control.enabled=false"]
+SHORT = [
+    "evaluate.tasks=40",
+    "evaluate.test_tasks=40",
+    "engine.compile=never",
+    "tracking.uri=none",
+    "control.enabled=false",
+]
 SETTINGS = {
     "sinusoid_maml": ["outer.meta_steps=40", "outer.shard_size=3", "evaluate.every=20"],
     "bandit_rl2": ["outer.meta_steps=4", "outer.meta_batch_size=160", "outer.shard_size=20", "evaluate.every=2"],
@@ -50,7 +56,15 @@ def places():
                 ip("link", "add", f"{name}a", "type", "veth", "peer", "name", f"{name}b", "netns", name)
                 ip("address", "add", f"{here}/30", "dev", f"{name}a")
                 ip("link", "set", f"{name}a", "up")
-                ip("-n", name, "address", "add", f"10.213.{number % 250}.{4 * (number // 250) + 2}/30", "dev", f"{name}b")
+                ip(
+                    "-n",
+                    name,
+                    "address",
+                    "add",
+                    f"10.213.{number % 250}.{4 * (number // 250) + 2}/30",
+                    "dev",
+                    f"{name}b",
+                )
                 ip("-n", name, "link", "set", f"{name}b", "up")
                 found.append((["ip", "netns", "exec", name], here))
             yield found
@@ -90,19 +104,42 @@ def test_the_bits_of_one_process(tmp_path, places, name):
     own = tls.make(tmp_path / "secrets", *{host for _, host in places})
     port = ports.free_port()
     everywhere = "127.0.0.1" if places[0][1] == "127.0.0.1" else "0.0.0.0"
-    made["workers"] = [{"role": "learner", "min": 1, "max": 1, "gpus": 0}, {"role": "learner", "min": 2, "max": 4, "outside": True}]
-    made["outside"] = {"listen": f"{everywhere}:{port}", "token_file": own.token, "tls_cert": own.certificate, "tls_key": own.key}
+    made["workers"] = [
+        {"role": "learner", "min": 1, "max": 1, "gpus": 0},
+        {"role": "learner", "min": 2, "max": 4, "outside": True},
+    ]
+    made["outside"] = {
+        "listen": f"{everywhere}:{port}",
+        "token_file": own.token,
+        "tls_cert": own.certificate,
+        "tls_key": own.key,
+    }
 
     working = []
     for i, (inside, host) in enumerate(places):
-        command = [*inside, sys.executable, "-m", "metadist", "worker", "--connect", f"{host}:{port}", "--name", f"box-{i}"]
+        command = [
+            *inside,
+            sys.executable,
+            "-m",
+            "metadist",
+            "worker",
+            "--connect",
+            f"{host}:{port}",
+            "--name",
+            f"box-{i}",
+        ]
         command += ["--token-file", own.token, "--tls-ca", own.authority]
         working.append(
             subprocess.Popen(
-                command, cwd=tmp_path, env=tiny.environment(tmp_path, OMP_NUM_THREADS="1"), text=True, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                command,
+                cwd=tmp_path,
+                env=tiny.environment(tmp_path, OMP_NUM_THREADS="1"),
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
-        )  # fmt: skip
+        )
     try:
         killer = Killer(working[0], made["outer"]["meta_steps"] // 2)
         began = time.monotonic()

@@ -53,7 +53,12 @@ def refused(remote, name, value=None, **more):
 
 def test_status_and_every_command(live, remote):
     first = remote.status()
-    assert (first.phase, first.meta_steps, first.meta_batch_size, first.run_dir) == ("training", 1000000, 8, str(live.folder))
+    assert (first.phase, first.meta_steps, first.meta_batch_size, first.run_dir) == (
+        "training",
+        1000000,
+        8,
+        str(live.folder),
+    )
     assert first.values["loss"] > 0
     assert first.pid == live.record["pid"]
     paused = obey(remote, "pause")
@@ -91,7 +96,7 @@ def test_a_command_waits_for_its_meta_step_and_is_obeyed_once(tmp_path):
     """A run that is still starting: the call ends, the command stays, and sent again it is not another one."""
     steering = Steering(
         CommandLog(str(tmp_path)), Board(Quiet()), tiny.learner(), None, run_id="r", run_dir="d", asked={"learner": 0}
-    )  # fmt: skip
+    )
     with serve(Endpoint(), services(steering)) as served, RemoteRun(served.address) as remote:
         command = Command("set_meta_batch_size", 4)
         for _ in range(2):
@@ -218,7 +223,12 @@ def test_stop_leaves_a_checkpoint_and_the_record_says_so(tmp_path):
 def test_with_tls(tmp_path):
     files = tls.make(tmp_path / "tls")
     with (
-        Live(tmp_path / "run", f"control.tls_cert={files.certificate}", f"control.tls_key={files.key}", f"control.token_file={files.token}") as live,
+        Live(
+            tmp_path / "run",
+            f"control.tls_cert={files.certificate}",
+            f"control.tls_key={files.key}",
+            f"control.token_file={files.token}",
+        ) as live,
         RemoteRun(live.record["address"], files.token, files.authority) as remote,
     ):
         assert remote.status().phase == "training"

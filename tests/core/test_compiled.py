@@ -71,7 +71,9 @@ def test_the_hessian_behind_an_index():
         return torch.tanh((x * p)[:, order]).square().sum()
 
     def product(p, t, x):
-        return torch.func.vmap(lambda p, t, x: torch.func.jvp(lambda p: torch.func.grad(loss)(p, x), (p,), (t,))[1])(p, t, x)
+        return torch.func.vmap(lambda p, t, x: torch.func.jvp(lambda p: torch.func.grad(loss)(p, x), (p,), (t,))[1])(
+            p, t, x
+        )
 
     got = Compiled(torch.device("cpu")).runner()("product", product, p, t, x)
     assert relative_error(got, product(p, t, x)) < 1e-14
@@ -112,7 +114,11 @@ def test_the_same_bits_in_every_process_with_a_cold_and_a_warm_cache(tmp_path):
     outputs = []
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM.format(tests=str(HERE.parent))], capture_output=True, text=True, env=environment, check=False
+            [sys.executable, "-c", PROGRAM.format(tests=str(HERE.parent))],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         outputs.append(json.loads(done.stdout.splitlines()[-1]))

@@ -57,7 +57,9 @@ def test_the_two_agree_exactly_where_nothing_normalises_over_the_batch(algorithm
 
 
 def test_evaluation_has_no_dropout_and_no_shards():
-    subject, bare = (learner(ALGORITHM, factory, Blobs(input_shape=(1, 6, 6))) for factory in (Everything, WithoutDropout))
+    subject, bare = (
+        learner(ALGORITHM, factory, Blobs(input_shape=(1, 6, 6))) for factory in (Everything, WithoutDropout)
+    )
     theta = somewhere(subject)
     once, again = subject.evaluate(theta, keys(0, 1), 0), bare.evaluate(theta, keys(0, 1), 99)
     assert once.columns["loss"].equal(again.columns["loss"])

@@ -25,7 +25,9 @@ def numel(subject):
 
 
 @pytest.mark.parametrize(
-    ("options", "vectors"), [({}, 1), ({"inner_momentum": 0.9}, 2), ({"inner_optimizer": "adam"}, 3)], ids=["sgd", "momentum", "adam"]
+    ("options", "vectors"),
+    [({}, 1), ({"inner_momentum": 0.9}, 2), ({"inner_optimizer": "adam"}, 3)],
+    ids=["sgd", "momentum", "adam"],
 )
 def test_mixed_grows_by_the_stored_state_alone(options, vectors):
     for engine in (MIXED, Engine(differentiation="mixed", compile=True)):

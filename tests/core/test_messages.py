@@ -27,7 +27,7 @@ def refused(make, *needles):
         assert needle in message
 
 
-def mlp(family=Curves(), outputs=2):  # noqa: B008
+def mlp(family=Curves(), outputs=2):
     return MLP(hidden=(4,)).build(family.input_shape, outputs)
 
 
@@ -43,17 +43,21 @@ class Small(nn.Module):
         return self.unused(self.spoil(self, self.linear(x)))
 
 
-def small(spoil, algorithm=MAML(), freeze=()):  # noqa: B008
+def small(spoil, algorithm=MAML(), freeze=()):
     return learner(algorithm, lambda: Small(spoil), Curves(), freeze=freeze)
 
 
 # Models ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), nn.SyncBatchNorm(3), nn.InstanceNorm2d(3, track_running_stats=True)])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(3), nn.SyncBatchNorm(3), nn.InstanceNorm2d(3, track_running_stats=True)]
+)
 def test_running_statistics(norm):
     module = nn.Sequential(nn.Conv2d(1, 3, 3), norm)
-    refused(lambda: Model(lambda: module), "'1' is a", "track_running_stats=False", "metadist.use_batch_statistics(model)")
+    refused(
+        lambda: Model(lambda: module), "'1' is a", "track_running_stats=False", "metadist.use_batch_statistics(model)"
+    )
     names = [n for n, _ in Model(lambda: use_batch_statistics(module)).module.named_buffers()]
     assert names == []
 
@@ -69,13 +73,19 @@ def test_not_a_module():
 def test_freeze_patterns():
     refused(lambda: Model(mlp, freeze=("heda.*",)), "'heda.*' matches no parameter", "1.weight")
     refused(lambda: Model(mlp, freeze=("*",)), "freezes every parameter")
-    refused(lambda: Model(Everything, freeze=("second.weight",)), "matches no parameter", "first.weight")  # tied: the first name counts
+    refused(
+        lambda: Model(Everything, freeze=("second.weight",)), "matches no parameter", "first.weight"
+    )  # tied: the first name counts
     assert Model(mlp, freeze=("*.bias",)).frozen == {"1.bias", "3.bias"}
 
 
 def test_random_numbers_without_a_key():
     spoiled = small(lambda self, x: x + torch.rand(2, dtype=x.dtype))
-    refused(lambda: spoiled.contribute(spoiled.initial(0).theta(spoiled.slots), keys(0, 1), 0), "not keyed", "torch.nn.Dropout")
+    refused(
+        lambda: spoiled.contribute(spoiled.initial(0).theta(spoiled.slots), keys(0, 1), 0),
+        "not keyed",
+        "torch.nn.Dropout",
+    )
 
 
 def test_buffers_written_in_forward():
@@ -115,7 +125,12 @@ def test_gradients_that_are_zero_are_not_missing():
 
 @pytest.mark.parametrize("algorithm", [MAML(), ANIL(), Reptile()])
 def test_outputs_that_do_not_fit_n_way(algorithm):
-    refused(lambda: check(learner(algorithm, lambda: Everything(outputs=4), OWN), 0), "puts out shape [6, 4]", "n_way = 3", "[6, 3]")
+    refused(
+        lambda: check(learner(algorithm, lambda: Everything(outputs=4), OWN), 0),
+        "puts out shape [6, 4]",
+        "n_way = 3",
+        "[6, 3]",
+    )
 
 
 def test_a_prediction_that_does_not_fit_the_targets():
@@ -149,7 +164,10 @@ class OneTarget(Curves):
 
 def test_inputs_that_do_not_fit_the_model():
     wide = lambda: nn.Linear(5, 2)  # noqa: E731
-    refused(lambda: check(learner(MAML(), wide, Curves()), 0), "'Linear' fails on train tasks with inputs [6, 2] and targets [6, 2]")
+    refused(
+        lambda: check(learner(MAML(), wide, Curves()), 0),
+        "'Linear' fails on train tasks with inputs [6, 2] and targets [6, 2]",
+    )
     refused(lambda: Conv4().build((2,), 3), "conv4", "[2]")
     refused(lambda: Conv4(blocks=4).build((1, 8, 8), 3), "model.blocks", "8×8")
 
@@ -169,8 +187,9 @@ def test_losses_and_metrics_are_per_example(family):
     spoiled = learner(MAML(), mlp, family)
     refused(
         lambda: spoiled.contribute(spoiled.initial(0).theta(spoiled.slots), keys(0), 0),
-        "one value per example", "reduction='none'",
-    )  # fmt: skip
+        "one value per example",
+        "reduction='none'",
+    )
     refused(lambda: check(spoiled, 0), "one value per example")
 
 
@@ -186,8 +205,14 @@ def test_incompatible_parts():
     refused(lambda: learner(ProtoNet(), mlp, Curves()), "'ProtoNet'", "'Curves'", "no classes")
     refused(lambda: learner(CNP(), mlp, Curves()), "'CNP'", "encode", "'cnp'")
     refused(lambda: learner(CNP(), Everything, OWN), "real-valued")
-    refused(lambda: learner(ANIL(head="haed.*"), Everything, OWN), "'haed.*' matches no learned parameter", "head.weight")
-    refused(lambda: learner(ANIL(), Everything, OWN, freeze=("head.*",)), "matches no learned parameter", "head.weight, head.bias")
+    refused(
+        lambda: learner(ANIL(head="haed.*"), Everything, OWN), "'haed.*' matches no learned parameter", "head.weight"
+    )
+    refused(
+        lambda: learner(ANIL(), Everything, OWN, freeze=("head.*",)),
+        "matches no learned parameter",
+        "head.weight, head.bias",
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,7 +258,9 @@ def test_tasks_that_raise_are_named_with_the_line():
             raise KeyError("amplitude")
 
     subject = learner(MAML(), lambda: nn.Linear(2, 2), Broken())
-    with pytest.raises(ConfigError, match=r"'Broken' can't sample train tasks: KeyError: 'amplitude' \(.*test_messages.py:\d+\)"):
+    with pytest.raises(
+        ConfigError, match=r"'Broken' can't sample train tasks: KeyError: 'amplitude' \(.*test_messages.py:\d+\)"
+    ):
         check(subject, 0)
 
 

@@ -122,7 +122,9 @@ def test_two_dropouts_of_one_pass_draw_different_masks():
 
 def test_attention_with_dropout_of_its_own_is_refused():
     """Torch draws it inside one function, past our masks: two runs of one task would differ."""
-    with pytest.raises(ConfigError, match=r"'0\.self_attn' is a MultiheadAttention with dropout = 0\.1.*; set its dropout to 0"):
+    with pytest.raises(
+        ConfigError, match=r"'0\.self_attn' is a MultiheadAttention with dropout = 0\.1.*; set its dropout to 0"
+    ):
         Model(lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1)))
     with pytest.raises(ConfigError, match="'MultiheadAttention' is a MultiheadAttention"):
         Model(lambda: nn.MultiheadAttention(8, 2, dropout=0.2))

@@ -43,9 +43,21 @@ OPTIMIZERS = {
         torch.optim.SGD,
         {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
     ),
-    "adam": ({"optimizer": "adam", "lr": 0.03, "betas": (0.8, 0.95)}, torch.optim.Adam, {"lr": 0.03, "betas": (0.8, 0.95)}),
-    "adam-decay": ({"optimizer": "adam", "lr": 0.03, "weight_decay": 0.2}, torch.optim.Adam, {"lr": 0.03, "weight_decay": 0.2}),
-    "adamw": ({"optimizer": "adamw", "lr": 0.03, "weight_decay": 0.2}, torch.optim.AdamW, {"lr": 0.03, "weight_decay": 0.2}),
+    "adam": (
+        {"optimizer": "adam", "lr": 0.03, "betas": (0.8, 0.95)},
+        torch.optim.Adam,
+        {"lr": 0.03, "betas": (0.8, 0.95)},
+    ),
+    "adam-decay": (
+        {"optimizer": "adam", "lr": 0.03, "weight_decay": 0.2},
+        torch.optim.Adam,
+        {"lr": 0.03, "weight_decay": 0.2},
+    ),
+    "adamw": (
+        {"optimizer": "adamw", "lr": 0.03, "weight_decay": 0.2},
+        torch.optim.AdamW,
+        {"lr": 0.03, "weight_decay": 0.2},
+    ),
 }
 
 
@@ -82,7 +94,9 @@ def test_a_slot_has_its_own_rate_decay_and_bounds():
     outer = OuterLoop(optimizer="sgd", lr=0.1, weight_decay=0.5)
     slots = {"model": slot(), "own": slot(lr=0.01, weight_decay=0.0, bounds=(-0.2, None)), "fixed": slot("constant")}
     before = {n: vector(i) for i, n in enumerate(slots)}
-    state, _ = outer.update(slots, State(before, {}), Contribution({n: 2 * vector(9) for n in ("model", "own")}, 2.0, 2), 0)
+    state, _ = outer.update(
+        slots, State(before, {}), Contribution({n: 2 * vector(9) for n in ("model", "own")}, 2.0, 2), 0
+    )
     torch.testing.assert_close(state.slots["model"], before["model"] - 0.1 * (vector(9) + 0.5 * before["model"]))
     torch.testing.assert_close(state.slots["own"], (before["own"] - 0.01 * vector(9)).clamp(min=-0.2))
     assert state.slots["own"].min() == -0.2
@@ -115,7 +129,9 @@ def test_clipping_bounds_the_norm_over_all_slots():
 
 def test_the_weight_cancels():
     outer, slots = OuterLoop(lr=0.01), {"model": slot()}
-    torch.testing.assert_close(run(outer, slots, weight=1.0).slots["model"], run(outer, slots, weight=512.0).slots["model"])
+    torch.testing.assert_close(
+        run(outer, slots, weight=1.0).slots["model"], run(outer, slots, weight=512.0).slots["model"]
+    )
 
 
 def test_state_in_state_out():

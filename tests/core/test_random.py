@@ -60,7 +60,9 @@ def test_any_counter_and_key(counter, key):
 def test_counter_is_block_task_step_and_place():
     """The layout of the counter is part of what a task is: it may never change."""
     stream = TaskKey.of(5, "test", 11, [70_000]).stream("x", step=3, call=2)
-    assert stream.key == TaskKey.of(5, "train", 0, [0]).stream("x").key != TaskKey.of(6, "test", 11, [0]).stream("x").key
+    assert (
+        stream.key == TaskKey.of(5, "train", 0, [0]).stream("x").key != TaskKey.of(6, "test", 11, [0]).stream("x").key
+    )
     high = SPLITS.index("test") << 28 | 3 << 14 | 2
     expected = [w for block in range(2) for w in in_python([block, 70_000, 11, high], stream.key)]
     assert stream.bits(1, 7).flatten().tolist() == expected[:7]
@@ -114,7 +116,9 @@ def test_steps_may_be_tensors_of_a_traced_graph(kind, mode):
 def test_a_draw_may_be_traced_first(mode):
     """Constants are not kept from a trace, nor given to one."""
     key = TaskKey.of(hash(mode) % 1000, "train", 4, range(3))
-    graph = make_fx(lambda tasks: torch.cat(TaskKey(key.seed, "train", 4, tasks).words(a=5, b=2), -1), tracing_mode=mode)(key.tasks)
+    graph = make_fx(
+        lambda tasks: torch.cat(TaskKey(key.seed, "train", 4, tasks).words(a=5, b=2), -1), tracing_mode=mode
+    )(key.tasks)
     words = torch.cat(key.words(a=5, b=2), -1)
     assert type(words) is torch.Tensor and words.equal(graph(key.tasks))
 
@@ -138,7 +142,9 @@ def shuffled(words, population):
     return deck[: len(words)]
 
 
-@pytest.mark.parametrize(("population", "k"), [(1, 1), (2, 2), (3, 3), (3, 2), (5, 4), (9, 9), (20, 10), (64, 64), (1000, 7)])
+@pytest.mark.parametrize(
+    ("population", "k"), [(1, 1), (2, 2), (3, 3), (3, 2), (5, 4), (9, 9), (20, 10), (64, 64), (1000, 7)]
+)
 def test_choose_is_a_shuffle_s_beginning(population, k):
     words = keys(range(200)).stream("c").bits(k)
     expected = [shuffled(row, population) for row in words.tolist()]
@@ -155,7 +161,10 @@ def test_everything_that_keys_a_stream_changes_it():
     base = {"seed": 3, "split": "train", "meta_step": 8, "tasks": torch.tensor([4])}
     variants = [
         TaskKey(**base).stream("s"),
-        *(TaskKey(**{**base, k: v}).stream("s") for k, v in {"seed": 4, "split": "test", "meta_step": 9, "tasks": torch.tensor([5])}.items()),
+        *(
+            TaskKey(**{**base, k: v}).stream("s")
+            for k, v in {"seed": 4, "split": "test", "meta_step": 9, "tasks": torch.tensor([5])}.items()
+        ),
         TaskKey(**base).stream("t"),
         TaskKey(**base).stream("s", step=1),
         TaskKey(**base).stream("s", call=1),

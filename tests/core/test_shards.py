@@ -22,7 +22,7 @@ def mlp(family, outputs=..., **options):
     return lambda: MLP(hidden=(8,), **options).build(family.input_shape, family.outputs if outputs is ... else outputs)
 
 
-def subject(algorithm=MAML(inner_lr=0.1, inner_steps=2), family=IMAGES, dtype=torch.float32, **options):  # noqa: B008
+def subject(algorithm=MAML(inner_lr=0.1, inner_steps=2), family=IMAGES, dtype=torch.float32, **options):
     model = Conv4(filters=4, blocks=2, dropout=0.1)
     return learner(algorithm, lambda: model.build(family.input_shape, family.outputs), family, dtype=dtype, **options)
 
@@ -69,7 +69,9 @@ def test_a_block_knows_its_shards(tasks):
         block = replace(part[0], count=sum(s.count for s in part), leaf=8)
         assert block.leaves == len(part)
         assert block.each() == tuple(part)
-    assert str(replace(shards[0], count=tasks, leaf=8)).startswith(f"meta-step 4, round 0, shards 0…{len(shards) - 1} (train task")
+    assert str(replace(shards[0], count=tasks, leaf=8)).startswith(
+        f"meta-step 4, round 0, shards 0…{len(shards) - 1} (train task"
+    )
 
 
 def test_a_task_is_the_same_whatever_its_shard():
@@ -100,7 +102,11 @@ RAGGED = {
     "anil": (ANIL(inner_lr=0.1, inner_steps=2), Curves(), mlp),
     "reptile": (Reptile(inner_lr=0.1, inner_steps=2), Blobs(), mlp),
     "protonet": (ProtoNet(), Blobs(shots=3), lambda family: mlp(family, outputs=None)),
-    "cnp": (CNP(), Curves(), lambda family: lambda: ConditionalNeuralProcess(8, 8).build(family.input_shape, family.outputs)),
+    "cnp": (
+        CNP(),
+        Curves(),
+        lambda family: lambda: ConditionalNeuralProcess(8, 8).build(family.input_shape, family.outputs),
+    ),
 }
 
 
@@ -136,7 +142,9 @@ def test_padding_changes_nothing(name, padding):
         assert relative_error(got.slots[slot], vector) <= 1e-10
     assert got.metrics == pytest.approx(expected.metrics, rel=1e-12)
     records, rows = padded.evaluate(theta, shard, 3), [alone.evaluate(theta, keys(i), 3) for i in (0, 1, 2, 4)]
-    torch.testing.assert_close(records.columns["loss"], torch.cat([r.columns["loss"] for r in rows]), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        records.columns["loss"], torch.cat([r.columns["loss"] for r in rows]), rtol=1e-10, atol=0
+    )
 
 
 def test_tasks_of_fewer_ways():
@@ -148,7 +156,13 @@ def test_tasks_of_fewer_ways():
 
         def sample_task(self, key, split):
             task = self.family.sample_task(key, split)
-            return Task(*(Examples(e.x[kept], e.y[kept]) for e in (task.support, task.query) for kept in [e.y < 2 + int(key.tasks)]))
+            return Task(
+                *(
+                    Examples(e.x[kept], e.y[kept])
+                    for e in (task.support, task.query)
+                    for kept in [e.y < 2 + int(key.tasks)]
+                )
+            )
 
     family = FewerWays(Blobs())
     few = learner(ProtoNet(), mlp(family, outputs=None), family)

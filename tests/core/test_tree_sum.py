@@ -51,9 +51,11 @@ def test_contributions_sum_to_the_same_bits(order, seed):
 
     def add(a, b):
         return Contribution(
-            {"model": a.slots["model"] + b.slots["model"]}, a.weight + b.weight, a.tasks + b.tasks,
+            {"model": a.slots["model"] + b.slots["model"]},
+            a.weight + b.weight,
+            a.tasks + b.tasks,
             {"loss": a.metrics["loss"] + b.metrics["loss"]},
-        )  # fmt: skip
+        )
 
     leaves = [leaf(i) for i in range(len(order))]
     got, expected = summed(leaves, order, lambda a, b: a + b), by_definition(leaves, add)
@@ -82,7 +84,10 @@ def test_blocks_summed_on_their_own_give_the_bits_of_the_leaves(count):
     vectors = torch.randn(count, 9, generator=generator) * 10.0 ** torch.randint(-6, 7, (count, 1), generator=generator)
     leaves = [Contribution({"a": v}, 0.1 * float(v[0]), 1, {"loss": float(v[1]) / 3}) for v in vectors]
     letters = [f"{i}" for i in range(count)]
-    expected, shape = summed(leaves, range(count), lambda a, b: a + b), summed(letters, range(count), lambda a, b: f"({a}+{b})")
+    expected, shape = (
+        summed(leaves, range(count), lambda a, b: a + b),
+        summed(letters, range(count), lambda a, b: f"({a}+{b})"),
+    )
     for size in (1 << k for k in range(count.bit_length() + 1)):
         tree, drawn = TreeSum(count), TreeSum(count, lambda a, b: f"({a}+{b})")
         order = torch.randperm(len(nodes(count, size)), generator=generator).tolist()
@@ -149,7 +154,9 @@ def test_misuse_is_an_error():
 def test_a_sum_that_spends_its_terms_has_the_same_bits():
     def terms():
         generator = torch.Generator().manual_seed(0)
-        return [Contribution({"a": torch.randn(1000, generator=generator)}, 1.0, 1, {"loss": float(i)}) for i in range(7)]
+        return [
+            Contribution({"a": torch.randn(1000, generator=generator)}, 1.0, 1, {"loss": float(i)}) for i in range(7)
+        ]
 
     kept, spent = TreeSum(7), TreeSum(7, Contribution.absorb)
     for index in (3, 0, 6, 1, 2, 5, 4):

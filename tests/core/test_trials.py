@@ -125,7 +125,9 @@ def test_memory_survives_episode_ends_and_not_trial_ends():
     other = [i for i in range(40) if i != row]
     assert not moved[other].any()
     # A trial starts as if nothing had been before it: its first action is the one of an empty memory.
-    first = POLICY.step(found.observation[:, 0], found.seen(POLICY).__class__.nothing(40, 3, torch.device("cpu")), torch.zeros(40, 5))[0]
+    first = POLICY.step(
+        found.observation[:, 0], found.seen(POLICY).__class__.nothing(40, 3, torch.device("cpu")), torch.zeros(40, 5)
+    )[0]
     log_probability = POLICY.distribution.log_probability(first, found.action[:, 0])
     torch.testing.assert_close(log_probability, found.log_probability[:, 0], rtol=0, atol=1e-6)
 
@@ -147,7 +149,10 @@ class Broken(Chance):
         broken = (state[1] >= self.ends) & (tasks["number"] < 0)
         observation = torch.where(broken.unsqueeze(-1), torch.nan, step.observation)
         return Step(
-            (step.observation, state[1] + step.terminated), observation, torch.where(broken, torch.nan, step.reward), step.terminated
+            (step.observation, state[1] + step.terminated),
+            observation,
+            torch.where(broken, torch.nan, step.reward),
+            step.terminated,
         )
 
 

@@ -58,7 +58,7 @@ def flat(parameters):
     return torch.cat([t.reshape(-1) for t in parameters.values()])
 
 
-def subject(model=GRU(hidden=3), environment=Chance(episodes=2, horizon=3), **options):  # noqa: B008
+def subject(model=GRU(hidden=3), environment=Chance(episodes=2, horizon=3), **options):
     options = {"optimizer": "trpo", "cg_steps": 200, "entropy": 0.0, **options}
     return learner(RL2(**options), model, environment, dtype=torch.float64, batch=16, shard=4)
 
@@ -74,19 +74,27 @@ def by_definition(learner, theta, records, about):
     """E over visited states and *all* actions of ∇log π ∇log πᵀ, one step and one action at a time: dense [P, P]."""
     leaves = theta["model"].map(lambda t: t.clone().requires_grad_())
     policy, batch = about.policy(theta, leaves), Trials.of(records)
-    head, _, _ = policy(policy.features(batch.observation, batch.seen(policy)), policy.start(len(batch.task), batch.task.device))
+    head, _, _ = policy(
+        policy.features(batch.observation, batch.seen(policy)), policy.start(len(batch.task), batch.task.device)
+    )
     logs, valid = head.log_softmax(-1), batch.flag(VALID)
     total = torch.zeros(flat(leaves).numel(), flat(leaves).numel(), dtype=torch.float64)
     for row, t in valid.nonzero().tolist():
         for action in range(logs.shape[-1]):
-            found = torch.autograd.grad(logs[row, t, action], list(leaves.values()), retain_graph=True, allow_unused=True)
-            score = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(leaves.values(), found)])
+            found = torch.autograd.grad(
+                logs[row, t, action], list(leaves.values()), retain_graph=True, allow_unused=True
+            )
+            score = torch.cat(
+                [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(leaves.values(), found)]
+            )
             total += float(logs[row, t, action].detach().exp()) * torch.outer(score, score)
     return total / valid.sum()
 
 
 @pytest.mark.parametrize(
-    "model", [GRU(hidden=3), LSTM(hidden=2), Reactive(hidden=(3,)), CausalTransformer(4, 1, 2, 1.0, 3)], ids=lambda m: type(m).__name__
+    "model",
+    [GRU(hidden=3), LSTM(hidden=2), Reactive(hidden=(3,)), CausalTransformer(4, 1, 2, 1.0, 3)],
+    ids=lambda m: type(m).__name__,
 )
 def test_fisher_products_are_those_of_the_fisher_matrix(model):
     found = subject(model)
@@ -105,7 +113,9 @@ def test_a_meta_step_is_the_natural_gradient_of_a_dense_solve():
     state = found.initial(0)
     state = State({**state.slots, "model": flat(theta["model"])}, state.outer)
     about, records, settings = rolled(found, theta)
-    dense = by_definition(found, theta, records, about) + 1e-2 * torch.eye(flat(theta["model"]).numel(), dtype=torch.float64)
+    dense = by_definition(found, theta, records, about) + 1e-2 * torch.eye(
+        flat(theta["model"]).numel(), dtype=torch.float64
+    )
     gradients, _, weight = found.algorithm.gradient(theta, records, settings, about)
     solution = torch.linalg.solve(dense, -flat(gradients["model"]) / weight)
     whole = solution * (2 * 1e-3 / (solution @ dense @ solution)).sqrt()
@@ -133,13 +143,17 @@ def test_the_value_is_fitted_by_what_the_actions_do_not_depend_on():
             before_fit[:] = [state.slots["model"]]
 
     state, report = train(found, 1, watch=watch)
-    names = [n for n, t in found.slots["model"].layout.unflatten(state.slots["model"] - before_fit[0]).items() if t.any()]
+    names = [
+        n for n, t in found.slots["model"].layout.unflatten(state.slots["model"] - before_fit[0]).items() if t.any()
+    ]
     assert names == ["value.weight", "value.bias"] and report["updates"] == 6
 
 
 @pytest.mark.parametrize("model", [GRU(hidden=8), Reactive(hidden=(8,))], ids=lambda m: type(m).__name__)
 def test_every_step_improves_within_the_bound(model):
-    found = learner(RL2(optimizer="trpo", kl=0.05, cg_steps=5, gae_lambda=0.9), model, Chance(continuous=True), batch=16, shard=4)
+    found = learner(
+        RL2(optimizer="trpo", kl=0.05, cg_steps=5, gae_lambda=0.9), model, Chance(continuous=True), batch=16, shard=4
+    )
     state = found.initial(0)
     for _ in range(5):
         state, report = train(found, 1, state=state)
@@ -148,11 +162,17 @@ def test_every_step_improves_within_the_bound(model):
 
 def test_a_step_too_far_is_cut_short_and_one_that_never_fits_is_not_taken():
     # Without damping to speak of and with a bound far beyond where the quadratic model holds.
-    far = learner(RL2(optimizer="trpo", kl=3.0, cg_steps=10, damping=1e-8, epochs=1), GRU(hidden=8), Chance(), batch=16, shard=4)
+    far = learner(
+        RL2(optimizer="trpo", kl=3.0, cg_steps=10, damping=1e-8, epochs=1), GRU(hidden=8), Chance(), batch=16, shard=4
+    )
     _, report = train(far, 1)
     assert report["step_fraction"] < 1 and report["kl"] <= 3.0
     never = learner(
-        RL2(optimizer="trpo", kl=3.0, cg_steps=10, damping=1e-8, epochs=1, backtracks=1), GRU(hidden=8), Chance(), batch=16, shard=4
+        RL2(optimizer="trpo", kl=3.0, cg_steps=10, damping=1e-8, epochs=1, backtracks=1),
+        GRU(hidden=8),
+        Chance(),
+        batch=16,
+        shard=4,
     )
     start, seen = never.initial(0), {}
     train(never, 1, state=start, watch=lambda round, state, total: seen.setdefault(round.shards[0].function, state))

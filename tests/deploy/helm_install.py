@@ -47,12 +47,17 @@ class Empty(BaseHTTPRequestHandler):
             items = [{"name": g, "versions": [v], "preferredVersion": v} for g, v in zip(groups, listed)]
             self.answer({"kind": "APIGroupList", "apiVersion": "v1", "groups": items})
         elif version in RESOURCES:
-            items = [{"name": name, "singularName": "", "namespaced": True, "kind": kind, "verbs": VERBS} for name, kind in RESOURCES[version]]
+            items = [
+                {"name": name, "singularName": "", "namespaced": True, "kind": kind, "verbs": VERBS}
+                for name, kind in RESOURCES[version]
+            ]
             self.answer({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": items})
         elif path.endswith("/secrets"):
             self.answer({"kind": "SecretList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": []})
         else:
-            self.answer({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}, 404)
+            self.answer(
+                {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}, 404
+            )
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -75,9 +80,13 @@ def main(chart, values, release, namespace):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
     kubeconfig = {
-        "apiVersion": "v1", "kind": "Config", "clusters": [cluster], "users": [{"name": "u", "user": {}}], "current-context": "c",
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [cluster],
+        "users": [{"name": "u", "user": {}}],
+        "current-context": "c",
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-    }  # fmt: skip
+    }
     with open(values) as file:
         given = json.load(file)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:

@@ -33,11 +33,20 @@ def validator(folder: str, kind: str):
     [version] = [v for v in crd["spec"]["versions"] if v["name"] == "v1"]
     schema = strict(version["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = {
-        "type": "object", "additionalProperties": False, "required": ["name"],
-        "properties": {"name": {"type": "string", "maxLength": 63, "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}, "namespace": {"type": "string"}, "labels": {"type": "object"}},
-    }  # fmt: skip
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["name"],
+        "properties": {
+            "name": {"type": "string", "maxLength": 63, "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
+            "namespace": {"type": "string"},
+            "labels": {"type": "object"},
+        },
+    }
     return jsonschema.Draft7Validator(schema)
 
 
 def errors(folder, document):
-    return [f"{'.'.join(map(str, e.absolute_path))}: {e.message}" for e in validator(folder, document["kind"]).iter_errors(document)]
+    return [
+        f"{'.'.join(map(str, e.absolute_path))}: {e.message}"
+        for e in validator(folder, document["kind"]).iter_errors(document)
+    ]

@@ -35,7 +35,9 @@ def rendered(target, config, folder, **wanted):
 
 @pytest.mark.parametrize("name", ["aws", "gcp", "ssh"])
 def test_the_shipped_ones_are_valid(schema, root, name):
-    assert [e.message for e in schema.iter_errors(yaml.safe_load((root / "cluster" / f"{name}.yaml").read_text()))] == []
+    assert [
+        e.message for e in schema.iter_errors(yaml.safe_load((root / "cluster" / f"{name}.yaml").read_text()))
+    ] == []
 
 
 @pytest.mark.parametrize("target", CLOUDS)
@@ -71,16 +73,24 @@ def test_what_is_promised(root, target):
     assert cluster["max_workers"] == sum(kinds[role]["max_workers"] for role in ROLES)
     for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
         assert "RAY_AUTH_MODE=token" in commands[-1]
-    assert "--num-cpus=0" in cluster["head_start_ray_commands"][-1] and "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+    assert (
+        "--num-cpus=0" in cluster["head_start_ray_commands"][-1]
+        and "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+    )
 
 
 @pytest.mark.parametrize("target", CLOUDS)
 def test_groups_become_nodes(tmp_path, target):
     document = set_workers(read_document("bandit_rl2"), "learners=3,environments=20")
-    files, commands = rendered(target, document, tmp_path, image="r/metadist:3", data="s3://b/d", mlflow="http://m:5000")
+    files, commands = rendered(
+        target, document, tmp_path, image="r/metadist:3", data="s3://b/d", mlflow="http://m:5000"
+    )
     cluster, config = yaml.safe_load(files["cluster.yaml"]), build(yaml.safe_load(files["config.yaml"]))
     kinds = cluster["available_node_types"]
-    assert [(kinds[r]["min_workers"], kinds[r]["max_workers"]) for r in ROLES] == [(0, 3), (0, 3)]  # a GPU each; 8 to a node
+    assert [(kinds[r]["min_workers"], kinds[r]["max_workers"]) for r in ROLES] == [
+        (0, 3),
+        (0, 3),
+    ]  # a GPU each; 8 to a node
     assert cluster["max_workers"] == 6 and cluster["docker"]["image"] == "r/metadist:3"
     assert [g.gpus for g in config.workers] == [1.0, 0.0] and config.engine.worker_patience >= 1800
     submit = next(c for c in commands if c.startswith("metadist submit"))
@@ -91,13 +101,21 @@ def test_learners_without_gpus_take_cheap_nodes(tmp_path):
     files, _ = rendered("aws", "sinusoid_maml", tmp_path, gpus=0.0)
     kinds = yaml.safe_load(files["cluster.yaml"])["available_node_types"]
     assert kinds.keys() == {"head", "learner"}
-    assert kinds["learner"]["resources"] == {"CPU": 8} and kinds["learner"]["node_config"]["InstanceType"] == "c5.2xlarge"
+    assert (
+        kinds["learner"]["resources"] == {"CPU": 8} and kinds["learner"]["node_config"]["InstanceType"] == "c5.2xlarge"
+    )
 
 
 def test_named_nodes(tmp_path):
-    files, _ = rendered("aws", set_workers(read_document("sinusoid_maml"), "9"), tmp_path, nodes={"learner": Node("g5.12xlarge", 48, 4)})
+    files, _ = rendered(
+        "aws", set_workers(read_document("sinusoid_maml"), "9"), tmp_path, nodes={"learner": Node("g5.12xlarge", 48, 4)}
+    )
     learner = yaml.safe_load(files["cluster.yaml"])["available_node_types"]["learner"]
-    assert (learner["resources"], learner["node_config"]["InstanceType"], learner["max_workers"]) == ({"CPU": 48, "GPU": 4}, "g5.12xlarge", 3)
+    assert (learner["resources"], learner["node_config"]["InstanceType"], learner["max_workers"]) == (
+        {"CPU": 48, "GPU": 4},
+        "g5.12xlarge",
+        3,
+    )
 
 
 def test_fractions_and_groups_of_one_role():
@@ -110,7 +128,10 @@ def test_fractions_and_groups_of_one_role():
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [
-        ({"nodes": {"learner": Node(None, 4, 0)}}, "a learner of 1 CPUs and 1 GPUs doesn't fit into a node of 4 CPUs and 0 GPUs; give --node"),
+        (
+            {"nodes": {"learner": Node(None, 4, 0)}},
+            "a learner of 1 CPUs and 1 GPUs doesn't fit into a node of 4 CPUs and 0 GPUs; give --node",
+        ),
         ({"run_dir": "s3://b/$(id)"}, "has a character that shells take for another"),
         ({"data": 'x"y'}, "--data 'x\"y': has a character"),
     ],

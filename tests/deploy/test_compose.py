@@ -46,7 +46,9 @@ def test_what_services_name_exists(compose):
             assert source in compose["volumes"], volume
         for needed in service.get("depends_on", {}).values():
             assert needed["condition"] == "service_healthy"
-    assert all("healthcheck" in compose["services"][n] for s in compose["services"].values() for n in s.get("depends_on", {}))
+    assert all(
+        "healthcheck" in compose["services"][n] for s in compose["services"].values() for n in s.get("depends_on", {})
+    )
 
 
 def test_the_job_is_a_command_of_ours(compose):

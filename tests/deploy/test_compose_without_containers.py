@@ -27,14 +27,23 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 BIN = Path(sys.executable).parent
 SHORT = [
-    "outer.meta_steps=30", "evaluate.every=10", "evaluate.tasks=8", "evaluate.test_tasks=8", "checkpoint.every=10", "tracking.log_every=1", "engine.compile=never",
-    "workers.0.cpus=0.5", "workers.0.gpus=0",
-]  # fmt: skip
+    "outer.meta_steps=30",
+    "evaluate.every=10",
+    "evaluate.tasks=8",
+    "evaluate.test_tasks=8",
+    "checkpoint.every=10",
+    "tracking.log_every=1",
+    "engine.compile=never",
+    "workers.0.cpus=0.5",
+    "workers.0.gpus=0",
+]
 
 
 def as_postgres(command):
     """PostgreSQL refuses to run as root."""
-    return ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", *command] if os.getuid() == 0 else command
+    return (
+        ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", *command] if os.getuid() == 0 else command
+    )
 
 
 class Services:
@@ -42,14 +51,23 @@ class Services:
 
     def __init__(self, compose: dict, folder: Path) -> None:
         self.services, self.folder = compose["services"], folder
-        self.secrets = {"POSTGRES_PASSWORD": secrets.token_hex(8), "RAY_AUTH_TOKEN": secrets.token_hex(16), "CONFIG": "sinusoid_maml", "WORKER_CPUS": "2"}
+        self.secrets = {
+            "POSTGRES_PASSWORD": secrets.token_hex(8),
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "CONFIG": "sinusoid_maml",
+            "WORKER_CPUS": "2",
+        }
         self.ports = {name: str(free_port()) for name in ("5432", "5000", "6379", "8265")}
         self.started: list[subprocess.Popen] = []
 
     def filled(self, text: str) -> str:
         """As compose would, then with this machine's folders and ports in place of the containers'."""
         text = re.sub(r"\$\{(\w+)(?::([-?+])([^}]*))?\}", self._variable, str(text))
-        text = re.sub(r"(?<=[@/=])(database|mlflow|head)(?=:\d{4}\b)", "127.0.0.1", text).replace("localhost:6379", "127.0.0.1:6379").replace("mlflow:5000", "127.0.0.1:5000")
+        text = (
+            re.sub(r"(?<=[@/=])(database|mlflow|head)(?=:\d{4}\b)", "127.0.0.1", text)
+            .replace("localhost:6379", "127.0.0.1:6379")
+            .replace("mlflow:5000", "127.0.0.1:5000")
+        )
         for port, free in self.ports.items():
             text = re.sub(rf"(?<=[:=]){port}\b|^{port}$", free, text)
         return re.sub(r"^/(runs|cache|artifacts)", rf"{self.folder}/\1", text)
@@ -70,7 +88,11 @@ class Services:
     def start(self, name: str, command: list[str] | None = None, *more: str) -> None:
         with open(self.folder / f"{name}.log", "w") as log:
             words = [*(command or self.command(name)), *more]
-            self.started.append(subprocess.Popen(words, env=self.environment(name), stdout=log, stderr=log, cwd=self.folder, start_new_session=True))
+            self.started.append(
+                subprocess.Popen(
+                    words, env=self.environment(name), stdout=log, stderr=log, cwd=self.folder, start_new_session=True
+                )
+            )
 
     def healthy(self, name: str, there, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
@@ -118,26 +140,62 @@ def test_a_job_is_recorded_in_mlflow_on_postgresql(services):
         shutil.chown(folder / "database", "postgres")
         shutil.chown(folder / "password", "postgres")
     cluster = str(folder / "database")
-    initdb = ["initdb", "--auth=scram-sha-256", f"--username={settings['POSTGRES_USER']}", f"--pwfile={folder}/password", "--pgdata", cluster]
+    initdb = [
+        "initdb",
+        "--auth=scram-sha-256",
+        f"--username={settings['POSTGRES_USER']}",
+        f"--pwfile={folder}/password",
+        "--pgdata",
+        cluster,
+    ]
     subprocess.run(as_postgres(initdb), check=True, capture_output=True)
     services.start("database", as_postgres(["postgres", "-D", cluster, "-p", port, "-h", "127.0.0.1", "-k", cluster]))
     ready = services.services["database"]["healthcheck"]["test"][1:]
-    services.healthy("database", lambda: subprocess.run([*ready, "--host=127.0.0.1", f"--port={port}"], capture_output=True).returncode == 0)
-    sql = {**os.environ, "PGPASSWORD": settings["POSTGRES_PASSWORD"], "PGHOST": "127.0.0.1", "PGPORT": port, "PGUSER": settings["POSTGRES_USER"]}
+    services.healthy(
+        "database",
+        lambda: subprocess.run([*ready, "--host=127.0.0.1", f"--port={port}"], capture_output=True).returncode == 0,
+    )
+    sql = {
+        **os.environ,
+        "PGPASSWORD": settings["POSTGRES_PASSWORD"],
+        "PGHOST": "127.0.0.1",
+        "PGPORT": port,
+        "PGUSER": settings["POSTGRES_USER"],
+    }
     subprocess.run(["createdb", settings["POSTGRES_DB"]], env=sql, check=True)
 
     services.start("mlflow")
-    health = [services.filled(re.sub(r"localhost:5000", "127.0.0.1:5000", word)) for word in services.services["mlflow"]["healthcheck"]["test"][1:]]
-    services.healthy("mlflow", lambda: subprocess.run([BIN / health[0], *health[1:]], capture_output=True).returncode == 0)
+    health = [
+        services.filled(re.sub(r"localhost:5000", "127.0.0.1:5000", word))
+        for word in services.services["mlflow"]["healthcheck"]["test"][1:]
+    ]
+    services.healthy(
+        "mlflow", lambda: subprocess.run([BIN / health[0], *health[1:]], capture_output=True).returncode == 0
+    )
 
-    services.start("head", None, f"--dashboard-port={services.ports['8265']}", f"--temp-dir={folder}/ray", "--node-ip-address=127.0.0.1")
+    services.start(
+        "head",
+        None,
+        f"--dashboard-port={services.ports['8265']}",
+        f"--temp-dir={folder}/ray",
+        "--node-ip-address=127.0.0.1",
+    )
     check = [services.filled(word) for word in services.services["head"]["healthcheck"]["test"][1:]]
-    services.healthy("head", lambda: subprocess.run(check, env=services.environment("head"), capture_output=True).returncode == 0)
+    services.healthy(
+        "head", lambda: subprocess.run(check, env=services.environment("head"), capture_output=True).returncode == 0
+    )
     services.start("worker", None, "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}")
     services.healthy("head", lambda: _jobs_api(services))
 
     job = services.command("job")
-    done = subprocess.run([*job[:3], *SHORT, *job[3:]], env=services.environment("job"), capture_output=True, text=True, timeout=400, cwd=folder)
+    done = subprocess.run(
+        [*job[:3], *SHORT, *job[3:]],
+        env=services.environment("job"),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "runs" / "first" / "result.json").read_text())
     assert result["meta_step"] == 30 and result["undelivered"] == 0
@@ -146,11 +204,16 @@ def test_a_job_is_recorded_in_mlflow_on_postgresql(services):
     assert links["ray_job"].startswith(f"http://127.0.0.1:{services.ports['8265']}/#/jobs/sinusoid-maml-")
 
     def count(query: str) -> int:
-        asked = subprocess.run(["psql", settings["POSTGRES_DB"], "-tAc", query], env=sql, capture_output=True, text=True, check=True)
+        asked = subprocess.run(
+            ["psql", settings["POSTGRES_DB"], "-tAc", query], env=sql, capture_output=True, text=True, check=True
+        )
         return int(asked.stdout)
 
     assert count("select count(*) from runs where status = 'FINISHED'") == 1
-    assert count("select count(distinct step) from metrics where key = 'meta/loss'") >= 30 or count("select count(*) from metrics") > 100
+    assert (
+        count("select count(distinct step) from metrics where key = 'meta/loss'") >= 30
+        or count("select count(*) from metrics") > 100
+    )
     assert count("select count(*) from tags where key = 'ray.job_url'") == 1
     assert count("select count(*) from tags where key = 'mlflow.note.content'") == 1
     stored = [p.name for p in (folder / "artifacts").rglob("*") if p.is_file()]

@@ -35,7 +35,10 @@ def test_render_commands(root, tmp_path, monkeypatch):
 
 
 def test_every_option_exists(root):
-    known = {name: {o for p in command.params for o in p.opts} for name, command in typer.main.get_command(app).commands.items()}
+    known = {
+        name: {o for p in command.params for o in p.opts}
+        for name, command in typer.main.get_command(app).commands.items()
+    }
     for line, _ in commands(root):
         words = shlex.split(line)
         if words[0] == "metadist":
@@ -46,7 +49,10 @@ def test_what_was_not_executed_is_marked(root):
     """docker, clouds, Slurm and Kubernetes are not to be had here."""
     for line, marked in commands(root):
         words = [w for w in line.split() if "=" not in w]
-        elsewhere = words and (words[0] in ("docker", "kubectl", "helm", "sbatch", "scancel") or words[:2] in (["ray", "up"], ["ray", "down"], ["ray", "dashboard"]))
+        elsewhere = words and (
+            words[0] in ("docker", "kubectl", "helm", "sbatch", "scancel")
+            or words[:2] in (["ray", "up"], ["ray", "down"], ["ray", "dashboard"])
+        )
         assert marked or not elsewhere, line
 
 

@@ -24,18 +24,41 @@ from metadist.jobs.submit import entrypoint
 #: every value that the templates look at, set
 EVERYTHING = {
     "image": {"repository": "registry/metadist", "tag": "1", "pullSecrets": ["pull", "other"]},
-    "auth": {"secretName": "token"}, "credentials": {"secretName": "store"}, "data": "s3://b/data", "mlflow": {"trackingUri": "http://mlflow:5000"},
+    "auth": {"secretName": "token"},
+    "credentials": {"secretName": "store"},
+    "data": "s3://b/data",
+    "mlflow": {"trackingUri": "http://mlflow:5000"},
     "run": {"id": "a", "dir": "s3://b/a", "config": 'name: a\ntext: "é & <b> \\"c\\""\nlist:\n- 1\n'},
     "cluster": {"enabled": True},
     "service": {"enabled": True, "models": ["s3://b/a", "m=models:/n@champion"], "tokenSecretName": "callers"},
     "head": {"nodeSelector": {"pool": "head"}, "tolerations": [{"key": "head", "operator": "Exists"}]},
     "workers": [
-        {"name": "learner", "minReplicas": 1, "maxReplicas": 2, "cpu": 4, "memory": "16Gi", "gpu": 1, "nodeSelector": {"pool": "gpu"},
-         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]},
-        {"name": "environment", "minReplicas": 0, "maxReplicas": 9, "cpu": 8, "memory": "32Gi", "gpu": 0, "nodeSelector": {}, "tolerations": []},
+        {
+            "name": "learner",
+            "minReplicas": 1,
+            "maxReplicas": 2,
+            "cpu": 4,
+            "memory": "16Gi",
+            "gpu": 1,
+            "nodeSelector": {"pool": "gpu"},
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        },
+        {
+            "name": "environment",
+            "minReplicas": 0,
+            "maxReplicas": 9,
+            "cpu": 8,
+            "memory": "32Gi",
+            "gpu": 0,
+            "nodeSelector": {},
+            "tolerations": [],
+        },
     ],
-    "networkPolicy": {"dashboardFrom": [{"podSelector": {"matchLabels": {"role": "submitter"}}}], "serviceFrom": [{"podSelector": {}}]},
-}  # fmt: skip
+    "networkPolicy": {
+        "dashboardFrom": [{"podSelector": {"matchLabels": {"role": "submitter"}}}],
+        "serviceFrom": [{"podSelector": {}}],
+    },
+}
 LEAST = {"image": {"repository": "metadist"}, "run": {"id": "a", "dir": "s3://b/a", "config": "name: a\n"}}
 
 
@@ -51,7 +74,9 @@ def documents(rendered):
 @pytest.mark.parametrize("values", [EVERYTHING, LEAST], ids=["everything", "least"])
 def test_the_chart_is_valid(chart, data, values):
     found = documents(chart.render(values, release="run", namespace="ns"))
-    assert found.keys() == {"RayJob", "ConfigMap", "NetworkPolicy"} | ({"RayCluster", "RayService"} if values is EVERYTHING else set())
+    assert found.keys() == {"RayJob", "ConfigMap", "NetworkPolicy"} | (
+        {"RayCluster", "RayService"} if values is EVERYTHING else set()
+    )
     for kind in kuberay.PLURALS.keys() & found.keys():
         assert kuberay.errors(data, found[kind]) == []
 
@@ -70,7 +95,9 @@ def test_what_is_promised_of_a_job(chart):
     job = found["RayJob"]["spec"]
     assert (job["backoffLimit"], job["shutdownAfterJobFinishes"], job["ttlSecondsAfterFinished"]) == (3, True, 600)
     # The very command that a submitted job has, but for where the config lies: a retry goes on.
-    assert shlex.split(job["entrypoint"]) == [w.replace("config.yaml", "/etc/metadist/config.yaml") for w in shlex.split(entrypoint("a", "s3://b/a"))]
+    assert shlex.split(job["entrypoint"]) == [
+        w.replace("config.yaml", "/etc/metadist/config.yaml") for w in shlex.split(entrypoint("a", "s3://b/a"))
+    ]
     cluster = job["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token", "secretName": "token"}
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -179,7 +206,9 @@ def test_every_value_is_explained_and_used(root):
 @pytest.mark.parametrize("config", ["omniglot_maml_5w1s", "bandit_rl2"])
 def test_a_rendered_run(data, config, tmp_path):
     document = read_document(config)
-    wanted = Rendering("s3://b/a", "Run.1", "s3://b/d", "registry:5000/metadist:2", nodes={"learner": Node("g5.xlarge", 4, 1)})
+    wanted = Rendering(
+        "s3://b/a", "Run.1", "s3://b/d", "registry:5000/metadist:2", nodes={"learner": Node("g5.xlarge", 4, 1)}
+    )
     files, commands = render("kubernetes", set_workers(document, "5"), wanted, tmp_path)
     found = {d["kind"]: d for d in yaml.safe_load_all(files["manifests.yaml"]) if d}
     assert kuberay.errors(data, found["RayJob"]) == []
@@ -217,7 +246,14 @@ def test_helm_renders_the_same(chart, root, tmp_path, values):
     if python is None:
         pytest.skip("needs helm-sdkpy in a Python ≥ 3.12: METADIST_HELM_PYTHON")
     (tmp_path / "values.json").write_text(json.dumps(values))
-    command = [python, Path(__file__).parent / "helm_install.py", root / "deploy/helm/metadist", tmp_path / "values.json", "run", "ns"]
+    command = [
+        python,
+        Path(__file__).parent / "helm_install.py",
+        root / "deploy/helm/metadist",
+        tmp_path / "values.json",
+        "run",
+        "ns",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     sent = {d["kind"]: d for d in json.loads(done.stdout)}

@@ -60,11 +60,18 @@ def test_a_slurm_job_holds_all_workers(tmp_path):
     assert build_config(yaml.safe_load(files["config.yaml"])).workers[0].gpus == 1.0
     assert commands == [f"sbatch {tmp_path}/job.sh"]
     large = directives(slurm(tmp_path, nodes={"learner": Node("a100", 16, 4)})[0]["job.sh"])
-    assert (large["nodes"], large["cpus-per-task"], large["gpus-per-node"], large["constraint"]) == ("1", "10", "3", "a100")
+    assert (large["nodes"], large["cpus-per-task"], large["gpus-per-node"], large["constraint"]) == (
+        "1",
+        "10",
+        "3",
+        "a100",
+    )
 
 
 def test_a_worker_that_fits_no_node(tmp_path):
-    with pytest.raises(ConfigError, match="one of each group takes 3 CPUs .one for Ray. and 1 GPUs, a node has 2 and 1"):
+    with pytest.raises(
+        ConfigError, match="one of each group takes 3 CPUs .one for Ray. and 1 GPUs, a node has 2 and 1"
+    ):
         slurm(tmp_path, nodes={"learner": Node(None, 2, 1)})
 
 

@@ -34,10 +34,17 @@ if [ "$1 $2" = "show hostnames" ]; then printf 'one\\ntwo\\n'; fi
 """
 HOSTNAME = "#!/usr/bin/env bash\necho 127.0.0.1\n"
 CONFIG = {
-    "name": "slurm", "tasks": {"name": "sinusoid"}, "model": {"name": "mlp", "hidden": [8]}, "algorithm": {"name": "maml"},
-    "outer": {"meta_steps": 4000, "meta_batch_size": 4, "shard_size": 2}, "evaluate": {"every": 1000, "tasks": 8, "test_tasks": 8},
-    "checkpoint": {"every": 1000}, "engine": {"compile": "never"}, "tracking": {"uri": "none"}, "workers": [{"min": 2, "max": 2, "cpus": 1, "gpus": 0}],
-}  # fmt: skip
+    "name": "slurm",
+    "tasks": {"name": "sinusoid"},
+    "model": {"name": "mlp", "hidden": [8]},
+    "algorithm": {"name": "maml"},
+    "outer": {"meta_steps": 4000, "meta_batch_size": 4, "shard_size": 2},
+    "evaluate": {"every": 1000, "tasks": 8, "test_tasks": 8},
+    "checkpoint": {"every": 1000},
+    "engine": {"compile": "never"},
+    "tracking": {"uri": "none"},
+    "workers": [{"min": 2, "max": 2, "cpus": 1, "gpus": 0}],
+}
 
 
 @pytest.fixture
@@ -52,20 +59,37 @@ def allocation(tmp_path):
     short = tempfile.mkdtemp(prefix="md-slurm-", dir="/tmp")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_", "MLFLOW_"))}
     yield {
-        **kept, "PATH": f"{stubs}:{BIN}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_CPUS_PER_TASK": "2", "SLURM_GPUS_ON_NODE": "0", "CONFIG": str(tmp_path / "config.yaml"), "RUN_DIR": str(tmp_path / "run"),
-        "STATE": str(tmp_path / "state"), "PORT": str(free_port()), "RAY_TEMP": f"{short}/r",
-    }  # fmt: skip
+        **kept,
+        "PATH": f"{stubs}:{BIN}:{os.environ['PATH']}",
+        "CALLS": str(tmp_path / "calls"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "2",
+        "SLURM_GPUS_ON_NODE": "0",
+        "CONFIG": str(tmp_path / "config.yaml"),
+        "RUN_DIR": str(tmp_path / "run"),
+        "STATE": str(tmp_path / "state"),
+        "PORT": str(free_port()),
+        "RAY_TEMP": f"{short}/r",
+    }
     subprocess.run(["rm", "-rf", short], check=True)
 
 
 def start(root, environment, log):
-    return subprocess.Popen(["bash", root / "cluster" / "slurm.sh"], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        ["bash", root / "cluster" / "slurm.sh"],
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def end(job):
     """Whatever a job has left, by its pids."""
-    processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)] if job.poll() is None else []
+    processes = (
+        [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)] if job.poll() is None else []
+    )
     for process in processes:
         process.kill()
 
@@ -97,12 +121,23 @@ def test_a_job_near_its_limit_is_queued_again_and_goes_on(root, allocation, tmp_
     started = [line for line in (tmp_path / "calls").read_text().splitlines() if "ray start" in line]
     assert [line.split()[0] for line in started] == ["one", "two"] * 2
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    words = [BIN / "metadist", "train", tmp_path / "config.yaml", "--workers", "0", "--run-dir", tmp_path / "here", "--json"]
+    words = [
+        BIN / "metadist",
+        "train",
+        tmp_path / "config.yaml",
+        "--workers",
+        "0",
+        "--run-dir",
+        tmp_path / "here",
+        "--json",
+    ]
     here = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True)
     assert result["params_sha256"] == json.loads(here.stdout.splitlines()[-1])["params_sha256"]
 
 
 def test_what_is_missing_is_said(root, allocation, tmp_path):
     environment = {k: v for k, v in allocation.items() if k != "RUN_DIR"}
-    done = subprocess.run(["bash", root / "cluster" / "slurm.sh"], env=environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(
+        ["bash", root / "cluster" / "slurm.sh"], env=environment, capture_output=True, text=True, timeout=150
+    )
     assert done.returncode != 0 and "the run directory: a folder that all nodes see" in done.stderr

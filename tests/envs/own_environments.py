@@ -71,9 +71,11 @@ class Bad(Point):
                 raise ZeroDivisionError("boom")
             if self.how == "old":
                 return observation, reward, terminated, info
-            observation = {"shape": observation[:1], "type": observation.astype(object), "nan": observation * np.nan}.get(
-                self.how, observation
-            )
+            observation = {
+                "shape": observation[:1],
+                "type": observation.astype(object),
+                "nan": observation * np.nan,
+            }.get(self.how, observation)
             reward = {"reward": "high", "vector": np.ones(2)}.get(self.how, reward)
             info = {"measure": {"away": None}}.get(self.how, info)
         return observation, reward, terminated, truncated, info

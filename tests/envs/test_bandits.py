@@ -33,7 +33,9 @@ def test_gaussian_arms_and_rewards():
     keys = TaskKey.of(0, "train", 0, range(MANY))
     tasks = environment.sample(keys)
     state, _ = environment.reset(tasks, torch.empty(MANY, 0))
-    step = environment.step(tasks, state, torch.full((MANY,), 2), keys.stream("environment").uniform(environment.step_noise))
+    step = environment.step(
+        tasks, state, torch.full((MANY,), 2), keys.stream("environment").uniform(environment.step_noise)
+    )
     near(step.reward.double() - tasks["mean"][:, 2], 0.0, 1.0)
 
 

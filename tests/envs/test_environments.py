@@ -67,7 +67,9 @@ def test_splits_seeds_and_meta_steps_have_tasks_of_their_own(environment):
 def test_a_policy_can_play_it(environment):
     """Through the one loop that learners use: shapes, types, and as many episodes as were asked for."""
     keys, continuous = TaskKey.of(0, "train", 0, range(20)), not isinstance(environment.actions, Discrete)
-    model = Model(lambda: GRU(hidden=8).build_policy(environment.observation_size, environment.actions.size, continuous))
+    model = Model(
+        lambda: GRU(hidden=8).build_policy(environment.observation_size, environment.actions.size, continuous)
+    )
     learned, _, _ = model.initial(0)
     trials = rollout(environment, Policy(model.bind({}, None, False), learned, environment.actions), keys)
     assert trials.observation.shape == (20, trials.reward.shape[1], environment.observation_size)

@@ -42,7 +42,9 @@ def test_held_out_goals_are_of_one_split_only():
     goals = {s: set(environment.sample(TaskKey.of(1, s, 0, range(2000)))["goal"].tolist()) for s in SPLITS}
     assert [len(goals[s]) for s in ("train", "validation", "test")] == [13, 4, 4]
     assert len(set.union(*goals.values())) == 21
-    assert goals["test"] == set(environment.sample(TaskKey.of(2, "test", 9, range(2000)))["goal"].tolist())  # in every run
+    assert goals["test"] == set(
+        environment.sample(TaskKey.of(2, "test", 9, range(2000)))["goal"].tolist()
+    )  # in every run
 
 
 @pytest.mark.parametrize("reward", ["distance", "squared"])

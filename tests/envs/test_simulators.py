@@ -65,7 +65,9 @@ def test_a_trial_is_that_of_a_plain_loop():
         for episode in range(2):
             seen, _ = plain.reset(seed=int(noise[row, episode, 0] * 2**24 + noise[row, episode, 1]))
             for clock in range(1, 9):
-                torch.testing.assert_close(trials.observation[row, t], torch.tensor(seen).flatten().float(), rtol=0, atol=1e-6)
+                torch.testing.assert_close(
+                    trials.observation[row, t], torch.tensor(seen).flatten().float(), rtol=0, atol=1e-6
+                )
                 action = trials.action[row, t].clamp(-1, 1) * 3 + 1  # [−1, 1] is the whole of the box, [−2, 4]
                 seen, reward, terminated, _, info = plain.step(np.clip(action.numpy(), -2, 4))
                 assert float(trials.reward[row, t]) == pytest.approx(reward, abs=1e-6)
@@ -98,7 +100,9 @@ def journey(found, keys, actions):
     seen = [observation]
     for t in range(actions.shape[1]):
         if t == actions.shape[1] // 2:
-            state, observation = found.restart(tasks, state, observation, torch.ones(len(actions), dtype=torch.bool), noise[:, 1])
+            state, observation = found.restart(
+                tasks, state, observation, torch.ones(len(actions), dtype=torch.bool), noise[:, 1]
+            )
             seen.append(observation)
         step = found.step(tasks, state, actions[:, t], torch.empty(len(actions), 0))
         seen += [step.observation, step.reward.unsqueeze(1)]
@@ -136,7 +140,9 @@ def test_tasks_are_data_keyed_by_seed_split_step_and_index():
     assert all(torch.equal(part[n], whole[n][[41, 7]]) for n in whole)
     for seed, meta_step in ((4, 2), (3, 3)):
         assert not (found.sample(TaskKey.of(seed, "train", meta_step, range(50)))["goal"] == whole["goal"]).any()
-    assert (whole["goal"] < 1).all() and (found.sample(TaskKey.of(3, "test", 0, range(50)))["goal"] >= 2).all()  # it was told the split
+    assert (whole["goal"] < 1).all() and (
+        found.sample(TaskKey.of(3, "test", 0, range(50)))["goal"] >= 2
+    ).all()  # it was told the split
 
 
 def test_tasks_of_the_older_form_are_keyed_as_well():
@@ -165,9 +171,15 @@ def test_discrete_actions_and_observations_of_parts():
 
 def test_wrappers_and_what_never_ends():
     truncated = played(environment("wrapped"), KEYS)
-    assert truncated.reward.shape[1] == 14 and not truncated.flag(EPISODE_END)[:, :6].any() and truncated.flag(EPISODE_END)[:, 6].all()
+    assert (
+        truncated.reward.shape[1] == 14
+        and not truncated.flag(EPISODE_END)[:, :6].any()
+        and truncated.flag(EPISODE_END)[:, 6].all()
+    )
     endless = played(environment("Point", arguments={"near": 0.0}, horizon=9), KEYS)
-    assert endless.reward.shape[1] == 18 and endless.flag(EPISODE_END)[:, 8].all() and not endless.flag(TERMINATED).any()
+    assert (
+        endless.reward.shape[1] == 18 and endless.flag(EPISODE_END)[:, 8].all() and not endless.flag(TERMINATED).any()
+    )
 
 
 # Bad environments --------------------------------------------------------------------------------------------------------
@@ -235,7 +247,13 @@ def test_learning_leaves_skipped_trials_out():
 def test_a_run_goes_on_without_skipped_trials(tmp_path):
     """Shards whose trials were all left out count for nothing, in training and in evaluation."""
     document = {
-        "environment": {"name": "gymnasium", "make": "own_environments:Bad", "on_error": "skip", "horizon": 4, "measures": ["away"]},
+        "environment": {
+            "name": "gymnasium",
+            "make": "own_environments:Bad",
+            "on_error": "skip",
+            "horizon": 4,
+            "measures": ["away"],
+        },
         "model": {"name": "gru", "hidden": 4},
         "algorithm": {"name": "rl2", "minibatches": 3},
         "outer": {"meta_batch_size": 6, "shard_size": 1, "meta_steps": 2},
@@ -308,7 +326,10 @@ def test_tasks_from_elsewhere_have_known_fields():
         ({"make": "own_environments:unusual"}, "action space MultiDiscrete"),
         ({"make": "own_environments:Point", "on_error": "ignore"}, r"environment\.on_error: 'ignore' is not allowed"),
         ({"make": "own_environments:Point", "horizon": 0}, r"environment\.horizon: 0 is below 1"),
-        ({"make": "own_environments:Point", "episode": 2}, r"unknown key 'environment\.episode'; did you mean 'episodes'"),
+        (
+            {"make": "own_environments:Point", "episode": 2},
+            r"unknown key 'environment\.episode'; did you mean 'episodes'",
+        ),
     ],
 )
 def test_what_cannot_be_is_named_before_a_run(options, message):

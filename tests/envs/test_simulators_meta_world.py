@@ -99,7 +99,14 @@ def test_success_is_that_of_any_step():
     flags = torch.ones(4, 150, dtype=torch.uint8)
     blank = torch.zeros(4, 150)
     trials = Trials(
-        blank.unsqueeze(2), blank, blank, blank, blank, flags, torch.arange(4), {"success": successes * (torch.arange(150) < 149)}
+        blank.unsqueeze(2),
+        blank,
+        blank,
+        blank,
+        blank,
+        flags,
+        torch.arange(4),
+        {"success": successes * (torch.arange(150) < 149)},
     )
     assert trials.highest("success", 1).eq(1).all()  # though no longer at the end
 
@@ -154,14 +161,18 @@ def test_a_damaged_list_is_made_anew(tmp_path, monkeypatch):
     for damaged in (b"", whole[: len(whole) // 2], b"nonsense"):
         file.write_bytes(damaged)
         listed.cache_clear()
-        assert of(MetaWorld(), "train") == expected and file.read_bytes() == whole and list(tmp_path.iterdir()) == [file]
+        assert (
+            of(MetaWorld(), "train") == expected and file.read_bytes() == whole and list(tmp_path.iterdir()) == [file]
+        )
 
 
 def test_sizes_and_protocol():
     environment = MetaWorld()
     assert environment.observation_size == 39 and environment.actions == Continuous(4) and environment.horizon == 500
     told = environment.protocol("test")
-    assert told["benchmark"] == "ML1" and told["family"] == "reach-v3" and told["tasks_listed"] == 50 and told["metaworld"]
+    assert (
+        told["benchmark"] == "ML1" and told["family"] == "reach-v3" and told["tasks_listed"] == 50 and told["metaworld"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,5 +191,7 @@ def test_impossible_settings_are_named(wrong, message):
 
 def test_missing_package_is_named_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld", None)
-    with pytest.raises(ConfigError, match=r"needs metaworld, which is not installed: pip install 'metadist\[metaworld\]'"):
+    with pytest.raises(
+        ConfigError, match=r"needs metaworld, which is not installed: pip install 'metadist\[metaworld\]'"
+    ):
         _ = MetaWorld().observation_size

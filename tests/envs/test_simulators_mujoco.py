@@ -18,7 +18,12 @@ from metadist.rl.trial import EPISODE_END, TERMINATED, VALID, Trials, rollout
 pytest.importorskip("mujoco", reason="needs MuJoCo: pip install 'metadist[rl]'")
 gymnasium = pytest.importorskip("gymnasium", reason="needs gymnasium: pip install 'metadist[rl]'")
 
-BODIES = [HalfCheetahVel(horizon=40), HalfCheetahDir(horizon=40), AntDir(horizon=40), AntDir(horizon=40, contact_forces=True)]
+BODIES = [
+    HalfCheetahVel(horizon=40),
+    HalfCheetahDir(horizon=40),
+    AntDir(horizon=40),
+    AntDir(horizon=40, contact_forces=True),
+]
 KEYS = TaskKey.of(3, "train", 2, range(6))
 #: what an observation begins with, by Gymnasium's documentation
 CHEETAH = ["z", "pitch"] + ["angle"] * 6 + ["v_x", "v_z", "turning"] + ["joint"] * 6
@@ -44,7 +49,11 @@ def expected_reward(environment, task, info, action):
     cost = environment.control_cost * float(action.double().square().sum())
     if isinstance(environment, HalfCheetahVel):
         return -abs(info["x_velocity"] - task) - cost
-    return task * info["x_velocity"] - cost + (info["reward_survive"] + info["reward_contact"] if isinstance(environment, AntDir) else 0.0)
+    return (
+        task * info["x_velocity"]
+        - cost
+        + (info["reward_survive"] + info["reward_contact"] if isinstance(environment, AntDir) else 0.0)
+    )
 
 
 @pytest.mark.parametrize("environment", BODIES, ids=repr)
@@ -53,7 +62,9 @@ def test_a_trial_is_that_of_gymnasiums_own_body(environment):
     trials, tasks = rollout(environment, policy(environment), KEYS), environment.sample(KEYS)
     words = (KEYS.stream("reset").uniform(2, 2).double() * 2**24).long()
     for row in range(3):
-        options = {"include_cfrc_ext_in_observation": environment.contact_forces} if isinstance(environment, AntDir) else {}
+        options = (
+            {"include_cfrc_ext_in_observation": environment.contact_forces} if isinstance(environment, AntDir) else {}
+        )
         plain = gymnasium.make("Ant-v5" if options else "HalfCheetah-v5", **options)
         (task,), episode = [float(t[row]) for t in tasks.values()], 0
         for t in range(int(trials.flag(VALID)[row].sum())):
@@ -62,12 +73,15 @@ def test_a_trial_is_that_of_gymnasiums_own_body(environment):
                 episode += 1
             shown = torch.from_numpy(seen).clone()
             shown[
-                [name.startswith("joint") for name in NAMES[type(environment)]] + [False] * (len(shown) - len(NAMES[type(environment)]))
+                [name.startswith("joint") for name in NAMES[type(environment)]]
+                + [False] * (len(shown) - len(NAMES[type(environment)]))
             ] *= 0.1
             assert torch.equal(trials.observation[row, t], shown.float())
             action = trials.action[row, t].clamp(-1, 1)
             seen, _, terminated, _, info = plain.step(action.numpy())
-            assert float(trials.reward[row, t]) == pytest.approx(expected_reward(environment, task, info, action), abs=1e-5)
+            assert float(trials.reward[row, t]) == pytest.approx(
+                expected_reward(environment, task, info, action), abs=1e-5
+            )
             assert float(trials.measured["x_velocity"][row, t]) == pytest.approx(info["x_velocity"], rel=1e-6)
             assert bool(trials.flag(TERMINATED)[row, t]) == terminated
         assert episode == 2
@@ -91,16 +105,26 @@ def test_targets_and_directions():
     assert 0 <= target.min() < 0.01 and 2.99 < target.max() <= 3 and abs(target.mean() - 1.5) < 4 * 0.866 / 20_000**0.5
     slow = HalfCheetahVel(slowest=0.5, fastest=2.0)
     per_split = [slow.sample(TaskKey.of(0, split, 0, range(1000)))["target"] for split in SPLITS]
-    assert len(torch.cat(per_split).unique()) > 2990 and torch.cat(per_split).min() >= 0.5 and torch.cat(per_split).max() <= 2
+    assert (
+        len(torch.cat(per_split).unique()) > 2990
+        and torch.cat(per_split).min() >= 0.5
+        and torch.cat(per_split).max() <= 2
+    )
     direction = AntDir().sample(TaskKey.of(0, "train", 0, range(10_000)))["direction"]
     assert set(direction.tolist()) == {1.0, -1.0} and abs(float(direction.mean())) < 4 / 100
 
 
 def test_sizes_and_protocol():
-    assert [(e.observation_size, e.actions) for e in BODIES] == [(17, Continuous(6))] * 2 + [(27, Continuous(8)), (105, Continuous(8))]
+    assert [(e.observation_size, e.actions) for e in BODIES] == [(17, Continuous(6))] * 2 + [
+        (27, Continuous(8)),
+        (105, Continuous(8)),
+    ]
     told = HalfCheetahVel(fastest=2.0).protocol("test")
     assert (
-        told["targets"] == [0.0, 2.0] and told["horizon"] == 200 and told["control_cost"] == 0.05 and {"mujoco", "gymnasium"} < told.keys()
+        told["targets"] == [0.0, 2.0]
+        and told["horizon"] == 200
+        and told["control_cost"] == 0.05
+        and {"mujoco", "gymnasium"} < told.keys()
     )
 
 
@@ -120,7 +144,9 @@ def test_impossible_settings_are_named(cls, wrong, message):
 
 def test_missing_mujoco_is_named_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco", None)
-    with pytest.raises(ConfigError, match=r"HalfCheetahVel needs mujoco, which is not installed: pip install 'metadist\[rl\]'"):
+    with pytest.raises(
+        ConfigError, match=r"HalfCheetahVel needs mujoco, which is not installed: pip install 'metadist\[rl\]'"
+    ):
         _ = fresh(BODIES[0]).actions
 
 

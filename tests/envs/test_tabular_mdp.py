@@ -21,7 +21,9 @@ def test_rows_are_dirichlet_and_means_normal():
     for s in range(10):  # no state is favoured by the order in which sums are taken
         assert abs(p[..., s].mean() - 0.1) < 4 * math.sqrt(0.09 / 11 / p[..., s].numel())
     reward = tasks["reward"].double()
-    assert abs(reward.mean() - 1) < 4 / math.sqrt(reward.numel()) and abs(reward.std() - 1) < 4 / math.sqrt(2 * reward.numel())
+    assert abs(reward.mean() - 1) < 4 / math.sqrt(reward.numel()) and abs(reward.std() - 1) < 4 / math.sqrt(
+        2 * reward.numel()
+    )
 
 
 def test_steps_follow_the_table():
@@ -37,7 +39,9 @@ def test_steps_follow_the_table():
     assert abs(step.reward.double().mean() - one["reward"][0, 2, 1]) < 4 / math.sqrt(many)
     assert abs(step.reward.double().std() - 1) < 4 / math.sqrt(2 * many)
     assert abs(torch.corrcoef(torch.stack((step.reward.double(), step.state.double())))[0, 1]) < 4 / math.sqrt(many)
-    assert torch.equal(step.observation.argmax(1), step.state) and torch.equal(step.observation.sum(1), torch.ones(many))
+    assert torch.equal(step.observation.argmax(1), step.state) and torch.equal(
+        step.observation.sum(1), torch.ones(many)
+    )
 
 
 def test_every_episode_begins_in_state_0():

@@ -27,24 +27,41 @@ from metadist.workers.worker import numerics_fingerprint
 GOLDEN = Path(__file__).with_name("golden.json")
 META_STEPS = 4
 IMAGES, PATCHES = Blobs(input_shape=(1, 16, 16)), Blobs(input_shape=(1, 6, 6))
-MOMENTUM = OuterLoop(optimizer="sgd", lr=0.5, momentum=0.9, schedule="linear", meta_batch_size=5, shard_size=2, meta_steps=META_STEPS)
-ADAMW = OuterLoop(optimizer="adamw", weight_decay=0.01, schedule="cosine", clip_norm=1.0, meta_batch_size=6, shard_size=4, meta_steps=META_STEPS)
+MOMENTUM = OuterLoop(
+    optimizer="sgd", lr=0.5, momentum=0.9, schedule="linear", meta_batch_size=5, shard_size=2, meta_steps=META_STEPS
+)
+ADAMW = OuterLoop(
+    optimizer="adamw",
+    weight_decay=0.01,
+    schedule="cosine",
+    clip_norm=1.0,
+    meta_batch_size=6,
+    shard_size=4,
+    meta_steps=META_STEPS,
+)
 
 #: name → algorithm, tasks, model config (or a module's class), outer loop
 CONFIGS = {
     "maml-sinusoid": (MAML(inner_steps=2), Sinusoid(), MLP(), ADAMW),
-    "fomaml-conv4": (MAML(first_order=True, inner_lr=0.1, inner_steps=3), IMAGES, Conv4(filters=8, pooling="stride"), ADAMW),
+    "fomaml-conv4": (
+        MAML(first_order=True, inner_lr=0.1, inner_steps=3),
+        IMAGES,
+        Conv4(filters=8, pooling="stride"),
+        ADAMW,
+    ),
     "maml-conv4": (MAML(inner_lr=0.4), IMAGES, Conv4(filters=8), ADAMW),
     "maml-everything": (MAML(inner_lr=0.1, inner_steps=2, inner_batch_size=4), PATCHES, Everything, MOMENTUM),
     "anil-groups": (ANIL(inner_lr=0.1), IMAGES, Conv4(filters=8, norm="group", dropout=0.1), MOMENTUM),
     "meta_sgd": (MetaSGD(inner_lr=0.1, inner_steps=2), Curves(), MLP(hidden=(16,), activation="tanh"), ADAMW),
     "reptile-carried": (
         Reptile(inner_optimizer="adam", inner_lr=0.01, inner_betas=(0.0, 0.99), inner_steps=4, moments="carried"),
-        Sinusoid(), MLP(hidden=(16,)), MOMENTUM,
+        Sinusoid(),
+        MLP(hidden=(16,)),
+        MOMENTUM,
     ),
     "protonet": (ProtoNet(), IMAGES, Conv4(filters=8, pooling="max"), ADAMW),
     "cnp": (CNP(), Curves(), ConditionalNeuralProcess(16, 16), ADAMW),
-}  # fmt: skip
+}
 
 
 #: other engines: name → engine, and which of the trajectories are computed by it. In float64 they are the eager ones
@@ -54,7 +71,9 @@ ENGINES = {
     "compiled": (Engine(compile=True), ("maml-sinusoid",)),
     "compiled-mixed": (Engine(compile=True, differentiation="mixed"), ("meta_sgd",)),
 }
-CASES = [(name, "eager") for name in CONFIGS] + [(name, engine) for engine, (_, names) in ENGINES.items() for name in names]
+CASES = [(name, "eager") for name in CONFIGS] + [
+    (name, engine) for engine, (_, names) in ENGINES.items() for name in names
+]
 MARKED = [pytest.param(*case, marks=pytest.mark.long) if case[1] == "compiled-mixed" else case for case in CASES]
 
 
@@ -91,7 +110,9 @@ def test_every_bit(name, engine):
         assert digest == known["sha256"][name], f"other bits than on {known['facts']}; if meant so: {__doc__}"
 
 
-@pytest.mark.parametrize(("name", "engine"), [pytest.param(*c, marks=pytest.mark.long) if "compiled" in c[1] else c for c in CASES])
+@pytest.mark.parametrize(
+    ("name", "engine"), [pytest.param(*c, marks=pytest.mark.long) if "compiled" in c[1] else c for c in CASES]
+)
 def test_the_same_values_on_any_machine(name, engine):
     state, losses = trajectory(name, torch.float64, engine)
     golden = json.loads(GOLDEN.read_text())["values"][name]
@@ -99,7 +120,9 @@ def test_the_same_values_on_any_machine(name, engine):
     assert state.slots.keys() == golden["slots"].keys()
     for slot, (norm, first, last) in golden["slots"].items():
         vector = state.slots[slot].double()
-        assert [float(vector.norm()), float(vector[0]), float(vector[-1])] == pytest.approx([norm, first, last], rel=1e-9, abs=1e-9)
+        assert [float(vector.norm()), float(vector[0]), float(vector[-1])] == pytest.approx(
+            [norm, first, last], rel=1e-9, abs=1e-9
+        )
 
 
 def regenerate():

@@ -82,7 +82,10 @@ def test_gradients_reach_back_through_memory_within_a_sequence():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"width": 6, "heads": 4}, "model.width: 6 is no multiple of model.heads = 4"), ({"window": 0}, "model.window: 0")],
+    [
+        ({"width": 6, "heads": 4}, "model.width: 6 is no multiple of model.heads = 4"),
+        ({"window": 0}, "model.window: 0"),
+    ],
 )
 def test_bad_settings_are_named(options, message):
     with pytest.raises(ConfigError, match=message):

@@ -32,7 +32,8 @@ def test_batch_norm_is_torch_s_to_the_second_derivative():
 
 
 @pytest.mark.parametrize(
-    ("pooling", "image", "features"), [("stride", 28, 4 * 8), ("max", 28, 8), ("max", 84, 25 * 8), ("stride", 84, 36 * 8)]
+    ("pooling", "image", "features"),
+    [("stride", 28, 4 * 8), ("max", 28, 8), ("max", 84, 25 * 8), ("stride", 84, 36 * 8)],
 )
 def test_conv4_sizes(pooling, image, features):
     config = Conv4(filters=8, pooling=pooling)
@@ -53,7 +54,10 @@ def test_conv4_has_the_paper_s_112_thousand_parameters():
 
 def test_group_norm_takes_any_number_of_filters():
     for filters in (1, 6, 12, 64):
-        assert Conv4(filters=filters, norm="group", blocks=1).build((1, 4, 4), 2)(torch.randn(2, 1, 4, 4)).shape == (2, 2)
+        assert Conv4(filters=filters, norm="group", blocks=1).build((1, 4, 4), 2)(torch.randn(2, 1, 4, 4)).shape == (
+            2,
+            2,
+        )
 
 
 def test_mlp():

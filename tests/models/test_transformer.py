@@ -38,11 +38,16 @@ def test_the_blocks_are_torch_s():
     """``nn.TransformerEncoderLayer`` with the same weights, and the whole network written out around it."""
     module = small(mlp_ratio=3.0)
     x = inputs(IMAGES)
-    tokens = F.conv2d(x, module.embedding.weight.view(8, 2, 4, 4), module.embedding.bias, stride=4).flatten(2).mT + module.positions
+    tokens = (
+        F.conv2d(x, module.embedding.weight.view(8, 2, 4, 4), module.embedding.bias, stride=4).flatten(2).mT
+        + module.positions
+    )
     for block in module.blocks:
         layer = nn.TransformerEncoderLayer(8, 2, 24, 0.0, "gelu", batch_first=True, norm_first=True).double()
         attention = {"in_proj_weight": block.attention.qkv.weight, "in_proj_bias": block.attention.qkv.bias}
-        layer.self_attn.load_state_dict({**attention, **{f"out_proj.{n}": t for n, t in block.attention.out.state_dict().items()}})
+        layer.self_attn.load_state_dict(
+            {**attention, **{f"out_proj.{n}": t for n, t in block.attention.out.state_dict().items()}}
+        )
         for mine, theirs in ((block.mlp[0], layer.linear1), (block.mlp[2], layer.linear2)):
             theirs.load_state_dict(mine.state_dict())
         layer.norm1.load_state_dict(block.attention_norm.state_dict())

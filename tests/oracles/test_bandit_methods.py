@@ -15,16 +15,88 @@ from metadist.oracles.gittins import bernoulli_index, normal_index
 
 #: Duan et al. 2016, table 1: pulls, arms → means of 1,000 trials
 PUBLISHED = {
-    (10, 5): {"random": 5.0, "gittins": 6.6, "thompson": 5.7, "optimistic_thompson": 6.5, "ucb1": 6.7, "epsilon_greedy": 6.6, "greedy": 6.6},
-    (10, 10): {"random": 5.0, "gittins": 6.6, "thompson": 5.5, "optimistic_thompson": 6.2, "ucb1": 6.7, "epsilon_greedy": 6.6, "greedy": 6.6},
-    (10, 50): {"random": 5.1, "gittins": 6.5, "thompson": 5.2, "optimistic_thompson": 5.5, "ucb1": 6.6, "epsilon_greedy": 6.5, "greedy": 6.5},
-    (100, 5): {"random": 49.9, "gittins": 78.3, "thompson": 74.7, "optimistic_thompson": 77.9, "ucb1": 78.0, "epsilon_greedy": 75.4, "greedy": 74.8},
-    (100, 10): {"random": 49.9, "gittins": 82.8, "thompson": 76.7, "optimistic_thompson": 81.4, "ucb1": 82.4, "epsilon_greedy": 77.4, "greedy": 77.1},
-    (100, 50): {"random": 49.8, "gittins": 85.2, "thompson": 64.5, "optimistic_thompson": 67.7, "ucb1": 84.3, "epsilon_greedy": 78.3, "greedy": 78.0},
-    (500, 5): {"random": 249.8, "gittins": 405.8, "thompson": 402.0, "optimistic_thompson": 406.7, "ucb1": 405.8, "epsilon_greedy": 388.2, "greedy": 380.6},
-    (500, 10): {"random": 249.0, "gittins": 437.8, "thompson": 429.5, "optimistic_thompson": 438.9, "ucb1": 437.1, "epsilon_greedy": 408.0, "greedy": 395.0},
-    (500, 50): {"random": 249.6, "gittins": 463.7, "thompson": 427.2, "optimistic_thompson": 437.6, "ucb1": 457.6, "epsilon_greedy": 413.6, "greedy": 402.8},
-}  # fmt: skip
+    (10, 5): {
+        "random": 5.0,
+        "gittins": 6.6,
+        "thompson": 5.7,
+        "optimistic_thompson": 6.5,
+        "ucb1": 6.7,
+        "epsilon_greedy": 6.6,
+        "greedy": 6.6,
+    },
+    (10, 10): {
+        "random": 5.0,
+        "gittins": 6.6,
+        "thompson": 5.5,
+        "optimistic_thompson": 6.2,
+        "ucb1": 6.7,
+        "epsilon_greedy": 6.6,
+        "greedy": 6.6,
+    },
+    (10, 50): {
+        "random": 5.1,
+        "gittins": 6.5,
+        "thompson": 5.2,
+        "optimistic_thompson": 5.5,
+        "ucb1": 6.6,
+        "epsilon_greedy": 6.5,
+        "greedy": 6.5,
+    },
+    (100, 5): {
+        "random": 49.9,
+        "gittins": 78.3,
+        "thompson": 74.7,
+        "optimistic_thompson": 77.9,
+        "ucb1": 78.0,
+        "epsilon_greedy": 75.4,
+        "greedy": 74.8,
+    },
+    (100, 10): {
+        "random": 49.9,
+        "gittins": 82.8,
+        "thompson": 76.7,
+        "optimistic_thompson": 81.4,
+        "ucb1": 82.4,
+        "epsilon_greedy": 77.4,
+        "greedy": 77.1,
+    },
+    (100, 50): {
+        "random": 49.8,
+        "gittins": 85.2,
+        "thompson": 64.5,
+        "optimistic_thompson": 67.7,
+        "ucb1": 84.3,
+        "epsilon_greedy": 78.3,
+        "greedy": 78.0,
+    },
+    (500, 5): {
+        "random": 249.8,
+        "gittins": 405.8,
+        "thompson": 402.0,
+        "optimistic_thompson": 406.7,
+        "ucb1": 405.8,
+        "epsilon_greedy": 388.2,
+        "greedy": 380.6,
+    },
+    (500, 10): {
+        "random": 249.0,
+        "gittins": 437.8,
+        "thompson": 429.5,
+        "optimistic_thompson": 438.9,
+        "ucb1": 437.1,
+        "epsilon_greedy": 408.0,
+        "greedy": 395.0,
+    },
+    (500, 50): {
+        "random": 249.6,
+        "gittins": 463.7,
+        "thompson": 427.2,
+        "optimistic_thompson": 437.6,
+        "ucb1": 457.6,
+        "epsilon_greedy": 413.6,
+        "greedy": 402.8,
+    },
+}
 
 
 def row(environment, name, trials):
@@ -39,7 +111,8 @@ def agrees(found, published, trials, rounding=0.05):
 
 
 @pytest.mark.parametrize(
-    ("pulls", "arms", "value"), [(10, 2, 6.0218), (10, 5, 6.6600), (10, 10, 6.7140), (10, 50, 6.7140), (20, 5, 14.2873), (50, 2, 31.9967)]
+    ("pulls", "arms", "value"),
+    [(10, 2, 6.0218), (10, 5, 6.6600), (10, 10, 6.7140), (10, 50, 6.7140), (20, 5, 14.2873), (50, 2, 31.9967)],
 )
 def test_the_optimum_is_exact(pulls, arms, value):
     assert solve(arms, pulls).value == pytest.approx(value, abs=5e-5)
@@ -72,7 +145,9 @@ def test_the_optimal_policy_gets_its_value(pulls, arms, value):
 def test_what_is_too_large_is_said():
     assert count_states(5, 20) is not None and sum(count_states(5, 20)) <= LIMIT
     for arms, pulls in ((5, 100), (50, 500), (2, 500)):
-        with pytest.raises(ConfigError, match=rf"optimal: {arms} arms and {pulls} pulls have more than 3,000,000 states.*gittins"):
+        with pytest.raises(
+            ConfigError, match=rf"optimal: {arms} arms and {pulls} pulls have more than 3,000,000 states.*gittins"
+        ):
             play(Bandit(arms=arms, episodes=pulls), "optimal", TaskKey.of(0, "test", 0, [0]))
     with pytest.raises(ConfigError, match="gaussian"):
         play(Bandit(reward="gaussian"), "optimal", TaskKey.of(0, "test", 0, [0]))
@@ -105,7 +180,14 @@ def test_the_published_table_of_long_trials(pulls, arms):
 def test_gittins_indices_are_those_of_the_tables():
     """Gittins, Glazebrook & Weber 2011, table 8.4 (discount .9), after s successes and f failures from Beta(1, 1)."""
     index = bernoulli_index(10, 0.9)
-    for (s, f), value in {(0, 0): 0.7029, (0, 1): 0.5001, (0, 2): 0.3796, (1, 0): 0.8001, (1, 1): 0.6346, (2, 0): 0.8452}.items():
+    for (s, f), value in {
+        (0, 0): 0.7029,
+        (0, 1): 0.5001,
+        (0, 2): 0.3796,
+        (1, 0): 0.8001,
+        (1, 1): 0.6346,
+        (2, 0): 0.8452,
+    }.items():
         assert float(index[s, f]) == pytest.approx(value, abs=2e-4)
 
 
@@ -133,7 +215,9 @@ def test_normal_indices_by_bisection(pulled):
 def test_gaussian_arms():
     rows = {r.name: r for r in compare(Bandit(reward="gaussian", episodes=50), trials=4000, batch=4000)}
     assert list(rows)[0] == "known_arm" and "optimal" not in rows
-    assert rows["known_arm"].mean == pytest.approx(50 * 1.16296, abs=3 * rows["known_arm"].error)  # E max of five normals
+    assert rows["known_arm"].mean == pytest.approx(
+        50 * 1.16296, abs=3 * rows["known_arm"].error
+    )  # E max of five normals
     assert abs(rows["random"].mean) < 3 * rows["random"].error
     for name in ("ucb1", "thompson", "epsilon_greedy", "greedy"):
         assert rows["random"].mean < rows[name].mean < rows["gittins"].mean < rows["known_arm"].mean
@@ -159,7 +243,10 @@ def test_the_optimum_of_correlated_arms(kind, share):
 
 
 def test_knowing_the_correlation_beats_indices():
-    rows = {r.name: r for r in compare(CorrelatedBandit(), ["optimal", "gittins", "thompson", "ucb1"], trials=4000, batch=4000)}
+    rows = {
+        r.name: r
+        for r in compare(CorrelatedBandit(), ["optimal", "gittins", "thompson", "ucb1"], trials=4000, batch=4000)
+    }
     for name in ("gittins", "thompson", "ucb1"):
         assert rows[name].difference < -3 * rows[name].difference_error
 
@@ -167,6 +254,9 @@ def test_knowing_the_correlation_beats_indices():
 @pytest.mark.long
 def test_the_optimum_of_independent_arms_over_100_pulls():
     """The largest problem within the limit: 100 pulls of two arms."""
-    rows = {r.name: r for r in compare(CorrelatedBandit(arms_are="independent"), ["optimal", "gittins"], trials=20_000, batch=5000)}
+    rows = {
+        r.name: r
+        for r in compare(CorrelatedBandit(arms_are="independent"), ["optimal", "gittins"], trials=20_000, batch=5000)
+    }
     assert abs(rows["optimal"].mean - solve(2, 100).value) < 3 * rows["optimal"].error
     assert rows["gittins"].difference < 0

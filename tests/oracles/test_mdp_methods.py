@@ -12,11 +12,51 @@ from metadist.oracles.mdps import action_values, optimistic_action_values
 
 #: Duan et al. 2016, table 2: episodes → means of 1,000 trials
 PUBLISHED = {
-    10: {"random": 100.1, "psrl": 138.1, "opsrl": 144.1, "ucrl2": 146.6, "beb": 150.2, "epsilon_greedy": 132.8, "greedy": 134.8},
-    25: {"random": 250.2, "psrl": 408.8, "opsrl": 425.2, "ucrl2": 424.1, "beb": 427.8, "epsilon_greedy": 377.3, "greedy": 368.8},
-    50: {"random": 499.7, "psrl": 904.4, "opsrl": 930.7, "ucrl2": 918.9, "beb": 917.8, "epsilon_greedy": 823.3, "greedy": 769.3},
-    75: {"random": 749.9, "psrl": 1417.1, "opsrl": 1449.2, "ucrl2": 1427.6, "beb": 1422.6, "epsilon_greedy": 1293.9, "greedy": 1172.9},
-    100: {"random": 999.4, "psrl": 1939.5, "opsrl": 1973.9, "ucrl2": 1942.1, "beb": 1935.1, "epsilon_greedy": 1778.2, "greedy": 1578.5},
+    10: {
+        "random": 100.1,
+        "psrl": 138.1,
+        "opsrl": 144.1,
+        "ucrl2": 146.6,
+        "beb": 150.2,
+        "epsilon_greedy": 132.8,
+        "greedy": 134.8,
+    },
+    25: {
+        "random": 250.2,
+        "psrl": 408.8,
+        "opsrl": 425.2,
+        "ucrl2": 424.1,
+        "beb": 427.8,
+        "epsilon_greedy": 377.3,
+        "greedy": 368.8,
+    },
+    50: {
+        "random": 499.7,
+        "psrl": 904.4,
+        "opsrl": 930.7,
+        "ucrl2": 918.9,
+        "beb": 917.8,
+        "epsilon_greedy": 823.3,
+        "greedy": 769.3,
+    },
+    75: {
+        "random": 749.9,
+        "psrl": 1417.1,
+        "opsrl": 1449.2,
+        "ucrl2": 1427.6,
+        "beb": 1422.6,
+        "epsilon_greedy": 1293.9,
+        "greedy": 1172.9,
+    },
+    100: {
+        "random": 999.4,
+        "psrl": 1939.5,
+        "opsrl": 1973.9,
+        "ucrl2": 1942.1,
+        "beb": 1935.1,
+        "epsilon_greedy": 1778.2,
+        "greedy": 1578.5,
+    },
 }
 
 
@@ -24,7 +64,10 @@ def plain_values(reward, transition, horizon):
     """Backward induction in loops, for one MDP: V of state 0."""
     value = [0.0] * len(reward)
     for _ in range(horizon):
-        value = [max(r + sum(p * v for p, v in zip(row, value)) for r, row in zip(reward[s], transition[s])) for s in range(len(reward))]
+        value = [
+            max(r + sum(p * v for p, v in zip(row, value)) for r, row in zip(reward[s], transition[s]))
+            for s in range(len(reward))
+        ]
     return value[0]
 
 
@@ -35,7 +78,9 @@ def test_value_iteration():
     found = action_values(reward, transition, 6)
     assert found.shape == (6, 5, 4, 3)
     for i in range(5):
-        assert float(found[0, i, 0].max()) == pytest.approx(plain_values(reward[i].tolist(), transition[i].tolist(), 6), abs=1e-12)
+        assert float(found[0, i, 0].max()) == pytest.approx(
+            plain_values(reward[i].tolist(), transition[i].tolist(), 6), abs=1e-12
+        )
 
 
 def test_the_oracle_gets_what_its_values_promise():
@@ -67,7 +112,10 @@ def test_the_optimistic_model_is_the_best_within_its_slack():
         value = [0.0] * 5
         for h in reversed(range(3)):
             q = [
-                [float(reward[i, s, a]) + optimistic(transition[i, s, a].tolist(), float(slack[i, s, a]), value) for a in range(2)]
+                [
+                    float(reward[i, s, a]) + optimistic(transition[i, s, a].tolist(), float(slack[i, s, a]), value)
+                    for a in range(2)
+                ]
                 for s in range(5)
             ]
             assert torch.allclose(found[h, i], torch.tensor(q, dtype=torch.float64), atol=1e-12)
@@ -87,10 +135,18 @@ def test_the_published_table():
 
 
 def test_the_best_method_plans_at_every_step():
-    rows = {r.name: r for r in compare(TabularMDP(), ["known_mdp", "beb", "beb_each_step", "random"], trials=2000, batch=500)}
-    assert rows["beb_each_step"].mean > rows["beb"].mean + 8 and rows["beb_each_step"].mean == pytest.approx(162.3, abs=3)
+    rows = {
+        r.name: r
+        for r in compare(TabularMDP(), ["known_mdp", "beb", "beb_each_step", "random"], trials=2000, batch=500)
+    }
+    assert rows["beb_each_step"].mean > rows["beb"].mean + 8 and rows["beb_each_step"].mean == pytest.approx(
+        162.3, abs=3
+    )
     # "217.2" elsewhere, of a number of trials that isn't known
-    assert rows["known_mdp"].mean == pytest.approx(218.2, abs=4 * rows["known_mdp"].error) and rows["known_mdp"].percent == 100
+    assert (
+        rows["known_mdp"].mean == pytest.approx(218.2, abs=4 * rows["known_mdp"].error)
+        and rows["known_mdp"].percent == 100
+    )
     assert rows["random"].mean == pytest.approx(100, abs=4 * rows["random"].error)
 
 

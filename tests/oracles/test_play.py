@@ -48,7 +48,9 @@ def test_a_policy_and_a_method_meet_the_same_luck(name):
     assert replayed.shape == (40, environment.episodes) and replayed.std() > 0
 
 
-@pytest.mark.parametrize(("name", "method"), [(n, m) for n, environment in SMALL.items() for m in possible(environment)])
+@pytest.mark.parametrize(
+    ("name", "method"), [(n, m) for n, environment in SMALL.items() for m in possible(environment)]
+)
 def test_a_method_does_the_same_in_any_batch(name, method):
     whole = play(SMALL[name], method, TaskKey.of(1, "test", 0, range(30)))
     for part in (range(7, 12), [29], [20, 3]):
@@ -130,7 +132,9 @@ def test_the_table():
     assert first.difference == pytest.approx(float(difference.mean())) and first.difference_error == pytest.approx(
         float(difference.std()) / 10
     )
-    assert first.error == pytest.approx(float(random.sum(1).std()) / 10) and sum(first.by_episode) == pytest.approx(first.mean)
+    assert first.error == pytest.approx(float(random.sum(1).std()) / 10) and sum(first.by_episode) == pytest.approx(
+        first.mean
+    )
     assert score(3.0, 5.0, 1.0) == 50
 
 

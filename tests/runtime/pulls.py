@@ -93,13 +93,17 @@ class Relay(TrialLearner):
         halved = [replace(s, round=99, function="halve", needs=(s.key,)) for s in rolled.shards]
         yield Round(99, state, halved, lambda state, total: state)
         for round in rounds:
-            yield replace(round, shards=[replace(s, needs=tuple((m, 99, i) for m, _, i in s.needs)) for s in round.shards])
+            yield replace(
+                round, shards=[replace(s, needs=tuple((m, 99, i) for m, _, i in s.needs)) for s in round.shards]
+            )
 
     def compute(self, shard, theta, inputs=()):
         if shard.function != "halve":
             return super().compute(shard, theta, inputs)
         columns = dict(inputs[0].columns)
-        return WithOutput(Contribution({}, float(shard.count), shard.count, {}), Records({**columns, "reward": columns["reward"] / 2}))
+        return WithOutput(
+            Contribution({}, float(shard.count), shard.count, {}), Records({**columns, "reward": columns["reward"] / 2})
+        )
 
 
 def learner(folder="", role="learner", algorithm=None, kind=TrialLearner):

@@ -95,7 +95,11 @@ def test_shards_that_do_not_follow_on_each_other_stay_as_they_are():
     shards = list(ROUND.shards)
     assert [b.leaves for b in in_blocks(shards, [0.1, 0.1])] == [8, 8]
     assert [s for b in in_blocks(shards, [0.1, 0.1]) for s in b.each()] == shards
-    for strange in ([*shards[:3], replace(shards[3], start=99), *shards[4:]], [replace(s, settings=(("a", s.index),)) for s in shards], shards[::-1]):
+    for strange in (
+        [*shards[:3], replace(shards[3], start=99), *shards[4:]],
+        [replace(s, settings=(("a", s.index),)) for s in shards],
+        shards[::-1],
+    ):
         assert in_blocks(strange, [0.1, 0.1]) == strange
 
 
@@ -129,7 +133,9 @@ class Blocks(Toy):
         computes, self.learner = self.learner, self
         try:
             return [
-                replace(e, stats={"seconds": self.seconds(e.worker) * e.shard.leaves, "bytes": 8.0}) if isinstance(e, Finished) else e
+                replace(e, stats={"seconds": self.seconds(e.worker) * e.shard.leaves, "bytes": 8.0})
+                if isinstance(e, Finished)
+                else e
                 for e in super().wait(timeout)
             ]
         finally:
@@ -145,9 +151,6 @@ def known(toy, **options):
     for name in toy.alive:
         fleet._paces["gradient", name].append(0.01)
     return fleet
-
-
-
 
 
 @pytest.mark.parametrize("order", range(4))
@@ -209,13 +212,18 @@ def test_a_block_that_is_lost_goes_out_again_as_single_shards(bad):
 
 def test_a_shard_that_kills_is_found_in_its_block():
     toy = Blocks(2).spoil(11, lost, times=99)
-    with pytest.raises(WorkerError, match=r"round 0, shard 11 \(train tasks 22…23, seed 7\) killed 3 workers.*reproduce it with workers: 0 and seed 7"):
+    with pytest.raises(
+        WorkerError,
+        match=r"round 0, shard 11 \(train tasks 22…23, seed 7\) killed 3 workers.*reproduce it with workers: 0 and seed 7",
+    ):
         known(toy).run(ROUND)
 
 
 def test_an_error_in_a_block_is_that_of_its_shard():
     toy = Blocks(2).spoil(15, error("ValueError: no such sine", (30,)), times=99)
-    with pytest.raises(WorkerError, match=r"shard 15 \(train task 30, seed 7\) failed alike twice: task 30: ValueError: no such sine"):
+    with pytest.raises(
+        WorkerError, match=r"shard 15 \(train task 30, seed 7\) failed alike twice: task 30: ValueError: no such sine"
+    ):
         known(toy).run(ROUND)
     toy = Blocks(2).spoil(15, error("ValueError: no such sine", (30,)))
     fleet = known(toy)
@@ -278,7 +286,9 @@ def test_a_worker_computes_the_shards_of_a_block_each_as_if_it_were_alone(monkey
     [block] = in_blocks(ROUND.shards, [0.1])
     asked = []
     compute = type(LEARNER).compute
-    monkeypatch.setattr(type(LEARNER), "compute", lambda self, shard, theta: (asked.append(shard), compute(self, shard, theta))[1])
+    monkeypatch.setattr(
+        type(LEARNER), "compute", lambda self, shard, theta: (asked.append(shard), compute(self, shard, theta))[1]
+    )
     result, output, stats = worker.compute(block, STATE.slots)
     assert asked == list(ROUND.shards)
     assert bits(result) == EXPECTED

@@ -42,14 +42,20 @@ def state(step: int = 0) -> State:
             "table": torch.arange(4) + 2**62 + step,
             "none": torch.empty(0),
         },
-        {"theta/step": torch.tensor(step), "theta/seen": torch.tensor([True, False]), "m": torch.ones(2, dtype=torch.bfloat16)},
+        {
+            "theta/step": torch.tensor(step),
+            "theta/seen": torch.tensor([True, False]),
+            "m": torch.ones(2, dtype=torch.bfloat16),
+        },
     )
 
 
 def same(a: State, b: State) -> bool:
     def raw(x: State) -> list[tuple]:
         named = [(k, n, t) for k in ("slots", "outer") for n, t in sorted(getattr(x, k).items())]
-        return [(k, n, t.dtype, t.shape, t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for k, n, t in named]
+        return [
+            (k, n, t.dtype, t.shape, t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for k, n, t in named
+        ]
 
     return raw(a) == raw(b)
 
@@ -220,9 +226,9 @@ def test_every_flipped_bit_and_every_truncation_of_a_manifest_is_found(tmp_path)
     path = tmp_path / "checkpoints/step-00000001/manifest.json"
     data = path.read_bytes()
     found = 0
-    for damaged in [bytes([*data[: b // 8], data[b // 8] ^ 1 << b % 8, *data[b // 8 + 1 :]]) for b in range(8 * len(data))] + [
-        data[:n] for n in range(len(data))
-    ]:
+    for damaged in [
+        bytes([*data[: b // 8], data[b // 8] ^ 1 << b % 8, *data[b // 8 + 1 :]]) for b in range(8 * len(data))
+    ] + [data[:n] for n in range(len(data))]:
         with pytest.raises(checkpoint._Unusable):
             checkpoint._unseal(damaged)
         found += 1
@@ -242,7 +248,9 @@ def test_if_none_can_be_used_each_is_named(run_dir):
     save(Checkpoints(run_dir), 1, 2)
     damage(run_dir, 1, "manifest.json", flip(0.5))
     damage(run_dir, 2, "state.safetensors", flip(0.5))
-    with pytest.raises(CheckpointError, match="meta-step 2: state.safetensors is damaged.*; meta-step 1: manifest.json"):
+    with pytest.raises(
+        CheckpointError, match="meta-step 2: state.safetensors is damaged.*; meta-step 1: manifest.json"
+    ):
         Checkpoints(run_dir).latest(SLOTS)
 
 
@@ -264,15 +272,21 @@ def test_the_best_falls_back_too(tmp_path):
 @pytest.mark.parametrize(
     ("slots", "what"),
     [
-        ({**SLOTS, "theta": Slot(Layout(("w", "b"), ((40, 20), (20,))))}, r"slot theta, parameter w is \[40, 5\], this model's is \[40, 20\]"),
-        ({**SLOTS, "theta": Slot(Layout(("w", "c"), ((40, 5), (5,))))}, r"parameter c is missing, this model's is \[5\]"),
+        (
+            {**SLOTS, "theta": Slot(Layout(("w", "b"), ((40, 20), (20,))))},
+            r"slot theta, parameter w is \[40, 5\], this model's is \[40, 20\]",
+        ),
+        (
+            {**SLOTS, "theta": Slot(Layout(("w", "c"), ((40, 5), (5,))))},
+            r"parameter c is missing, this model's is \[5\]",
+        ),
         ({**SLOTS, "theta": Slot(Layout(("b", "w"), ((5,), (40, 5))))}, "slot theta are in another order"),
         ({**SLOTS, "rates": Slot(Layout(("w",), ((3,),)))}, "dtype of slot rates is float64, this model's is float32"),
         ({**SLOTS, "table": Slot(SLOTS["table"].layout)}, "rule of slot table is constant, this model's is gradient"),
         ({**SLOTS, "more": SLOTS["none"]}, "slot more is missing from it"),
         ({n: s for n, s in SLOTS.items() if n != "none"}, "slot none is not in this model"),
     ],
-)  # fmt: skip
+)
 def test_a_checkpoint_of_another_model_is_an_error_in_one_line(tmp_path, slots, what):
     save(Checkpoints(tmp_path), 1, 2)
     for read in (Checkpoints.latest, lambda c, s: c.load(1, s)):
@@ -395,7 +409,9 @@ def test_a_store_without_rename_that_fails_at_any_call_costs_nothing(fail_at, ag
     loaded = Checkpoints(run_dir).latest(SLOTS)
     assert loaded.meta_step == (step if saved else 1)
     assert same(loaded.state, state(7) if saved else state(1))
-    assert saved or sorted(files(run_dir)) == [f"/checkpoints/step-00000001/{n}" for n in ("manifest.json", "state.safetensors")]
+    assert saved or sorted(files(run_dir)) == [
+        f"/checkpoints/step-00000001/{n}" for n in ("manifest.json", "state.safetensors")
+    ]
     save(checkpoints, 3)
     assert len(files(run_dir)) == 2
 

@@ -27,7 +27,7 @@ LONG, SHORT = (OuterLoop(meta_batch_size=8, shard_size=8, meta_steps=n) for n in
 CPU = Device("cpu", "a processor", 64 * GIB, None)
 
 
-def subject(algorithm=MAML(inner_steps=3), outer=LONG, family=Curves(), factory=None, **options):  # noqa: B008
+def subject(algorithm=MAML(inner_steps=3), outer=LONG, family=Curves(), factory=None, **options):
     build = factory or (lambda: MLP(hidden=(16,)).build(family.input_shape, algorithm.outputs(family)))
     return learner(algorithm, build, family, outer=outer, dtype=torch.float32, **options)
 
@@ -55,7 +55,9 @@ def test_without_a_compiler(monkeypatch):
     resolved = plan(device=bare)
     assert not resolved.engine.compile
     assert resolved.reasons["compile"] == f"not: {bare.no_compiler}"
-    with pytest.raises(ConfigError, match=r"engine.compile: always, but on 'a processor' no C\+\+ compiler .* use never"):
+    with pytest.raises(
+        ConfigError, match=r"engine.compile: always, but on 'a processor' no C\+\+ compiler .* use never"
+    ):
         plan(device=bare, compile="always")
     worker = Worker(subject(), name="w", device="cpu", gpus=0, threads=1)
     with pytest.raises(WorkerError, match=r"worker w can't comply with engine.compile: .* no C\+\+ compiler"):
@@ -94,7 +96,9 @@ def test_unrolled_where_it_will_do(algorithm, why):
 def test_protonet_has_no_inner_loop():
     s = subject(ProtoNet(), family=Blobs())
     assert "no inner loop stated by descent()" in plan(s, compile="never").reasons["differentiation"]
-    with pytest.raises(ConfigError, match=r"engine.differentiation: mixed, but ProtoNet has no inner loop .* use unrolled or auto"):
+    with pytest.raises(
+        ConfigError, match=r"engine.differentiation: mixed, but ProtoNet has no inner loop .* use unrolled or auto"
+    ):
         plan(s, differentiation="mixed", compile="never")
 
 
@@ -182,7 +186,9 @@ def network(function):
     return Network
 
 
-@pytest.mark.parametrize(("function", "why"), [pytest.param(NoForward, "fails", marks=pytest.mark.long), (WrongForward, "is off by")])
+@pytest.mark.parametrize(
+    ("function", "why"), [pytest.param(NoForward, "fails", marks=pytest.mark.long), (WrongForward, "is off by")]
+)
 def test_reverse_over_reverse_where_the_forward_derivative_is_missing_or_wrong(function, why):
     s = subject(factory=network(function))
     resolved = plan(s, differentiation="mixed", compile="always")  # eagerly, reverse over reverse comes first anyhow
@@ -201,7 +207,9 @@ class DrawnBack(MAML):
 
 def test_where_no_way_back_is_right():
     s = subject(DrawnBack(inner_steps=plans.MAX_COMPILED_STEPS + 1))
-    with pytest.raises(ConfigError, match=r"engine.differentiation: mixed is wrong for this model and algorithm .*; use unrolled"):
+    with pytest.raises(
+        ConfigError, match=r"engine.differentiation: mixed is wrong for this model and algorithm .*; use unrolled"
+    ):
         plan(s, differentiation="mixed", compile="never")
     resolved = plan(s)
     assert resolved.engine.differentiation == "unrolled"
@@ -229,9 +237,15 @@ def test_impossible_wishes_are_named(settings, message):
 
 # Resuming -------------------------------------------------------------------------------------------------------------
 
+
 def test_a_resumed_run_keeps_its_engine(tmp_path, monkeypatch):
     """Nothing is planned again, and the parameters are those of the run that went through."""
-    settings = ("engine.compile=never", "engine.differentiation=mixed", "algorithm.inner_steps=2", "evaluate.test_tasks=4")
+    settings = (
+        "engine.compile=never",
+        "engine.differentiation=mixed",
+        "algorithm.inner_steps=2",
+        "evaluate.test_tasks=4",
+    )
     whole = train(tiny.experiment(*settings), run_dir=str(tmp_path / "whole"), plots=False)
     asked = iter([False] * 3)
     half = train(tiny.experiment(*settings), run_dir=str(tmp_path / "run"), plots=False, stop=lambda: next(asked, True))
@@ -254,12 +268,17 @@ def test_a_manifest_of_an_unknown_engine(recorded):
 
 
 def test_learned_rates_and_images_walk_back_too():
-    for s in (subject(MetaSGD(inner_steps=2)), subject(family=Blobs(input_shape=(1, 8, 8)), factory=lambda: Conv4(filters=4, blocks=2).build((1, 8, 8), 3))):
+    for s in (
+        subject(MetaSGD(inner_steps=2)),
+        subject(family=Blobs(input_shape=(1, 8, 8)), factory=lambda: Conv4(filters=4, blocks=2).build((1, 8, 8), 3)),
+    ):
         assert plan(s, differentiation="mixed", compile="never").engine.hessian == "reverse"
         assert plan(s, differentiation="mixed", compile="always").engine.hessian == "forward"
 
 
 def test_the_chunk_is_part_of_the_numerics():
     """Kernels may choose otherwise for other batches: conv4's bits differ between chunks."""
-    ids = {numerics_fingerprint(torch.device("cpu"), 1, torch.float32, Engine(chunk=chunk))["id"] for chunk in (None, 2, 4)}
+    ids = {
+        numerics_fingerprint(torch.device("cpu"), 1, torch.float32, Engine(chunk=chunk))["id"] for chunk in (None, 2, 4)
+    }
     assert len(ids) == 3

@@ -30,7 +30,9 @@ def mischief(tmp_path_factory):
     """A learner, and the function that tells its tasks what to do."""
     folder = tmp_path_factory.mktemp("mischief")
     toy = tiny.learner()
-    learner = Learner(toy.algorithm, toy.model, families.Mischief(k_shot=4, query_shots=4, folder=str(folder)), toy.outer)
+    learner = Learner(
+        toy.algorithm, toy.model, families.Mischief(k_shot=4, query_shots=4, folder=str(folder)), toy.outer
+    )
 
     def tell(deed):
         (folder / "deed").write_text(deed) if deed else (folder / "deed").unlink(missing_ok=True)
@@ -115,7 +117,12 @@ def test_killing_busy_actors_changes_nothing(actors, mischief, expected):
     due, killed = [3, 7, 12], []
 
     def watch(scheduler, shard):
-        if due and shard.meta_step == due[0] and shard.index + shard.leaves > 2 and scheduler.retried["lost"] >= len(killed):
+        if (
+            due
+            and shard.meta_step == due[0]
+            and shard.index + shard.leaves > 2
+            and scheduler.retried["lost"] >= len(killed)
+        ):
             due.pop(0)
             killed.append(scheduler.executor.kill_busy())
 
@@ -253,7 +260,10 @@ def test_another_theta_of_the_same_meta_step_is_seen(actors, mischief):
     fleet, local = Scheduler(actors, learner), Scheduler(LocalExecutor(learner), learner)
     for seed in (1, 2, 1):
         state = learner.initial(seed)
-        judged = [f.run(learner.evaluation("run", 6, SEED, state, split="test", tasks=8, inner_steps=2)) for f in (fleet, local)]
+        judged = [
+            f.run(learner.evaluation("run", 6, SEED, state, split="test", tasks=8, inner_steps=2))
+            for f in (fleet, local)
+        ]
         assert judged[0].columns["loss"].tolist() == judged[1].columns["loss"].tolist()
 
 
@@ -297,7 +307,9 @@ def test_gpus_that_are_not_there_are_an_error_after_a_bounded_wait(cluster, misc
 
 
 def test_too_many_cpus_are_an_error_after_a_bounded_wait(cluster, mischief):
-    with pytest.raises(WorkerError, match=r"0 of 1 learners .* asked for 1 × \{cpus: 99, gpus: 0.0\}.* the cluster has 8 CPUs"):
+    with pytest.raises(
+        WorkerError, match=r"0 of 1 learners .* asked for 1 × \{cpus: 99, gpus: 0.0\}.* the cluster has 8 CPUs"
+    ):
         executor(mischief[0], WorkerGroup(cpus=99, gpus=0), patience=2)
 
 
@@ -310,7 +322,9 @@ def test_another_fingerprint_than_the_runs_is_refused(cluster, mischief, actors)
     settle(actors, 2)
     mine = next(iter(actors.workers().values()))["fingerprint"]
     other = {**mine, "torch": "1.0.0", "id": "0123"}
-    with pytest.raises(WorkerError, match=r"computes other bits than this run.*'torch': \('1.0.0'.*engine.exact: false"):
+    with pytest.raises(
+        WorkerError, match=r"computes other bits than this run.*'torch': \('1.0.0'.*engine.exact: false"
+    ):
         executor(mischief[0], WorkerGroup(gpus=0), expected=other)
     refused = executor(mischief[0], WorkerGroup(gpus=0), expected=mine)
     refused.close()
@@ -364,7 +378,11 @@ def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
 
     overrides = ["outer.lr=0.3", "evaluate.every=1", "outer.meta_steps=7"]
     alone, fleet = (
-        run_training(tiny.experiment(*overrides, f"workers=[{{min: {n}, max: {n}, gpus: 0}}]"), run_dir=str(tmp_path / str(n)), plots=False)
+        run_training(
+            tiny.experiment(*overrides, f"workers=[{{min: {n}, max: {n}, gpus: 0}}]"),
+            run_dir=str(tmp_path / str(n)),
+            plots=False,
+        )
         for n in (0, 2)
     )
     assert alone.outcome.best_step < 7
@@ -386,7 +404,17 @@ def test_rounded_contributions_train_about_as_well_and_survive_a_kill(cluster, m
         workers = executor(learner, WorkerGroup(min=2, max=2, gpus=0), **options)
         try:
             state, fleet = train(workers, learner, 60, watch=watch)
-            losses = evaluate(fleet, learner, state, run="run", meta_step=60, seed=SEED, split="validation", tasks=100, inner_steps=None).loss
+            losses = evaluate(
+                fleet,
+                learner,
+                state,
+                run="run",
+                meta_step=60,
+                seed=SEED,
+                split="validation",
+                tasks=100,
+                inner_steps=None,
+            ).loss
             return losses[-1], fleet, state
         finally:
             workers.close()

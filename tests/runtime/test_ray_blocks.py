@@ -126,7 +126,10 @@ def test_the_failing_task_of_a_block_is_named(actors, learner, even, tell):
     tell("raise 21")
     with pytest.raises(WorkerError) as caught:
         training.go(1)
-    assert f"shard 10 (train tasks 20…21, seed {SEED}) failed alike twice: task 21: ValueError: the sine of task 21 is gone" in str(caught.value)
+    assert (
+        f"shard 10 (train tasks 20…21, seed {SEED}) failed alike twice: task 21: ValueError: the sine of task 21 is gone"
+        in str(caught.value)
+    )
     assert "families.py" in details[0]
     assert max(s.leaves for s in training.given) == SHARDS // 2
 
@@ -135,7 +138,9 @@ def test_a_nan_in_a_block_is_attributed_to_its_task(actors, learner, even, tell)
     ready(actors, learner)
     training = Training(actors, learner).go(1)
     tell("nan 30")
-    with pytest.raises(WorkerError, match=rf"shard 15 \(train tasks 30…31, seed {SEED}\).*task 30: tasks \[30\] gave NaN or Inf"):
+    with pytest.raises(
+        WorkerError, match=rf"shard 15 \(train tasks 30…31, seed {SEED}\).*task 30: tasks \[30\] gave NaN or Inf"
+    ):
         training.go(1)
 
 
@@ -143,7 +148,9 @@ def test_a_task_that_kills_its_workers_is_found_in_its_block(actors, learner, ev
     ready(actors, learner)
     training = Training(actors, learner).go(1)
     tell("exit 6")
-    with pytest.raises(WorkerError, match=rf"shard 3 \(train tasks 6…7, seed {SEED}\) killed 3 workers.*workers: 0 and seed {SEED}"):
+    with pytest.raises(
+        WorkerError, match=rf"shard 3 \(train tasks 6…7, seed {SEED}\) killed 3 workers.*workers: 0 and seed {SEED}"
+    ):
         training.go(1)
     settle(actors, 2)
 

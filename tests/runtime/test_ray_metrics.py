@@ -38,14 +38,23 @@ def test_names_that_differ_in_a_place_become_one_with_a_label(name, metric, labe
 
 def drawn() -> set[str]:
     """The names of a run's measurements that the dashboard asks for, as Ray exports them."""
-    expressions = [target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]]
+    expressions = [
+        target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]
+    ]
     return {name for expression in expressions for name in re.findall(r"ray_metadist_\w+", expression)}
 
 
 @pytest.mark.long
 def test_every_panel_of_the_dashboard_has_what_it_draws(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("METADIST_RUNS", str(tmp_path))
-    small = ["outer.meta_steps=20", "evaluate.every=10", "evaluate.tasks=20", "evaluate.test_tasks=20", "tracking.log_every=1", "tracking.uri=none"]
+    small = [
+        "outer.meta_steps=20",
+        "evaluate.every=10",
+        "evaluate.tasks=20",
+        "evaluate.test_tasks=20",
+        "tracking.log_every=1",
+        "tracking.uri=none",
+    ]
     document = override(read_document("sinusoid_maml"), [*small, "workers=[{role: learner, min: 1, max: 1}]"])
     result = train(Experiment.of(build(document)), run_dir=str(tmp_path / "a"), plots=False)
     port, text, deadline = cluster.nodes()[0]["MetricsExportPort"], "", time.monotonic() + 150

@@ -34,16 +34,29 @@ def test_two_replicas_answer_as_this_process_does(tmp_path, replicas):
     token.chmod(0o600)
     port = free_port()
     server = tiny.start(
-        "serve", "run", "--ray-serve", "--replicas", replicas, "--replica-cpus", 0.5, "--http-port", port, "--token-file", "token",
-        folder=tmp_path, OMP_NUM_THREADS="1",
-    )  # fmt: skip
+        "serve",
+        "run",
+        "--ray-serve",
+        "--replicas",
+        replicas,
+        "--replica-cpus",
+        0.5,
+        "--http-port",
+        port,
+        "--token-file",
+        "token",
+        folder=tmp_path,
+        OMP_NUM_THREADS="1",
+    )
     try:
         while "Ray Serve" not in (line := server.stderr.readline()):
             assert line, server.communicate()
 
         def ask(path, body=None, given="t" * 40):
             data = None if body is None else json.dumps(body).encode()
-            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Authorization": f"Bearer {given}"})
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}{path}", data, {"Authorization": f"Bearer {given}"}
+            )
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return json.loads(answer.read())
 
@@ -57,7 +70,9 @@ def test_two_replicas_answer_as_this_process_does(tmp_path, replicas):
         def through_a_handle(task):
             x, y = task
             handle = ask("/v1/adapt", {"x": x.tolist(), "y": y.tolist()})["handle"]
-            return handle, [torch.tensor(ask("/v1/predict", {"handle": handle, "x": x.tolist()})["prediction"]) for _ in range(3)]
+            return handle, [
+                torch.tensor(ask("/v1/predict", {"handle": handle, "x": x.tolist()})["prediction"]) for _ in range(3)
+            ]
 
         with ThreadPoolExecutor(8) as pool:
             results = list(pool.map(through_a_handle, tasks))

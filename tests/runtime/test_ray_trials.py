@@ -128,7 +128,12 @@ def test_killing_busy_actors_changes_nothing(fleet, expected, function):
     due, killed = [1, 3], []
 
     def watch(scheduler, shard):
-        if due and shard.meta_step == due[0] and shard.function == function and scheduler.retried["lost"] >= len(killed):
+        if (
+            due
+            and shard.meta_step == due[0]
+            and shard.function == function
+            and scheduler.retried["lost"] >= len(killed)
+        ):
             due.pop(0)
             killed.append(scheduler.executor.kill_busy())
 
@@ -290,13 +295,18 @@ def test_environment_workers_answer_with_references(apart, cluster):
 
 def test_an_environment_that_raises_is_named_with_its_task(fleet, told):
     told("raise 5")
-    with pytest.raises(WorkerError, match=rf"tasks 4…5, seed {SEED}\) failed alike twice: task 5: ValueError: the arm of task 5 is stuck"):
+    with pytest.raises(
+        WorkerError,
+        match=rf"tasks 4…5, seed {SEED}\) failed alike twice: task 5: ValueError: the arm of task 5 is stuck",
+    ):
         train(*fleet)
 
 
 def test_a_nan_of_an_environment_is_attributed_to_its_task(fleet, told):
     told("nan 7")
-    with pytest.raises(WorkerError, match=rf"tasks 6…7, seed {SEED}.*task 7: the environment gave a reward or observation of NaN"):
+    with pytest.raises(
+        WorkerError, match=rf"tasks 6…7, seed {SEED}.*task 7: the environment gave a reward or observation of NaN"
+    ):
         train(*fleet)
 
 
@@ -316,7 +326,9 @@ def test_an_environment_that_never_ends_loses_its_worker(apart, told, expected):
     sha256, scheduler = train(actors, learner, timeout=5)
     assert sha256 == expected, "another one has rolled it out"
     deadline = time.monotonic() + 180
-    judging = learner.evaluation("run", STEPS, SEED, learner.initial(SEED), split="validation", tasks=4, inner_steps=None)
+    judging = learner.evaluation(
+        "run", STEPS, SEED, learner.initial(SEED), split="validation", tasks=4, inner_steps=None
+    )
     while scheduler._outstanding and time.monotonic() < deadline:
         scheduler.run(judging)
     settle(actors, 3)
@@ -356,7 +368,9 @@ def test_roles_may_compute_differently_but_each_as_the_run_began(apart):
     settle(actors, 3)
     mine = next(iter(actors.workers().values()))["fingerprint"]
     groups = (WorkerGroup(gpus=0), replace(ENVIRONMENTS, min=1, max=1))
-    with pytest.raises(WorkerError, match=r"environment-. on .* computes other bits than this run .*'threads': \(2, 1\)"):
+    with pytest.raises(
+        WorkerError, match=r"environment-. on .* computes other bits than this run .*'threads': \(2, 1\)"
+    ):
         executor(learner, *groups, expected={**mine, "environment": OTHER})
     with pytest.raises(WorkerError, match="trials were rolled out on 'GPU of yore', .* go on with environment workers"):
         executor(learner, WorkerGroup(gpus=0), expected={**mine, "environment": OTHER})

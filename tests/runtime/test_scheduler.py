@@ -112,7 +112,9 @@ def hang(*_): ...
 
 
 def error(message="ValueError: no such sine", tasks=(4,)):
-    return lambda shard, attempt, worker, _: [Failed(shard, attempt, worker, "error", message, tasks, detail=f"traceback of {message}")]
+    return lambda shard, attempt, worker, _: [
+        Failed(shard, attempt, worker, "error", message, tasks, detail=f"traceback of {message}")
+    ]
 
 
 def altered(change):
@@ -284,7 +286,9 @@ def test_errors_that_differ_every_time_end_the_run_too():
     """Messages may hold addresses or times: a shard must not be tried for ever."""
     deeds = [error(f"ValueError: <Thing at 0x{n:x}>") for n in range(50)]
     toy = Toy(2).fail_at(2, *deeds)
-    with pytest.raises(WorkerError, match=rf"failed {scheduling.MAX_FAILURES} times, the last with: task 4: ValueError: <Thing at 0x4>"):
+    with pytest.raises(
+        WorkerError, match=rf"failed {scheduling.MAX_FAILURES} times, the last with: task 4: ValueError: <Thing at 0x4>"
+    ):
         scheduler(toy).run(gradient_round())
 
 
@@ -341,7 +345,10 @@ def test_records_come_in_the_order_of_their_shards(order):
     ("deed", "reason"),
     [
         (altered(lambda r: Records({n: c[:1] for n, c in r.columns.items()})), "1 rows for 2 tasks"),
-        (altered(lambda r: Contribution({"model": STATE.slots["model"]}, 2.0, 2)), "contribution where records should be"),
+        (
+            altered(lambda r: Contribution({"model": STATE.slots["model"]}, 2.0, 2)),
+            "contribution where records should be",
+        ),
     ],
 )
 def test_wrong_records_are_rejected(deed, reason):

@@ -71,7 +71,9 @@ def test_a_steered_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_p
     hand = Hand(monkeypatch, {3: [size(4)]})
     whole = run(tmp_path / "whole")
     assert hand.sizes == [10, 10, 10, 4, 4, 4]
-    assert whole.params_sha256 != run(tmp_path / "plain").params_sha256, "steering changes the bits, or nothing is proved"
+    assert whole.params_sha256 != run(tmp_path / "plain").params_sha256, (
+        "steering changes the bits, or nothing is proved"
+    )
     for stop in (2, 3, 5):
         Hand(monkeypatch, {3: [size(4)]}, stop_at=stop)
         assert run(tmp_path / f"run{stop}").outcome.stopped == "interrupted"
@@ -109,7 +111,10 @@ def test_killed_between_checkpoints(tmp_path, monkeypatch):
 
 @pytest.mark.long
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(commands=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([2, 3, 4, 7, 12])), max_size=4), stops=st.sets(st.integers(1, 5), max_size=3))
+@given(
+    commands=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([2, 3, 4, 7, 12])), max_size=4),
+    stops=st.sets(st.integers(1, 5), max_size=3),
+)
 def test_whatever_is_commanded_and_wherever_it_stops(tmp_path_factory, commands, stops):
     folder = tmp_path_factory.mktemp("steered")
     orders = {}
@@ -151,18 +156,27 @@ def test_pause_and_checkpoint_change_no_bits(tmp_path, monkeypatch):
     assert phases[0].checkpoint == 2
     assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} >= {"step-00000003", "step-00000006"}
     assert [(line["command"], line["meta_step"]) for line in lines(tmp_path / "run")] == [
-        ("checkpoint", 2), ("pause", 3), ("checkpoint", 3), ("resume", 3),
-    ]  # fmt: skip
+        ("checkpoint", 2),
+        ("pause", 3),
+        ("checkpoint", 3),
+        ("resume", 3),
+    ]
 
 
 def test_reinforcement_learning_too(tmp_path, monkeypatch):
     """RL²'s minibatches are of whole shards: what would leave one empty is refused, the rest is obeyed and repeated."""
     document = {
-        "name": "rl", "environment": {"name": "bandit", "arms": 2, "episodes": 3}, "model": {"name": "gru", "hidden": 4},
-        "algorithm": {"name": "rl2", "minibatches": 2, "epochs": 1}, "outer": {"meta_batch_size": 8, "shard_size": 2, "meta_steps": 4},
-        "evaluate": {"every": 100, "tasks": 4, "test_tasks": 4}, "workers": [{"min": 0, "max": 0}], "tracking": {"uri": "none"},
-        "checkpoint": {"every": 3}, "control": {"enabled": False},
-    }  # fmt: skip
+        "name": "rl",
+        "environment": {"name": "bandit", "arms": 2, "episodes": 3},
+        "model": {"name": "gru", "hidden": 4},
+        "algorithm": {"name": "rl2", "minibatches": 2, "epochs": 1},
+        "outer": {"meta_batch_size": 8, "shard_size": 2, "meta_steps": 4},
+        "evaluate": {"every": 100, "tasks": 4, "test_tasks": 4},
+        "workers": [{"min": 0, "max": 0}],
+        "tracking": {"uri": "none"},
+        "checkpoint": {"every": 3},
+        "control": {"enabled": False},
+    }
 
     def go(where, **more):
         return train(Experiment.of(build(document)), run_dir=str(where), test=False, plots=False, **more)
@@ -257,7 +271,10 @@ def test_one_id_is_obeyed_once(tmp_path, monkeypatch):
 
 def test_stopping_while_paused(tmp_path, monkeypatch):
     """By Ctrl-C, and by command; each leaves a checkpoint."""
-    for name, orders, stop in (("command", [Command("pause"), Command("stop")], lambda: False), ("key", [Command("pause")], None)):
+    for name, orders, stop in (
+        ("command", [Command("pause"), Command("stop")], lambda: False),
+        ("key", [Command("pause")], None),
+    ):
         hand = Hand(monkeypatch, {3: orders})
         pressed = stop or (lambda hand=hand: hand.steering is not None and hand.steering.standing().phase == "paused")
         half = run(tmp_path / name, "checkpoint.every=100", stop=pressed)
@@ -303,7 +320,6 @@ def test_a_folder_that_cannot_be_synced_leaves_no_line_of_a_command_without_effe
     monkeypatch.undo()
     assert CommandLog(str(tmp_path)).entries == []
     assert CommandLog(str(tmp_path)).append(size(4), 5).seq == 1
-
 
 
 def test_a_torn_last_line_never_took_effect(steered, caplog, tmp_path):
@@ -354,7 +370,10 @@ def test_a_log_that_contradicts_the_checkpoint_is_told(steered):
     where, _ = steered
     log = CommandLog(str(where))
     log.append(size(8), 2)
-    with pytest.raises(CheckpointError, match="set_meta_batch_size 8 at meta-step 2, the checkpoint was trained under .* 6 at meta-step 4"):
+    with pytest.raises(
+        CheckpointError,
+        match="set_meta_batch_size 8 at meta-step 2, the checkpoint was trained under .* 6 at meta-step 4",
+    ):
         run(where, resume=True)
 
 

@@ -41,7 +41,10 @@ def test_the_same_experiment_gives_the_same_bits(whole, tmp_path):
     again = train(tiny.experiment(), run_dir=str(tmp_path / "again"), plots=False)
     assert again.params_sha256 == whole.params_sha256
     assert again.evaluations[0] == whole.evaluations[0]
-    assert train(tiny.experiment("seed=4"), run_dir=str(tmp_path / "else"), plots=False).params_sha256 != whole.params_sha256
+    assert (
+        train(tiny.experiment("seed=4"), run_dir=str(tmp_path / "else"), plots=False).params_sha256
+        != whole.params_sha256
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,13 @@ def test_the_same_experiment_gives_the_same_bits(whole, tmp_path):
     [
         (1, ("outer.optimizer=sgd", "outer.momentum=0.9", "outer.lr=0.1")),
         (3, ("outer.schedule=cosine", "outer.clip_norm=0.1")),
-        (5, ("algorithm={name: reptile, inner_optimizer: adam, inner_lr: 0.01, inner_steps: 2, moments: carried}", "outer.optimizer=sgd")),
+        (
+            5,
+            (
+                "algorithm={name: reptile, inner_optimizer: adam, inner_lr: 0.01, inner_steps: 2, moments: carried}",
+                "outer.optimizer=sgd",
+            ),
+        ),
         (3, ("algorithm={name: meta_sgd}", "outer.optimizer=adamw", "outer.weight_decay=0.1")),
         (1, ("model.dropout=0.5",)),
         (5, ("model={name: cnp, width: 8, representation: 8}", "algorithm={name: cnp}")),
@@ -125,7 +134,10 @@ def test_a_failure_at_once_leaves_no_checkpoint(tmp_path):
     with pytest.raises(WorkerError):
         train(tiny.experiment(), run_dir=str(tmp_path / "run"), watch=watch, plots=False)
     assert not (tmp_path / "run/checkpoints").exists()
-    assert train(tiny.experiment(), run_dir=str(tmp_path / "run"), resume=True, plots=False).outcome.progress.meta_step == 6
+    assert (
+        train(tiny.experiment(), run_dir=str(tmp_path / "run"), resume=True, plots=False).outcome.progress.meta_step
+        == 6
+    )
 
 
 def test_being_killed_while_files_are_written_is_survived(tmp_path, whole, monkeypatch):
@@ -244,9 +256,11 @@ def test_a_lost_best_checkpoint_falls_back_to_the_last(tmp_path, monkeypatch):
 def test_the_test_is_evaluated_once_at_the_end(tmp_path):
     splits = []
     result = train(
-        tiny.experiment(), run_dir=str(tmp_path / "run"), plots=False,
+        tiny.experiment(),
+        run_dir=str(tmp_path / "run"),
+        plots=False,
         watch=lambda scheduler, shard: splits.append((shard.split, shard.function, shard.start)),
-    )  # fmt: skip
+    )
     tested = [s for s in splits if s[0] == "test"]
     assert [s[2] for s in tested] == [0, 2, 4, 6]
     assert splits[-4:] == tested
@@ -256,11 +270,24 @@ def test_the_test_is_evaluated_once_at_the_end(tmp_path):
 
 def test_the_protocol_names_what_a_score_must_be_read_with(tmp_path, whole):
     protocol = whole.evaluations[0].protocol
-    assert set(protocol) >= {"split", "seed", "tasks", "normalization", "inner_steps", "family", "k_shot", "query_shots", "task_list_sha256"}
+    assert set(protocol) >= {
+        "split",
+        "seed",
+        "tasks",
+        "normalization",
+        "inner_steps",
+        "family",
+        "k_shot",
+        "query_shots",
+        "task_list_sha256",
+    }
     assert (protocol["split"], protocol["seed"], protocol["tasks"], protocol["inner_steps"]) == ("test", 3, 8, 2)
     again = evaluate_run(whole.run_dir).evaluations[0]
     assert again == whole.evaluations[0]
-    assert json.loads((tmp_path / "whole/evaluation.json").read_text())[0]["protocol"]["task_list_sha256"] == protocol["task_list_sha256"]
+    assert (
+        json.loads((tmp_path / "whole/evaluation.json").read_text())[0]["protocol"]["task_list_sha256"]
+        == protocol["task_list_sha256"]
+    )
     hashes = [
         evaluate_run(whole.run_dir, **change).evaluations[0].protocol["task_list_sha256"]
         for change in ({}, {"inner_steps": 1}, {"tasks": 7}, {"split": "validation"}, {"split": "train"})
@@ -274,7 +301,9 @@ def test_another_family_or_seed_has_another_task_list():
         experiment = tiny.experiment(*change)
         learner, state = experiment.learner, experiment.learner.initial(0)
         fleet = Scheduler(LocalExecutor(learner), learner)
-        judged = evaluate(fleet, learner, state, run="x", meta_step=0, seed=experiment.seed, split="test", tasks=4, inner_steps=1)
+        judged = evaluate(
+            fleet, learner, state, run="x", meta_step=0, seed=experiment.seed, split="test", tasks=4, inner_steps=1
+        )
         return judged.protocol["task_list_sha256"]
 
     others = ("seed=4",), ("tasks.k_shot=5",), ("tasks.amplitude=[1, 2]",)
@@ -284,7 +313,9 @@ def test_another_family_or_seed_has_another_task_list():
 
 @pytest.mark.parametrize("shard_size", [1, 3, 8])
 def test_shards_do_not_change_the_evaluation(tmp_path, whole, shard_size):
-    learner = dataclasses.replace(whole.experiment.learner, outer=dataclasses.replace(whole.experiment.learner.outer, shard_size=shard_size))
+    learner = dataclasses.replace(
+        whole.experiment.learner, outer=dataclasses.replace(whole.experiment.learner.outer, shard_size=shard_size)
+    )
     fleet = Scheduler(LocalExecutor(learner), learner)
     judged = evaluate(fleet, learner, whole.state, run="x", meta_step=9, seed=3, split="test", tasks=8, inner_steps=2)
     assert judged.protocol == whole.evaluations[0].protocol

@@ -44,7 +44,12 @@ def test_different_parameters_exit_with_1(cluster, tmp_path):
 
 @pytest.mark.long
 def test_trials_give_the_same_parameters_whoever_rolls_out_and_is_killed(cluster, tmp_path):
-    short = ["outer.meta_steps=4", "outer.meta_batch_size=40", "outer.shard_size=10", "evaluate={every: 4, tasks: 20, test_tasks: 20}"]
+    short = [
+        "outer.meta_steps=4",
+        "outer.meta_batch_size=40",
+        "outer.shard_size=10",
+        "evaluate={every: 4, tasks: 20, test_tasks: 20}",
+    ]
     result = verify("bandit_rl2", *short, "--workers", "0,learners=1/environments=2", "--kill", "2")
     assert result.exit_code == 0, result.output
     rows = tiny.last_json(result.stdout)["rows"]

@@ -40,7 +40,9 @@ def test_files_are_copied_once_for_each_state(store):
 
 def test_what_cannot_be_reached_is_one_line(monkeypatch):
     monkeypatch.setenv("METADIST_DATA", "nosuchprotocol://bucket")
-    with pytest.raises(DataError, match=r"METADIST_DATA = nosuchprotocol://bucket cannot be reached \(.*nosuchprotocol"):
+    with pytest.raises(
+        DataError, match=r"METADIST_DATA = nosuchprotocol://bucket cannot be reached \(.*nosuchprotocol"
+    ):
         data_folder("omniglot", ("a.bin",))
 
 

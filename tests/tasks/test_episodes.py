@@ -51,7 +51,9 @@ def keys(tasks=range(8), split="train", seed=0, step=5):
 
 def equal(a, b):
     return all(
-        torch.equal(getattr(getattr(a, s), f), getattr(getattr(b, s), f)) for s in ("support", "query") for f in ("x", "y")
+        torch.equal(getattr(getattr(a, s), f), getattr(getattr(b, s), f))
+        for s in ("support", "query")
+        for f in ("x", "y")
     )
 
 
@@ -109,8 +111,12 @@ def test_classes_labels_and_images_are_uniform():
 def test_unequal_populations_draw_as_equal_ones_do():
     stream = keys(range(16)).stream("images")
     whole = choose(stream.bits(4, 6), torch.tensor([6, 7, 40, 6]))
-    assert all(whole[:, i].equal(choose(stream.bits(4, 6), population)[:, i]) for i, population in enumerate((6, 7, 40, 6)))
-    assert (whole[:, 0].sort(-1).values == torch.arange(6)).all() and all(len(set(r.tolist())) == 6 for r in whole[:, 2])
+    assert all(
+        whole[:, i].equal(choose(stream.bits(4, 6), population)[:, i]) for i, population in enumerate((6, 7, 40, 6))
+    )
+    assert (whole[:, 0].sort(-1).values == torch.arange(6)).all() and all(
+        len(set(r.tolist())) == 6 for r in whole[:, 2]
+    )
 
 
 def test_turned_images_follow_those_that_are_not():
@@ -134,7 +140,9 @@ def test_tasks_are_the_same_as_ever(rotations, expected):
     """What a task is made of is public: these may never change."""
     digest = hashlib.sha256()
     for shape in ({}, {"train_n_way": 6, "train_k_shot": 3, "train_query_shots": 4}):
-        task = Toy(n_way=3, k_shot=2, query_shots=3, rotations=rotations, **shape).sample(keys(range(20), seed=7, step=11), "train")
+        task = Toy(n_way=3, k_shot=2, query_shots=3, rotations=rotations, **shape).sample(
+            keys(range(20), seed=7, step=11), "train"
+        )
         for t in (task.support.x, task.support.y, task.query.x, task.query.y):
             digest.update(t.contiguous().numpy().tobytes())
     assert digest.hexdigest()[:16] == expected
@@ -179,7 +187,11 @@ def test_the_images_are_gathered_on_the_device(device, rotations):
     [
         ({"n_way": 3}, "validation", r"tasks\.n_way = 3: the validation split has 2 classes; lower it"),
         ({"n_way": 2, "train_n_way": 8}, "train", r"tasks\.train_n_way = 8: the train split has 7 classes"),
-        ({"k_shot": 3, "query_shots": 5}, "train", r"tasks\.k_shot \+ tasks\.query_shots = 3 \+ 5: class 'class0' .* 7 images"),
+        (
+            {"k_shot": 3, "query_shots": 5},
+            "train",
+            r"tasks\.k_shot \+ tasks\.query_shots = 3 \+ 5: class 'class0' .* 7 images",
+        ),
     ],
 )
 def test_impossible_episodes_are_named(settings, split, message):

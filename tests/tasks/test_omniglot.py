@@ -138,11 +138,19 @@ def test_split_lists(official, root, tmp_path):
     assert lake.class_names("test") == tuple(CLASSES["images_evaluation"])
     assert lake.data_sha256 != vinyals.data_sha256
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"train": ["Tibetan/character01", "Angelic/character01"], "test": ["Greek/character01"]}))
+    path.write_text(
+        json.dumps({"train": ["Tibetan/character01", "Angelic/character01"], "test": ["Greek/character01"]})
+    )
     mine = Omniglot(split_list=str(path))
-    assert mine.class_names("train") == ("Tibetan/character01", "Angelic/character01") and not mine.class_names("validation")
+    assert mine.class_names("train") == ("Tibetan/character01", "Angelic/character01") and not mine.class_names(
+        "validation"
+    )
     for lists, error, message in (
-        ({"train": ["Greek/character01"], "test": ["Greek/character01"]}, DataError, "in the train split and again in test"),
+        (
+            {"train": ["Greek/character01"], "test": ["Greek/character01"]},
+            DataError,
+            "in the train split and again in test",
+        ),
         ({"train": ["Greek/character1"]}, ConfigError, "no class 'Greek/character1'; did you mean 'Greek/character01'"),
         ({"trian": []}, ConfigError, "'trian' is not one of train, validation, test; did you mean 'train'"),
         (["Greek"], ConfigError, "must be {split"),
@@ -176,7 +184,9 @@ def test_incomplete_or_damaged_data_are_refused(official, root):
     one = next(extra.iterdir())
     content = one.read_bytes()
     one.unlink()
-    with pytest.raises(DataError, match="images_evaluation is incomplete: 4 characters and 11 drawings instead of 4 and 12"):
+    with pytest.raises(
+        DataError, match="images_evaluation is incomplete: 4 characters and 11 drawings instead of 4 and 12"
+    ):
         Omniglot().prepare(CPU)
     one.write_bytes(content[:60])
     with pytest.raises(DataError, match=f"{one} is not a readable image"):

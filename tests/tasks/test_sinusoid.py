@@ -32,7 +32,9 @@ def test_a_task_is_the_same_in_any_shard():
     whole = family.sample(TaskKey.of(1, "train", 9, range(40)), "train")
     for tasks in (range(5, 12), [39], [20, 3]):
         part = family.sample(TaskKey.of(1, "train", 9, tasks), "train")
-        for a, b in zip((part.support.x, part.support.y, part.query.y), (whole.support.x, whole.support.y, whole.query.y)):
+        for a, b in zip(
+            (part.support.x, part.support.y, part.query.y), (whole.support.x, whole.support.y, whole.query.y)
+        ):
             assert torch.equal(a, b[list(tasks)])
     single = family.sample_task(TaskKey.of(1, "train", 9, range(40)).each()[17], "train")
     assert torch.equal(single.query.y, whole.query.y[17])

@@ -65,9 +65,15 @@ def test_a_run_as_mlflow_shows_it(tmp_path, points):
 
     def begin(seed: int):
         tracker = make_tracker(
-            f"sqlite:///{tmp_path}/mlflow.db", spool=tmp_path / f"{seed}", experiment="e", runs_root=tmp_path, interval=0.1
+            f"sqlite:///{tmp_path}/mlflow.db",
+            spool=tmp_path / f"{seed}",
+            experiment="e",
+            runs_root=tmp_path,
+            interval=0.1,
         )
-        tracker.start(run_id=f"seed-{seed}", name=f"seed {seed}", params={"seed": seed}, tags={"git": "abc"}, parent="group")
+        tracker.start(
+            run_id=f"seed-{seed}", name=f"seed {seed}", params={"seed": seed}, tags={"git": "abc"}, parent="group"
+        )
         return tracker
 
     ids = set()
@@ -110,7 +116,9 @@ def test_a_run_as_mlflow_shows_it(tmp_path, points):
     resumed.metrics(6, {"recall@5": 2.0})
     assert resumed.finish("FINISHED", 180) == 0
     assert client.get_run(child.info.run_id).info.lifecycle_stage == "active"
-    other = make_tracker(f"sqlite:///{tmp_path}/other.db", spool=tmp_path / "1", experiment="e", runs_root=tmp_path, interval=0.1)
+    other = make_tracker(
+        f"sqlite:///{tmp_path}/other.db", spool=tmp_path / "1", experiment="e", runs_root=tmp_path, interval=0.1
+    )
     other.start(run_id="seed-1", name="seed 1", params={"seed": 1}, tags={})
     assert other.finish("FINISHED", 180) == 0
     assert points(tmp_path / "other.db") == points(tmp_path / "mlflow.db", child.info.run_id)
@@ -178,7 +186,8 @@ def test_several_drivers_start_at_once_on_a_fresh_store(tmp_path, query):
         "sys.exit(t.finish('FINISHED', 240))"
     )
     drivers = [
-        subprocess.Popen([sys.executable, "-c", script, str(seed), str(tmp_path)], stderr=subprocess.PIPE, text=True) for seed in range(3)
+        subprocess.Popen([sys.executable, "-c", script, str(seed), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        for seed in range(3)
     ]
     for driver in drivers:
         assert driver.wait(300) == 0, driver.stderr.read() if driver.stderr else ""
@@ -190,7 +199,9 @@ def test_several_drivers_start_at_once_on_a_fresh_store(tmp_path, query):
 
 
 @pytest.mark.long
-def test_a_server_dead_frozen_and_killed_never_holds_the_driver_up(tmp_path, server, monkeypatch, caplog, points, query):
+def test_a_server_dead_frozen_and_killed_never_holds_the_driver_up(
+    tmp_path, server, monkeypatch, caplog, points, query
+):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     tracker = make_tracker(server.uri, spool=tmp_path / "run", experiment="e", runs_root=tmp_path, interval=0.2)
     calls: list[float] = []
@@ -244,7 +255,9 @@ def test_a_server_dead_frozen_and_killed_never_holds_the_driver_up(tmp_path, ser
     assert query(server.database, "SELECT status, lifecycle_stage FROM runs") == [("FINISHED", "active")]
     assert list((server.folder / "mlartifacts").glob("**/notes/a.txt"))
     assert_fast(calls)
-    print(f"\n{len(calls)} calls, slowest {max(calls) * 1e3:.1f} ms, median {sorted(calls)[len(calls) // 2] * 1e6:.0f} us")
+    print(
+        f"\n{len(calls)} calls, slowest {max(calls) * 1e3:.1f} ms, median {sorted(calls)[len(calls) // 2] * 1e6:.0f} us"
+    )
 
 
 @pytest.mark.long

@@ -41,16 +41,21 @@ def test_adaptation_curve(tmp_path, steps):
 def test_sinusoid_fits(tmp_path, count):
     x = torch.linspace(-5, 5, 50)[:, None]
     task = {"x_support": x[::5], "y_support": x[::5].sin(), "x_curve": x, "y_true": x.sin()}
-    drawn(plots.sinusoid_fits(tmp_path / "s.png", [{**task, "predictions": {0: 0 * x, 1: x.cos(), 5: x.sin()}}] * count))
+    drawn(
+        plots.sinusoid_fits(tmp_path / "s.png", [{**task, "predictions": {0: 0 * x, 1: x.cos(), 5: x.sin()}}] * count)
+    )
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (1, 28, 28), (3, 20, 20)])
 def test_episode_sheet_frames_what_is_right_and_wrong(tmp_path, shape):
     episode = {
-        "support": torch.rand(6, *shape), "support_labels": torch.arange(3).repeat(2),
-        "query": torch.rand(12, *shape), "query_labels": np.arange(12) % 3,
-        "predicted": torch.tensor([0, 1, 2] * 3 + [1, 2, 0]), "classes": ["a", "b", "c"],
-    }  # fmt: skip
+        "support": torch.rand(6, *shape),
+        "support_labels": torch.arange(3).repeat(2),
+        "query": torch.rand(12, *shape),
+        "query_labels": np.arange(12) % 3,
+        "predicted": torch.tensor([0, 1, 2] * 3 + [1, 2, 0]),
+        "classes": ["a", "b", "c"],
+    }
     path = plots.episode_sheet(tmp_path / "e.png", episode)
     drawn(path)
     pixels = (image.imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)

@@ -28,7 +28,14 @@ from metadist.tracking.model_registry import _beats
 
 
 def trained(folder: Path, *overrides: str) -> metadist.experiment.result.Result:
-    small = ["outer.meta_steps=4", "evaluate.every=2", "evaluate.tasks=20", "evaluate.test_tasks=10", "workers=[]", *overrides]
+    small = [
+        "outer.meta_steps=4",
+        "evaluate.every=2",
+        "evaluate.tasks=20",
+        "evaluate.test_tasks=10",
+        "workers=[]",
+        *overrides,
+    ]
     document = override(read_document("sinusoid_maml"), small)
     return train(Experiment.of(build(document)), run_dir=str(folder), plots=False)
 
@@ -70,7 +77,9 @@ def test_the_best_run_is_champion_and_answers_as_it_does_in_process(root):
         open_model("models:/nothing@champion")
 
 
-@pytest.mark.parametrize(("score", "higher", "wins"), [(0.9, True, True), (0.7, True, False), (0.7, False, True), (0.8, True, False)])
+@pytest.mark.parametrize(
+    ("score", "higher", "wins"), [(0.9, True, True), (0.7, True, False), (0.7, False, True), (0.8, True, False)]
+)
 def test_the_champion_falls_to_a_better_one_only(score, higher, wins):
     champion = mlflow.entities.model_registry.ModelVersion("m", "1", 0, tags=[])
     champion._tags = {"metadist.protocol": "p", "metadist.validation": "0.8"}
@@ -98,6 +107,10 @@ def test_a_fresh_environment_loads_it(root):
     )
     environment = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "METADIST_DATA")}
     done = subprocess.run(
-        [python, "-c", code], cwd=root, env={**environment, "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"}, capture_output=True, text=True
-    )  # fmt: skip
+        [python, "-c", code],
+        cwd=root,
+        env={**environment, "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == "(10, 1)", done.stderr[-2000:]

@@ -59,9 +59,11 @@ def test_the_first_value_of_a_key_and_step_wins_across_attempts(tmp_path):
     second.close()
     found = [(r["key"], r["step"], r["value"]) for r in records(tmp_path)]
     assert sorted(found) == sorted(
-        [("loss", s, s) for s in (10, 20, 30)] + [("loss", 40, 40.25), ("loss", 25, 25.0)]
-        + [("accuracy", s, 0.5) for s in (10, 20, 30)] + [("accuracy", 40, 0.75)]
-    )  # fmt: skip
+        [("loss", s, s) for s in (10, 20, 30)]
+        + [("loss", 40, 40.25), ("loss", 25, 25.0)]
+        + [("accuracy", s, 0.5) for s in (10, 20, 30)]
+        + [("accuracy", 40, 0.75)]
+    )
     assert [r["seq"] for r in records(tmp_path)] == list(range(len(found)))
 
 
@@ -105,10 +107,15 @@ def test_non_finite_values(tmp_path):
 @pytest.mark.parametrize(
     ("key", "legal"),
     [
-        ("eval/accuracy", "eval/accuracy"), ("recall@5", "recall_5"), ("/a//b/", "a/b"), ("../up", "_../up"),
-        ("", "_."), ("ä ö", "ä ö"), ("x" * 300, "x" * 250),
+        ("eval/accuracy", "eval/accuracy"),
+        ("recall@5", "recall_5"),
+        ("/a//b/", "a/b"),
+        ("../up", "_../up"),
+        ("", "_."),
+        ("ä ö", "ä ö"),
+        ("x" * 300, "x" * 250),
     ],
-)  # fmt: skip
+)
 def test_keys_become_legal_for_mlflow(key, legal):
     validate = pytest.importorskip("mlflow.utils.validation")
     assert legal_key(key) == legal
@@ -123,9 +130,13 @@ def test_params_and_tags_are_recorded_when_they_change_only(tmp_path):
         spool.close()
     found = [(r["kind"], r["key"], r["value"]) for r in records(tmp_path)]
     assert found == [
-        ("param", "lr", "0.1"), ("param", "name", "a"), ("param", "long", "x" * 5999 + "…"), ("tag", "git", "a"),
-        ("param", "name", "b"), ("tag", "git", "b"),
-    ]  # fmt: skip
+        ("param", "lr", "0.1"),
+        ("param", "name", "a"),
+        ("param", "long", "x" * 5999 + "…"),
+        ("tag", "git", "a"),
+        ("param", "name", "b"),
+        ("tag", "git", "b"),
+    ]
 
 
 def test_artifacts_are_copied_and_missing_ones_only_warned_of(tmp_path, caplog):
@@ -177,7 +188,9 @@ print(spool.lost)
 
 @pytest.mark.parametrize("outage", ["short", "long"])
 def test_a_full_disk_is_warned_of_and_survived(tmp_path, outage):
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path), outage], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), outage], capture_output=True, text=True, check=True
+    )
     assert done.stdout.count("training goes on") == 1
     lost = int(done.stdout.split()[-1])
     steps = [r["step"] for r in records(tmp_path)]

@@ -28,6 +28,13 @@ def test_returns_with_and_without_intervals(tmp_path, first):
 
 
 def test_trials_in_a_grid_and_on_a_plane(tmp_path):
-    drawn(plots.grid_trials(tmp_path / "grid.png", 5, (2, 3), {"before": [[(0, 0), (1, 0)]], "after": [[(0, 0), (0, 1)], [(0, 0), (1, 1)]]}))
+    drawn(
+        plots.grid_trials(
+            tmp_path / "grid.png",
+            5,
+            (2, 3),
+            {"before": [[(0, 0), (1, 0)]], "after": [[(0, 0), (0, 1)], [(0, 0), (1, 1)]]},
+        )
+    )
     walks = [torch.randn(9, 2), torch.randn(4, 2)]
     drawn(plots.planar_trials(tmp_path / "plane.png", [(0.1, 0.2), (0.3, -0.4)], [walks, walks]))

@@ -25,7 +25,10 @@ SHARD = Shard("run-1", 7, 0, 3, "gradient", 24, 8, seed=0, key_step=7)
 
 def contribution(seed=0, **changes) -> Contribution:
     generator = torch.Generator().manual_seed(seed)
-    vectors = {n: torch.randn(s.layout.numel, generator=generator, dtype=torch.float64).to(s.layout.dtype) for n, s in SLOTS.items()}
+    vectors = {
+        n: torch.randn(s.layout.numel, generator=generator, dtype=torch.float64).to(s.layout.dtype)
+        for n, s in SLOTS.items()
+    }
     return replace(Contribution(vectors, 8.0, 8, {"loss": 0.5}), **changes)
 
 
@@ -42,7 +45,9 @@ def test_gradients_travel_rounded_and_arrive_in_their_layouts_dtype():
         assert got.dtype == slot.layout.dtype
         assert got.data_ptr() % 64 == 0
         rounded = name in ("model", "double")
-        assert got.equal(original.slots[name].to(torch.bfloat16).to(got.dtype) if rounded else original.slots[name]), name
+        assert got.equal(original.slots[name].to(torch.bfloat16).to(got.dtype) if rounded else original.slots[name]), (
+            name
+        )
     assert (result.weight, result.tasks, result.metrics) == (8.0, 8, {"loss": 0.5})
 
 
@@ -108,7 +113,12 @@ def test_the_error_of_a_long_sum_stays_that_of_one_term():
     """Like contributions round alike: without feedback the sum is off by as many roundings as it has terms."""
     generator, steps = torch.Generator().manual_seed(1), 400
     direction = torch.randn(40, generator=generator)
-    exact, without, carried, feedback = torch.zeros(40).double(), torch.zeros(40).double(), torch.zeros(40).double(), ErrorFeedback(SLOTS)
+    exact, without, carried, feedback = (
+        torch.zeros(40).double(),
+        torch.zeros(40).double(),
+        torch.zeros(40).double(),
+        ErrorFeedback(SLOTS),
+    )
     for step in range(steps):
         vector = direction + 1e-4 * torch.randn(40, generator=generator)
         exact += vector.double()

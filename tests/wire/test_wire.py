@@ -32,8 +32,15 @@ from metadist.wire import (
 from metadist.wire.stream import decode, encode
 
 DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
-]  # fmt: skip
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
 SLOTS = {
     "theta": Slot(Layout(("w", "b"), ((5, 3), (3,)))),
     "rates": Slot(Layout(("w", "b"), ((), ()), torch.float64)),
@@ -45,7 +52,11 @@ SHARD = Shard("run-1", 7, 0, 3, "gradient", 24, 8, seed=0, key_step=7)
 
 def contribution(**changes) -> Contribution:
     generator = torch.Generator().manual_seed(0)
-    vectors = {n: torch.randn(s.layout.numel, generator=generator, dtype=s.layout.dtype) for n, s in SLOTS.items() if n != "frozen"}
+    vectors = {
+        n: torch.randn(s.layout.numel, generator=generator, dtype=s.layout.dtype)
+        for n, s in SLOTS.items()
+        if n != "frozen"
+    }
     return replace(Contribution(vectors, 8.0, 8, {"loss": 0.1 + 0.2, "accuracy": 1 / 3}), **changes)
 
 
@@ -168,7 +179,11 @@ def test_theta_of_another_step_or_layout_is_rejected():
     slots = {"a": SLOTS["theta"]}
     buffer = encode_theta({"a": torch.zeros(18)}, slots, run="r", meta_step=1, round=0)
     other = {"a": Slot(Layout(("w", "c"), ((5, 3), (3,))))}
-    for expected, reason in (({"run": "s"}, "run is"), ({"meta_step": 2}, "meta_step is 1"), ({"round": 1}, "round is 0")):
+    for expected, reason in (
+        ({"run": "s"}, "run is"),
+        ({"meta_step": 2}, "meta_step is 1"),
+        ({"round": 1}, "round is 0"),
+    ):
         with pytest.raises(RejectedError, match=reason):
             decode_theta(buffer, slots, **expected)
     with pytest.raises(RejectedError, match="layout"):
@@ -239,7 +254,9 @@ def test_the_sender_refuses_what_does_not_fit(result):
 # ---- refusals behind a good hash
 
 
-@pytest.mark.parametrize("field", ["run", "meta_step", "round", "index", "function", "split", "start", "count", "leaf", "seed", "key_step"])
+@pytest.mark.parametrize(
+    "field", ["run", "meta_step", "round", "index", "function", "split", "start", "count", "leaf", "seed", "key_step"]
+)
 def test_the_result_of_another_shard_is_rejected(field):
     value = getattr(SHARD, field)
     other = replace(SHARD, **{field: value + 1 if isinstance(value, int) else value + "x"})
@@ -250,7 +267,12 @@ def test_the_result_of_another_shard_is_rejected(field):
 def test_a_block_says_how_many_shards_it_is_the_sum_of():
     block = replace(SHARD, leaf=2)
     assert decode_result(sent(shard=block), block, SLOTS)[0].tasks == 8
-    for asked, told in ((block, SHARD), (SHARD, block), (block, replace(SHARD, leaf=4)), (replace(SHARD, count=4), block)):
+    for asked, told in (
+        (block, SHARD),
+        (SHARD, block),
+        (block, replace(SHARD, leaf=4)),
+        (replace(SHARD, count=4), block),
+    ):
         with pytest.raises(RejectedError, match=r"(leaf|count) is \d, expected \d"):
             decode_result(sent(shard=told), asked, SLOTS)
     header, _ = header_and_columns()
@@ -325,7 +347,9 @@ def header_and_columns():
     return decode(sent())
 
 
-def reframed(header, batch: pa.RecordBatch | None = None, *, raw: bytes | None = None, compression=None, more=0) -> pa.Buffer:
+def reframed(
+    header, batch: pa.RecordBatch | None = None, *, raw: bytes | None = None, compression=None, more=0
+) -> pa.Buffer:
     """A good frame around the contribution's own record batch (or another) and any header."""
     batch = batch or ipc.open_stream(unframe(sent())).read_next_batch()
     text = json.dumps(header).encode() if raw is None else raw
@@ -413,7 +437,7 @@ LIST18 = pa.list_(pa.float32(), 18)
         lambda: frame([]),
         lambda: frame([b"not arrow"]),
     ],
-)  # fmt: skip
+)
 def test_hostile_content_is_rejected(buffer):
     with pytest.raises(RejectedError):
         decode_result(buffer(), SHARD, SLOTS)

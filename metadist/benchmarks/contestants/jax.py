@@ -76,7 +76,9 @@ def _over_tasks(objective: Callable[..., Any], problem: Problem, theta: Any, tas
         return lambda: sum_of_gradients(theta, tasks)
     # On a CPU the grouped convolutions that vmap makes take twice as long as one task after the other, and those inside
     # ``lax.scan`` six times.
-    add = jax.jit(lambda total, theta, task: jax.tree.map(jnp.add, total, jax.grad(objective)(theta, *task)), donate_argnums=0)
+    add = jax.jit(
+        lambda total, theta, task: jax.tree.map(jnp.add, total, jax.grad(objective)(theta, *task)), donate_argnums=0
+    )
     zeros, each = jax.jit(lambda theta: jax.tree.map(jnp.zeros_like, theta)), list(zip(*tasks))
 
     def one_by_one() -> Any:
@@ -123,7 +125,9 @@ class _Layout:
 def _network(module: nn.Module) -> Callable[[dict[str, Any], Any], Any]:
     """The layers of a sequential module as a function of its parameters; ``jit`` traces the walk over them away."""
     if not isinstance(module, nn.Sequential):
-        raise ConfigError(f"--against jax: it knows sequential networks only, and the model is a {type(module).__name__}")
+        raise ConfigError(
+            f"--against jax: it knows sequential networks only, and the model is a {type(module).__name__}"
+        )
     layers = list(module.named_children())
     for name, layer in layers:
         if type(layer) not in _LAYERS:
@@ -144,7 +148,10 @@ def _convolution(layer: Any, own: dict[str, Any], x: Any) -> Any:
     from jax import lax
 
     padding = [(p, p) for p in layer.padding]
-    return lax.conv_general_dilated(x, own["weight"], layer.stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")) + own["bias"]
+    return (
+        lax.conv_general_dilated(x, own["weight"], layer.stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        + own["bias"]
+    )
 
 
 def _batch_norm(layer: Any, own: dict[str, Any], x: Any) -> Any:

@@ -147,6 +147,8 @@ def relative_error(gradient: Gradient, reference: Gradient) -> float:
     """‖g − r‖ / ‖r‖ over all parameters, in float64; a missing parameter makes it infinite."""
     if gradient.keys() != reference.keys():
         return math.inf
-    difference = sum(float((gradient[n].double().cpu() - r.double().cpu()).square().sum()) for n, r in reference.items())
+    difference = sum(
+        float((gradient[n].double().cpu() - r.double().cpu()).square().sum()) for n, r in reference.items()
+    )
     error = math.sqrt(difference / sum(float(r.double().square().sum()) for r in reference.values()))
     return math.inf if math.isnan(error) else error

@@ -63,4 +63,6 @@ def shared_gpus(groups: Sequence[WorkerGroup]) -> dict[WorkerGroup, float]:
 def short(error: BaseException) -> str:
     """One line: Ray's own words, or what stands at the end of the remote traceback that they quote."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
-    return " ".join((lines[-1] if any("Traceback (most recent call last)" in line for line in lines) else " ".join(lines)).split())[:300]
+    return " ".join(
+        (lines[-1] if any("Traceback (most recent call last)" in line for line in lines) else " ".join(lines)).split()
+    )[:300]

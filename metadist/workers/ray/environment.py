@@ -16,7 +16,10 @@ from pathlib import Path
 #: the cluster to join; None starts one on this machine
 ADDRESS = os.environ.get("RAY_ADDRESS") or None
 
-_has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or (Path.home() / ".ray" / "auth_token").exists()
+_has_token = (
+    any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    or (Path.home() / ".ray" / "auth_token").exists()
+)
 
 # A cluster of our own always asks for a token (Ray writes one to ~/.ray); somebody else's may know of none. Where ray is
 # imported already, its own default holds: its C++ part has read the mode, and would disagree with its children.

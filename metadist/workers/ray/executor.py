@@ -123,7 +123,9 @@ class RayExecutor:
     ) -> None:
         one_of("engine.wire", wire, WIRES)
         if exact and wire != "exact":
-            raise ConfigError(f"engine.wire: {wire} rounds by worker, so results depend on who computed what; it goes with engine.exact: false")
+            raise ConfigError(
+                f"engine.wire: {wire} rounds by worker, so results depend on who computed what; it goes with engine.exact: false"
+            )
         self._wire, self._planner, self._seed, self._note = wire, planner, seed, note
         self.plan = plan
         # Shards of the published θ whose contribution was not yet counted: the first one that arrives is.
@@ -133,7 +135,9 @@ class RayExecutor:
         self._expected = self._numerics.expected
         self._owns_cluster = connect(groups)
         # On a machine of our own logical CPUs only count; a cluster that is joined may get more of them at any time.
-        self._cpus = ray.cluster_resources().get("CPU", 0.0) if self._owns_cluster and not ray_environment.ADDRESS else math.inf
+        self._cpus = (
+            ray.cluster_resources().get("CPU", 0.0) if self._owns_cluster and not ray_environment.ADDRESS else math.inf
+        )
         self._gpus = shared_gpus(groups)
         self._learner_ref: Any = ray.put(learner)
         # θ with the number of its publication: one meta-step sees several (of its rounds, its validation, the test of the best).
@@ -157,7 +161,12 @@ class RayExecutor:
         name = f"{group.role}-{self._serial}"
         self._serial += 1
         room = self._cpus - sum(m.group.cpus for m in self._members.values())
-        options: dict[str, Any] = {"num_cpus": group.cpus if group.cpus <= room else 0, "num_gpus": self._gpus[group], "max_restarts": 0, "max_task_retries": 0}
+        options: dict[str, Any] = {
+            "num_cpus": group.cpus if group.cpus <= room else 0,
+            "num_gpus": self._gpus[group],
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
         threads, gpus, learns = str(group.threads), self._gpus[group], group.role == "learner"
         direct = "RAY_max_direct_call_object_size"
         limit = os.environ[direct] if learns else str(STATISTICS_BYTES)
@@ -190,7 +199,9 @@ class RayExecutor:
 
     def shortage(self) -> str:
         asked = {g: sum(m.group is g for m in self._members.values()) for g in self._groups}
-        wanted = ", ".join(f"{asked[g]} × {{cpus: {g.cpus}, gpus: {self._gpus[g]}}} for role {g.role}" for g in self._groups)
+        wanted = ", ".join(
+            f"{asked[g]} × {{cpus: {g.cpus}, gpus: {self._gpus[g]}}} for role {g.role}" for g in self._groups
+        )
         total, free = ray.cluster_resources(), ray.available_resources()
         there = ", ".join(f"{total.get(r, 0):g} {r}s ({free.get(r, 0):g} free)" for r in ("CPU", "GPU"))
         return f"asked for {wanted}; the cluster has {there}. Ask for fewer with --workers, or add nodes"
@@ -206,7 +217,9 @@ class RayExecutor:
         except ray.exceptions.RayError as error:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
-                raise WorkerError(f"{MAX_FAILED_STARTS} workers in a row died while starting, the last of: {short(error)}") from error
+                raise WorkerError(
+                    f"{MAX_FAILED_STARTS} workers in a row died while starting, the last of: {short(error)}"
+                ) from error
             self._replace(member, f"died while starting: {short(error)}")
             return
         if not member.configured:
@@ -220,7 +233,9 @@ class RayExecutor:
             self._note(f"{member.name} compiled in {about['compile_seconds']:.1f} s")
         mine = getattr(self._learner.tasks, "data_sha256", None)
         if mine and about["data_sha256"] and about["data_sha256"] != mine:
-            raise WorkerError(f"worker {member.name} on {about['host']} has other data: sha256 {about['data_sha256'][:12]}…, the driver {mine[:12]}…")
+            raise WorkerError(
+                f"worker {member.name} on {about['host']} has other data: sha256 {about['data_sha256'][:12]}…, the driver {mine[:12]}…"
+            )
         if refusal := self._numerics.refusal(member.name, about["host"], member.group.role, about["fingerprint"]):
             raise WorkerError(refusal)
         member.about = about
@@ -250,7 +265,9 @@ class RayExecutor:
     def cannot_resize(self, role: str, count: int) -> str | None:
         groups = [g for g in self._groups if g.role == role]
         if not groups:
-            return f"this run has no {role}s, so none can be added; it has {', '.join(g.role + 's' for g in self._groups)}"
+            return (
+                f"this run has no {role}s, so none can be added; it has {', '.join(g.role + 's' for g in self._groups)}"
+            )
         gpus = self._gpus[groups[0]] * count
         if gpus and self._cpus < math.inf and gpus > (there := ray.cluster_resources().get("GPU", 0.0)):
             return f"{count} {role}s would take {gpus:g} GPUs ({self._gpus[groups[0]]:g} each), and this machine has {there:g}"
@@ -262,7 +279,9 @@ class RayExecutor:
         for _ in range(count - len(members)):
             self._start(group, extra=True)
         # Those that aren't ready go first, then those that are idle.
-        for member in sorted(members, key=lambda m: (m.about is not None, len(m.calls)))[: max(0, len(members) - count)]:
+        for member in sorted(members, key=lambda m: (m.about is not None, len(m.calls)))[
+            : max(0, len(members) - count)
+        ]:
             self._forget(member, "was told to go")
 
     # The protocol -----------------------------------------------------------------------------------------------------
@@ -286,12 +305,16 @@ class RayExecutor:
     def submit(self, shard: Shard, attempt: int) -> None:
         """To the least busy worker of its role; among those to one that holds the outputs that it needs."""
         if missing := self._kept.lacking(shard):
-            self._events.append(Failed(shard, attempt, "driver", "missing", "an output that it needs is not there", missing=missing))
+            self._events.append(
+                Failed(shard, attempt, "driver", "missing", "an output that it needs is not there", missing=missing)
+            )
             return
         needs = tuple(self._kept.outputs[key] for key in shard.needs)
         ready = [m for m in self._members.values() if m.about is not None and m.group.role == shard.role]
         busy_with = {m.name: [asked.call.shard for asked in m.calls.values()] for m in ready}
-        member = min(ready, key=lambda m: (shard in busy_with[m.name], len(m.calls), sum(o.token not in m.holds for o in needs)))
+        member = min(
+            ready, key=lambda m: (shard in busy_with[m.name], len(m.calls), sum(o.token not in m.holds for o in needs))
+        )
         self._ask(member, shard, attempt, needs)
 
     def _ask(self, member: _Member, shard: Shard, attempt: int, needs: tuple[_Output, ...]) -> None:
@@ -353,14 +376,18 @@ class RayExecutor:
             del member.calls[reference]
             member.version = 0  # it may be θ that did not arrive whole, or an output
             member.holds.clear()
-            self._events.append(self._lost_outputs(error, asked, member.name) or _failure(error, shard, attempt, member.name))
+            self._events.append(
+                self._lost_outputs(error, asked, member.name) or _failure(error, shard, attempt, member.name)
+            )
             return
         except ray.exceptions.RayError as error:
             self._replace(member, f"died: {short(error)}")
             return
         del member.calls[reference]
         try:
-            result, header = decode_result(parts, shard, self._learner.slots, finite=False, partial=True, rows=shard.count, wire=self._wire)
+            result, header = decode_result(
+                parts, shard, self._learner.slots, finite=False, partial=True, rows=shard.count, wire=self._wire
+            )
         except RejectedError as error:
             member.settled.append(((shard, attempt), False))
             self._events.append(Failed(shard, attempt, member.name, "rejected", str(error)))
@@ -370,7 +397,9 @@ class RayExecutor:
         if shard.keeps and self._kept.thetas.get(shard.round, (0, None))[0] == asked.call.version:
             self._kept.keep(shard, _Output(shard, asked.call.token, asked.keeps))
             member.holds.add(asked.call.token)
-        self._events.append(Finished(shard, attempt, member.name, result, {**header["stats"], "bytes": sum(p.size for p in parts)}))
+        self._events.append(
+            Finished(shard, attempt, member.name, result, {**header["stats"], "bytes": sum(p.size for p in parts)})
+        )
 
     def _lost_outputs(self, error: ray.exceptions.RayTaskError, asked: _Asked, worker: str) -> Failed | None:
         """Forget the outputs that the call lacked, if it is they that it failed for."""

@@ -55,7 +55,11 @@ def wait_until_ready(channel: grpc.Channel, seconds: float, stopped: Callable[[]
 
 def passing(error: ServiceError) -> bool:
     """Whether the connection is at fault, which may be there again later."""
-    return error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED) and "TLS handshake" not in str(error)
+    return error.code in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    ) and "TLS handshake" not in str(error)
 
 
 class _Outbox:
@@ -87,9 +91,17 @@ class _Outbox:
 
 
 def converse(
-    channel: grpc.Channel, address: str, *, name: str, role: str, process: str, versions: dict[str, str], bench: Bench,
-    say: Callable[[str], None], stopped: Callable[[], bool],
-) -> Dismissal | None:  # fmt: skip
+    channel: grpc.Channel,
+    address: str,
+    *,
+    name: str,
+    role: str,
+    process: str,
+    versions: dict[str, str],
+    bench: Bench,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool],
+) -> Dismissal | None:
     """Work for the driver until it says that it is over, and return how; None where ``stopped`` ended it: the shard that was being
     computed is finished and sent, what waited is given back.
 
@@ -131,7 +143,13 @@ def _receive(answers: Any, inbox: queue.SimpleQueue[Any]) -> None:
 
 class _Conversation:
     def __init__(
-        self, outbox: _Outbox, inbox: queue.SimpleQueue[Any], address: str, bench: Bench, say: Callable[[str], None], stopped: Callable[[], bool]
+        self,
+        outbox: _Outbox,
+        inbox: queue.SimpleQueue[Any],
+        address: str,
+        bench: Bench,
+        say: Callable[[str], None],
+        stopped: Callable[[], bool],
     ) -> None:
         self._outbox, self._inbox, self._address = outbox, inbox, address
         self._bench, self._say, self._stopped = bench, say, stopped
@@ -163,7 +181,9 @@ class _Conversation:
             except queue.Empty:
                 continue
             if item is _END:
-                raise ServiceError(f"{self._address}: the driver ended the conversation without a word", grpc.StatusCode.UNAVAILABLE)
+                raise ServiceError(
+                    f"{self._address}: the driver ended the conversation without a word", grpc.StatusCode.UNAVAILABLE
+                )
             if isinstance(item, grpc.RpcError):
                 with calling(self._address):
                     raise item
@@ -195,7 +215,9 @@ class _Conversation:
             self._outbox.stream(answer_messages(token, answer))
             before, self._shards = self._shards, self._shards + shard.leaves
             if before == 0 or before // 100 < self._shards // 100:
-                self._say(f"{self._shards} shard{'s' if self._shards > 1 else ''} computed, the last of meta-step {shard.meta_step}")
+                self._say(
+                    f"{self._shards} shard{'s' if self._shards > 1 else ''} computed, the last of meta-step {shard.meta_step}"
+                )
         else:
             self._outbox.put(failure_message(token, answer))
             self._say(f"{shard}: {answer.kind}: {answer.message}")

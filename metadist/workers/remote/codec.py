@@ -16,7 +16,21 @@ CHUNK_BYTES = 1 << 20
 #: facts about a device or a worker are short, and so is what a person is told
 FACTS_CHARACTERS, MESSAGE_CHARACTERS, DETAIL_CHARACTERS = 16 << 10, 2000, 20_000
 
-_SHARD = ("run", "meta_step", "round", "index", "function", "start", "count", "seed", "split", "key_step", "role", "keeps", "leaf")
+_SHARD = (
+    "run",
+    "meta_step",
+    "round",
+    "index",
+    "function",
+    "start",
+    "count",
+    "seed",
+    "split",
+    "key_step",
+    "role",
+    "keeps",
+    "leaf",
+)
 
 
 class GarbledError(Exception):
@@ -54,7 +68,9 @@ class Arriving:
 
     def take(self, data: bytes) -> None:
         if self.complete or not 0 < len(data) <= self._left[self._at]:
-            raise GarbledError(f"a chunk of {len(data)} bytes where {0 if self.complete else self._left[self._at]} are to come")
+            raise GarbledError(
+                f"a chunk of {len(data)} bytes where {0 if self.complete else self._left[self._at]} are to come"
+            )
         if self._keep:
             self.frames[self._at].append(data)
         self._left[self._at] -= len(data)
@@ -127,14 +143,18 @@ def shard_message(shard: Shard) -> pb.Shard:
 
 def shard_of(message: pb.Shard) -> Shard:
     settings = tuple((name, _hashable(value)) for name, value in json.loads(message.settings or "[]"))
-    return Shard(**{n: getattr(message, n) for n in _SHARD}, needs=tuple(map(_key_of, message.needs)), settings=settings)
+    return Shard(
+        **{n: getattr(message, n) for n in _SHARD}, needs=tuple(map(_key_of, message.needs)), settings=settings
+    )
 
 
 def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
-def lease_messages(call: Call, theta: Sequence[Any] | None, outputs: Sequence[Sequence[Any] | None]) -> Iterator[pb.ToWorker]:
+def lease_messages(
+    call: Call, theta: Sequence[Any] | None, outputs: Sequence[Sequence[Any] | None]
+) -> Iterator[pb.ToWorker]:
     lease = pb.Lease(token=call.token, shard=shard_message(call.shard), attempt=call.attempt, version=call.version)
     if theta is not None:
         lease.theta_bytes = size_of(theta)
@@ -153,9 +173,12 @@ def announced(lease: pb.Lease) -> list[int]:
 
 def lease_of(message: pb.Lease, frames: Sequence[Sequence[bytes]]) -> Lease:
     call = Call(
-        shard_of(message.shard), message.attempt, message.version, message.token,
+        shard_of(message.shard),
+        message.attempt,
+        message.version,
+        message.token,
         tuple((shard_of(need.shard), need.token) for need in message.needs),
-    )  # fmt: skip
+    )
     arrived = iter(frames)
     theta = next(arrived) if message.HasField("theta_bytes") else None
     outputs = [next(arrived) if need.HasField("bytes") else None for need in message.needs]
@@ -180,14 +203,21 @@ def answer_messages(token: int, answer: Answer) -> Iterator[pb.FromWorker]:
 def failure_message(token: int, failure: Failure) -> pb.FromWorker:
     return pb.FromWorker(
         failure=pb.Failure(
-            token=token, kind=failure.kind, message=failure.message[:MESSAGE_CHARACTERS], tasks=failure.tasks,
-            detail=failure.detail[-DETAIL_CHARACTERS:], missing=[_key_message(k) for k in failure.missing],
+            token=token,
+            kind=failure.kind,
+            message=failure.message[:MESSAGE_CHARACTERS],
+            tasks=failure.tasks,
+            detail=failure.detail[-DETAIL_CHARACTERS:],
+            missing=[_key_message(k) for k in failure.missing],
         )
-    )  # fmt: skip
+    )
 
 
 def failure_of(message: pb.Failure) -> Failure:
     return Failure(
-        message.kind, " ".join(message.message.split())[:MESSAGE_CHARACTERS], tuple(message.tasks[:4096]), message.detail[-DETAIL_CHARACTERS:],
+        message.kind,
+        " ".join(message.message.split())[:MESSAGE_CHARACTERS],
+        tuple(message.tasks[:4096]),
+        message.detail[-DETAIL_CHARACTERS:],
         tuple(_key_of(k) for k in message.missing[:4096]),
-    )  # fmt: skip
+    )

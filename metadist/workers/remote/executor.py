@@ -73,10 +73,19 @@ class OutsideExecutor:
     blocks = True
 
     def __init__(
-        self, learner: Learner | TrialLearner, groups: Sequence[WorkerGroup], *, run: str, config: str, versions: dict[str, str],
-        numerics: Numerics, device: str = "auto", seed: int = 0, lease_seconds: float = 15.0,
+        self,
+        learner: Learner | TrialLearner,
+        groups: Sequence[WorkerGroup],
+        *,
+        run: str,
+        config: str,
+        versions: dict[str, str],
+        numerics: Numerics,
+        device: str = "auto",
+        seed: int = 0,
+        lease_seconds: float = 15.0,
         note: Callable[[str], None] = lambda message: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.plan: Plan | None = None
         self.planner: Planner | None = None
         self.how = "metadist worker"
@@ -102,19 +111,28 @@ class OutsideExecutor:
             group = next((g for g in self._groups if g.role == applicant.role), None)
             if group is None:
                 roles = ", ".join(sorted({g.role for g in self._groups}))
-                raise self._refused(applicant, f"this run takes no {applicant.role} from outside; it takes --role {roles}")
+                raise self._refused(
+                    applicant, f"this run takes no {applicant.role} from outside; it takes --role {roles}"
+                )
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", applicant.name):
                 raise self._refused(applicant, "--name: expected 1 to 64 letters, digits, '.', '_' or '-'")
             mine, theirs = self._versions["metadist"], applicant.versions.get("metadist", "none")
             if mine != theirs:
-                raise self._refused(applicant, f"the run is one of metadist {mine}, this worker has {theirs[:40]}; install the same version")
+                raise self._refused(
+                    applicant,
+                    f"the run is one of metadist {mine}, this worker has {theirs[:40]}; install the same version",
+                )
             taken = {s.name for s in self._seats}
             for old in [s for s in self._seats if applicant.process and s.applicant.process == applicant.process]:
                 old.left("it connected anew")
                 taken.discard(old.name)
             if sum(s.group is group for s in self._seats if s.name in taken) >= group.max:
                 raise DismissedError(Dismissal(f"all {group.max} places for {group.role}s are taken", "again"))
-            name = next(n for n in (f"outside-{applicant.name}" + (f"-{i}" if i else "") for i in range(len(taken) + 1)) if n not in taken)
+            name = next(
+                n
+                for n in (f"outside-{applicant.name}" + (f"-{i}" if i else "") for i in range(len(taken) + 1))
+                if n not in taken
+            )
             device = self._device if group.role == "learner" else "cpu"
             terms = Terms(name, group.role, self._run, self._config, device, group.threads, self._lease_seconds)
             seat = Seat(applicant, terms, group, self._report, self._theta_bytes)
@@ -149,7 +167,9 @@ class OutsideExecutor:
         mine, theirs = getattr(self._learner.tasks, "data_sha256", None), about.get("data_sha256")
         if mine != theirs:
             here, there = (f"sha256 {str(h)[:12]}…" if h else "none" for h in (mine, theirs))
-            self._refuse(seat, f"it has other data ({there}) than the driver ({here}); set METADIST_DATA to the same data")
+            self._refuse(
+                seat, f"it has other data ({there}) than the driver ({here}); set METADIST_DATA to the same data"
+            )
             return
         try:
             seat.device = _device(device)
@@ -173,7 +193,11 @@ class OutsideExecutor:
 
     def _configured(self, seat: Seat, about: dict[str, Any]) -> None:
         fingerprint = about.get("fingerprint")
-        if not isinstance(fingerprint, dict) or fingerprint.get("id") != fingerprint_id(fingerprint) or not seat.told_engine:
+        if (
+            not isinstance(fingerprint, dict)
+            or fingerprint.get("id") != fingerprint_id(fingerprint)
+            or not seat.told_engine
+        ):
             self._refuse(seat, "its numerics fingerprint makes no sense")
             return
         refusal = self._numerics.refusal(seat.name, seat.applicant.host, seat.group.role, fingerprint)
@@ -182,10 +206,16 @@ class OutsideExecutor:
             return
         seconds = about.get("compile_seconds")
         seat.about = {
-            "role": seat.group.role, "name": seat.name, "pid": seat.applicant.pid, "host": seat.applicant.host,
-            "device": str(about.get("device"))[:64], "fingerprint": fingerprint, "outside": True,
-            "compile_seconds": seconds if isinstance(seconds, float) else 0.0, "data_sha256": about.get("data_sha256"),
-        }  # fmt: skip
+            "role": seat.group.role,
+            "name": seat.name,
+            "pid": seat.applicant.pid,
+            "host": seat.applicant.host,
+            "device": str(about.get("device"))[:64],
+            "fingerprint": fingerprint,
+            "outside": True,
+            "compile_seconds": seconds if isinstance(seconds, float) else 0.0,
+            "data_sha256": about.get("data_sha256"),
+        }
         self._note(f"{seat.name} joined from {seat.applicant.host} ({fingerprint.get('device')})")
 
     def _finished(self, seat: Seat, token: int, answer: Answer) -> None:
@@ -195,7 +225,9 @@ class OutsideExecutor:
         shard = call.shard
         result_frame = [pa.py_buffer(p) for p in answer.result]
         try:
-            result, header = decode_result(result_frame, shard, self._learner.slots, finite=False, partial=True, rows=shard.count)
+            result, header = decode_result(
+                result_frame, shard, self._learner.slots, finite=False, partial=True, rows=shard.count
+            )
             fault = fault_of(result, shard, self._learner, not isinstance(result, Records))
             if fault is None and (answer.output is not None) != shard.keeps:
                 fault = "an output is missing, or there is one where none was asked for"
@@ -205,7 +237,9 @@ class OutsideExecutor:
             fault = str(error)
         if fault is not None:
             # Not as NaN of the shard's own making, which the worker reports: this one's arithmetic, memory or program is at fault.
-            self._events.append(Failed(shard, call.attempt, seat.name, "rejected", f"{fault} (from {seat.name}, which was dismissed)"))
+            self._events.append(
+                Failed(shard, call.attempt, seat.name, "rejected", f"{fault} (from {seat.name}, which was dismissed)")
+            )
             self._refuse(seat, f"its result was refused: {fault}")
             return
         seat.proven = True
@@ -253,7 +287,9 @@ class OutsideExecutor:
     def _lost(self, call: Call, keys: tuple[OutputKey, ...], reason: str, worker: str) -> Failed:
         """Forget the outputs that the call lacked. One that came to be anew meanwhile is not lost: asking again is enough."""
         asked = {shard.key: token for shard, token in call.needs}
-        missing = tuple(k for k in keys if k in asked and k in self._kept.outputs and self._kept.outputs[k].token == asked[k])
+        missing = tuple(
+            k for k in keys if k in asked and k in self._kept.outputs and self._kept.outputs[k].token == asked[k]
+        )
         for key in missing:
             del self._kept.outputs[key]
         return Failed(call.shard, call.attempt, worker, "missing", reason, missing=missing)
@@ -324,14 +360,21 @@ class OutsideExecutor:
     def submit(self, shard: Shard, attempt: int) -> None:
         """To the least busy worker of its role that has not failed at it; among those to one that holds the outputs that it needs."""
         if missing := self._kept.lacking(shard):
-            self._events.append(Failed(shard, attempt, "driver", "missing", "an output that it needs is not there", missing=missing))
+            self._events.append(
+                Failed(shard, attempt, "driver", "missing", "an output that it needs is not there", missing=missing)
+            )
             return
         needs = tuple(self._kept.outputs[key] for key in shard.needs)
         ready = [s for s in self._seats if s.ready and s.group.role == shard.role and len(s.leases) < DEPTH]
 
         def burden(seat: Seat) -> tuple[bool, bool, int, int]:
             twice = any(c.shard == shard for c in seat.leases.values())
-            return twice, not seat.failed_at.isdisjoint(shard.each()), len(seat.leases), sum(o.token not in seat.holds for o in needs)
+            return (
+                twice,
+                not seat.failed_at.isdisjoint(shard.each()),
+                len(seat.leases),
+                sum(o.token not in seat.holds for o in needs),
+            )
 
         seat = min(ready, key=burden)
         self._token += 1
@@ -368,7 +411,7 @@ class OutsideExecutor:
     def workers(self) -> dict[str, dict[str, Any]]:
         return self._numerics.of_run({s.name: s.about for s in self._seats if s.about is not None})
 
-    def close(self, farewell: Dismissal = Dismissal("the run is over", "over")) -> None:  # noqa: B008
+    def close(self, farewell: Dismissal = Dismissal("the run is over", "over")) -> None:
         """Tell every worker that it is over, and why."""
         with self._lock:
             self._farewell = farewell
@@ -398,7 +441,10 @@ class OutsideExecutor:
 def _device(facts: dict[str, Any]) -> Device:
     """A device as a stranger describes it."""
     device = Device(**facts)
-    texts, counts = (device.kind, device.name, device.no_compiler or ""), (device.memory_bytes, device.cores, device.cache_bytes or 1)
+    texts, counts = (
+        (device.kind, device.name, device.no_compiler or ""),
+        (device.memory_bytes, device.cores, device.cache_bytes or 1),
+    )
     if not all(type(t) is str for t in texts) or not all(type(c) is int and c > 0 for c in counts):
         raise ValueError(f"{device}")
     torch.device(device.kind)

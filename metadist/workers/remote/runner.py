@@ -21,7 +21,9 @@ from metadist.workers.worker import TaskError
 class ActorBench:
     """``build`` makes a learner of the run's config. ``device`` overrides the run's own choice."""
 
-    def __init__(self, build: Callable[[str], Learner | TrialLearner], device: str | None = None, gpus: float = 0.0) -> None:
+    def __init__(
+        self, build: Callable[[str], Learner | TrialLearner], device: str | None = None, gpus: float = 0.0
+    ) -> None:
         self._build, self._device, self._gpus = build, device, gpus
         self._built: tuple[str, Learner | TrialLearner] | None = None
 

@@ -86,7 +86,9 @@ def _sent(lease: Lease, seat: Seat) -> Iterator[pb.ToWorker]:
         try:
             outputs.append(None if content is None else content())
         except Exception as error:  # whatever the place where it lies may fail with
-            seat.unsent(lease.call.token, position, f"an output that it needs can't be fetched ({type(error).__name__})")
+            seat.unsent(
+                lease.call.token, position, f"an output that it needs can't be fetched ({type(error).__name__})"
+            )
             return
     yield from lease_messages(lease.call, theta, outputs)
 
@@ -115,7 +117,9 @@ def _take_result(result: pb.Result, requests: Iterator[pb.FromWorker], seat: Sea
     sizes = [result.result_bytes] + ([result.output_bytes] if result.HasField("output_bytes") else [])
     for size, most in zip(sizes, largest or (1 << 31, 1 << 31)):
         if not 0 <= size <= most:
-            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"a frame of {size} bytes; this shard's has {most} at most")
+            raise Refused(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"a frame of {size} bytes; this shard's has {most} at most"
+            )
     arriving = Arriving(sizes, keep=largest is not None)
     while not arriving.complete:
         message = next(requests, None)
