@@ -1,5 +1,6 @@
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,3 +32,18 @@ def data():
     if not os.path.isdir(root):
         pytest.skip("needs real data: METADIST_DATA is not set to a folder")
     return root
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Ray in this process, once for all tests."""
+    from metadist.workers.ray import cluster as ray_cluster  # sets Ray's environment, so before ray
+
+    ray = ray_cluster.ray
+    # Where workers find the tests' families; a user's are in the working directory or beside the script.
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    if not ray.is_initialized():
+        ray_cluster.start_here(8, log_to_driver=False)
+    del os.environ["PYTHONPATH"]
+    yield ray
+    ray.shutdown()

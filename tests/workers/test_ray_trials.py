@@ -194,7 +194,7 @@ def second_node(ray, cpus):
     """A raylet of its own on this machine, soon part of the cluster; yields a function that ends it."""
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus", str(cpus)]
     command += ["--address", ray.get_runtime_context().gcs_address]
-    importable = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    importable = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, start_new_session=True, env=importable, **quiet)
 

@@ -1,4 +1,4 @@
-"""Gymnasium environments as users write them, good and bad; ``tests/envs/test_simulators.py`` names them by import path."""
+"""Gymnasium environments as users write them, good and bad; ``tests/environments/test_simulators.py`` names them by import path."""
 
 from __future__ import annotations
 
