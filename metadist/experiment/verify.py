@@ -12,10 +12,10 @@ from metadist.config.document import override, set_workers
 from metadist.config.schema import Document
 from metadist.core.errors import ConfigError
 from metadist.core.round import Shard
-from metadist.experiment.description import Experiment
 from metadist.experiment.fleet import local_plan
+from metadist.experiment.request import Request
 from metadist.experiment.train import train
-from metadist.training.observers import Display
+from metadist.training.observers import Observer
 from metadist.training.scheduler import Scheduler
 
 
@@ -53,7 +53,7 @@ class Killer:
 
 def _as_the_whole_run(document: Document) -> Document:
     """With ``engine.compile`` as the run would resolve it at its full length: what is verified is what will run."""
-    experiment = Experiment.of(build(document))
+    experiment = build(document)
     if experiment.engine.compile != "auto":
         return document
     compile = "always" if local_plan(experiment).engine.compile else "never"
@@ -61,7 +61,7 @@ def _as_the_whole_run(document: Document) -> Document:
 
 
 def verify(
-    document: Document, workers: Sequence[str], *, kill: int, meta_steps: int | None, display: Display
+    document: Document, workers: Sequence[str], *, kill: int, meta_steps: int | None, display: Observer
 ) -> dict[str, Any]:
     """Train once for every number of workers and compare SHA-256s. ``ok`` is False where they differ or too few shards were lost."""
     rows = []
@@ -70,7 +70,7 @@ def verify(
     for count in workers:
         chosen = set_workers(document, count)
         chosen = override(chosen, [f"outer.meta_steps={meta_steps}"] if meta_steps else [])
-        experiment = Experiment.of(build(chosen))
+        experiment = build(chosen)
         steps = experiment.learner.outer.meta_steps
         quiet = dataclasses.replace(experiment.tracking, uri="none")
         experiment = dataclasses.replace(
@@ -84,7 +84,7 @@ def verify(
             raise ConfigError(f"--kill {kill}: more than the {steps} meta-steps there are; raise --meta-steps")
         display.note(f"workers {count}: {steps} meta-steps" + (f", {kill} kills" if killer else ""))
         with tempfile.TemporaryDirectory(prefix="metadist-verify-") as folder:
-            result = train(experiment, run_dir=folder, display=display, watch=killer, test=False, plots=False)
+            result = train(experiment, Request(run_dir=folder, test=False, plots=False), display)
         rows.append(
             {
                 "workers": count,

@@ -18,7 +18,7 @@ def runs_root() -> str:
     return os.environ.get("METADIST_RUNS") or "runs"
 
 
-class RunFolder:
+class RunDirectory:
     """A run's folder: a local path or any fsspec URL. ``scratch`` is a local folder for what can't be remote (spool, plots)."""
 
     def __init__(self, location: str) -> None:
@@ -68,7 +68,7 @@ def newest_run(name: str, marker: str = "run.json") -> str:
     store, found = Store(runs_root()), []
     for path in (store.path(name) for name in store.listing("")):
         place = path if store.local else store.fs.unstrip_protocol(path)
-        about = RunFolder(place).read_json(marker) if store.fs.isdir(path) else None
+        about = RunDirectory(place).read_json(marker) if store.fs.isdir(path) else None
         if about is not None and about["name"] == name:
             found.append((about["created"], place))
     if not found:

@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from metadist.config.build import build
+from metadist.config.experiment import Quiet
 from metadist.control.command_log import CommandLog
 from metadist.control.commands import Command, RefusedError
 from metadist.control.feed import KEPT, Board
 from metadist.control.steering import Steering, resized
 from metadist.core.errors import CheckpointError, ConfigError, MetadistError
-from metadist.experiment.description import Experiment, Quiet
 from metadist.experiment.train import train
 
 OFF = "control.enabled=false"
@@ -179,7 +179,7 @@ def test_reinforcement_learning_too(tmp_path, monkeypatch):
     }
 
     def go(where, **more):
-        return train(Experiment.of(build(document)), run_dir=str(where), test=False, plots=False, **more)
+        return train(build(document), run_dir=str(where), test=False, plots=False, **more)
 
     hand = Hand(monkeypatch, {1: [size(2), size(12)], 2: [size(4)]})
     whole = go(tmp_path / "whole")

@@ -20,7 +20,6 @@ import tls
 from metadist.cli.display import plain
 from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers
-from metadist.experiment.description import Experiment
 from metadist.experiment.result import Result
 from metadist.experiment.train import train
 
@@ -91,7 +90,7 @@ class Killer:
 
 
 def trained(made: dict, folder: Path, watch=None) -> Result:
-    return train(Experiment.of(build(made)), run_dir=str(folder), watch=watch, display=plain(), plots=False)
+    return train(build(made), run_dir=str(folder), watch=watch, display=plain(), plots=False)
 
 
 @pytest.mark.long
