@@ -12,7 +12,7 @@ from metadist.config.engine import EngineSettings
 from metadist.config.groups import ROLES, WorkerGroup
 from metadist.core.errors import ConfigError
 from metadist.core.round import Executor
-from metadist.storage.run_directory import RunFolder
+from metadist.storage.run_directory import RunDirectory
 from metadist.training.scheduler import Scheduler
 from metadist.workers.local import LocalExecutor
 from metadist.workers.numerics import Numerics
@@ -46,7 +46,7 @@ def fleet(
     *,
     expected: dict[str, Any] | None = None,
     watch: Any = None,
-    folder: RunFolder | None = None,
+    folder: RunDirectory | None = None,
     note: Callable[[str], None] = lambda message: None,
     mark: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Scheduler]:

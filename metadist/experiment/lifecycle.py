@@ -22,7 +22,7 @@ from metadist.control.feed import Board
 from metadist.control.steering import Recorder, Steering
 from metadist.core.errors import ConfigError, MetadistError
 from metadist.storage.checkpoints import Loaded
-from metadist.storage.run_directory import RunFolder
+from metadist.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from metadist.experiment.description import Experiment
@@ -33,7 +33,7 @@ TOKEN = "control.token"
 
 
 @contextmanager
-def claimed(folder: RunFolder) -> Iterator[None]:
+def claimed(folder: RunDirectory) -> Iterator[None]:
     """One driver trains a run at a time. The lock ends with the process, however that ends; it holds on this machine (where the
     folder is local, on all that share it and its locks)."""
     lock = FileLock(str(folder.scratch / LOCK), thread_local=False)
@@ -58,7 +58,7 @@ def claimed(folder: RunFolder) -> Iterator[None]:
 
 def steering_of(
     experiment: Experiment,
-    folder: RunFolder,
+    folder: RunDirectory,
     run_id: str,
     earlier: Loaded | None,
     board: Board,
@@ -106,7 +106,7 @@ def checked(settings: ControlSettings) -> None:
 
 @contextmanager
 def served(
-    steering: Steering, board: Board, settings: ControlSettings, folder: RunFolder, run_id: str
+    steering: Steering, board: Board, settings: ControlSettings, folder: RunDirectory, run_id: str
 ) -> Iterator[None]:
     """Serve the control plane while the run trains, and leave word of it in ``control.json``. Where that can't be, the run goes on."""
     record: dict[str, Any] = {
@@ -145,7 +145,7 @@ def served(
             )
 
 
-def _serve(stack: ExitStack, steering: Steering, settings: ControlSettings, folder: RunFolder) -> dict[str, Any]:
+def _serve(stack: ExitStack, steering: Steering, settings: ControlSettings, folder: RunDirectory) -> dict[str, Any]:
     if not settings.enabled:
         return {"off": "control.enabled is false"}
     from metadist.control import service as plane
@@ -174,7 +174,7 @@ def _new_token(path: Path) -> Path:
     return path
 
 
-def _write(folder: RunFolder, record: dict[str, Any]) -> None:
+def _write(folder: RunDirectory, record: dict[str, Any]) -> None:
     try:
         folder.write(RECORD, json.dumps(record, indent=1))
     except (MetadistError, OSError) as error:  # not worth a run

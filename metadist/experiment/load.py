@@ -13,7 +13,7 @@ from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.description import Experiment
 from metadist.experiment.result import BEYOND, Result
 from metadist.storage.checkpoints import Checkpoints, load_parameters
-from metadist.storage.run_directory import RunFolder, runs_root
+from metadist.storage.run_directory import RunDirectory, runs_root
 from metadist.training.progress import Outcome, Progress
 
 
@@ -24,21 +24,21 @@ def _initial(experiment: Experiment) -> Mapping[str, Tensor] | None:
         return None
     if source.endswith(".safetensors"):
         return {name: tensor for name, tensor in load_parameters(source).items() if not name.startswith(BEYOND)}
-    folder = RunFolder(source)
+    folder = RunDirectory(source)
     if folder.read("run.json") is None:
         raise ConfigError(f"init_from: '{source}' is neither a .safetensors file nor a run directory")
     earlier = load_run(source)
     return earlier.experiment.learner.parameters(earlier.state)
 
 
-def tracking_root(folder: RunFolder) -> Path:
+def tracking_root(folder: RunDirectory) -> Path:
     """Where the default SQLite store lies: METADIST_RUNS, or a local folder where that is remote."""
     return folder.scratch.parent if "://" in runs_root() else Path(runs_root()).resolve()
 
 
 def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
     """A run's best parameters, ready to ``adapt`` and ``predict``; built from the run's own config unless ``experiment`` is given."""
-    folder = RunFolder(run_dir)
+    folder = RunDirectory(run_dir)
     text, about = folder.read("config.yaml"), folder.read_json("run.json")
     if text is None or about is None:
         raise ConfigError(

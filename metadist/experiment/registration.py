@@ -18,12 +18,12 @@ from metadist.core.random import TaskKey
 from metadist.experiment.load import load_run, tracking_root
 from metadist.experiment.result import Result
 from metadist.learners.few_shot import Learner
-from metadist.storage.run_directory import RunFolder
+from metadist.storage.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
 
-def log_models(tracker: Any, folder: RunFolder, result: Result, register: str) -> None:
+def log_models(tracker: Any, folder: RunDirectory, result: Result, register: str) -> None:
     """The parameters that validated best become a version of the model ``register``; the last ones are logged beside them."""
     learner = result.experiment.learner
     if not isinstance(learner, Learner):
@@ -99,7 +99,7 @@ def register_run(run_dir: str, name: str) -> str:
     """Log a finished run's best parameters as an MLflow model and make them a version of ``name``; returns the version."""
     from metadist.tracking.model_registry import register_now
 
-    result, folder = load_run(run_dir), RunFolder(run_dir)
+    result, folder = load_run(run_dir), RunDirectory(run_dir)
     if not isinstance(result.experiment.learner, Learner):
         raise ConfigError(
             f"register: {run_dir} is a run in a meta-environment; its policy adapts by acting, not to a support set"

@@ -9,7 +9,7 @@ import yaml
 from metadist.config.schema import flatten, parse_yaml
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.description import Experiment
-from metadist.storage.run_directory import RunFolder
+from metadist.storage.run_directory import RunDirectory
 
 #: what may differ between a run and its resumption: nothing of it enters θ
 FREE_ON_RESUME = (
@@ -25,7 +25,7 @@ FREE_ON_RESUME = (
 )
 
 
-def _refuse_other_config(folder: RunFolder, experiment: Experiment, meta_step: int) -> None:
+def _refuse_other_config(folder: RunDirectory, experiment: Experiment, meta_step: int) -> None:
     """A resumed run must be the run that was begun, in everything that enters θ."""
     text = folder.read("config.yaml")
     before = flatten(parse_yaml(text or "{}", "config.yaml") or {})

@@ -14,7 +14,7 @@ from metadist.experiment.description import Experiment
 from metadist.experiment.load import tracking_root
 from metadist.experiment.result import Result
 from metadist.experiment.train import train
-from metadist.storage.run_directory import RunFolder, new_run_id, newest_run, runs_root
+from metadist.storage.run_directory import RunDirectory, new_run_id, newest_run, runs_root
 from metadist.training.evaluation import as_json
 from metadist.training.loop import evaluation_metrics
 
@@ -51,7 +51,7 @@ def train_seeds(
     group_id = new_run_id(base.name)
     if resume and run_dir is None:
         run_dir = newest_run(base.name, "group.json")
-    folder = RunFolder(run_dir or f"{runs_root()}/{group_id}")
+    folder = RunDirectory(run_dir or f"{runs_root()}/{group_id}")
     known = folder.read_json("group.json")
     if folder.read("run.json") is not None:
         raise ConfigError(
@@ -75,7 +75,7 @@ def train_seeds(
     for seed in seeds:
         experiment = Experiment.of(build({**document, "seed": seed}))
         child = f"{folder.url}/seed-{seed}"
-        again = resume and RunFolder(child).read("run.json") is not None
+        again = resume and RunDirectory(child).read("run.json") is not None
         with live(experiment) as display:
             results.append(train(experiment, run_dir=child, resume=again, display=display, stop=stop, parent=group_id))
         show(results[-1])

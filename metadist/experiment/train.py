@@ -30,7 +30,7 @@ from metadist.experiment.resume import _checked_manifest, _refuse_other_config
 from metadist.jobs import links as run_page
 from metadist.learners.dry_run import check
 from metadist.storage.checkpoints import Checkpoints
-from metadist.storage.run_directory import RunFolder, new_run_id, newest_run, runs_root
+from metadist.storage.run_directory import RunDirectory, new_run_id, newest_run, runs_root
 from metadist.tracking.prometheus import exporting
 from metadist.training.evaluation import Evaluation, evaluate
 from metadist.training.loop import evaluation_metrics, meta_train
@@ -66,7 +66,7 @@ def train(
     if resume and run_dir is None:
         run_dir = newest_run(experiment.name)
     run_id = run_id or new_run_id(experiment.name)
-    folder = RunFolder(run_dir or f"{runs_root()}/{run_id}")
+    folder = RunDirectory(run_dir or f"{runs_root()}/{run_id}")
     checkpoints = Checkpoints(
         folder.url, keep=experiment.checkpoint.keep, higher_is_better=learner.tasks.higher_is_better
     )
@@ -81,7 +81,7 @@ def train(
 
 def _train(
     experiment: Experiment,
-    folder: RunFolder,
+    folder: RunDirectory,
     checkpoints: Checkpoints,
     run_id: str,
     display: Display,
@@ -175,7 +175,7 @@ def _run(experiment: Experiment, run_id: str, manifest: dict[str, Any]) -> Run:
     )
 
 
-def _open(folder: RunFolder, experiment: Experiment, run_id: str, resume: bool) -> str:
+def _open(folder: RunDirectory, experiment: Experiment, run_id: str, resume: bool) -> str:
     """Claim the folder for a new run, or find out whose it is; returns the run id."""
     about = folder.read_json("run.json")
     if about is not None:
@@ -207,7 +207,7 @@ def _facts(experiment: Experiment, workers: Scheduler) -> dict[str, Any]:
 
 
 def _start_tracker(
-    experiment: Experiment, folder: RunFolder, run_id: str, parent: str | None, mlflow_run_id: str | None
+    experiment: Experiment, folder: RunDirectory, run_id: str, parent: str | None, mlflow_run_id: str | None
 ) -> Any:
     from metadist import tracking
 
@@ -265,7 +265,7 @@ def _test(experiment: Experiment, run_id: str, workers: Scheduler, outcome: Outc
     )
 
 
-def _record(folder: RunFolder, result: Result, tracker: Any, *, finished: bool, plots: bool) -> None:
+def _record(folder: RunDirectory, result: Result, tracker: Any, *, finished: bool, plots: bool) -> None:
     """The model and the scores, and of a finished run the registered model and the plots, in the run's folder and as MLflow artifacts."""
     result.export(f"{folder.url}/model.safetensors")
     folder.write("result.json", json.dumps(result.as_dict(), indent=1))
