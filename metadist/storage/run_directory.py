@@ -22,8 +22,8 @@ def runs_root() -> str:
 class RunDirectory:
     """Read and write the files of one run.
 
-    ``location``: a local path or any fsspec URL; ``ConfigError`` if it cannot be used. ``scratch``: a local directory for
-    files that must be local (spool, plots); the run's own directory where that one is local.
+    ``location``: a local path or any fsspec URL; ``ConfigError`` if it cannot be used. ``scratch``: a local directory
+    for files that must be local (spool, plots); the run's own directory where that one is local.
     """
 
     def __init__(self, location: str) -> None:
