@@ -151,6 +151,19 @@ class Learner(BaseLearner):
         theta = {n: p.map(lambda t: t.to(self.device)) for n, p in self.initial(0).theta(self.slots).items()}
         return replace(gradient, held=held_by_steps(gradient, theta, task, keys.each()[0].to(self.device)))
 
+    def eager(self) -> Learner:
+        """Return a copy that does not compile, on the same device and data; the model is shared."""
+        copy = Learner(self.algorithm, self.model, self.tasks, self.outer, engine=replace(self.engine, compile=False))
+        copy.prepared_like(self)
+        return copy
+
+    def in_float64(self, algorithm: Algorithm) -> Learner:
+        """Return a copy with a float64 model, ``algorithm`` and the default engine, on the same device and data."""
+        model = Model(self.model.factory, dtype=torch.float64, freeze=self.model.freeze)
+        copy = Learner(algorithm, model, self.tasks, self.outer)
+        copy.prepared_like(self)
+        return copy
+
     def contribute(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int) -> Contribution:
         """Σ over the shard's tasks of each one's gradient (or delta), with loss and metric on the query set."""
         return self.contribute_tasks(theta, self.sample(keys), keys, meta_step)
