@@ -23,7 +23,7 @@ from metadist.benchmarks.timing import compare, interleaved
 from metadist.benchmarks.transport import Echo
 from metadist.config.schema import Document
 from metadist.core.errors import ConfigError, WorkerError
-from metadist.core.round import Finished, Shard
+from metadist.core.round import Finished, MetaStepKey, Shard
 from metadist.core.state import Contribution
 from metadist.experiment.fleet import fleet
 from metadist.learners import supervised

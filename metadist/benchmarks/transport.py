@@ -63,7 +63,7 @@ class Echo(FewShotLearner):
         values = {"model": torch.randn(self.slots["model"].layout.numel, generator=torch.Generator().manual_seed(seed))}
         return State(values, self.outer.initial(self.slots, values))
 
-    def compute(self, shard: Shard, theta: Mapping[str, Tensor]) -> Result:
+    def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result:
         if shard.function == "gradient":
             return Contribution(
                 {n: v.clone() for n, v in theta.items()} if self.copy else theta, float(shard.count), shard.count
