@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 import yaml
+from tiny import train
 
 from metadist.config import schema
 from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers, shipped_configs
 from metadist.core.errors import ConfigError
-from metadist.experiment.train import train
 
 
 def refused(*overrides: str, document=None) -> str:

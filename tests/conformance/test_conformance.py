@@ -25,7 +25,6 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
 from metadist.core.state import State
-from metadist.learners.dry_run import check
 from metadist.learners.few_shot import FewShotLearner
 from metadist.models import MODELS
 from metadist.storage.checkpoints import Checkpoints
@@ -143,7 +142,7 @@ def test_refused_in_one_line(triple):
 
 
 def test_it_can_begin(subject):
-    check(subject, 0)
+    subject.dry_run(0)
 
 
 def test_a_contribution_fits_the_slots(subject):

@@ -18,7 +18,7 @@ from metadist.algorithms.maml_rl import MAMLRL
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
-from metadist.core.round import WithOutput
+from metadist.core.round import MetaStepKey, WithOutput, run_rounds
 from metadist.core.state import Contribution, Records, TreeSum
 from metadist.environments import ENVIRONMENTS
 from metadist.learners.trials import TrialLearner
@@ -93,8 +93,9 @@ def meta_steps(subject, count=2, seed=0):
     """(state, reports, all results by shard) after ``count`` meta-steps in this process."""
     state, reports, results = subject.initial(seed), [], {}
     for step in range(count):
-        report, kept = {}, {}
-        for round in subject.rounds("run", step, seed, state, report):
+        kept = {}
+
+        def run(round, kept=kept):
             total = TreeSum(len(round.shards), Contribution.__add__)
             for shard in round.shards:
                 result = subject.compute(shard, round.parameters.slots, [kept[key] for key in shard.needs])
@@ -102,7 +103,9 @@ def meta_steps(subject, count=2, seed=0):
                     kept[shard.key], result = result.output, result.result
                 results[shard] = result
                 total.add(shard.index, result)
-            state = round.apply(state, total.result())
+            return total.result()
+
+        state, report = run_rounds(subject.meta_step(MetaStepKey("run", step, seed), state), run)
         reports.append(report)
     return state, reports, results
 

@@ -12,7 +12,6 @@ from metadist.core.errors import ConfigError, NonFiniteError
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.task import Examples, Task, stack
-from metadist.learners.dry_run import check
 from metadist.models import MLP, ConditionalNeuralProcess, Conv4
 
 IMAGES = Blobs(input_shape=(1, 8, 8))
@@ -192,7 +191,7 @@ def test_batch_norm_over_padded_rows_is_refused():
     """Before anything starts, also when a task alone would have no padding."""
     ragged = learner(MAML(), WithoutDropout, Ragged(Blobs(input_shape=(1, 6, 6))))
     with pytest.raises(ConfigError, match="padded rows"):
-        check(ragged, 0)
+        ragged.dry_run(0)
     with pytest.raises(ConfigError, match="padded rows"):
         ragged.contribute(ragged.initial(0).theta(ragged.slots), keys(0, 1), 0)
 

@@ -11,6 +11,7 @@ from trials import Chance, context, learner, run, somewhere, train
 
 from metadist.algorithms.rl2 import RL2
 from metadist.core.errors import ConfigError
+from metadist.core.round import MetaStepKey, run_rounds
 from metadist.core.state import State
 from metadist.models.causal_transformer import CausalTransformer
 from metadist.models.reactive import Reactive
@@ -192,14 +193,15 @@ def test_a_step_that_overflows_is_refused_and_is_no_fault():
 
 def test_surrogate_rounds_judge_the_policy_that_is_then_taken():
     found = learner(RL2(optimizer="trpo", kl=0.02), GRU(hidden=8), Chance(), batch=16, shard=4)
-    judged, kept = {}, {}
-    state = found.initial(0)
-    for round in found.rounds("run", 0, 0, state, judged):
-        total = run(found, round, kept)
-        state = round.apply(state, total)
-        if round.shards[0].function == "surrogate":
-            after = state.theta(found.slots)["model"]
-            published = round.parameters
+    kept, seen = {}, []
+
+    def watched(round):
+        seen.append(round)
+        return run(found, round, kept)
+
+    state, judged = run_rounds(found.meta_step(MetaStepKey("run", 0, 0), found.initial(0)), watched)
+    after = state.theta(found.slots)["model"]
+    published = [round.parameters for round in seen if round.shards[0].function == "surrogate"][-1]
     old = published.slots["model"]
     fraction = judged["step_fraction"]
     assert torch.equal(old + fraction * published.slots[DIRECTION], flat(after))
