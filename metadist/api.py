@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from metadist.config.build import EngineSettings, _check_name
-from metadist.config.components import _factory
+from metadist.config.components import model_factory
 from metadist.config.groups import WorkerGroup
 from metadist.config.schema import as_plain
 from metadist.config.settings import CheckpointSettings, ControlSettings, EvaluateSettings, TrackingSettings
@@ -54,7 +54,7 @@ def compose(
         )
     group = WorkerGroup(min=workers, max=workers) if isinstance(workers, int) else workers
     settings = TrackingSettings(uri=tracking) if isinstance(tracking, str) else tracking
-    pure = Model(_factory(model, tasks, algorithm), dtype=getattr(torch, engine.dtype), freeze=freeze)
+    pure = Model(model_factory(model, tasks, algorithm), dtype=getattr(torch, engine.dtype), freeze=freeze)
     learner = Learner(algorithm, pure, tasks, outer, evaluate.normalization, engine.non_finite)
     document = {
         "name": name,

@@ -12,7 +12,8 @@ from typing import Any, Union
 import torch
 from torch import nn
 
-from metadist.config.components import _component, _factory, _function, _mapping
+from metadist.config.catalog import ALGORITHM, ENVIRONMENT, MODEL, TASK_FAMILY
+from metadist.config.components import component, function, model_factory, named
 from metadist.config.engine import EngineSettings
 from metadist.config.groups import WorkerGroup
 from metadist.config.schema import Document, as_plain, explained, settings, typed
@@ -113,11 +114,6 @@ KEYS = (
 
 def build(document: Document) -> Config:
     """Every key checked, every part built. Raises ConfigError naming the key, the value and what is allowed."""
-    from metadist.algorithms import ALGORITHMS
-    from metadist.environments import ENVIRONMENTS
-    from metadist.models import MODELS
-    from metadist.tasks import TASKS
-
     for key in document:
         if key not in KEYS:
             raise ConfigError(f"unknown key '{key}'{nearest(str(key), KEYS)}; allowed: {', '.join(KEYS)}")
@@ -130,22 +126,22 @@ def build(document: Document) -> Config:
                 f"key '{key}' is missing; expected {key}: {{name: …}}"
                 + (" (or environment: {name: …})" if key == "tasks" else "")
             )
-    tasks = _component(what, document[what], ENVIRONMENTS if what == "environment" else TASKS)
+    tasks = component(what, document[what], ENVIRONMENT if what == "environment" else TASK_FAMILY)
     _judge_by(tasks, document)
-    model_document = dict(_mapping("model", document["model"]))
+    model_document = dict(named("model", document["model"]))
     freeze = typed("model.freeze", model_document.pop("freeze", []), tuple[str, ...])
-    algorithm = _component("algorithm", document["algorithm"], ALGORITHMS)
-    model = _component("model", model_document, MODELS, deferred=True)
+    algorithm = component("algorithm", document["algorithm"], ALGORITHM)
+    model = component("model", model_document, MODEL, deferred=True)
     kind: Any = MetaEnvironment if what == "environment" else TaskFamily
     if not isinstance(tasks, kind):
         raise ConfigError(f"{what}.name: {type(tasks).__name__} is not a metadist.{kind.__name__}")
     wanted: Any = TrialAlgorithm if what == "environment" else Algorithm
     if not isinstance(algorithm, wanted):
-        fits = [n for n, cls in ALGORITHMS.items() if issubclass(cls, wanted)]
+        fits = [n for n, cls in ALGORITHM.own.items() if issubclass(cls, wanted)]
         raise ConfigError(
             f"algorithm.name: {type(algorithm).__name__} is not a metadist.{wanted.__name__}; with {what}: {', '.join(sorted(fits))}, or your own"
         )
-    factory = _factory(model, tasks, algorithm)
+    factory = model_factory(model, tasks, algorithm)
     groups = document.get("workers")
     if groups is not None and not isinstance(groups, list):
         raise ConfigError(f"workers: expected a list of groups, such as [{{role: learner, max: 2}}], got {groups!r}")
@@ -213,11 +209,9 @@ def _check_outside(config: Config, what: str) -> None:
 
 def build_environment(document: Document) -> MetaEnvironment:
     """The meta-environment of a document alone."""
-    from metadist.environments import ENVIRONMENTS
-
     if "environment" not in document:
         raise ConfigError("key 'environment' is missing; expected environment: {name: …}")
-    made = _component("environment", document["environment"], ENVIRONMENTS)
+    made = component("environment", document["environment"], ENVIRONMENT)
     if not isinstance(made, MetaEnvironment):
         raise ConfigError(f"environment.name: {type(made).__name__} is not a metadist.MetaEnvironment")
     return made
@@ -231,12 +225,12 @@ def _check_name(name: str) -> None:
 def _judge_by(tasks: Any, document: Document) -> None:
     """Put the user's own loss and metric in the family's place."""
     if document.get("loss") is not None:
-        loss = _function(typed("loss", document["loss"], str), "loss")
+        loss = function(typed("loss", document["loss"], str), "loss")
         object.__setattr__(tasks, "loss", loss)
     if document.get("metric") is not None:
         metric = document["metric"]
         chosen = settings("metric", {"name": metric} if isinstance(metric, str) else metric, MetricSettings)
-        object.__setattr__(tasks, "metric", _function(chosen.name, "metric"))
+        object.__setattr__(tasks, "metric", function(chosen.name, "metric"))
         object.__setattr__(tasks, "metric_name", chosen.name.partition(":")[2])
         object.__setattr__(tasks, "higher_is_better", chosen.higher_is_better)
 
@@ -246,7 +240,7 @@ def resolved(config: Config) -> Document:
     document: Document = {"name": config.name, "seed": config.seed}
     what = "environment" if "environment" in config.document else "tasks"
     for key, part in ((what, config.tasks), ("model", config.model), ("algorithm", config.algorithm)):
-        given = dict(_mapping(key, config.document[key]))
+        given = dict(named(key, config.document[key]))
         instance: Any = part
         if key == "model" and isinstance(part, functools.partial) and inspect.ismethod(part.func):
             instance = part.func.__self__

@@ -31,6 +31,7 @@ from metadist.jobs import links as run_page
 from metadist.learners.dry_run import check
 from metadist.storage.checkpoints import Checkpoints
 from metadist.storage.run_directory import RunFolder, new_run_id, newest_run, runs_root
+from metadist.tracking import check_uri
 from metadist.tracking.prometheus import exporting
 from metadist.training.evaluation import Evaluation, evaluate
 from metadist.training.loop import evaluation_metrics, meta_train
@@ -63,6 +64,7 @@ def train(
     display = display or Quiet()
     learner = experiment.learner
     checked(experiment.control)
+    check_uri(experiment.tracking.uri)
     if resume and run_dir is None:
         run_dir = newest_run(experiment.name)
     run_id = run_id or new_run_id(experiment.name)
