@@ -81,7 +81,7 @@ def test_list_describes_each_in_a_line(cli, what, some):
 def test_list_of_something_else(cli):
     mistake(
         cli("list", "algorithm"),
-        "'algorithm' is not one of algorithms, tasks, environments, models, configs; did you mean 'algorithms'?",
+        "'algorithm' is not one of algorithms, tasks, environments, models, trackers, configs; did you mean 'algorithms'?",
     )
 
 
