@@ -45,7 +45,7 @@ def fleet(
     planner: Planner | None = None,
     *,
     expected: dict[str, Any] | None = None,
-    watch: Any = None,
+    wrap: Callable[[Executor], Executor] | None = None,
     folder: RunFolder | None = None,
     note: Callable[[str], None] = lambda message: None,
     mark: Callable[[str], None] = lambda text: None,
@@ -80,11 +80,10 @@ def fleet(
             executor = _ray_executor(experiment, run_id, Numerics(groups, expected, engine.exact, mark), planner, note)
             stack.callback(executor.close)
         scheduler = Scheduler(
-            executor,
+            wrap(executor) if wrap is not None else executor,
             experiment.learner,
             timeout=engine.shard_timeout,
             patience=engine.worker_patience,
-            watch=watch,
             on_failure=failure,
         )
         yield scheduler

@@ -19,7 +19,7 @@ import metadist
 from metadist.config.schema import flatten
 from metadist.control.feed import Board
 from metadist.core.errors import ConfigError
-from metadist.core.round import Shard
+from metadist.core.round import Executor
 from metadist.experiment.description import Experiment, Quiet
 from metadist.experiment.fleet import fleet, planner_for
 from metadist.experiment.lifecycle import checked, claimed, served, steering_of
@@ -52,13 +52,16 @@ def train(
     resume: bool = False,
     display: Display | None = None,
     stop: Callable[[], bool] = lambda: False,
-    watch: Callable[[Scheduler, Shard], None] | None = None,
+    wrap: Callable[[Executor], Executor] | None = None,
     parent: str | None = None,
     test: bool = True,
     plots: bool = True,
     run_id: str | None = None,
 ) -> Result:
-    """Meta-train, test once, and record everything under ``run_dir`` (default: a new folder under ``METADIST_RUNS``)."""
+    """Meta-train, test once, and record everything under ``run_dir`` (default: a new folder under ``METADIST_RUNS``).
+
+    ``wrap`` puts an executor around the run's own: one that fails on purpose (``metadist.workers.faulty``).
+    """
     began = time.perf_counter()
     display = display or Quiet()
     learner = experiment.learner
@@ -74,7 +77,7 @@ def train(
     check(learner, experiment.seed)  # before the folder is claimed: a mistake in the config leaves nothing behind
     with claimed(folder):
         run_id = _open(folder, experiment, run_id, resume)
-        result = _train(experiment, folder, checkpoints, run_id, display, stop, watch, parent, test, plots)
+        result = _train(experiment, folder, checkpoints, run_id, display, stop, wrap, parent, test, plots)
     result.wall_seconds = time.perf_counter() - began
     return result
 
@@ -86,7 +89,7 @@ def _train(
     run_id: str,
     display: Display,
     stop: Callable[[], bool],
-    watch: Callable[[Scheduler, Shard], None] | None,
+    wrap: Callable[[Executor], Executor] | None,
     parent: str | None,
     test: bool,
     plots: bool,
@@ -117,7 +120,7 @@ def _train(
         with (
             served(steering, board, experiment.control, folder, run_id),
             fleet(
-                experiment, run_id, planner, expected=expected, watch=watch, folder=folder, note=board.note, mark=mark
+                experiment, run_id, planner, expected=expected, wrap=wrap, folder=folder, note=board.note, mark=mark
             ) as workers,
         ):
             # The list itself: what joins later stands in the checkpoints from then on.
