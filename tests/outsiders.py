@@ -16,9 +16,9 @@ from ports import free_port
 
 from metadist.config.build import build
 from metadist.config.document import override
+from metadist.config.experiment import Experiment
 from metadist.core.errors import MetadistError
 from metadist.experiment import remote as outside
-from metadist.experiment.description import Experiment
 from metadist.experiment.fleet import fleet
 
 OUTSIDE = {"min": 1, "max": 4, "outside": True}
@@ -46,7 +46,7 @@ def document(*groups: dict[str, Any], trials: bool = False, port: int = 0, **key
 
 
 def experiment(made: dict[str, Any], *overrides: str) -> Experiment:
-    return Experiment.of(build(override(made, overrides)))
+    return build(override(made, overrides))
 
 
 def rounds(run: Experiment, scheduler: Any, each: Callable[[int, Any], None] = lambda step, scheduler: None) -> str:

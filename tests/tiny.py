@@ -15,8 +15,8 @@ import yaml
 
 from metadist.config.build import build
 from metadist.config.document import override
-from metadist.experiment.description import Experiment
-from metadist.learners.few_shot import Learner
+from metadist.config.experiment import Experiment
+from metadist.learners.few_shot import FewShotLearner
 
 _DOCUMENT = {
     "name": "tiny",
@@ -38,10 +38,10 @@ def document(*overrides: str) -> dict[str, Any]:
 
 
 def experiment(*overrides: str) -> Experiment:
-    return Experiment.of(build(document(*overrides)))
+    return build(document(*overrides))
 
 
-def learner(*overrides: str) -> Learner:
+def learner(*overrides: str) -> FewShotLearner:
     return experiment(*overrides).learner
 
 

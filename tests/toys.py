@@ -1,4 +1,4 @@
-"""Toy doubles: task families without data, a module with everything in it, and how a test makes a Learner of them."""
+"""Toy doubles: task families without data, a module with everything in it, and how a test makes a FewShotLearner of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
 from metadist.core.state import State, TreeSum
 from metadist.core.task import Classification, Examples, Task, TaskFamily
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class WithoutDropout(Everything):
         self.drop_channels, self.drop = nn.Identity(), nn.Identity()
 
 
-def learner(algorithm, factory, tasks, *, dtype=torch.float64, freeze=(), outer=None, **options) -> Learner:
-    return Learner(algorithm, Model(factory, dtype=dtype, freeze=freeze), tasks, outer or OuterLoop(), **options)
+def learner(algorithm, factory, tasks, *, dtype=torch.float64, freeze=(), outer=None, **options) -> FewShotLearner:
+    return FewShotLearner(algorithm, Model(factory, dtype=dtype, freeze=freeze), tasks, outer or OuterLoop(), **options)
 
 
 def keys(*tasks, seed=7, split="train", meta_step=3):

@@ -10,29 +10,30 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from metadist.config.schema import explained, settings
+from metadist.config.schema import Document, explained, settings
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import TaskFamily
-from metadist.learners.trials import TrialAlgorithm
+from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import Continuous, MetaEnvironment
 
 
-def _mapping(key: str, value: Any) -> Mapping[str, Any]:
+def component_document(key: str, value: Any) -> Document:
+    """Return the name and the options of a component, as a mapping of its own."""
     if isinstance(value, str):
         return {"name": value}
     if not isinstance(value, dict):
         raise ConfigError(f"{key}: expected {{name: …}}, got {value!r}")
-    return value
+    return dict(value)
 
 
-def _component(key: str, value: Any, known: Mapping[str, type], deferred: bool = False) -> Any:
+def component(key: str, value: Any, known: Mapping[str, type], deferred: bool = False) -> Any:
     """An object named in a dict of ours or by ``package.module:Class``; ``deferred`` gives (class, arguments) for classes not ours."""
-    options = dict(_mapping(key, value))
+    options = component_document(key, value)
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError(
@@ -47,7 +48,7 @@ def _component(key: str, value: Any, known: Mapping[str, type], deferred: bool =
             f"{key}.name: '{name}' is not one of {', '.join(sorted(known))}{nearest(name, known)} (your own: package.module:Class)"
         )
     if is_dataclass(cls):
-        return settings(key, options, cls)
+        return settings(key, options, cast(type, cls))
     if isinstance(cls, (TaskFamily, MetaEnvironment, Algorithm, TrialAlgorithm, nn.Module)):
         if options:
             raise ConfigError(f"{key}: '{name}' is an object already and takes no {', '.join(options)}")
@@ -93,7 +94,7 @@ def import_path(path: str, key: str) -> Any:
     return getattr(imported, name)
 
 
-def _factory(model: Any, tasks: TaskFamily | MetaEnvironment, algorithm: Any) -> Callable[[], nn.Module]:
+def model_factory(model: Any, tasks: TaskFamily | MetaEnvironment, algorithm: Any) -> Callable[[], nn.Module]:
     if isinstance(model, nn.Module):
         return functools.partial(_itself, model)
     if isinstance(tasks, MetaEnvironment):
@@ -130,7 +131,7 @@ def _itself(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module)
 
 
-def _function(path: str, key: str) -> Any:
+def user_function(path: str, key: str) -> Any:
     found = import_path(path, key)
     if not callable(found):
         raise ConfigError(

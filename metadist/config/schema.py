@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import json
 import math
 import re
-import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, Literal, Union
+from typing import Any, TypeVar, Union
 
 import pydantic
 import yaml
@@ -20,6 +19,10 @@ import yaml
 from metadist.core.errors import ConfigError, MetadistError, nearest
 
 Document = dict[str, Any]
+"""The keys and values of a config or of a part of one."""
+
+Plain = Union[None, bool, int, float, str, "list[Plain]", "dict[str, Plain]"]
+T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,65 +86,100 @@ def explained(key: str, maker: Any) -> Iterator[None]:
         raise ConfigError(f"{key}: {what} raised {type(error).__name__}: {error}") from error
 
 
-def settings(key: str, value: Any, cls: Any) -> Any:
-    """A dataclass from a mapping: unknown keys and wrong types are errors, defaults are the dataclass's."""
+def settings(key: str, value: Any, cls: type[T]) -> T:
+    """Build a dataclass from a mapping, strictly: unknown keys, missing keys and wrong types are errors.
+
+    Lists serve as tuples, and whole numbers as floats. Defaults are those of the dataclass.
+    """
     value = {} if value is None else value
+    known = [f.name for f in _settable(cls)]
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"{key}: expected keys and values ({', '.join(f.name for f in fields(cls) if f.init)}), got {value!r}"
-        )
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in fields(cls) if f.init}
-    for name in value:
-        if name not in known:
-            raise ConfigError(f"unknown key '{key}.{name}'{nearest(str(name), known)}; allowed: {', '.join(known)}")
-    for name, f in known.items():
-        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"key '{key}.{name}' is missing; expected {_type_name(hints[name])}")
-    values = {name: typed(f"{key}.{name}", v, hints[name]) for name, v in value.items()}
+        raise ConfigError(f"{key}: expected keys and values ({', '.join(known)}), got {value!r}")
+    try:
+        checked = _model(typing.cast(Any, cls)).validate_json(json.dumps(value))
+    except pydantic.ValidationError as error:
+        raise _explained_error(key, value, known, error) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {value!r} is not a plain value: {error}") from error
     with explained(key, cls):
-        return cls(**values)
+        return cls(**{name: getattr(checked, name) for name in value})
 
 
 def typed(key: str, value: Any, hint: Any) -> Any:
-    """Strictly of the hinted type, except that lists serve as tuples and integers as floats."""
+    """Return ``value`` as a ``hint``: a plain type, a dataclass, or a tuple of dataclasses. ConfigError where it is not one."""
+    if dataclasses.is_dataclass(hint):
+        return settings(key, value, typing.cast(type, hint))
+    (item, *_) = typing.get_args(hint) or (None,)
+    if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item):
+        if not isinstance(value, list):
+            raise ConfigError(f"{key}: expected a list of groups, such as [{{role: learner, max: 2}}], got {value!r}")
+        return tuple(settings(f"{key}.{i}", entry, typing.cast(type, item)) for i, entry in enumerate(value or [{}]))
     try:
         return pydantic.TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except pydantic.ValidationError as error:
-        choices = _choices(hint)
-        hint_text = _type_name(hint)
-        close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1) if choices else []
-        suggestion = f"; did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"{key}: {value!r} is not allowed; expected {hint_text}{suggestion}") from error
+        raise ConfigError(f"{key}: {value!r} is not allowed; expected {_expected(error.errors(), 0, value)}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {value!r} is not a plain value: {error}") from error
 
 
-def _choices(hint: Any) -> list[Any]:
-    if typing.get_origin(hint) is Literal:
-        return list(typing.get_args(hint))
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return [c for part in typing.get_args(hint) for c in _choices(part)]
-    return []
+def _settable(cls: Any) -> list[dataclasses.Field[Any]]:
+    return [f for f in fields(cls) if f.init]
 
 
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    if hint in names:
-        return names[hint]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type_name(a) for a in arguments)
-    if origin is tuple:
-        inner = [a for a in arguments if a is not Ellipsis]
-        return (
-            f"a list of {_type_name(inner[0])}"
-            if Ellipsis in arguments
-            else f"[{', '.join(_type_name(a) for a in inner)}]"
-        )
-    return str(hint)
+@functools.cache
+def _model(cls: Any) -> pydantic.TypeAdapter[Any]:
+    """Return a strict pydantic model with the fields of a dataclass.
+
+    pydantic takes no configuration for the standard library's dataclasses, and its own would be another class.
+    """
+    hints = typing.get_type_hints(cls)
+    definitions: dict[str, Any] = {}
+    for f in _settable(cls):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        definitions[f.name] = (hints[f.name], ... if required else None)
+    strict = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+    return pydantic.TypeAdapter(pydantic.create_model(cls.__name__, __config__=strict, **definitions))
+
+
+#: pydantic's error type → the words for the expected value
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "none_required": "null",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "keys and values",
+}
+
+
+def _explained_error(key: str, value: Document, known: list[str], error: pydantic.ValidationError) -> ConfigError:
+    """Translate pydantic's first error and those of the same field."""
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown key '{key}.{name}'{nearest(name, known)}; allowed: {', '.join(known)}")
+    if first["type"] == "missing" and len(first["loc"]) == 1:
+        return ConfigError(f"key '{key}.{name}' is missing; allowed: {', '.join(known)}")
+    same = [e for e in error.errors() if e["loc"][0] == name]
+    return ConfigError(f"{key}.{name}: {value[name]!r} is not allowed; expected {_expected(same, 1, value[name])}")
+
+
+def _expected(errors: list[Any], depth: int, value: Any) -> str:
+    """Return the expected values in words, joined over the alternatives of a union, with the nearest spelling."""
+    words, choices = [], list[str]()
+    for error in errors:
+        if error["type"] == "literal_error":
+            found = [part.strip("' ") for part in re.split(r", | or ", error["ctx"]["expected"])]
+            choices += found
+            word = f"one of {', '.join(found)}" if len(found) > 1 else found[0]
+        else:
+            word = EXPECTED.get(error["type"], error["msg"])
+        inside = [part for part in error["loc"][depth:] if isinstance(part, int)]
+        words.append(f"{word} at position {inside[0] + 1} of a list" if inside else word)
+    return " or ".join(dict.fromkeys(words)) + nearest(str(value), choices)
 
 
 def flatten(document: Any, prefix: str = "") -> dict[str, Any]:

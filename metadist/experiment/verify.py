@@ -13,10 +13,10 @@ from metadist.config.document import override, set_workers
 from metadist.config.schema import Document
 from metadist.core.errors import ConfigError
 from metadist.core.round import Executor, Shard
-from metadist.experiment.description import Experiment
 from metadist.experiment.fleet import local_plan
+from metadist.experiment.request import Request
 from metadist.experiment.train import train
-from metadist.training.observers import Display
+from metadist.training.observers import Observer
 from metadist.workers.faulty import FaultyExecutor
 
 
@@ -60,7 +60,7 @@ class Killer(FaultyExecutor):
 
 def _as_the_whole_run(document: Document) -> Document:
     """Resolve ``engine.compile`` for the full length of the run: a shorter run might not compile under ``auto``."""
-    experiment = Experiment.of(build(document))
+    experiment = build(document)
     if experiment.engine.compile != "auto":
         return document
     compile = "always" if local_plan(experiment).engine.compile else "never"
@@ -68,7 +68,7 @@ def _as_the_whole_run(document: Document) -> Document:
 
 
 def verify(
-    document: Document, workers: Sequence[str], *, kill: int, meta_steps: int | None, display: Display
+    document: Document, workers: Sequence[str], *, kill: int, meta_steps: int | None, display: Observer
 ) -> dict[str, Any]:
     """Train once for every number of workers and compare the SHA-256 of the parameters.
 
@@ -81,9 +81,9 @@ def verify(
     return {"ok": same and all(row["enough_kills"] for row in rows), "same": same, "rows": rows}
 
 
-def _row(document: Document, count: str, kill: int, display: Display) -> dict[str, Any]:
+def _row(document: Document, count: str, kill: int, display: Observer) -> dict[str, Any]:
     """Train with the workers of ``document`` in a temporary folder, without tracking and without the test."""
-    experiment = Experiment.of(build(document))
+    experiment = build(document)
     steps = experiment.learner.outer.meta_steps
     experiment = dataclasses.replace(
         experiment,
@@ -97,7 +97,7 @@ def _row(document: Document, count: str, kill: int, display: Display) -> dict[st
     killed: list[str] = []
     wrap = partial(Killer, kills=kill, meta_steps=steps, killed=killed) if kill else None
     with tempfile.TemporaryDirectory(prefix="metadist-verify-") as folder:
-        result = train(experiment, run_dir=folder, display=display, wrap=wrap, test=False, plots=False)
+        result = train(experiment, Request(run_dir=folder, wrap=wrap, test=False, plots=False), display)
     return {
         "workers": count,
         "params_sha256": result.params_sha256,

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from metadist.config.build import build, resolved
+from metadist.config.build import build
 from metadist.config.groups import ROLES, WorkerGroup
 from metadist.core.errors import ConfigError
 from metadist.jobs.charts import Chart
@@ -67,7 +67,7 @@ class Rendering:
 def render(target: str, document: dict[str, Any], wanted: Rendering, folder: Path) -> tuple[dict[str, str], list[str]]:
     """(file → text, the commands that come next) of ``target``, where the files will lie in ``folder``."""
     config = build(document)
-    document = resolved(config)
+    document = config.document
     run_id = wanted.run_id or new_run_id(config.name)
     for key, value in (
         ("--run-id", run_id),

@@ -9,12 +9,11 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from metadist.core.errors import WorkerError
 from metadist.core.round import Event, Executor, Failed, Finished, OutputKey, Result, Round, Shard
 from metadist.core.state import Contribution, Records, TreeSum, is_finite
-from metadist.learners.base import BaseLearner
+from metadist.learners.base import Learner
 from metadist.training.blocks import in_blocks
 
 log = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ class Scheduler:
     def __init__(
         self,
         executor: Executor,
-        learner: BaseLearner,
+        learner: Learner,
         *,
         timeout: float = 300.0,
         patience: float = 60.0,
@@ -118,8 +117,20 @@ class Scheduler:
         #: why the run ended, once it did as it should: workers from outside are told
         self.ended = ""
 
-    def run(self, round: Round) -> Any:
-        """Publish the round's θ, compute its shards, and return their sum (``reduce``) or their records in shard order."""
+    def sum(self, round: Round) -> Contribution:
+        """Publish the round's θ, compute its shards, and return their canonical sum."""
+        total = self.run(round)
+        assert isinstance(total, Contribution)
+        return total
+
+    def records(self, round: Round) -> Records:
+        """Publish the round's θ, compute its shards, and return their records in shard order."""
+        records = self.run(round)
+        assert isinstance(records, Records)
+        return records
+
+    def run(self, round: Round) -> Result:
+        """Run a round and return its sum, or its records where the round does not ``reduce``."""
         self._begin(round)
         began = time.perf_counter()
         bytes_out = self.executor.publish(round.shards[0].meta_step, round.index, round.parameters)
@@ -279,7 +290,7 @@ class Scheduler:
         return idle and shard in progress.open and attempt == self._attempts[shard] < 2
 
 
-def fault_of(result: Result, shard: Shard, learner: BaseLearner, reduce: bool) -> str | None:
+def fault_of(result: Result, shard: Shard, learner: Learner, reduce: bool) -> str | None:
     """Why a result must not enter the sum. The wire has checked its own; this holds for every executor.
 
     A gradient has all slots. What other functions sum (a rollout's statistics, say) has none, and its metrics enter θ.
@@ -303,9 +314,7 @@ def fault_of(result: Result, shard: Shard, learner: BaseLearner, reduce: bool) -
     wrong = [] if gradient else [n for n, value in result.metrics.items() if not math.isfinite(value)]
     if wrong:
         return f"'{wrong[0]}' is {result.metrics[wrong[0]]}"
-    skipped = (
-        "skip" in (learner.non_finite, getattr(learner.tasks, "on_error", None)) and result.tasks == result.weight == 0
-    )
+    skipped = learner.leaves_out_tasks and result.tasks == result.weight == 0
     if not skipped and not (0 < result.weight < math.inf and 1 <= result.tasks <= shard.count):
         return f"weight {result.weight} and {result.tasks} tasks for a shard of {shard.count}"
     return None

@@ -26,7 +26,7 @@ from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
 from metadist.core.state import State
 from metadist.learners.dry_run import check
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.models import MODELS
 from metadist.storage.checkpoints import Checkpoints
 from metadist.tasks import TASKS
@@ -50,9 +50,9 @@ def built(cls):
 
 
 @cache
-def learner(algorithm, tasks, model, outer=OUTER) -> Learner:
+def learner(algorithm, tasks, model, outer=OUTER) -> FewShotLearner:
     family, method, config = built(TASKS[tasks]), built(ALGORITHMS[algorithm]), built(MODELS[model])
-    return Learner(
+    return FewShotLearner(
         method, Model(lambda: config.build(tuple(family.input_shape), method.outputs(family))), family, outer
     )
 

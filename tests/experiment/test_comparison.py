@@ -8,7 +8,6 @@ from PIL import Image
 
 from metadist.config.build import build
 from metadist.core.errors import ConfigError
-from metadist.experiment.description import Experiment
 from metadist.experiment.evaluate import evaluate_run
 from metadist.experiment.oracle_comparison import oracles
 from metadist.experiment.train import train
@@ -30,7 +29,7 @@ def document(environment, algorithm=None, model=None):
 
 
 def trained(tmp_path, *arguments):
-    return train(Experiment.of(build(document(*arguments))), run_dir=str(tmp_path / "run"))
+    return train(build(document(*arguments)), run_dir=str(tmp_path / "run"))
 
 
 def test_known_methods_by_environment_or_config():

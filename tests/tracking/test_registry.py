@@ -20,7 +20,6 @@ import metadist
 from metadist.config.build import build
 from metadist.config.document import override, read_document
 from metadist.core.errors import ConfigError
-from metadist.experiment.description import Experiment
 from metadist.experiment.load import load_run
 from metadist.experiment.registration import register_run
 from metadist.experiment.train import train
@@ -37,7 +36,7 @@ def trained(folder: Path, *overrides: str) -> metadist.experiment.result.Result:
         *overrides,
     ]
     document = override(read_document("sinusoid_maml"), small)
-    return train(Experiment.of(build(document)), run_dir=str(folder), plots=False)
+    return train(build(document), run_dir=str(folder), plots=False)
 
 
 @pytest.fixture

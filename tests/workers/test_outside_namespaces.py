@@ -21,7 +21,6 @@ from faults import everywhere
 from metadist.cli.display import plain
 from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers
-from metadist.experiment.description import Experiment
 from metadist.experiment.result import Result
 from metadist.experiment.train import train
 
@@ -93,7 +92,7 @@ class Killer:
 
 def trained(made: dict, folder: Path, fault=None) -> Result:
     wrap = everywhere(fault) if fault else None
-    return train(Experiment.of(build(made)), run_dir=str(folder), wrap=wrap, display=plain(), plots=False)
+    return train(build(made), run_dir=str(folder), wrap=wrap, display=plain(), plots=False)
 
 
 @pytest.mark.long

@@ -16,7 +16,7 @@ import tiny
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.training.evaluation import evaluate
 from metadist.training.scheduler import Scheduler
 from metadist.workers.faulty import Call, FaultyExecutor, Kill
@@ -30,7 +30,7 @@ def mischief(tmp_path_factory):
     """A learner, and the function that tells its tasks what to do."""
     folder = tmp_path_factory.mktemp("mischief")
     toy = tiny.learner()
-    learner = Learner(
+    learner = FewShotLearner(
         toy.algorithm, toy.model, families.Mischief(k_shot=4, query_shots=4, folder=str(folder)), toy.outer
     )
 

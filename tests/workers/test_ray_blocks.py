@@ -13,7 +13,7 @@ from test_ray import SEED, executor, settle
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import WorkerError
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.training import blocks
 from metadist.training.scheduler import Scheduler
 from metadist.workers.local import LocalExecutor
@@ -29,7 +29,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def learner(folder):
     toy = tiny.learner(f"outer.meta_batch_size={TASKS}", f"outer.shard_size={TASKS // SHARDS}")
-    return Learner(toy.algorithm, toy.model, families.Mischief(k_shot=4, query_shots=4, folder=str(folder)), toy.outer)
+    return FewShotLearner(
+        toy.algorithm, toy.model, families.Mischief(k_shot=4, query_shots=4, folder=str(folder)), toy.outer
+    )
 
 
 @pytest.fixture
