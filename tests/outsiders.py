@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import tiny
+from faults import everywhere
 from ports import free_port
 
 from metadist.config.build import build
@@ -62,11 +63,12 @@ def rounds(run: Experiment, scheduler: Any, each: Callable[[int, Any], None] = l
 def train(
     run: Experiment,
     *,
-    watch: Any = None,
+    fault: Callable[[Any, Any], object] | None = None,
     each: Callable[[int, Any], None] = lambda step, scheduler: None,
     **options: Any,
 ) -> tuple[str, Any]:
-    with fleet(run, "run", watch=watch, **options) as scheduler:
+    """Train with workers of ``fleet``; ``fault(executor, shard)`` runs after every submission."""
+    with fleet(run, "run", wrap=everywhere(fault) if fault else None, **options) as scheduler:
         return rounds(run, scheduler, each), scheduler
 
 

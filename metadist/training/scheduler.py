@@ -86,8 +86,7 @@ class _Progress:
 
 class Scheduler:
     """``timeout`` seconds per shard after which an attempt counts as hung and its worker is recycled; an idle worker gets a backup
-    attempt long before. ``patience`` seconds without any worker end the run. ``watch`` is called after every submission
-    (tests break things there).
+    attempt long before. ``patience`` seconds without any worker end the run.
     """
 
     def __init__(
@@ -97,11 +96,10 @@ class Scheduler:
         *,
         timeout: float = 300.0,
         patience: float = 60.0,
-        watch: Callable[[Scheduler, Shard], None] | None = None,
         on_failure: Callable[[str], str] | None = None,
     ) -> None:
         self.executor, self._learner = executor, learner
-        self._timeout, self._patience, self._watch, self._on_failure = timeout, patience, watch, on_failure
+        self._timeout, self._patience, self._on_failure = timeout, patience, on_failure
         #: per shard, by function: a rollout may take a hundred times as long as a gradient
         self._durations: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=64))
         #: seconds of computing per shard, by function and worker
@@ -196,8 +194,6 @@ class Scheduler:
         attempt = self._attempts[shard]
         self._outstanding[shard, attempt] = time.monotonic()
         self.executor.submit(shard, attempt)
-        if self._watch is not None:
-            self._watch(self, shard)
 
     def _take(self, progress: _Progress, event: Event) -> Result | None:
         shard = event.shard

@@ -118,5 +118,9 @@ class LocalExecutor:
     def resize(self, role: str, count: int) -> None:
         raise NotImplementedError
 
+    def kill_busy(self) -> str | None:
+        """Return None: this process is the only worker."""
+        return None
+
     def close(self) -> None:
         torch.set_num_threads(self._threads)

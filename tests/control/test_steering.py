@@ -14,6 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import tiny
+from faults import everywhere
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import train
@@ -94,7 +95,7 @@ def test_killed_between_checkpoints(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def killed(scheduler, shard):
+    def killed(_, shard):
         if shard.meta_step == 5:
             raise Killed
 
@@ -103,7 +104,7 @@ def test_killed_between_checkpoints(tmp_path, monkeypatch):
     for every, hand in ((2, {3: [size(4), size(6)]}), (100, {3: [size(4), size(6)]})):
         Hand(monkeypatch, hand)
         with pytest.raises(Killed):
-            run(tmp_path / f"run{every}", f"checkpoint.every={every}", "evaluate.every=100", watch=killed)
+            run(tmp_path / f"run{every}", f"checkpoint.every={every}", "evaluate.every=100", wrap=everywhere(killed))
         hand = Hand(monkeypatch)
         done = run(tmp_path / f"run{every}", f"checkpoint.every={every}", "evaluate.every=100", resume=True)
         assert done.params_sha256 == whole.params_sha256
@@ -444,13 +445,13 @@ def test_on_a_store_that_can_not_append(tmp_path, monkeypatch):
 def test_two_drivers_on_one_run(tmp_path, monkeypatch):
     told = []
 
-    def second(scheduler, shard):
+    def second(_, shard):
         if not told:
             told.append(None)
             with pytest.raises(ConfigError, match=rf"is being trained by process {os.getpid()} on"):
                 run(tmp_path / "run", resume=True)
 
-    first = run(tmp_path / "run", watch=second)
+    first = run(tmp_path / "run", wrap=everywhere(second))
     assert told
     assert first.params_sha256 == run(tmp_path / "plain").params_sha256
     with pytest.raises(ConfigError, match="holds a run already"):

@@ -13,6 +13,7 @@ import fsspec
 import pytest
 import tiny
 import torch
+from faults import everywhere
 from tiny import train
 
 from metadist.core.errors import MetadistError, WorkerError
@@ -106,12 +107,12 @@ def test_a_store_without_rename(tmp_path, monkeypatch, whole, store):
 def test_a_run_that_fails_keeps_what_it_learned(tmp_path, whole):
     experiment = tiny.experiment("checkpoint.every=100", "evaluate.every=100")
 
-    def watch(scheduler, shard):
+    def watch(_, shard):
         if shard.meta_step == 4:
             raise WorkerError("no worker for 60 s")
 
     with pytest.raises(WorkerError):
-        train(experiment, run_dir=str(tmp_path / "run"), watch=watch, plots=False)
+        train(experiment, run_dir=str(tmp_path / "run"), wrap=everywhere(watch), plots=False)
     assert load_run(str(tmp_path / "run")).outcome.best_step == 4
     done = train(experiment, run_dir=str(tmp_path / "run"), resume=True, plots=False)
     assert done.params_sha256 == whole.params_sha256
@@ -120,21 +121,21 @@ def test_a_run_that_fails_keeps_what_it_learned(tmp_path, whole):
 def test_a_failure_during_validation_keeps_it_too(tmp_path):
     experiment = tiny.experiment("checkpoint.every=100")
 
-    def watch(scheduler, shard):
+    def watch(_, shard):
         if shard.function == "evaluate":
             raise WorkerError("no worker for 60 s")
 
     with pytest.raises(WorkerError):
-        train(experiment, run_dir=str(tmp_path / "run"), watch=watch, plots=False)
+        train(experiment, run_dir=str(tmp_path / "run"), wrap=everywhere(watch), plots=False)
     assert load_run(str(tmp_path / "run")).outcome.best_step == 3
 
 
 def test_a_failure_at_once_leaves_no_checkpoint(tmp_path):
-    def watch(scheduler, shard):
+    def watch(_, shard):
         raise WorkerError("no worker for 60 s")
 
     with pytest.raises(WorkerError):
-        train(tiny.experiment(), run_dir=str(tmp_path / "run"), watch=watch, plots=False)
+        train(tiny.experiment(), run_dir=str(tmp_path / "run"), wrap=everywhere(watch), plots=False)
     assert not (tmp_path / "run/checkpoints").exists()
     assert (
         train(tiny.experiment(), run_dir=str(tmp_path / "run"), resume=True, plots=False).outcome.progress.meta_step
@@ -261,7 +262,7 @@ def test_the_test_is_evaluated_once_at_the_end(tmp_path):
         tiny.experiment(),
         run_dir=str(tmp_path / "run"),
         plots=False,
-        watch=lambda scheduler, shard: splits.append((shard.split, shard.function, shard.start)),
+        wrap=everywhere(lambda _, shard: splits.append((shard.split, shard.function, shard.start))),
     )
     tested = [s for s in splits if s[0] == "test"]
     assert [s[2] for s in tested] == [0, 2, 4, 6]

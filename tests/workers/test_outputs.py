@@ -9,6 +9,7 @@ from dataclasses import replace
 import pulls
 import pytest
 import torch
+from faults import everywhere
 
 from metadist.core.errors import WorkerError
 from metadist.core.round import Failed, Finished, MetaStepKey, Shard, run_rounds
@@ -20,9 +21,9 @@ from metadist.workers.worker import TaskError, Worker, aligned
 SEED, STEPS = pulls.SEED, 4
 
 
-def train(learner, watch=None, kind=LocalExecutor, steps=STEPS):
+def train(learner, fault=None, kind=LocalExecutor, steps=STEPS):
     executor = kind(learner)
-    fleet = Scheduler(executor, learner, watch=watch)
+    fleet = Scheduler(everywhere(fault)(executor) if fault else executor, learner)
     state = learner.initial(SEED)
     for step in range(steps):
         state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, SEED), state), fleet.sum)
@@ -36,13 +37,13 @@ EXPECTED = train(pulls.learner())[0].sha256()
 def forgetful(chance, likelihood=0.3, rounds=range(1, 1000)):
     """Drops kept outputs at random, whenever a shard of ``rounds`` is given out."""
 
-    def watch(scheduler, shard):
-        outputs = scheduler.executor._kept.outputs
+    def forget(executor, shard):
+        outputs = executor._kept.outputs
         for key in list(outputs):
             if shard.round in rounds and chance.random() < likelihood:
                 del outputs[key]
 
-    return watch
+    return forget
 
 
 def test_a_trial_counts_once():
@@ -97,11 +98,11 @@ def test_an_output_that_is_always_lost_ends_the_run():
 def test_outputs_of_earlier_meta_steps_are_dropped():
     seen = []
 
-    def watch(scheduler, shard):
-        seen.append({key[0] for key in scheduler.executor._kept.outputs} - {shard.meta_step})
-        assert len(scheduler.executor._kept.thetas) <= 2, "that of the rollouts, and the newest"
+    def look(executor, shard):
+        seen.append({key[0] for key in executor._kept.outputs} - {shard.meta_step})
+        assert len(executor._kept.thetas) <= 2, "that of the rollouts, and the newest"
 
-    train(pulls.learner(), watch)
+    train(pulls.learner(), look)
     assert not any(seen)
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 import families
 import pytest
 import tiny
+from faults import everywhere
 from test_ray import SEED, executor, settle
 
 from metadist.config.groups import WorkerGroup
@@ -58,7 +59,7 @@ class Training:
 
     def __init__(self, executor, learner, **options):
         self.given = []
-        self.fleet = Scheduler(executor, learner, watch=lambda _, shard: self.given.append(shard), **options)
+        self.fleet = Scheduler(everywhere(lambda _, s: self.given.append(s))(executor), learner, **options)
         self.learner, self.state, self.step = learner, learner.initial(SEED), 0
 
     def go(self, steps):

@@ -397,6 +397,10 @@ class OutsideExecutor:
     def resize(self, role: str, count: int) -> None:
         """Nobody here can start or end them."""
 
+    def kill_busy(self) -> str | None:
+        """Return None: remote workers are processes of other machines."""
+        return None
+
     def wait(self, timeout: float) -> list[Event]:
         self._poll(0.0 if self._events else timeout)
         events, self._events = self._events, []
