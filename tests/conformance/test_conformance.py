@@ -24,6 +24,7 @@ from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
+from metadist.core.round import MetaStepKey
 from metadist.core.state import State
 from metadist.learners.few_shot import FewShotLearner
 from metadist.models import MODELS
@@ -122,7 +123,7 @@ def start(subject) -> State:
 
 
 def shards(subject, function="gradient", split="train"):
-    return subject.shards("run", 2, 0, function=function, split=split, tasks=6)
+    return subject.shards(MetaStepKey("run", 2, 0), function, split=split, tasks=6)
 
 
 def same(a, b) -> bool:
