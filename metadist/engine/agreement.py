@@ -52,7 +52,7 @@ def _in_float64(learner: Learner, algorithm: Algorithm) -> Learner:
 def mixed_disagrees(learner: Learner, engine: Engine, tolerance: float = 1e-8) -> str | None:
     """How the gradient of one task under ``engine`` differs in float64 from the unrolled one, or None: an operator's forward
     derivative may be missing, or wrong without a word (batch norm's second order: pytorch#196699)."""
-    steps = min(2, getattr(learner.algorithm, "inner_steps", 0))
+    steps = min(2, learner.algorithm.inner_steps)
     subject = _in_float64(learner, with_inner_steps(learner.algorithm, steps))
     keys = TaskKey.of(0, "train", 0, [0])
     expected = _contribution(subject, 0, keys)

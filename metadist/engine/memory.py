@@ -44,7 +44,7 @@ class Footprint:
 def footprint(learner: Learner, engine: Engine) -> Footprint:
     """Of one task's contribution under ``engine``. An upper bound where shards are compiled: a fused operator keeps in
     registers what is counted here. Not counted is what a library takes besides (the workspaces of convolutions)."""
-    steps = getattr(learner.algorithm, "inner_steps", 0)
+    steps = learner.algorithm.inner_steps
     peak = _traced_peak if engine.compile else _measured_peak
     one, two = (peak(learner, engine, min(k, steps)) for k in (1, 2))
     shared = sum(_bytes(v) for n, v in learner.initial(0).slots.items() if n in learner.meta_gradient.learned)
@@ -53,7 +53,7 @@ def footprint(learner: Learner, engine: Engine) -> Footprint:
 
 def allocated_bytes(learner: Learner) -> int:
     """All that one task's unrolled contribution ever allocates: more than its peak."""
-    return _measured(learner, Engine(), getattr(learner.algorithm, "inner_steps", 0)).total
+    return _measured(learner, Engine(), learner.algorithm.inner_steps).total
 
 
 def _one_task(learner: Learner) -> tuple[Any, Any, TaskKey, Tensor]:

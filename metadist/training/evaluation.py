@@ -194,7 +194,7 @@ def _protocol(learner: Learner, records: Records, seed: int, split: str, inner_s
         "seed": seed,
         "tasks": records.rows,
         "normalization": learner.normalization,
-        "inner_steps": getattr(algorithm, "inner_steps", 0),
+        "inner_steps": algorithm.inner_steps,
         "family": type(learner.tasks).__name__,
         **learner.tasks.protocol(split),
     }

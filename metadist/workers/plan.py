@@ -212,7 +212,7 @@ def _compile(learner: Learner, settings: EngineSettings, device: Device, reasons
             )
         reasons["compile"] = "as asked for"
         return True
-    passes = outer.meta_steps * outer.meta_batch_size * (getattr(algorithm, "inner_steps", 0) + 1)
+    passes = outer.meta_steps * outer.meta_batch_size * (algorithm.inner_steps + 1)
     if device.no_compiler:
         reasons["compile"] = f"not: {device.no_compiler}"
     elif not learner.tasks_alike():
@@ -231,7 +231,7 @@ def _differentiation(
     learner: Learner, settings: EngineSettings, engine: Engine, memory: _Memory, reasons: dict[str, str]
 ) -> Engine:
     impossible = learner.meta_gradient.cannot_walk_back
-    steps = getattr(learner.algorithm, "inner_steps", 0)
+    steps = learner.algorithm.inner_steps
     chosen = settings.differentiation
     tasks, budget = memory.chunk, memory.budget
     if chosen == "mixed" and impossible:
@@ -240,7 +240,7 @@ def _differentiation(
         why = "as asked for"
     elif impossible:
         chosen, why = "unrolled", impossible
-    elif getattr(learner.algorithm, "first_order", False) or steps < 2:
+    elif learner.algorithm.first_order or steps < 2:
         chosen, why = "unrolled", f"{steps} inner steps" + (", first order" if steps > 1 else "") + ": nothing to save"
     elif not memory.fits_anyhow(tasks, budget) and memory.peak("unrolled", tasks) > budget:
         chosen, why = (
