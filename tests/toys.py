@@ -154,3 +154,7 @@ def train(learner, meta_steps, *, seed=0, reports=None) -> State:
         if reports is not None:
             reports.append(report)
     return state
+
+
+def relative_error(a, b):
+    return float((a - b).norm() / b.norm())

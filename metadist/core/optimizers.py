@@ -142,8 +142,10 @@ class Schedule:
     meta_steps: int
 
     def rate(self, lr: float, meta_step: int) -> float:
-        """Return the rate at ``meta_step`` (from 0) of a slot that starts at ``lr``; the ratio of last to first rate is
-        the same for all slots."""
+        """Return the rate at ``meta_step`` (from 0) of a slot that starts at ``lr``.
+
+        The ratio of last to first rate is the same for all slots.
+        """
         final = lr * (self.final_lr / self.lr if self.lr else 0.0)
         return SCHEDULES[self.name](lr, final, meta_step / self.meta_steps)
 
@@ -204,7 +206,7 @@ class Momentum(Transformation):
 
 @dataclass(frozen=True)
 class ScaleByAdam(Transformation):
-    """Replace the gradient by m̂ / (√v̂ + ``eps``) (Kingma, Ba 2015, algorithm 1); m is ``first``, and v is ``second``."""
+    """Replace the gradient by m̂ / (√v̂ + ε) (Kingma, Ba 2015, algorithm 1), with m as ``first`` and v as ``second``."""
 
     betas: tuple[float, float]
     eps: float

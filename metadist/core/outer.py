@@ -77,7 +77,7 @@ class OuterLoop:
             raise ConfigError(f"outer.clip_norm: {self.clip_norm} is not above 0; use null for no clipping")
 
     def rate(self, lr: float, meta_step: int) -> float:
-        """Return the scheduled rate of the update that ends ``meta_step`` (from 0), for a slot that starts at ``lr``."""
+        """Return the scheduled rate at ``meta_step`` (from 0) of a slot that starts at ``lr``."""
         return self._schedule.rate(lr, meta_step)
 
     @property
@@ -123,7 +123,8 @@ class OuterLoop:
         norm = _global_norm([means[n] for n in _learned(slots)])
         if not math.isfinite(norm):
             raise NonFiniteError(
-                f"the norm of the mean gradient at meta-step {meta_step} is {norm}; lower outer.lr or algorithm.inner_lr"
+                f"the norm of the mean gradient at meta-step {meta_step} is {norm}; "
+                "lower outer.lr or algorithm.inner_lr"
             )
         updates = meta_step if count is None else count
         update, values, outer = self.chain(), dict(state.slots), dict(state.outer)

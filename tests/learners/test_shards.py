@@ -62,7 +62,9 @@ def test_a_meta_batch_is_cut_without_gap_or_overlap():
 
 @pytest.mark.parametrize("tasks", [1, 8, 9, 17, 19, 24])
 def test_a_block_knows_its_shards(tasks):
-    shards = subject(outer=OuterLoop(shard_size=8)).shards(MetaStepKey("run", 4, 7), "gradient", split="train", tasks=tasks)
+    shards = subject(outer=OuterLoop(shard_size=8)).shards(
+        MetaStepKey("run", 4, 7), "gradient", split="train", tasks=tasks
+    )
     assert [(s.leaves, s.each()) for s in shards] == [(1, (s,)) for s in shards]
     for first in range(len(shards)):
         part = shards[first:]

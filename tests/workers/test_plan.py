@@ -225,8 +225,8 @@ def test_where_no_way_back_is_right():
     ("settings", "message"),
     [
         ({"precision": "tf32"}, "engine.precision: tf32 .*'a processor'. Use float32"),
-        ({"chunk": 3}, "engine.chunk: 3 is no power of two"),
-        ({"chunk": 0}, "engine.chunk: 0 is no power of two"),
+        ({"chunk": 3}, "engine.chunk: 3 is not a power of two"),
+        ({"chunk": 0}, "engine.chunk: 0 is not a power of two"),
         ({"dtype": "float64", "precision": "bfloat16"}, "engine.precision: bfloat16 .* engine.dtype: float64"),
         ({"deterministic": False}, "engine.deterministic: false needs engine.exact: false"),
         ({"wire": "bfloat16"}, "engine.wire: bfloat16 .* engine.exact: false"),
