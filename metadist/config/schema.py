@@ -138,7 +138,7 @@ def _validator(cls: Any) -> pydantic.TypeAdapter[Any]:
     for f in _settable(cls):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         definitions[f.name] = hints[f.name] if required else NotRequired[hints[f.name]]
-    mapping = TypedDict(cls.__name__, definitions)  # type: ignore[operator]  # made of the fields
+    mapping = typing.cast(Any, TypedDict)(cls.__name__, definitions)
     strict = pydantic.ConfigDict(strict=True, extra="forbid")
     return pydantic.TypeAdapter(pydantic.with_config(strict)(mapping))
 
