@@ -17,7 +17,7 @@ import yaml
 import metadist
 from metadist.config.build import build as build_config
 from metadist.config.groups import ROLES
-from metadist.config.schema import parse_yaml
+from metadist.config.schema import parse_document
 from metadist.core.errors import ConfigError, WorkerError, nearest
 from metadist.learners.base import Learner
 from metadist.workers.numerics import Numerics
@@ -105,9 +105,7 @@ def desk(
 
 def build(config: str) -> Learner:
     """The learner of a run, from the document that its driver sent."""
-    document = parse_yaml(config, "the run's config")
-    if not isinstance(document, dict):
-        raise ConfigError("the run's config: expected keys and values")
+    document = parse_document(config, "the run's config")
     return build_config(document).learner
 
 

@@ -13,7 +13,7 @@ from metadist.experiment.fleet import fleet
 from metadist.experiment.lifecycle import check_control, serve_control, steering_of
 from metadist.experiment.oracle_comparison import Regret
 from metadist.experiment.recording import inexact_marker, recorded, write_result
-from metadist.experiment.request import Request
+from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
 from metadist.experiment.resume import claimed, resume_or_start
 from metadist.learners.evaluation import Evaluation
@@ -26,7 +26,7 @@ from metadist.training.progress import Outcome, Run
 from metadist.training.scheduler import Scheduler
 
 
-def train(experiment: Experiment, request: Request = Request(), display: Observer | None = None) -> Result:
+def train(experiment: Experiment, request: RunRequest = RunRequest(), display: Observer | None = None) -> Result:
     """Meta-train, test once, and record everything in the run directory. Raises ConfigError for a mistake of the user's."""
     began, learner = time.perf_counter(), experiment.learner
     check_control(experiment.control)
