@@ -175,12 +175,14 @@ def run(words: list[str], home: Path) -> None:
     assert "Traceback" not in done.stderr, f"{shlex.join(words)}\n{done.stderr}"
 
 
+def marks(page: str, listed: list[str]) -> list[pytest.MarkDecorator]:
+    ray = any(re.search(r"^metadist (?!render).*--workers (?!0( |$))", command) for command in listed)
+    return [pytest.mark.lane("ray" if ray else "services"), *([pytest.mark.long] if page in LONG else [])]
+
+
 @pytest.mark.parametrize(
     "listed",
-    [
-        pytest.param(listed, id=f"{page}-{heading}", marks=pytest.mark.long if page in LONG else ())
-        for page, heading, listed in cases()
-    ],
+    [pytest.param(each, id=f"{page}-{heading}", marks=marks(page, each)) for page, heading, each in cases()],
 )
 def test_commands(home: Path, listed: list[str]) -> None:
     for command in listed:
@@ -189,6 +191,7 @@ def test_commands(home: Path, listed: list[str]) -> None:
         run(shortened(command), home)
 
 
+@pytest.mark.lane("ray")
 def test_programs(home: Path) -> None:
     assert programs()
     for name, text in programs():
@@ -197,12 +200,13 @@ def test_programs(home: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.lane("services")
 def test_configs(home: Path) -> None:
     for name, _ in configs():
         run(["metadist", "train", f"{name}.yaml", *SHORT, "tracking.uri=none", "--workers", "0"], home)
 
 
-# Names in the pages ----------------------------------------------------------------------------------------------------
+# Names in the pages ---------------------------------------------------------------------------------------------------
 
 
 def slug(heading: str) -> str:
@@ -210,19 +214,19 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", LINKED)
-def test_links(page: str) -> None:
+def test_links() -> None:
     missing = []
-    for target in re.findall(r"\]\(([^)]+)\)", read(page)):
-        path, _, anchor = target.partition("#")
-        there = (ROOT / page).parent / path if path else ROOT / page
-        if target.startswith("http"):
-            continue
-        if not there.exists():
-            missing.append(target)
-        elif anchor:
-            headings = [h for h, kind, _ in lines(str(there.resolve().relative_to(ROOT))) if kind == "heading"]
-            missing += [target] if anchor not in map(slug, headings) else []
+    for page in LINKED:
+        for target in re.findall(r"\]\(([^)]+)\)", read(page)):
+            path, _, anchor = target.partition("#")
+            there = (ROOT / page).parent / path if path else ROOT / page
+            if target.startswith("http"):
+                continue
+            if not there.exists():
+                missing.append(f"{page}: {target}")
+            elif anchor:
+                headings = [h for h, kind, _ in lines(str(there.resolve().relative_to(ROOT))) if kind == "heading"]
+                missing += [f"{page}: {target}"] if anchor not in map(slug, headings) else []
     assert not missing
 
 
