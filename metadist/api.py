@@ -49,7 +49,7 @@ def compose(
     for name in settings:
         if name not in known:
             raise ConfigError(f"unknown setting '{name}'{nearest(name, known)}; allowed: {', '.join(known)}")
-    return Experiment(
+    experiment = Experiment(
         tasks=Component(tasks, _described(tasks)),
         model=Component(model_factory(model, tasks, algorithm), {**_described(model), "freeze": list(freeze)}),
         algorithm=Component(algorithm, _described(algorithm)),
@@ -57,6 +57,8 @@ def compose(
         tracking=TrackingSettings(uri=tracking) if isinstance(tracking, str) else tracking,
         **settings,
     )
+    experiment.learner  # noqa: B018  a mistake shows here, not later
+    return experiment
 
 
 def train(*, run_dir: str | None = None, resume: bool = False, **parts: Any) -> Result:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, Union
 
 import pydantic
 import yaml
+from typing_extensions import NotRequired, TypedDict
 
 from metadist.core.errors import ConfigError, MetadistError, nearest
 
@@ -96,13 +97,13 @@ def settings(key: str, value: Any, cls: type[T]) -> T:
     if not isinstance(value, dict):
         raise ConfigError(f"{key}: expected keys and values ({', '.join(known)}), got {value!r}")
     try:
-        checked = _model(typing.cast(Any, cls)).validate_json(json.dumps(value))
+        checked = _validator(typing.cast(Any, cls)).validate_json(json.dumps(value))
     except pydantic.ValidationError as error:
         raise _explained_error(key, value, cls, error) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {value!r} is not a plain value: {error}") from error
     with explained(key, cls):
-        return cls(**{name: getattr(checked, name) for name in value})
+        return cls(**checked)
 
 
 def typed(key: str, value: Any, hint: Any) -> Any:
@@ -127,8 +128,8 @@ def _settable(cls: Any) -> list[dataclasses.Field[Any]]:
 
 
 @functools.cache
-def _model(cls: Any) -> pydantic.TypeAdapter[Any]:
-    """Return a strict pydantic model with the fields of a dataclass.
+def _validator(cls: Any) -> pydantic.TypeAdapter[Any]:
+    """Return a validator of mappings with the fields of a dataclass: strict, extra keys forbidden.
 
     pydantic takes no configuration for the standard library's dataclasses, and its own would be another class.
     """
@@ -136,9 +137,10 @@ def _model(cls: Any) -> pydantic.TypeAdapter[Any]:
     definitions: dict[str, Any] = {}
     for f in _settable(cls):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        definitions[f.name] = (hints[f.name], ... if required else None)
-    strict = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
-    return pydantic.TypeAdapter(pydantic.create_model(cls.__name__, __config__=strict, **definitions))
+        definitions[f.name] = hints[f.name] if required else NotRequired[hints[f.name]]
+    mapping = typing.cast(Any, TypedDict)(cls.__name__, definitions)
+    strict = pydantic.ConfigDict(strict=True, extra="forbid")
+    return pydantic.TypeAdapter(pydantic.with_config(strict)(mapping))
 
 
 #: type in a JSON schema → words

@@ -18,7 +18,7 @@ from metadist.core.random import TaskKey
 from metadist.experiment.load import load_run, tracking_root
 from metadist.experiment.result import Result
 from metadist.learners import supervised
-from metadist.storage.run_directory import RunDirectory
+from metadist.storage.run_directory import RunDirectory, runs_root
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,13 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
         "dtype": str(learner.model.dtype).removeprefix("torch."),
         "inner_steps": -1 if settings.inner_steps is None else settings.inner_steps,
     }
+
+
+def registered_weights(uri: str) -> Path:
+    """Return the weights of ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/…`` as a file on this machine."""
+    from metadist.tracking.model_registry import fetch
+
+    return fetch(uri, Path(runs_root()).resolve())
 
 
 def register_run(run_dir: str, name: str) -> str:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,6 @@ from metadist.experiment.load import load_run
 from metadist.experiment.result import SLOTS
 from metadist.learners.few_shot import FewShotLearner
 from metadist.storage.checkpoints import exported_metadata, load_parameters
-from metadist.storage.run_directory import runs_root
 
 if TYPE_CHECKING:
     from metadist.rpc.endpoint import Endpoint
@@ -54,9 +52,9 @@ def open_model(source: str, *, normalization: str | None = None, device: str = "
     if not separator or "/" in name or ":" in name:
         name, location = "", source
     if location.startswith(("models:/", "runs:/")):
-        from metadist.tracking.model_registry import fetch
+        from metadist.experiment.registration import registered_weights
 
-        location = str(fetch(location, Path(runs_root()).resolve()))
+        location = str(registered_weights(location))
     origin, experiment, state = _exported(location) if location.endswith(".safetensors") else _run(location)
     learner = experiment.learner
     if not isinstance(learner, FewShotLearner):
