@@ -1,4 +1,9 @@
-"""The algorithms by name. A new one is one file and one line here."""
+"""The algorithms by name. To add one, write a file with a frozen dataclass, and add a line to ``ALGORITHMS``.
+
+An algorithm of supervised learning subclasses ``core.algorithm.Algorithm`` (``maml.py`` is the shortest example), an
+algorithm of reinforcement learning ``rl.algorithm.TrialAlgorithm``. Its fields are its settings. ``tests/conformance``
+tests every entry.
+"""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_a_missing_part_is_named(key):
 @pytest.mark.parametrize(
     ("assignments", "expected"),
     [
-        (["outer.momentum=0.9"], "outer.momentum goes with optimizer: sgd"),
+        (["outer.momentum=0.9"], "goes with optimizer: sgd"),
         (["outer.meta_batch_size=0"], "outer.meta_batch_size: 0 is below 1"),
         (["outer.shard_size=-1"], "outer.shard_size: -1 is below 1"),
         (["outer.clip_norm=0"], "outer.clip_norm"),
