@@ -1,8 +1,9 @@
-"""The algorithms by name. To add one, write a file with a frozen dataclass, and add a line to ``ALGORITHMS``.
+"""The algorithms by name.
 
-An algorithm of supervised learning subclasses ``core.algorithm.Algorithm`` (``maml.py`` is the shortest example), an
-algorithm of reinforcement learning ``rl.algorithm.TrialAlgorithm``. Its fields are its settings. ``tests/conformance``
-tests every entry.
+To add one, write a file with a frozen dataclass, whose fields are its settings, and add a line to ``ALGORITHMS``;
+``tests/conformance`` tests every entry. An algorithm of supervised learning subclasses ``core.algorithm.Algorithm``
+(``maml.py`` is the shortest example), an algorithm of reinforcement learning ``rl.algorithm.TrialAlgorithm``. Configs
+can also name an algorithm by its import path, or by an entry point of an installed package (``docs/extend.md``).
 """
 
 from __future__ import annotations

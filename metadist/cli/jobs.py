@@ -110,7 +110,7 @@ def status(context: typer.Context, id: Name = None, address: Address = None, as_
     set_up_logging()
     with clean_errors():
         from metadist.jobs.submit import find
-        from metadist.storage.run_directory import RunFolder
+        from metadist.storage.run_directory import RunDirectory
 
         cluster = _cluster(address or context.obj)
         job = find(cluster, id)
@@ -118,7 +118,7 @@ def status(context: typer.Context, id: Name = None, address: Address = None, as_
         links: dict[str, Any] = {}
         if run_dir := job.metadata.get("metadist.run_dir"):
             try:
-                links = RunFolder(run_dir).read_json("links.json") or {}
+                links = RunDirectory(run_dir).read_json("links.json") or {}
             except Exception:  # the cluster may reach what this machine doesn't
                 pass
         about["mlflow_url"] = links.get("mlflow")

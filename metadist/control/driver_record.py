@@ -9,14 +9,14 @@ import psutil
 from filelock import FileLock, Timeout
 
 from metadist.core.errors import ConfigError
-from metadist.storage.run_directory import RunFolder
+from metadist.storage.run_directory import RunDirectory
 
 RECORD, LOCK = "control.json", "driver.lock"
 
 
 def driver_of(run: str) -> dict[str, Any]:
     """The record of the driver that trains the run in the directory ``run``. ConfigError, with what to do, where there is none."""
-    folder = RunFolder(run)
+    folder = RunDirectory(run)
     if folder.read("run.json") is None:
         if (group := folder.read_json("group.json")) is not None:
             children = ", ".join(f"{folder.url}/seed-{seed}" for seed in group["seeds"])
@@ -61,7 +61,7 @@ def driver_of(run: str) -> dict[str, Any]:
     return record
 
 
-def _locked(folder: RunFolder) -> bool:
+def _locked(folder: RunDirectory) -> bool:
     """Whether a driver on this machine has the run, word of it or not."""
     path = folder.scratch / LOCK
     if not path.exists():

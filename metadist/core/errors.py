@@ -45,6 +45,13 @@ def one_of(key: str, value: object, allowed: Iterable[str]) -> None:
         raise ConfigError(f"{key}: '{value}' is not one of {', '.join(choices)}{nearest(str(value), choices)}")
 
 
+def at_least(lowest: int, **values: float | None) -> None:
+    """Raise ConfigError where a value, named by its key, is below ``lowest``. None is allowed."""
+    for key, value in values.items():
+        if value is not None and value < lowest:
+            raise ConfigError(f"{key}: {value} is below {lowest}")
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the most similar word in ``allowed``, or an empty string."""
     match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)

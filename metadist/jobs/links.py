@@ -7,7 +7,7 @@ import logging
 import os
 
 from metadist.core.errors import MetadistError
-from metadist.storage.run_directory import RunFolder
+from metadist.storage.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def tags() -> dict[str, str]:
     }
 
 
-def record(folder: RunFolder, mlflow_url: str | None) -> None:
+def record(folder: RunDirectory, mlflow_url: str | None) -> None:
     """``links.json`` in the run's folder, where there is a link."""
     links = {"ray_job": job_url(), "mlflow": mlflow_url}
     if not any(links.values()):

@@ -21,12 +21,12 @@ from typing import Any
 import yaml
 
 import metadist
-from metadist.config.build import build, resolved
+from metadist.config.build import build
 from metadist.config.schema import flatten
 from metadist.core.errors import ConfigError, MetadistError, WorkerError
 from metadist.jobs.links import JOB_ID, JOB_URL
 from metadist.jobs.ray_jobs import WORKING_DIRECTORY_LIMIT, Job, RayJobs
-from metadist.storage.run_directory import RunFolder, new_run_id, runs_root
+from metadist.storage.run_directory import RunDirectory, new_run_id, runs_root
 
 #: keys of a job's metadata
 RUN_ID, RUN_DIR, CONFIG, ATTEMPT = "metadist.run_id", "metadist.run_dir", "metadist.config_sha256", "metadist.attempt"
@@ -70,7 +70,7 @@ class Request:
 def submit(cluster: RayJobs, document: dict[str, Any], request: Request) -> Submitted:
     """Begin a run as a job, or go on with one: the driver resumes from what it finds at the run's directory."""
     config = build(document)
-    document = resolved(config)
+    document = config.document
     jobs = cluster.all()
     run_id, run_dir = _which_run(request, config.name, jobs)
     earlier = [job for job in jobs if job.metadata.get(RUN_ID) == run_id]
@@ -148,7 +148,7 @@ def _run_id_at(run_dir: str) -> str | None:
     if "://" not in run_dir and not os.path.isabs(run_dir):
         return None
     try:
-        about = RunFolder(run_dir).read_json("run.json")
+        about = RunDirectory(run_dir).read_json("run.json")
     except Exception:  # whatever a store's library raises for a lack of keys, network or itself
         return None
     return str(about["run_id"]) if about else None

@@ -425,10 +425,11 @@ KILLED = textwrap.dedent("""
     torch.set_num_threads(1)
     from metadist.core.parameters import Layout
     from metadist.core.state import Slot, State
-    from metadist.runtime import checkpoint, store
+    from metadist.storage import checkpoints as checkpoint
+    from metadist.storage import store
     from metadist.storage.checkpoints import Checkpoints
 
-    TOUCHING = "save _prune _remove write remove remove_tree sync_directory".split()
+    TOUCHING = "save _write _prune _remove write remove remove_tree sync_directory".split()
     size = 50_000
     slots = {"theta": Slot(Layout(("w",), ((size,),)))}
 
