@@ -83,7 +83,7 @@ def test_gradients_reach_back_through_memory_within_a_sequence():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 6, "heads": 4}, "model.width: 6 is no multiple of model.heads = 4"),
+        ({"width": 6, "heads": 4}, "model.width: 6 is not a multiple of model.heads = 4"),
         ({"window": 0}, "model.window: 0"),
     ],
 )
