@@ -1,4 +1,4 @@
-"""The causal transformer: step after step as all at once, and no further back than its window."""
+"""The causal transformer: single steps equal the whole sequence, and no step attends beyond the window."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_step_depends_on_nothing_later_and_on_what_its_blocks_can_see():
 
 
 def test_an_empty_memory_is_no_history_at_all():
-    """One block at its first step attends to that step alone, whatever the window."""
+    """At the first step, every block attends only to this step, for every window."""
     torch.manual_seed(0)
     x = features(1)
     heads = []
