@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metadist.workers.ray import environment as ray_environment  # isort: skip  (must precede ray, which reads its environment on import)
+# Before ray, which reads its environment on import:
+from metadist.workers.ray import environment as ray_environment  # isort: skip
 
 import ray.exceptions
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE

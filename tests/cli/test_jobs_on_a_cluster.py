@@ -81,7 +81,7 @@ def last_json(done):
 
 
 def unbroken(home, tmp_path, *overrides):
-    """The parameters of the same run, in one process here."""
+    """Return the hash of the parameters of the same run, computed in one process here."""
     words = [
         BIN / "metadist",
         "train",

@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back bit for bit, and nothing that goes wrong costs what was there before."""
+"""Checkpoints: loading returns the saved bits, and no failure destroys an older checkpoint."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def run_dir(request, tmp_path):
 
 
 def files(run_dir: str) -> dict[str, bytes]:
-    """Everything below a run directory: relative path → bytes."""
+    """Return all files below a run directory: relative path → bytes."""
     fs, root = fsspec.core.url_to_fs(run_dir)
     return {p[len(root) :]: fs.cat_file(p) for p in fs.find(root)}
 
@@ -316,7 +316,7 @@ def test_an_unknown_protocol_is_an_error():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 256 KB; None where we may not mount one."""
+    """A real file system of 256 KB; None where mounting is not permitted."""
     disk, mounted = tmp_path / "disk", []
     disk.mkdir()
     if os.geteuid() == 0 and shutil.which("mount"):
@@ -353,7 +353,7 @@ def check_full_disk(path: Path, caplog, fill, empty) -> None:
 
 
 def test_a_full_disk_costs_nothing_that_was_there(small_disk, tmp_path, caplog):
-    """With a mounted file system, ENOSPC; where that isn't allowed, the same through a limit on file sizes."""
+    """ENOSPC from a mounted file system; where mounting is not permitted, a limit on file sizes instead."""
     if small_disk is None:
         return check_file_size_limit(tmp_path / "run", caplog)
     ballast = small_disk / "ballast"
