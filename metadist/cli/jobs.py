@@ -6,11 +6,14 @@ import json
 import os
 import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from metadist.cli.terminal import AsJson, Overrides, Workers, clean_errors, say, set_up_logging
+
+if TYPE_CHECKING:
+    from metadist.jobs.submit import Submitted
 
 app = typer.Typer(
     help="The jobs of a Ray cluster: list, status, logs, stop.",
@@ -67,9 +70,7 @@ def submit(
         request = jobs.Request(run_id, run_dir, data, _environment(env or []), driver_cpus, module or [])
         cluster = _cluster(address)
         submitted = jobs.submit(cluster, document, request)
-        say(f"run      {submitted.run_id}" + (f" (attempt {submitted.attempt})" if submitted.attempt > 1 else ""))
-        say(f"run dir  {submitted.run_dir}")
-        say(f"Ray job  {submitted.job_url}")
+        _announce(submitted)
         status = "PENDING"
         if wait:
             status = _wait(cluster, submitted.job_id)
@@ -181,6 +182,12 @@ def stop(
         print(f"{job.id}  {job.status}")
         if job.status == "STOPPED" and RUN_ID in job.metadata:
             say(f"resume: metadist submit … --run-id {job.metadata[RUN_ID]} --address {cluster.address}")
+
+
+def _announce(submitted: Submitted) -> None:
+    say(f"run      {submitted.run_id}" + (f" (attempt {submitted.attempt})" if submitted.attempt > 1 else ""))
+    say(f"run dir  {submitted.run_dir}")
+    say(f"Ray job  {submitted.job_url}")
 
 
 def _cluster(address: str | None) -> Any:
