@@ -64,17 +64,23 @@ def render(
             run_dir, run_id, data, image, mlflow, _nodes(node or []), gpus, namespace, auth_secret, credentials_secret
         )
         files, commands = rendering.render(target, document, wanted, folder)
-        try:
-            for name, text in files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--output {folder}: {error}") from error
+        _write(folder, files)
         for name in files:
             print(folder / name)
         say("next:" + "".join(f"\n  {command}" for command in commands))
         if as_json:
             print(json.dumps({"run_id": run_id, "files": [str(folder / name) for name in files], "next": commands}))
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    from metadist.core.errors import ConfigError
+
+    try:
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: {error}") from error
 
 
 def _nodes(given: list[str]) -> dict[str, Any]:
