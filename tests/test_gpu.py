@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import train
 
 from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers
 from metadist.config.experiment import Experiment
 from metadist.core.engine import Engine
 from metadist.core.random import TaskKey
-from metadist.experiment.train import train
 from metadist.workers.worker import Worker
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,11 @@ import yaml
 from metadist.config.build import build
 from metadist.config.document import override
 from metadist.config.experiment import Experiment
-from metadist.learners.few_shot import FewShotLearner
+from metadist.experiment.request import Request
+from metadist.experiment.result import Result
+from metadist.experiment.train import train as train_experiment
+from metadist.learners import FewShotLearner, supervised
+from metadist.training.observers import Observer
 
 _DOCUMENT = {
     "name": "tiny",
@@ -41,8 +45,13 @@ def experiment(*overrides: str) -> Experiment:
     return build(document(*overrides))
 
 
+def train(experiment: Experiment, *, display: Observer | None = None, **request: Any) -> Result:
+    """Train with a request whose fields are keywords."""
+    return train_experiment(experiment, Request(**request), display)
+
+
 def learner(*overrides: str) -> FewShotLearner:
-    return experiment(*overrides).learner
+    return supervised(experiment(*overrides).learner)
 
 
 def write(folder: Path, *overrides: str) -> Path:

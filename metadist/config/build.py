@@ -7,19 +7,16 @@ import inspect
 from dataclasses import is_dataclass
 from typing import Any, Union, cast
 
-from metadist.algorithms import ALGORITHMS
-from metadist.config.components import component, component_document, model_factory, user_function
+from metadist.config.catalog import ALGORITHM, ENVIRONMENT, MODEL, TASK_FAMILY
+from metadist.config.components import component, model_factory, named, user_function
 from metadist.config.experiment import ALLOWED, Component, Experiment, setting_types
 from metadist.config.schema import Document, as_plain, settings, typed
 from metadist.config.settings import MetricSettings
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import TaskFamily
-from metadist.environments import ENVIRONMENTS
-from metadist.models import MODELS
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
-from metadist.tasks import TASKS
 
 
 def build(document: Document) -> Experiment:
@@ -27,9 +24,9 @@ def build(document: Document) -> Experiment:
     key = _check_keys(document)
     tasks = _tasks(key, document)
     algorithm = _algorithm(key, document["algorithm"])
-    options = component_document("model", document["model"])
+    options = dict(named("model", document["model"]))
     typed("model.freeze", options.pop("freeze", []), tuple[str, ...])
-    factory = model_factory(component("model", options, MODELS, deferred=True), tasks, algorithm)
+    factory = model_factory(component("model", options, MODEL, deferred=True), tasks, algorithm)
     given = {name: document[name] for name in setting_types() if document.get(name) is not None}
     return Experiment(
         tasks=Component(tasks, _described(key, document[key], tasks)),
@@ -43,7 +40,7 @@ def build_environment(document: Document) -> MetaEnvironment:
     """Build the meta-environment of a document and nothing else."""
     if "environment" not in document:
         raise ConfigError("key 'environment' is missing; expected environment: {name: …}")
-    made = component("environment", document["environment"], ENVIRONMENTS)
+    made = component("environment", document["environment"], ENVIRONMENT)
     if not isinstance(made, MetaEnvironment):
         raise ConfigError(f"environment.name: {type(made).__name__} is not a metadist.MetaEnvironment")
     return made
@@ -68,7 +65,7 @@ def _tasks(key: str, document: Document) -> TaskFamily | MetaEnvironment:
     if key == "environment":
         made: TaskFamily | MetaEnvironment = build_environment(document)
     else:
-        made = component("tasks", document["tasks"], TASKS)
+        made = component("tasks", document["tasks"], TASK_FAMILY)
         if not isinstance(made, TaskFamily):
             raise ConfigError(f"tasks.name: {type(made).__name__} is not a metadist.TaskFamily")
     _judge_by(made, document)
@@ -89,9 +86,9 @@ def _judge_by(tasks: TaskFamily | MetaEnvironment, document: Document) -> None:
 
 def _algorithm(key: str, given: Any) -> Algorithm | TrialAlgorithm:
     wanted: type[Algorithm] | type[TrialAlgorithm] = TrialAlgorithm if key == "environment" else Algorithm
-    made = component("algorithm", given, ALGORITHMS)
+    made = component("algorithm", given, ALGORITHM)
     if not isinstance(made, wanted):
-        fits = [name for name, cls in ALGORITHMS.items() if issubclass(cls, wanted)]
+        fits = [name for name, cls in ALGORITHM.own.items() if issubclass(cls, wanted)]
         raise ConfigError(
             f"algorithm.name: {type(made).__name__} is not a metadist.{wanted.__name__}; with {key}: "
             f"{', '.join(sorted(fits))}, or your own"
@@ -101,7 +98,7 @@ def _algorithm(key: str, given: Any) -> Algorithm | TrialAlgorithm:
 
 def _described(key: str, given: Any, made: Any) -> Document:
     """Return the document of a component with the defaults of its class filled in."""
-    options = component_document(key, given)
+    options = dict(named(key, given))
     return {"name": options.get("name"), **(as_plain(made) if is_dataclass(made) else options), **options}
 
 

@@ -98,7 +98,7 @@ def settings(key: str, value: Any, cls: type[T]) -> T:
     try:
         checked = _model(typing.cast(Any, cls)).validate_json(json.dumps(value))
     except pydantic.ValidationError as error:
-        raise _explained_error(key, value, known, error) from error
+        raise _explained_error(key, value, cls, error) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {value!r} is not a plain value: {error}") from error
     with explained(key, cls):
@@ -117,7 +117,7 @@ def typed(key: str, value: Any, hint: Any) -> Any:
     try:
         return pydantic.TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{key}: {value!r} is not allowed; expected {_expected(error.errors(), 0, value)}") from error
+        raise ConfigError(f"{key}: {value!r} is not allowed; expected {_expected(hint, value)}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {value!r} is not a plain value: {error}") from error
 
@@ -141,45 +141,54 @@ def _model(cls: Any) -> pydantic.TypeAdapter[Any]:
     return pydantic.TypeAdapter(pydantic.create_model(cls.__name__, __config__=strict, **definitions))
 
 
-#: pydantic's error type → the words for the expected value
-EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "string_type": "a text",
-    "bool_type": "true or false",
-    "none_required": "null",
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "dict_type": "keys and values",
+#: type in a JSON schema → words
+WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+    "boolean": "true or false",
+    "null": "null",
+    "object": "keys and values",
+    "array": "a list",
 }
 
 
-def _explained_error(key: str, value: Document, known: list[str], error: pydantic.ValidationError) -> ConfigError:
-    """Translate pydantic's first error and those of the same field."""
+def _explained_error(key: str, value: Document, cls: Any, error: pydantic.ValidationError) -> ConfigError:
+    """Translate pydantic's first error."""
+    known = [f.name for f in _settable(cls)]
     first = error.errors()[0]
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return ConfigError(f"unknown key '{key}.{name}'{nearest(name, known)}; allowed: {', '.join(known)}")
+    expected = _expected(typing.get_type_hints(cls)[name], value.get(name))
     if first["type"] == "missing" and len(first["loc"]) == 1:
-        return ConfigError(f"key '{key}.{name}' is missing; allowed: {', '.join(known)}")
-    same = [e for e in error.errors() if e["loc"][0] == name]
-    return ConfigError(f"{key}.{name}: {value[name]!r} is not allowed; expected {_expected(same, 1, value[name])}")
+        return ConfigError(f"key '{key}.{name}' is missing; expected {expected}")
+    return ConfigError(f"{key}.{name}: {value[name]!r} is not allowed; expected {expected}")
 
 
-def _expected(errors: list[Any], depth: int, value: Any) -> str:
-    """Return the expected values in words, joined over the alternatives of a union, with the nearest spelling."""
-    words, choices = [], list[str]()
-    for error in errors:
-        if error["type"] == "literal_error":
-            found = [part.strip("' ") for part in re.split(r", | or ", error["ctx"]["expected"])]
-            choices += found
-            word = f"one of {', '.join(found)}" if len(found) > 1 else found[0]
-        else:
-            word = EXPECTED.get(error["type"], error["msg"])
-        inside = [part for part in error["loc"][depth:] if isinstance(part, int)]
-        words.append(f"{word} at position {inside[0] + 1} of a list" if inside else word)
-    return " or ".join(dict.fromkeys(words)) + nearest(str(value), choices)
+def _expected(hint: Any, value: Any) -> str:
+    """Describe the values of a type, from its JSON schema, and the allowed spelling that is nearest to ``value``."""
+    schema = pydantic.TypeAdapter(hint).json_schema()
+    return _words(schema) + nearest(str(value), _choices(schema))
+
+
+def _words(schema: Document) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_words(alternative) for alternative in schema["anyOf"])
+    if "enum" in schema:
+        return f"one of {', '.join(map(str, schema['enum']))}"
+    if "const" in schema:
+        return str(schema["const"])
+    if "prefixItems" in schema:
+        return f"[{', '.join(_words(item) for item in schema['prefixItems'])}]"
+    if "items" in schema:
+        return f"a list of {_words(schema['items'])}"
+    return WORDS.get(schema.get("type", ""), "another value")
+
+
+def _choices(schema: Document) -> list[str]:
+    alternatives = [choice for part in schema.get("anyOf", ()) for choice in _choices(part)]
+    return [*map(str, schema.get("enum", ())), *alternatives]
 
 
 def flatten(document: Any, prefix: str = "") -> dict[str, Any]:

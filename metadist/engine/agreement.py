@@ -46,7 +46,7 @@ def mixed_disagrees(subject: Subject, engine: Engine, tolerance: float = 1e-8) -
     ``tolerance``. An operator may lack a forward derivative or have a wrong one that raises no error (batch norm's
     second order: pytorch#196699).
     """
-    steps = min(2, getattr(subject.algorithm, "inner_steps", 0))
+    steps = min(2, subject.algorithm.inner_steps)
     exact = subject.in_float64(with_inner_steps(subject.algorithm, steps))
     keys = TaskKey.of(0, "train", 0, [0])
     expected = _contribution(exact, 0, keys)

@@ -44,7 +44,7 @@ class Footprint:
 def footprint(subject: Subject, engine: Engine) -> Footprint:
     """Of one task's contribution under ``engine``. An upper bound where shards are compiled: a fused operator keeps in
     registers what is counted here. Not counted is what a library takes besides (the workspaces of convolutions)."""
-    steps = getattr(subject.algorithm, "inner_steps", 0)
+    steps = subject.algorithm.inner_steps
     peak = _traced_peak if engine.compile else _measured_peak
     one, two = (peak(subject, engine, min(k, steps)) for k in (1, 2))
     shared = sum(_bytes(v) for n, v in subject.initial(0).slots.items() if n in subject.meta_gradient.learned)
@@ -53,7 +53,7 @@ def footprint(subject: Subject, engine: Engine) -> Footprint:
 
 def allocated_bytes(subject: Subject) -> int:
     """All that one task's unrolled contribution ever allocates: more than its peak."""
-    return _measured(subject, Engine(), getattr(subject.algorithm, "inner_steps", 0)).total
+    return _measured(subject, Engine(), subject.algorithm.inner_steps).total
 
 
 def _one_task(subject: Subject) -> tuple[Any, Any, TaskKey, Tensor]:

@@ -172,7 +172,7 @@ def _compile(subject: Subject, request: EngineRequest, device: Device, reasons: 
             )
         reasons["compile"] = "as configured"
         return True
-    passes = outer.meta_steps * outer.meta_batch_size * (getattr(algorithm, "inner_steps", 0) + 1)
+    passes = outer.meta_steps * outer.meta_batch_size * (algorithm.inner_steps + 1)
     if device.no_compiler:
         reasons["compile"] = f"not: {device.no_compiler}"
     elif not subject.tasks_alike():
@@ -201,7 +201,7 @@ def _chosen_differentiation(
 ) -> tuple[Differentiation, str]:
     """Return the mode and the reason for it."""
     impossible = subject.meta_gradient.cannot_walk_back
-    steps = getattr(subject.algorithm, "inner_steps", 0)
+    steps = subject.algorithm.inner_steps
     tasks, budget = memory.chunk, size(memory.budget)
     if request.differentiation == "mixed" and impossible:
         raise ConfigError(f"engine.differentiation: mixed, but {impossible}; use unrolled or auto")
@@ -209,7 +209,7 @@ def _chosen_differentiation(
         return request.differentiation, "as configured"
     if impossible:
         return "unrolled", impossible
-    if getattr(subject.algorithm, "first_order", False) or steps < 2:
+    if subject.algorithm.first_order or steps < 2:
         return "unrolled", f"{steps} inner steps" + (", first order" if steps > 1 else "") + ": nothing to save"
     if not memory.surely_fits(tasks, memory.budget) and memory.peak("unrolled", tasks) > memory.budget:
         need = size(memory.peak("unrolled", tasks))

@@ -17,6 +17,7 @@ from metadist.experiment.request import Request
 from metadist.experiment.result import Result
 from metadist.experiment.resume import claimed, resume_or_start
 from metadist.learners.evaluation import Evaluation
+from metadist.tracking import check_uri
 from metadist.tracking.prometheus import exporters
 from metadist.training.evaluation import evaluate
 from metadist.training.loop import meta_train
@@ -29,6 +30,7 @@ def train(experiment: Experiment, request: Request = Request(), display: Observe
     """Meta-train, test once, and record everything in the run directory. Raises ConfigError for a mistake of the user's."""
     began, learner = time.perf_counter(), experiment.learner
     check_control(experiment.control)
+    check_uri(experiment.tracking.uri)
     learner.prepare(torch.device("cpu"))
     learner.dry_run(experiment.seed)  # before the directory is claimed: a user's mistake leaves nothing behind
     with claimed(experiment, request) as (directory, run_id):  # lock, run id, config.yaml

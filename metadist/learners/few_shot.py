@@ -95,7 +95,7 @@ class FewShotLearner(Learner):
             "seed": request.key.seed,
             "tasks": records.rows,
             "normalization": self.normalization,
-            "inner_steps": getattr(algorithm, "inner_steps", 0),
+            "inner_steps": algorithm.inner_steps,
             "family": type(self.tasks).__name__,
             **self.tasks.protocol(request.split),
         }

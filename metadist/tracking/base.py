@@ -1,4 +1,4 @@
-"""The interface of a tracker. Every method does nothing by default, so that a tracker overrides what it records."""
+"""The interface of a tracker, and the tracker that records nothing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
 class Tracker(Observer):
-    """Records a run. Between ``start`` and ``finish`` no call waits for a server or raises because of one.
+    """Records a run. Every method does nothing here, so a subclass overrides only the methods that it needs.
 
-    ``metrics(step, values)`` records points; of several with the same (key, step), also across resumes, the first one counts. ``flush``
-    makes everything so far survive a power cut.
+    One process calls ``start`` once, then the other methods from one thread, then ``finish`` once. Training waits for every
+    call: between ``start`` and ``finish`` no method may wait for a server or raise because of one.
     """
 
     def start(
@@ -28,7 +28,10 @@ class Tracker(Observer):
         parent: str | None = None,
         mlflow_run_id: str | None = None,
     ) -> None:
-        """Begin or resume ``run_id``. ``parent`` is the ``run_id`` of the group that it belongs to."""
+        """Begin or resume ``run_id``. ``parent`` is the ``run_id`` of the group of seeds that the run belongs to."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record points. A resumed run repeats steps: of several points with the same (key, step) the first one counts."""
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""
@@ -37,23 +40,26 @@ class Tracker(Observer):
         """Record a copy of the file as it is now, under ``folder``."""
 
     def model(self, name: str, files: Sequence[Path], about: Mapping[str, Any]) -> None:
-        """Record a model as it is now. ``model_registry.log_and_register`` describes ``about``."""
+        """Record the files of a model as they are now; ``model_registry.log_and_register`` documents ``about``."""
+
+    def flush(self) -> None:
+        """Make all records survive a power cut. Called before a checkpoint counts as written."""
 
     def finish(self, status: str, timeout: float) -> int:
-        """End the run (FINISHED, FAILED, KILLED) and return the number of records that were not delivered within ``timeout`` s."""
+        """End the run with a status of ``STATUSES``; return how many records are undelivered after ``timeout`` seconds."""
         return 0
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """The id of the MLflow run, once the server has created it."""
-        return None
-
-    def url(self) -> str | None:
-        """Return the address of the run's page, if a server has one."""
+        """The id of the MLflow run, or None where there is none yet."""
         return None
 
     def facts(self) -> dict[str, Any]:
         return {"mlflow_run_id": self.mlflow_run_id}
+
+    def url(self) -> str | None:
+        """Return the address of the run's page, or None where no server has one."""
+        return None
 
 
 class NullTracker(Tracker):

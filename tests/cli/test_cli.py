@@ -81,7 +81,7 @@ def test_list_describes_each_in_a_line(cli, what, some):
 def test_list_of_something_else(cli):
     mistake(
         cli("list", "algorithm"),
-        "'algorithm' is not one of algorithms, tasks, environments, models, configs; did you mean 'algorithms'?",
+        "'algorithm' is not one of algorithms, tasks, environments, models, trackers, configs; did you mean 'algorithms'?",
     )
 
 
@@ -528,7 +528,7 @@ def test_non_finite_gradients_are_named(cli, config):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_json_of_results_never_has_nan(value):
-    from metadist.training.evaluation import as_json
+    from metadist.learners.evaluation import as_json
 
     assert (
         json.dumps(as_json({"a": [1, value, {"b": (value, "x")}]}), allow_nan=False)

@@ -40,7 +40,7 @@ RENDER = ("sinusoid_maml", "--run-dir", "s3://b/a")
             "--node learner=g5.xlarge: expected ROLE=[TYPE:]CPUS[:GPUS]",
         ),
         (("render", "aws", *RENDER, "--node", "learners=4"), "with a role of learner, environment"),
-        (("render", "slurm", *RENDER, "--node", "environment=4"), "the nodes of a Slurm job are alike"),
+        (("render", "slurm", *RENDER, "--node", "environment=4"), "the nodes of a Slurm job are equal"),
         (("render", "aws", *RENDER, "--workers", "0"), "a cluster needs workers"),
         (("render", "aws", *RENDER, "--output", "/dev/null/x"), "--output /dev/null/x"),
     ],

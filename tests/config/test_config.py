@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 import yaml
+from tiny import train
 
 from metadist.config import schema
 from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers, shipped_configs
 from metadist.core.errors import ConfigError
-from metadist.experiment.train import train
 
 
 def refused(*overrides: str, document=None) -> str:
@@ -122,7 +122,7 @@ def test_a_missing_part_is_named(key):
 @pytest.mark.parametrize(
     ("assignments", "expected"),
     [
-        (["outer.momentum=0.9"], "outer.momentum goes with optimizer: sgd"),
+        (["outer.momentum=0.9"], "outer.momentum: 0.9 goes with optimizer: sgd"),
         (["outer.meta_batch_size=0"], "outer.meta_batch_size: 0 is below 1"),
         (["outer.shard_size=-1"], "outer.shard_size: -1 is below 1"),
         (["outer.clip_norm=0"], "outer.clip_norm"),
@@ -237,7 +237,7 @@ def test_overrides_reach_nested_keys_and_list_items():
     assert built.outer.lr == 1e-4
     assert built.workers[0].cpus == 2
     assert built.engine.dtype == "float64"
-    assert built.model().out.in_features == 3 if hasattr(built.model(), "out") else True
+    assert [tuple(p.shape) for p in built.model.made().parameters()] == [(3, 1), (3,), (3, 3), (3,), (1, 3), (1,)]
     assert built.seed == -5
 
 

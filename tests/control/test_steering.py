@@ -17,16 +17,16 @@ import tiny
 from faults import everywhere
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import train
 
 from metadist.config.build import build
-from metadist.config.experiment import Quiet
 from metadist.control.command_log import CommandLog
 from metadist.control.commands import Command, RefusedError
 from metadist.control.feed import KEPT, Board
 from metadist.control.steering import Steering, resized
 from metadist.core.errors import CheckpointError, ConfigError, MetadistError
-from metadist.experiment.train import train
 from metadist.storage.store import Store
+from metadist.training.observers import Observer
 
 OFF = "control.enabled=false"
 BOUNDARY = Steering.boundary
@@ -462,7 +462,7 @@ def test_two_drivers_on_one_run(tmp_path, monkeypatch):
 
 
 def test_a_slow_watcher_gets_the_newest():
-    board = Board(Quiet())
+    board = Board(Observer())
     with board.watch() as feed:
         for step in range(1, 2 * KEPT + 1):
             board.step(step, {"loss": 1.0 / step}, 10.0)

@@ -132,8 +132,8 @@ def test_fractions_and_groups_of_one_role():
             {"nodes": {"learner": Node(None, 4, 0)}},
             "a learner of 1 CPUs and 1 GPUs doesn't fit into a node of 4 CPUs and 0 GPUs; give --node",
         ),
-        ({"run_dir": "s3://b/$(id)"}, "has a character that shells take for another"),
-        ({"data": 'x"y'}, "--data 'x\"y': has a character"),
+        ({"run_dir": "s3://b/$(id)"}, "the character '$' has a meaning in shells"),
+        ({"data": 'x"y'}, "--data 'x\"y': the character '\"' has"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, wanted, says):

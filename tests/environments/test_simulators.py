@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("gymnasium", reason="needs gymnasium: pip install 'metadist[rl]'")
 
 import own_environments as own
+from tiny import train
 from trials import context, learner, somewhere
 
 from metadist.algorithms.rl2 import RL2
@@ -22,7 +23,6 @@ from metadist.core.random import TaskKey
 from metadist.core.round import Shard
 from metadist.environments import Gymnasium
 from metadist.environments.simulated import EnvironmentFault
-from metadist.experiment.train import train
 from metadist.models.recurrent import GRU
 from metadist.rl.environment import Continuous, Discrete
 from metadist.rl.trial import EPISODE_END, TERMINATED, VALID, Trials, rollout

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import train
 from typer.testing import CliRunner
 
 import metadist
@@ -20,7 +21,6 @@ import metadist.serving.load
 from metadist.cli.app import app
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.load import load_run
-from metadist.experiment.train import train
 from metadist.serving.load import Serving, adaptation, open_model
 from metadist.serving.prediction import predict_folders
 

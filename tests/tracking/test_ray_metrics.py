@@ -13,9 +13,10 @@ import pytest
 
 pytest.importorskip("ray")
 
+from tiny import train
+
 from metadist.config.build import build
 from metadist.config.document import override, read_document
-from metadist.experiment.train import train
 from metadist.tracking.ray_metrics import exported
 
 DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/metadist.json"

@@ -15,6 +15,7 @@ pytest.importorskip("mlflow")
 
 import mlflow
 import mlflow.entities.model_registry
+from tiny import train
 
 import metadist
 from metadist.config.build import build
@@ -22,7 +23,6 @@ from metadist.config.document import override, read_document
 from metadist.core.errors import ConfigError
 from metadist.experiment.load import load_run
 from metadist.experiment.registration import register_run
-from metadist.experiment.train import train
 from metadist.tracking.model_registry import _beats
 
 

@@ -14,14 +14,16 @@ import pytest
 import tiny
 import torch
 from faults import everywhere
+from tiny import train
 
 from metadist.core.errors import MetadistError, WorkerError
+from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.core.state import State
-from metadist.experiment.evaluate import evaluate_run
+from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
 from metadist.experiment.load import load_run
-from metadist.experiment.train import train
+from metadist.learners.evaluation import Evaluation
 from metadist.training import loop as training
-from metadist.training.evaluation import Evaluation, evaluate, summarise
+from metadist.training.evaluation import evaluate
 from metadist.training.progress import Progress
 from metadist.training.scheduler import Scheduler
 from metadist.workers.local import LocalExecutor
@@ -196,7 +198,7 @@ def test_patience_ends_the_run_and_the_best_is_tested(tmp_path, monkeypatch):
 def evaluated(result, state: State) -> Evaluation:
     learner = result.experiment.learner
     fleet = Scheduler(LocalExecutor(learner), learner)
-    return evaluate(fleet, learner, state, run="x", meta_step=0, seed=3, split="test", tasks=8, inner_steps=2)
+    return evaluate(fleet, learner, state, EvaluationRequest(MetaStepKey("x", 0, 3), "test", 8, 2))
 
 
 def test_a_run_that_was_stopped_by_patience_stays_stopped(tmp_path, monkeypatch):
@@ -290,7 +292,7 @@ def test_the_protocol_names_what_a_score_must_be_read_with(tmp_path, whole):
         == protocol["task_list_sha256"]
     )
     hashes = [
-        evaluate_run(whole.run_dir, **change).evaluations[0].protocol["task_list_sha256"]
+        evaluate_run(whole.run_dir, EvaluationOptions(**change)).evaluations[0].protocol["task_list_sha256"]
         for change in ({}, {"inner_steps": 1}, {"tasks": 7}, {"split": "validation"}, {"split": "train"})
     ]
     assert hashes[0] == hashes[1], "the same tasks, adapted to less long"
@@ -302,9 +304,8 @@ def test_another_family_or_seed_has_another_task_list():
         experiment = tiny.experiment(*change)
         learner, state = experiment.learner, experiment.learner.initial(0)
         fleet = Scheduler(LocalExecutor(learner), learner)
-        judged = evaluate(
-            fleet, learner, state, run="x", meta_step=0, seed=experiment.seed, split="test", tasks=4, inner_steps=1
-        )
+        request = EvaluationRequest(MetaStepKey("x", 0, experiment.seed), "test", 4, 1)
+        judged = evaluate(fleet, learner, state, request)
         return judged.protocol["task_list_sha256"]
 
     others = ("seed=4",), ("tasks.k_shot=5",), ("tasks.amplitude=[1, 2]",)
@@ -318,7 +319,7 @@ def test_shards_do_not_change_the_evaluation(tmp_path, whole, shard_size):
         whole.experiment.learner, outer=dataclasses.replace(whole.experiment.learner.outer, shard_size=shard_size)
     )
     fleet = Scheduler(LocalExecutor(learner), learner)
-    judged = evaluate(fleet, learner, whole.state, run="x", meta_step=9, seed=3, split="test", tasks=8, inner_steps=2)
+    judged = evaluate(fleet, learner, whole.state, EvaluationRequest(MetaStepKey("x", 9, 3), "test", 8, 2))
     assert judged.protocol == whole.evaluations[0].protocol
     assert judged.mean == pytest.approx(whole.evaluations[0].mean, rel=1e-5)
 
@@ -334,7 +335,7 @@ def records(losses):
 
 
 def judged(losses):
-    return summarise(records(losses), tiny.learner(), seed=0, split="test", inner_steps=1)
+    return tiny.learner().summarise(EvaluationRequest(MetaStepKey("x", 0, 0), "test", len(losses), 1), records(losses))
 
 
 def test_means_intervals_and_medians():
@@ -358,11 +359,12 @@ def test_tasks_that_diverge_are_counted_and_left_out():
 
 
 def test_a_curve_is_thinned_and_stays_in_order():
-    curve = [{"meta_step": float(n)} for n in range(1, 2002)]
-    thinned = training._thinned(curve)
-    assert len(thinned) == 1000
-    assert thinned == sorted(thinned, key=lambda p: p["meta_step"])
-    assert training._thinned(curve[:2000]) == curve[:2000]
+    progress = Progress(0, None)
+    for meta_step in range(1, 2001):
+        progress = dataclasses.replace(progress, meta_step=meta_step).logged({})
+    assert [p["meta_step"] for p in progress.curve] == list(range(1, 2001))
+    thinned = dataclasses.replace(progress, meta_step=2001).logged({}).curve
+    assert [p["meta_step"] for p in thinned] == list(range(2, 2001, 2))
 
 
 def test_a_failing_folder_is_an_error_that_names_it(tmp_path, monkeypatch):

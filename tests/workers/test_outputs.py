@@ -12,7 +12,7 @@ import torch
 from faults import everywhere
 
 from metadist.core.errors import WorkerError
-from metadist.core.round import Failed, Finished, Shard
+from metadist.core.round import Failed, Finished, MetaStepKey, Shard, run_rounds
 from metadist.core.state import Contribution, Records
 from metadist.training.scheduler import MAX_FAILURES, Scheduler, fault_of
 from metadist.workers.local import LocalExecutor
@@ -26,8 +26,7 @@ def train(learner, fault=None, kind=LocalExecutor, steps=STEPS):
     fleet = Scheduler(everywhere(fault)(executor) if fault else executor, learner)
     state = learner.initial(SEED)
     for step in range(steps):
-        for round in learner.rounds("run", step, SEED, state, {}):
-            state = round.apply(state, fleet.run(round))
+        state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, SEED), state), fleet.sum)
     executor.close()
     return state, fleet
 
@@ -109,7 +108,7 @@ def test_outputs_of_earlier_meta_steps_are_dropped():
 
 def rolled(learner):
     state = learner.initial(SEED)
-    round = next(learner.rounds("run", 0, SEED, state, {}))
+    round = next(learner.meta_step(MetaStepKey("run", 0, SEED), state))
     return state, round, [learner.compute(shard, state.slots) for shard in round.shards]
 
 
@@ -152,7 +151,7 @@ def test_a_task_that_breaks_its_environment_is_named(tmp_path):
     (tmp_path / "deed").write_text("raise 5")
     learner = pulls.learner(tmp_path)
     state = learner.initial(SEED)
-    shard = next(learner.rounds("run", 0, SEED, state, {})).shards[2]
+    shard = next(learner.meta_step(MetaStepKey("run", 0, SEED), state)).shards[2]
     with pytest.raises(TaskError, match="the arm of task 5 is stuck") as caught:
         worker(learner).compute(shard, state.slots)
     assert caught.value.tasks == (5,)

@@ -17,12 +17,12 @@ import pytest
 import tiny
 import tls
 from faults import everywhere
+from tiny import train
 
 from metadist.cli.display import plain
 from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers
 from metadist.experiment.result import Result
-from metadist.experiment.train import train
 
 SHORT = [
     "evaluate.tasks=40",

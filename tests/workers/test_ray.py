@@ -16,6 +16,7 @@ import tiny
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
+from metadist.core.round import MetaStepKey, run_rounds
 from metadist.learners.few_shot import FewShotLearner
 from metadist.training.evaluation import evaluate
 from metadist.training.scheduler import Scheduler
@@ -64,8 +65,7 @@ def train(executor, learner, steps, first=0, state=None, **options):
     fleet = Scheduler(executor, learner, **{"patience": 300.0, **options})
     state = learner.initial(SEED) if state is None else state
     for step in range(first, first + steps):
-        for round in learner.rounds("run", step, SEED, state, {}):
-            state = round.apply(state, fleet.run(round))
+        state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, SEED), state), fleet.sum)
     return state, fleet
 
 
@@ -155,8 +155,7 @@ def test_a_stopped_actor_is_backed_up_then_recycled(actors, mischief, expected):
     deadline = time.monotonic() + 180
     step = 10
     while name in actors.workers() and time.monotonic() < deadline:
-        for round in mischief[0].rounds("run", step, SEED, state, {}):
-            state = round.apply(state, more.run(round))
+        state, _ = run_rounds(mischief[0].meta_step(MetaStepKey("run", step, SEED), state), more.sum)
         step += 1
         time.sleep(0.1)
     assert name not in actors.workers()
@@ -356,7 +355,7 @@ def test_gpus_are_shared_per_group(monkeypatch):
 @pytest.mark.long
 def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
     """Validations, the choice of the best θ (not the last one here) and its test."""
-    from metadist.experiment.evaluate import evaluate_run
+    from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
     from metadist.experiment.train import train as run_training
 
     overrides = ["outer.lr=0.3", "evaluate.every=1", "outer.meta_steps=7"]
@@ -373,7 +372,7 @@ def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
     assert fleet.outcome.best_step == alone.outcome.best_step
     assert fleet.outcome.progress.validation == alone.outcome.progress.validation
     assert fleet.evaluations == alone.evaluations
-    assert evaluate_run(str(tmp_path / "0"), workers="1").evaluations == alone.evaluations
+    assert evaluate_run(str(tmp_path / "0"), EvaluationOptions(workers="1")).evaluations == alone.evaluations
 
 
 # ---- contributions in half precision

@@ -13,6 +13,7 @@ from test_ray import SEED, executor, settle
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import WorkerError
+from metadist.core.round import MetaStepKey, run_rounds
 from metadist.learners.few_shot import FewShotLearner
 from metadist.training import blocks
 from metadist.training.scheduler import Scheduler
@@ -63,8 +64,8 @@ class Training:
 
     def go(self, steps):
         for _ in range(steps):
-            for round in self.learner.rounds("run", self.step, SEED, self.state, {}):
-                self.state = round.apply(self.state, self.fleet.run(round))
+            rounds = self.learner.meta_step(MetaStepKey("run", self.step, SEED), self.state)
+            self.state, _ = run_rounds(rounds, self.fleet.sum)
             self.step += 1
         return self
 

@@ -18,6 +18,7 @@ import pytest
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
+from metadist.core.round import MetaStepKey, run_rounds
 from metadist.training.scheduler import Scheduler
 from metadist.workers.faulty import Call, FaultyExecutor, Kill
 from metadist.workers.groups import expected_by_role
@@ -38,8 +39,7 @@ def train(executor, learner, **options):
     fleet = Scheduler(executor, learner, **{"patience": 300.0, **options})
     state = learner.initial(SEED)
     for step in range(STEPS):
-        for round in learner.rounds("run", step, SEED, state, {}):
-            state = round.apply(state, fleet.run(round))
+        state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, SEED), state), fleet.sum)
     return state.sha256(), fleet
 
 
@@ -277,7 +277,7 @@ def test_environment_workers_answer_with_references(apart, cluster):
     settle(actors, 3)
     big = many(learner)
     scheduler, state = Scheduler(actors, big), big.initial(SEED)
-    scheduler.run(next(big.rounds("run", 0, SEED, state, {})))
+    scheduler.run(next(big.meta_step(MetaStepKey("run", 0, SEED), state)))
     outputs = [o.reference for o in actors._kept.outputs.values()]
     assert len(outputs) == 4
     places = cluster.experimental.get_object_locations(outputs)
