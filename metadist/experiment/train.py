@@ -9,7 +9,7 @@ import torch
 from metadist.config.experiment import Experiment
 from metadist.control.feed import Board
 from metadist.experiment.attempt import Attempt
-from metadist.experiment.fleet import fleet
+from metadist.experiment.fleet import WorkerReports, start_workers
 from metadist.experiment.lifecycle import check_control, serve_control, steering_of
 from metadist.experiment.oracle_comparison import Regret
 from metadist.experiment.recording import inexact_marker, recorded, write_result
@@ -42,15 +42,13 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
             mark = inexact_marker(attempt, observers, tracker)
             with (
                 serve_control(steering, feed, attempt),
-                fleet(
+                start_workers(
                     experiment,
                     run_id,
                     attempt.planner,
                     expected=attempt.fingerprint,
                     wrap=request.wrap,
-                    folder=directory,
-                    note=observers.note,
-                    mark=mark,
+                    reports=WorkerReports(observers.note, mark, directory),
                 ) as workers,
             ):
                 run = _run(attempt, workers)
