@@ -48,7 +48,9 @@ def assign(items: list[pytest.Item]) -> None:
     for item in items:
         lane = lane_of(item)
         item.add_marker(lane)
-        item.add_marker(pytest.mark.xdist_group("ray" if lane == "ray" else f"{lane} {item.path.parent.name}/{item.path.stem}"))
+        item.add_marker(
+            pytest.mark.xdist_group("ray" if lane == "ray" else f"{lane} {item.path.parent.name}/{item.path.stem}")
+        )
         item.stash[_LANE] = lane
     order = list(LANES)
     items.sort(key=lambda item: order.index(item.stash[_LANE]))

@@ -179,9 +179,7 @@ class Executor(Protocol):
     several shards is worth asking for.
     """
 
-    @property
-    def plan(self) -> HasEngine | None: ...
-
+    plan: HasEngine | None
     blocks: bool
 
     def publish(self, meta_step: int, round: int, state: State) -> int:
