@@ -22,7 +22,7 @@ _has_token = (
 )
 
 # A cluster that this process starts requires a token (Ray writes one to ~/.ray); a cluster that it joins may have none.
-# Where ray is imported already, the mode stays as it is: Ray's C++ part has read it, and would disagree with its children.
+# Where ray is imported already, the mode stays as it is: Ray's C++ part has read it and its children must agree.
 if "ray" not in sys.modules and (ADDRESS is None or _has_token):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
