@@ -39,8 +39,8 @@ def local_plan(experiment: Experiment) -> Plan:
 class WorkerReports:
     """Receivers of reports about workers.
 
-    ``note`` shows a message to the user. ``mark`` is called with a description of every accepted worker whose numerics
-    differ from the run's. ``directory`` receives the traceback of a task that fails.
+    ``note`` shows a message to the user. ``mark`` is called with a description of every accepted worker whose
+    numerics differ from the run's. ``directory`` receives the traceback of a task that fails.
     """
 
     note: Callable[[str], None] = lambda message: None
