@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import tiny
+from faults import everywhere
 from ports import free_port
 
 from metadist.config.build import build
 from metadist.config.document import override
+from metadist.config.experiment import Experiment
 from metadist.core.errors import MetadistError
+from metadist.core.round import MetaStepKey, run_rounds
 from metadist.experiment import remote as outside
-from metadist.experiment.description import Experiment
 from metadist.experiment.fleet import fleet
 
 OUTSIDE = {"min": 1, "max": 4, "outside": True}
@@ -45,7 +47,7 @@ def document(*groups: dict[str, Any], trials: bool = False, port: int = 0, **key
 
 
 def experiment(made: dict[str, Any], *overrides: str) -> Experiment:
-    return Experiment.of(build(override(made, overrides)))
+    return build(override(made, overrides))
 
 
 def rounds(run: Experiment, scheduler: Any, each: Callable[[int, Any], None] = lambda step, scheduler: None) -> str:
@@ -54,19 +56,19 @@ def rounds(run: Experiment, scheduler: Any, each: Callable[[int, Any], None] = l
     state = learner.initial(run.seed)
     for step in range(learner.outer.meta_steps):
         each(step, scheduler)
-        for round in learner.rounds("run", step, run.seed, state, {}):
-            state = round.apply(state, scheduler.run(round))
+        state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, run.seed), state), scheduler.sum)
     return state.sha256()
 
 
 def train(
     run: Experiment,
     *,
-    watch: Any = None,
+    fault: Callable[[Any, Any], object] | None = None,
     each: Callable[[int, Any], None] = lambda step, scheduler: None,
     **options: Any,
 ) -> tuple[str, Any]:
-    with fleet(run, "run", watch=watch, **options) as scheduler:
+    """Train with workers of ``fleet``; ``fault(executor, shard)`` runs after every submission."""
+    with fleet(run, "run", wrap=everywhere(fault) if fault else None, **options) as scheduler:
         return rounds(run, scheduler, each), scheduler
 
 

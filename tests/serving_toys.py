@@ -11,7 +11,7 @@ from metadist.core.algorithm import Algorithm
 from metadist.core.model import Model, use_batch_statistics
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.models.cnp import ConditionalNeuralProcess
 from metadist.serving.model import Limits, ServedModel
 
@@ -37,12 +37,12 @@ def learner(algorithm="maml", normalization="transductive"):
     outer = OuterLoop(meta_steps=1)
     if algorithm == "cnp":
         family = Curves()
-        return Learner(made, Model(lambda: ConditionalNeuralProcess(8, 8).build((2,), 2)), family, outer)
+        return FewShotLearner(made, Model(lambda: ConditionalNeuralProcess(8, 8).build((2,), 2)), family, outer)
     if algorithm in ("protonet", "anil"):
-        return Learner(made, Model(network(4, 3)), Blobs(), outer)
+        return FewShotLearner(made, Model(network(4, 3)), Blobs(), outer)
     if normalization == "inductive" or algorithm == "meta_sgd":
-        return Learner(made, Model(images), Blobs(input_shape=(1, 6, 6)), outer, normalization)
-    return Learner(made, Model(network(2, 2)), Curves(), outer)
+        return FewShotLearner(made, Model(images), Blobs(input_shape=(1, 6, 6)), outer, normalization)
+    return FewShotLearner(made, Model(network(2, 2)), Curves(), outer)
 
 
 def served(algorithm="maml", normalization="transductive", name=None, **limits):

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import tiny
-
-from metadist.experiment.train import train
+from tiny import train
 
 ENDLESS = (
     "outer.meta_steps=1000000",

@@ -10,7 +10,7 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
-from metadist.core.round import WithOutput
+from metadist.core.round import EvaluationRequest, MetaStepKey, WithOutput, run_rounds
 from metadist.core.state import Records, TreeSum
 from metadist.learners.trials import TrialLearner
 from metadist.rl.algorithm import TrialContext
@@ -88,17 +88,21 @@ def run(learner, round, kept):
 
 
 def train(learner, meta_steps, *, seed=0, state=None, watch=lambda *_: None):
-    """(state, report of the last meta-step); ``watch(round, state, total)`` sees every round."""
+    """(state, report of the last meta-step); ``watch(round, total)`` sees every round."""
     state, report = learner.initial(seed) if state is None else state, {}
     for meta_step in range(meta_steps):
-        report, kept = {}, {}
-        for round in learner.rounds("run", meta_step, seed, state, report):
+        kept = {}
+
+        def each(round, kept=kept):
             total = run(learner, round, kept)
-            state = round.apply(state, total)
-            watch(round, state, total)
+            watch(round, total)
+            return total
+
+        state, report = run_rounds(learner.meta_step(MetaStepKey("run", meta_step, seed), state), each)
     return state, report
 
 
 def evaluate(learner, state, tasks, *, inner_steps=None, split="test"):
-    round = learner.evaluation("run", 0, 0, state, split=split, tasks=tasks, inner_steps=inner_steps)
+    request = EvaluationRequest(MetaStepKey("run", 0, 0), split, tasks, inner_steps)
+    round = learner.evaluation(request, state)
     return run(learner, round, {}).columns

@@ -1,4 +1,8 @@
-"""The algorithms by name. A new one is one file and one line here."""
+"""The algorithms by name.
+
+A new one is one file and one line in ``ALGORITHMS``. A user's own is named by its import path; a package of its own
+declares an entry point (``docs/extend.md``).
+"""
 
 from __future__ import annotations
 

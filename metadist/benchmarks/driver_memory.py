@@ -7,9 +7,9 @@ from typing import Any
 import psutil
 
 from metadist.benchmarks.meta_steps import MetaSteps, experiment_with, settings_of
-from metadist.config.build import supervised
 from metadist.config.schema import Document
 from metadist.experiment.fleet import fleet
+from metadist.learners import supervised
 
 
 def run(document: Document, *, steps: int) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _learner(environment: dict[str, Any], hidden: int, device: str) -> TrialLear
         "model": {"name": "gru", "hidden": hidden},
         "algorithm": {"name": "rl2", "minibatches": 1},
     }
-    learner = build(document).learner()
+    learner = build(document).learner
     assert isinstance(learner, TrialLearner)
     learner.prepare(torch.device(device))
     return learner

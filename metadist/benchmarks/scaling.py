@@ -21,12 +21,12 @@ import torch
 from metadist.benchmarks.meta_steps import MetaSteps, experiment_with
 from metadist.benchmarks.timing import compare, interleaved
 from metadist.benchmarks.transport import Echo
-from metadist.config.build import supervised
 from metadist.config.schema import Document
 from metadist.core.errors import ConfigError, WorkerError
-from metadist.core.round import Finished, Shard
+from metadist.core.round import Finished, MetaStepKey, Shard
 from metadist.core.state import Contribution
 from metadist.experiment.fleet import fleet
+from metadist.learners import supervised
 from metadist.training.scheduler import Scheduler, fault_of
 from metadist.wire import decode_result, result_parts
 from metadist.workers.local import LocalExecutor
@@ -163,8 +163,8 @@ def _alone(connection: Any, document: Document, index: int, count: int, nice: in
         executor.publish(0, 0, state)
         connection.send(None)
         while (first := connection.recv()) is not None:
-            steps = (learner.rounds("bench", m, experiment.seed, state, {}) for m in range(first, first + TURN))
-            for shard in [s for rounds in steps for round in rounds for s in round.shards][index::count]:
+            keys = (MetaStepKey("bench", m, experiment.seed) for m in range(first, first + TURN))
+            for shard in [s for key in keys for s in next(learner.meta_step(key, state)).shards][index::count]:
                 executor.submit(shard, 1)
                 (event,) = executor.wait(0.0)
                 if not isinstance(event, Finished):

@@ -13,9 +13,9 @@ from typing import Any
 
 from metadist.benchmarks.meta_steps import MetaSteps, experiment_with, settings_of
 from metadist.benchmarks.timing import compare, interleaved
-from metadist.config.build import supervised
 from metadist.config.schema import Document
 from metadist.experiment.fleet import fleet
+from metadist.learners import supervised
 from metadist.tracking import MLflowTracker, NullTracker
 
 BLOCK = 5

@@ -3,66 +3,64 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from metadist.cli.terminal import (
     clean_errors,
+    only_results_on_stdout,
     say,
     set_up_logging,
 )
 
+KINDS = ("algorithms", "tasks", "environments", "models", "trackers", "configs")
 
-def list_(what: Annotated[str, typer.Argument(help="algorithms, tasks, environments, models or configs.")]) -> None:
-    """What there is to choose from, one per line."""
+
+def list_(what: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.")]) -> None:
+    """The names that a config may use, one per line with a description; plug-ins with the package that they come from."""
     with clean_errors():
-        from metadist.core.errors import ConfigError, nearest
+        from metadist.core.errors import one_of
 
-        def configs() -> dict[str, str]:
-            from metadist.config.document import shipped_configs
-
-            return {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped_configs().items()}
-
-        def described(classes: Callable[[], dict[str, type]]) -> Callable[[], dict[str, str]]:
-            return lambda: {
-                name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in sorted(classes().items())
-            }
-
-        def algorithms() -> Any:
-            from metadist.algorithms import ALGORITHMS
-
-            return ALGORITHMS
-
-        def tasks() -> Any:
-            from metadist.tasks import TASKS
-
-            return TASKS
-
-        def models() -> Any:
-            from metadist.models import MODELS
-
-            return MODELS
-
-        def environments() -> Any:
-            from metadist.environments import ENVIRONMENTS
-
-            return ENVIRONMENTS
-
-        kinds = {
-            "algorithms": described(algorithms),
-            "tasks": described(tasks),
-            "environments": described(environments),
-            "models": described(models),
-            "configs": configs,
-        }
-        if what not in kinds:
-            raise ConfigError(f"list: '{what}' is not one of {', '.join(kinds)}{nearest(what, kinds)}")
-        entries = kinds[what]()
+        one_of("list", what, KINDS)
+        with only_results_on_stdout():  # a plug-in may print while it is imported
+            entries, problems = (_configs(), list[str]()) if what == "configs" else _components(what)
         width = max(map(len, entries))
         for name, description in sorted(entries.items()):
             print(f"{name:<{width}}  {description}")
+        for problem in problems:
+            say(f"warning: {problem}")
+
+
+def _configs() -> dict[str, str]:
+    from metadist.config.document import shipped_configs
+
+    return {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in shipped_configs().items()}
+
+
+def _components(plural: str) -> tuple[dict[str, str], list[str]]:
+    """Name → description; and one line for each plug-in that can't be used."""
+    from metadist.config.plugins import Kind, described, plugins
+    from metadist.core.errors import ConfigError
+
+    kind: Kind[object]
+    if plural == "trackers":
+        from metadist.tracking import TRACKER
+
+        kind = TRACKER
+    else:
+        from metadist.config.catalog import ALGORITHM, ENVIRONMENT, MODEL, TASK_FAMILY
+
+        kind = next(k for k in (ALGORITHM, TASK_FAMILY, ENVIRONMENT, MODEL) if k.plural == plural)
+    entries = {name: own if isinstance(own, str) else described(own) for name, own in kind.own.items()}
+    found = plugins(kind)
+    problems = found.problems
+    for plugin in found.usable.values():
+        try:
+            entries[plugin.name] = f"{described(plugin.load(kind))} ({plugin.distribution})"
+        except ConfigError as error:
+            problems.append(str(error))
+    return entries, problems
 
 
 def export(

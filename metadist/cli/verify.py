@@ -62,12 +62,11 @@ def plan(
         from metadist.cli.display import show_plan
         from metadist.config.build import build
         from metadist.config.document import asked
-        from metadist.experiment.description import Experiment
         from metadist.experiment.fleet import local_plan
 
         document = asked(config, overrides, workers)
         with only_results_on_stdout():
-            report = local_plan(Experiment.of(build(document))).as_dict()
+            report = local_plan(build(document)).as_dict()
         show_plan(report)
         if as_json:
             print(json.dumps(report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -10,19 +11,23 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from metadist.config.catalog import resolve
+from metadist.config.plugins import Kind
 from metadist.config.schema import explained, settings
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import TaskFamily
-from metadist.learners.trials import TrialAlgorithm
+from metadist.models import MODELS, ModelConfig, PolicyConfig
+from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import Continuous, MetaEnvironment
 
 
-def _mapping(key: str, value: Any) -> Mapping[str, Any]:
+def named(key: str, value: Any) -> Mapping[str, Any]:
+    """Return the mapping ``{name: …}`` that a component's section is; a bare name is short for it."""
     if isinstance(value, str):
         return {"name": value}
     if not isinstance(value, dict):
@@ -30,41 +35,38 @@ def _mapping(key: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _component(key: str, value: Any, known: Mapping[str, type], deferred: bool = False) -> Any:
-    """An object named in a dict of ours or by ``package.module:Class``; ``deferred`` gives (class, arguments) for classes not ours."""
-    options = dict(_mapping(key, value))
+def component(key: str, value: Any, kind: Kind[type], deferred: bool = False) -> Any:
+    """Build the object that ``value`` names: by a name of metadist or of a plug-in, or by ``package.module:Class``.
+
+    ``deferred``: a class that is no dataclass is not called; the result is a ``functools.partial`` of it. Raises
+    ConfigError that names ``key``, the value and what is expected.
+    """
+    options = dict(named(key, value))
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError(
-            f"{key}.name is missing; expected one of {', '.join(sorted(known))}, or package.module:Class of your own"
+            f"{key}.name is missing; expected one of {', '.join(sorted(kind.own))}, or package.module:Class of your own"
         )
-    if ":" in name:
-        cls = import_path(name, f"{key}.name")
-    elif name in known:
-        cls = known[name]
-    else:
-        raise ConfigError(
-            f"{key}.name: '{name}' is not one of {', '.join(sorted(known))}{nearest(name, known)} (your own: package.module:Class)"
-        )
-    if is_dataclass(cls):
-        return settings(key, options, cls)
-    if isinstance(cls, (TaskFamily, MetaEnvironment, Algorithm, TrialAlgorithm, nn.Module)):
+    found = import_path(name, f"{key}.name") if ":" in name else resolve(f"{key}.name", name, kind)
+    if is_dataclass(found):
+        return settings(key, options, cast(type, found))
+    if isinstance(found, (TaskFamily, MetaEnvironment, Algorithm, TrialAlgorithm, nn.Module)):
         if options:
             raise ConfigError(f"{key}: '{name}' is an object already and takes no {', '.join(options)}")
-        return cls
-    if not callable(cls):
-        raise ConfigError(f"{key}.name: '{name}' is {cls!r}; expected a class or a function")
-    _check_arguments(key, cls, options)
+        return found
+    if not callable(found):
+        raise ConfigError(f"{key}.name: '{name}' is {found!r}; expected a class or a function")
+    _check_arguments(key, found, options)
     if deferred:
-        return functools.partial(cls, **options)
-    with explained(key, cls):
-        return cls(**options)
+        return functools.partial(found, **options)
+    with explained(key, found):
+        return found(**options)
 
 
-def _check_arguments(key: str, callable_: Any, options: Mapping[str, Any]) -> None:
+def _check_arguments(key: str, callable_: Callable[..., Any], options: Mapping[str, Any]) -> None:
     try:
         signature = inspect.signature(callable_)
-    except ValueError:  # some built-in ones have none
+    except ValueError:  # some built-in functions have no signature
         return
     try:
         signature.bind(**options)
@@ -73,7 +75,7 @@ def _check_arguments(key: str, callable_: Any, options: Mapping[str, Any]) -> No
 
 
 def import_path(path: str, key: str) -> Any:
-    """``package.module:name``, with the working directory importable."""
+    """Import ``package.module:name``, with the working directory importable. Raises ConfigError that names ``key``."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     module, _, name = path.partition(":")
@@ -93,47 +95,59 @@ def import_path(path: str, key: str) -> Any:
     return getattr(imported, name)
 
 
-def _factory(model: Any, tasks: TaskFamily | MetaEnvironment, algorithm: Any) -> Callable[[], nn.Module]:
-    if isinstance(model, nn.Module):
-        return functools.partial(_itself, model)
-    if isinstance(tasks, MetaEnvironment):
-        if not hasattr(model, "build_policy"):
-            from metadist.models import MODELS
+def model_factory(
+    model: object, tasks: TaskFamily | MetaEnvironment, algorithm: Algorithm | TrialAlgorithm
+) -> Callable[[], nn.Module]:
+    """Return the function that builds the module for ``tasks``.
 
-            fits = [n for n, cls in MODELS.items() if hasattr(cls, "build_policy")]
-            raise ConfigError(
-                f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}"
-            )
-        return functools.partial(
-            model.build_policy, tasks.observation_size, tasks.actions.size, isinstance(tasks.actions, Continuous)
-        )
-    if not hasattr(model, "build") and hasattr(model, "build_policy"):
-        raise ConfigError(
-            f"model.name: '{type(model).__name__}' is a policy, which goes with environment, not with tasks"
-        )
-    if hasattr(model, "build"):
+    ``model`` is an ``nn.Module`` (each call copies it), a ``ModelConfig``, a ``PolicyConfig`` (with a meta-environment), or
+    a function that builds a module. Raises ConfigError where ``model`` is of another type or does not go with ``tasks``.
+    """
+    if isinstance(model, nn.Module):
+        return functools.partial(_copy, model)
+    if isinstance(tasks, MetaEnvironment):
+        return _policy_factory(model, tasks)
+    if not isinstance(model, type) and isinstance(model, ModelConfig) and isinstance(algorithm, Algorithm):
         if tasks.input_shape is None:
             raise ConfigError(
                 f"tasks: {type(tasks).__name__} must state its input_shape for model '{type(model).__name__}'"
             )
         return functools.partial(model.build, tuple(tasks.input_shape), algorithm.outputs(tasks))
+    if isinstance(model, PolicyConfig):
+        raise ConfigError(
+            f"model.name: '{type(model).__name__}' is a policy, which goes with environment, not with tasks"
+        )
     if not callable(model):
         raise ConfigError(
-            f"model: expected a torch.nn.Module, a function that builds one, or a class with build(), got {type(model).__name__}"
+            "model: expected a torch.nn.Module, a function that builds one, or a class with build(), got "
+            f"{type(model).__name__}"
         )
     return model
 
 
-def _itself(module: nn.Module) -> nn.Module:
-    import copy
+def _policy_factory(model: object, environment: MetaEnvironment) -> Callable[[], nn.Module]:
+    if not isinstance(model, PolicyConfig):
+        fits = [name for name, cls in MODELS.items() if issubclass(cls, PolicyConfig)]
+        raise ConfigError(
+            f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}, or a class "
+            "of your own with build_policy()"
+        )
+    actions = environment.actions
+    return functools.partial(
+        model.build_policy, environment.observation_size, actions.size, isinstance(actions, Continuous)
+    )
 
+
+def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module)
 
 
-def _function(path: str, key: str) -> Any:
+def user_function(path: str, key: str) -> Callable[..., Any]:
+    """Import the loss or metric at ``path``. Raises ConfigError that names ``key`` where it is no function."""
     found = import_path(path, key)
     if not callable(found):
         raise ConfigError(
-            f"{key}: '{path}' is {found!r}; expected a function (prediction [N, …], target [N, …]) → one value per example [N]"
+            f"{key}: '{path}' is {found!r}; expected a function (prediction [N, …], target [N, …]) → one value per "
+            "example [N]"
         )
     return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Union
 
 from metadist.core.engine import Engine
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, at_least
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class EngineSettings:
     worker_patience: float = 120.0
 
     def __post_init__(self) -> None:
+        at_least(1, **{"engine.shard_timeout": self.shard_timeout, "engine.worker_patience": self.worker_patience})
         if isinstance(self.chunk, int):
             Engine(chunk=self.chunk)
         if self.dtype == "float64" and self.precision != "float32":

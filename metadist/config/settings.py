@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, at_least
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class EvaluateSettings:
     patience: int | None = None
     policy: Literal["greedy", "sampled"] = "greedy"
 
+    def __post_init__(self) -> None:
+        at_least(1, **{f"evaluate.{n}": getattr(self, n) for n in ("every", "tasks", "test_tasks", "patience")})
+        at_least(0, **{"evaluate.inner_steps": self.inner_steps})
+
 
 @dataclass(frozen=True)
 class CheckpointSettings:
@@ -29,6 +33,9 @@ class CheckpointSettings:
 
     every: int = 500
     keep: int = 2
+
+    def __post_init__(self) -> None:
+        at_least(1, **{"checkpoint.every": self.every, "checkpoint.keep": self.keep})
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class TrackingSettings:
     register: str | None = None
 
     def __post_init__(self) -> None:
+        at_least(1, **{"tracking.log_every": self.log_every})
         if self.register is not None and (not self.register.strip() or set("/:") & set(self.register)):
             raise ConfigError(
                 f"tracking.register: {self.register!r} is no name of a model; expected one without '/' and ':'"

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from metadist.control.commands import Sight
+from metadist.core.round import Report
+from metadist.training.observers import Observer
 
 #: what a slow watcher may have unread
 KEPT = 256
@@ -45,10 +47,10 @@ class _Feed:
             return taken
 
 
-class Board:
+class Board(Observer):
     """A display (of ``metadist.training.loop``) that shows everything to another one and keeps what is newest."""
 
-    def __init__(self, display: Any) -> None:
+    def __init__(self, display: Observer) -> None:
         self._display = display
         self._lock = threading.Lock()
         self._feeds: list[_Feed] = []
@@ -56,7 +58,7 @@ class Board:
         self.validation: Mapping[str, float] = {}
         self.tasks_per_second = 0.0
 
-    def step(self, meta_step: int, report: Mapping[str, float], tasks_per_second: float) -> None:
+    def step(self, meta_step: int, report: Report, tasks_per_second: float) -> None:
         self._display.step(meta_step, report, tasks_per_second)
         self.tasks_per_second = tasks_per_second
         self._show(Sight("step", meta_step, {**report, "tasks_per_second": tasks_per_second}, time=time.time()))

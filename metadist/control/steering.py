@@ -24,8 +24,7 @@ from metadist.control.commands import Answer, Command, Feed, RefusedError, Stand
 from metadist.control.feed import Board
 from metadist.core.errors import MetadistError
 from metadist.core.round import Executor
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.learners.base import Learner
 from metadist.training.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ PAUSE_SECONDS = 0.1
 COUNT_SECONDS = 1.0
 OVER = "the run's training is over; there is nothing left to steer"
 
-AnyLearner = Learner | TrialLearner
+AnyLearner = Learner
 
 
 class Recorder(Protocol):

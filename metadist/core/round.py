@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Union
 
@@ -77,16 +77,56 @@ class Shard:
 
 @dataclass(frozen=True)
 class Round:
-    """Shards to be computed under one θ, and what to do with their results.
+    """Shards that are computed under one θ.
 
-    ``reduce`` shards return contributions that are summed; otherwise records, concatenated in shard order.
+    Where ``reduce`` is true, the shards return contributions, and the result of the round is their canonical sum. Otherwise the
+    shards return records, and the result is their concatenation in shard order.
     """
 
     index: int
     parameters: State
     shards: Sequence[Shard]
-    apply: Callable[[State, Any], State]
     reduce: bool = True
+
+
+Report = dict[str, float]
+"""Metrics of one meta-step by name, for plots."""
+
+Rounds = Generator[Round, Contribution, "tuple[State, Report]"]
+"""The rounds of one meta-step. The generator is sent the sum of each round, and returns the new state and the report."""
+
+
+def run_rounds(rounds: Rounds, run: Callable[[Round], Contribution]) -> tuple[State, Report]:
+    """Run each round of a meta-step with ``run``, send its sum back, and return the new state and the report."""
+    try:
+        round = next(rounds)
+        while True:
+            round = rounds.send(run(round))
+    except StopIteration as done:
+        state, report = done.value
+        return state, report
+
+
+@dataclass(frozen=True)
+class MetaStepKey:
+    """Names one meta-step: the run's id and seed, and the number of meta-steps before it."""
+
+    run: str
+    meta_step: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """Which tasks judge the θ of ``key``: ``tasks`` tasks of ``split``, after ``inner_steps`` adaptation steps.
+
+    Where ``inner_steps`` is None, the algorithm's own number applies.
+    """
+
+    key: MetaStepKey
+    split: str
+    tasks: int
+    inner_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +208,10 @@ class Executor(Protocol):
 
     def resize(self, role: str, count: int) -> None:
         """Go on with ``count`` workers of ``role``. Nothing waits for new ones; what those that go had in flight is lost."""
+        ...
+
+    def kill_busy(self) -> str | None:
+        """Kill a worker that has a shard in flight and return its name; None where there is none to kill."""
         ...
 
     def close(self) -> None: ...

@@ -1,4 +1,8 @@
-"""Meta-environments by name. A new one is one file and one line here; a user's own is named by its import path instead."""
+"""The meta-environments by name.
+
+A new one is one file and one line in ``ENVIRONMENTS``. A user's own is named by its import path; a package of its own
+declares an entry point (``docs/extend.md``).
+"""
 
 from metadist.environments.bandit import Bandit
 from metadist.environments.correlated_bandit import CorrelatedBandit

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from metadist.config.engine import EngineSettings
+from metadist.config.experiment import Experiment
 from metadist.config.groups import ROLES, WorkerGroup
 from metadist.core.errors import ConfigError
 from metadist.core.round import Executor
+from metadist.engine.plan import Plan
+from metadist.experiment.attempt import planner_for
 from metadist.storage.run_directory import RunDirectory
 from metadist.training.scheduler import Scheduler
 from metadist.workers.local import LocalExecutor
 from metadist.workers.numerics import Numerics
-from metadist.workers.plan import Device, Plan, Planner, make_plan
+from metadist.workers.plan import Planner, device_facts
 from metadist.workers.remote.messages import Dismissal
 from metadist.workers.worker import numerics_fingerprint, resolve_device
-
-if TYPE_CHECKING:
-    from metadist.experiment.description import Experiment
-
-
-def planner_for(experiment: Experiment) -> Planner:
-    """How a new run resolves what its configuration leaves open."""
-    return lambda device: make_plan(experiment.learner, experiment.engine, device, experiment.workers)
 
 
 def local_plan(experiment: Experiment) -> Plan:
@@ -34,7 +29,7 @@ def local_plan(experiment: Experiment) -> Plan:
     device = resolve_device(experiment.engine.device, 1.0 if torch.cuda.is_available() else 0.0)
     experiment.learner.prepare(torch.device("cpu"))
     return planner_for(experiment)(
-        Device.of(device, numerics_fingerprint(device, 1, experiment.learner.model.dtype)["device"])
+        device_facts(device, numerics_fingerprint(device, 1, experiment.learner.model.dtype)["device"])
     )
 
 
@@ -45,7 +40,7 @@ def fleet(
     planner: Planner | None = None,
     *,
     expected: dict[str, Any] | None = None,
-    watch: Any = None,
+    wrap: Callable[[Executor], Executor] | None = None,
     folder: RunDirectory | None = None,
     note: Callable[[str], None] = lambda message: None,
     mark: Callable[[str], None] = lambda text: None,
@@ -80,11 +75,10 @@ def fleet(
             executor = _ray_executor(experiment, run_id, Numerics(groups, expected, engine.exact, mark), planner, note)
             stack.callback(executor.close)
         scheduler = Scheduler(
-            executor,
+            wrap(executor) if wrap is not None else executor,
             experiment.learner,
             timeout=engine.shard_timeout,
             patience=engine.worker_patience,
-            watch=watch,
             on_failure=failure,
         )
         yield scheduler

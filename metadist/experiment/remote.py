@@ -19,14 +19,13 @@ from metadist.config.build import build as build_config
 from metadist.config.groups import ROLES
 from metadist.config.schema import parse_yaml
 from metadist.core.errors import ConfigError, WorkerError, nearest
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.learners.base import Learner
 from metadist.workers.numerics import Numerics
 from metadist.workers.remote.executor import OutsideExecutor
 from metadist.workers.remote.messages import Dismissal
 
 if TYPE_CHECKING:
-    from metadist.experiment.description import Experiment
+    from metadist.config.experiment import Experiment
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +103,12 @@ def desk(
 # The worker -----------------------------------------------------------------------------------------------------------
 
 
-def build(config: str) -> Learner | TrialLearner:
+def build(config: str) -> Learner:
     """The learner of a run, from the document that its driver sent."""
     document = parse_yaml(config, "the run's config")
     if not isinstance(document, dict):
         raise ConfigError("the run's config: expected keys and values")
-    return build_config(document).learner()
+    return build_config(document).learner
 
 
 def work(

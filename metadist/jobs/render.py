@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from metadist.config.build import build, resolved
+from metadist.config.build import build
 from metadist.config.groups import ROLES, WorkerGroup
 from metadist.core.errors import ConfigError
 from metadist.jobs.modules import own_names
@@ -91,7 +91,7 @@ def render(target: str, document: dict[str, Any], wanted: Rendering, folder: Pat
     Raises ``ConfigError`` for options that the target cannot use and for workers that fit no node.
     """
     config = build(document)
-    document = resolved(config)
+    document = dict(config.document)
     run_id = wanted.run_id or new_run_id(config.name)
     for key, value in (
         ("--run-id", run_id),

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 import metadist
-from metadist.config.build import build, resolved
+from metadist.config.build import build
 from metadist.core.errors import ConfigError, MetadistError, WorkerError
 from metadist.jobs.links import JOB_ID, JOB_URL
 from metadist.jobs.modules import shipment
@@ -73,7 +73,7 @@ def submit(cluster: RayJobs, document: dict[str, Any], request: Request) -> Subm
     Raises ``ConfigError`` for a run that is running already, and for a config that cannot run on other machines.
     """
     config = build(document)
-    document = resolved(config)
+    document = config.document
     jobs = cluster.all()
     run_id, run_dir = _which_run(request, config.name, jobs)
     earlier = [job for job in jobs if job.metadata.get(RUN_ID) == run_id]

@@ -1,9 +1,11 @@
-"""The models by name: a frozen config with ``build(input_shape, outputs) -> nn.Module`` (``outputs=None``: an embedding), or
-``build_policy(observation, action, continuous) -> nn.Module``, a ``PolicyModule``, from sizes in features."""
+"""The models by name. Each is a frozen dataclass that builds modules: a ``ModelConfig`` or a ``PolicyConfig``.
+
+A new one is one file and one line in ``MODELS``; a package of its own declares an entry point (``docs/extend.md``).
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -16,12 +18,22 @@ from metadist.models.recurrent import GRU, LSTM
 from metadist.models.transformer import Transformer
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
-    def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module: ...
+    """The settings of a model for supervised tasks. A class with this method needs no base class."""
+
+    def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
+        """Build a module for inputs [N, *input_shape] that returns [N, outputs]; an embedding where ``outputs`` is None."""
+        ...
 
 
+@runtime_checkable
 class PolicyConfig(Protocol):
-    def build_policy(self, observation: int, action: int, continuous: bool) -> nn.Module: ...
+    """The settings of a policy for meta-environments. A class with this method needs no base class."""
+
+    def build_policy(self, observation: int, action: int, continuous: bool) -> nn.Module:
+        """Build a ``metadist.rl.policy.PolicyModule`` for ``observation`` and ``action`` features."""
+        ...
 
 
 MODELS: dict[str, type[ModelConfig] | type[PolicyConfig]] = {

@@ -7,20 +7,18 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from metadist.config.build import build
+from metadist.config.experiment import Experiment
 from metadist.core.errors import CheckpointError, ConfigError, nearest, one_of
 from metadist.core.state import State
-from metadist.experiment.description import Experiment
 from metadist.experiment.load import load_run
-from metadist.experiment.result import BEYOND
-from metadist.learners.few_shot import Learner
+from metadist.experiment.result import SLOTS
+from metadist.learners.few_shot import FewShotLearner
 from metadist.storage.checkpoints import exported_metadata, load_parameters
-from metadist.storage.run_directory import runs_root
 
 if TYPE_CHECKING:
     from metadist.rpc.endpoint import Endpoint
@@ -54,12 +52,12 @@ def open_model(source: str, *, normalization: str | None = None, device: str = "
     if not separator or "/" in name or ":" in name:
         name, location = "", source
     if location.startswith(("models:/", "runs:/")):
-        from metadist.tracking.model_registry import fetch
+        from metadist.experiment.registration import registered_weights
 
-        location = str(fetch(location, Path(runs_root()).resolve()))
+        location = str(registered_weights(location))
     origin, experiment, state = _exported(location) if location.endswith(".safetensors") else _run(location)
     learner = experiment.learner
-    if not isinstance(learner, Learner):
+    if not isinstance(learner, FewShotLearner):
         raise ConfigError(
             f"serve: {location} is a trial run ({type(learner.tasks).__name__} is a meta-environment): its policy adapts by acting, not to "
             "a support set; only supervised runs can be served"
@@ -84,17 +82,17 @@ def _exported(path: str) -> tuple[str, Experiment, State]:
         raise CheckpointError(
             f"{path} has parameters alone, not the config that they belong to; export it again by 'metadist export RUN {path}'"
         )
-    experiment = Experiment.of(build(json.loads(metadata["config"])))
+    experiment = build(json.loads(metadata["config"]))
     learner = experiment.learner
     initial = learner.initial(experiment.seed)
-    if not isinstance(learner, Learner):
+    if not isinstance(learner, FewShotLearner):
         return metadata.get("run_id", ""), experiment, initial
     slots = {}
     for name, vector in initial.slots.items():
         layout = learner.slots[name].layout
-        named = {n: tensors.get(n, tensors.get(f"{BEYOND}{name}/{n}")) for n in layout.names}
+        named = {n: tensors.get(n, tensors.get(f"{SLOTS}{name}/{n}")) for n in layout.names}
         if name in learner.algorithm.slots(learner.model, learner.model.initial(0)[0]):
-            named = {n: tensors.get(f"{BEYOND}{name}/{n}") for n in layout.names}
+            named = {n: tensors.get(f"{SLOTS}{name}/{n}") for n in layout.names}
         for n, shape in zip(layout.names, layout.shapes):
             tensor = named[n]
             if tensor is None or tuple(tensor.shape) != tuple(shape):
@@ -105,7 +103,7 @@ def _exported(path: str) -> tuple[str, Experiment, State]:
     return metadata.get("run_id", ""), experiment, State(slots, {})
 
 
-def move(learner: Learner, device: str) -> None:
+def move(learner: FewShotLearner, device: str) -> None:
     """Where the model computes; its tasks' data stay where they are, and needn't be there at all."""
     try:
         place = torch.device(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from metadist.core.errors import ConfigError
 from metadist.core.state import State
 from metadist.core.task import Examples
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +53,12 @@ class Limits:
 
 @dataclass
 class ServedModel:
-    """``adapt`` and ``predict`` take lists, whose tensors have one shape, and equal ``Learner.adapt`` and ``predict`` one by one but
+    """``adapt`` and ``predict`` take lists, whose tensors have one shape, and equal ``FewShotLearner.adapt`` and ``predict`` one by one but
     for the last bits. One thread at a time computes.
     """
 
     name: str
-    learner: Learner
+    learner: FewShotLearner
     state: State
     source: str = ""
     limits: Limits = field(default_factory=Limits)

@@ -1,4 +1,8 @@
-"""Task families by name. A new one is one file and one line here; a user's own is named by its import path instead."""
+"""The task families by name.
+
+A new one is one file and one line in ``TASKS``. A user's own is named by its import path; a package of its own declares
+an entry point (``docs/extend.md``).
+"""
 
 from metadist.core.task import TaskFamily
 from metadist.tasks.image_folder import ImageFolder

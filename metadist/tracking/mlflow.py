@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.core.errors import ConfigError
-from metadist.tracking.base import STATUSES
+from metadist.tracking.base import STATUSES, Tracker
 from metadist.tracking.delivery import Delivery
 from metadist.tracking.mlflow_uri import without_password
 from metadist.tracking.spool import Spool, read_json, write_json
@@ -18,7 +18,7 @@ from metadist.tracking.spool import Spool, read_json, write_json
 logger = logging.getLogger(__name__)
 
 
-class MLflowTracker:
+class MLflowTracker(Tracker):
     """Records into a local spool, which a background thread delivers to MLflow."""
 
     def __init__(

@@ -1,12 +1,14 @@
-"""What a driver sees of experiment tracking: calls that return at once, whatever the server does."""
+"""Choose the tracker for ``tracking.uri``; record groups of seeds; deliver what earlier processes could not."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, cast
 
-from metadist.core.errors import ConfigError
+from metadist.config.plugins import Kind, Plugin, entry_point_names, plugins
+from metadist.core.errors import ConfigError, first_line, nearest
 from metadist.tracking.base import NullTracker, Tracker
 from metadist.tracking.delivery import Delivery
 from metadist.tracking.mlflow import MLflowTracker
@@ -14,13 +16,57 @@ from metadist.tracking.mlflow_uri import require_mlflow, resolve_uri, sqlite_pat
 from metadist.tracking.spool import legal_key, read_json
 
 
+class TrackerFactory(Protocol):
+    """What an entry point in the group ``metadist.trackers`` names: a class, or a function, that makes a tracker.
+
+    ``uri`` is the whole ``tracking.uri``, its scheme included. ``spool`` is a folder of the run that the tracker may write
+    to, ``experiment`` is ``tracking.experiment``, ``runs_root`` the folder that all runs are in.
+    """
+
+    def __call__(self, uri: str, *, spool: Path, experiment: str, runs_root: Path) -> Tracker: ...
+
+
+TRACKER = Kind[object](
+    "trackers",
+    {
+        "auto": "The MLflow store that MLFLOW_TRACKING_URI names, or else a SQLite file beside the runs.",
+        "databricks": "MLflow on Databricks: databricks://PROFILE",
+        "databricks-uc": "MLflow on Databricks with Unity Catalog: databricks-uc://PROFILE",
+        "file": "MLflow files in a folder: file:///PATH",
+        "http": "An MLflow server: http://HOST:PORT",
+        "https": "An MLflow server with TLS: https://HOST:PORT",
+        "mssql": "MLflow tables in a SQL Server database: mssql+pymssql://USER:PASSWORD@HOST/DATABASE",
+        "mysql": "MLflow tables in a MySQL database: mysql+pymysql://USER:PASSWORD@HOST/DATABASE",
+        "none": "No tracking: nothing is recorded.",
+        "postgresql": "MLflow tables in a PostgreSQL database: postgresql://USER:PASSWORD@HOST/DATABASE",
+        "sqlite": "MLflow tables in a SQLite file: sqlite:////PATH/mlflow.db",
+        "uc": "MLflow with the open-source Unity Catalog: uc:http://HOST:PORT",
+    },
+    callable,
+    "a class derived from metadist.tracking.Tracker, or a function (uri, *, spool, experiment, runs_root) that makes one",
+)
+"""The values of ``tracking.uri``, or their schemes; plug-ins add schemes."""
+
+
+def check_uri(uri: str | None) -> None:
+    """Raise ConfigError where ``uri`` has a scheme that is neither metadist's, nor MLflow's, nor a usable plug-in's."""
+    if plugin := _plugin(uri):
+        _factory(plugin)
+
+
 def make_tracker(
     uri: str | None, *, spool: str | Path, experiment: str, runs_root: str | Path, interval: float = 2.0
 ) -> Tracker:
-    """The tracker for ``tracking.uri``: ``none``, ``auto`` (``MLFLOW_TRACKING_URI``, else a SQLite file under ``runs_root``) or
-    any MLflow tracking URI. ConfigError if it needs MLflow and that isn't installed."""
+    """Make the tracker for ``tracking.uri``.
+
+    ``uri`` is ``none``, ``auto`` (``MLFLOW_TRACKING_URI``, or else a SQLite file under ``runs_root``), any MLflow tracking
+    URI, or a URI whose scheme is the name of a plug-in (``console://…``). Raises ConfigError where MLflow is needed and
+    missing, and where the plug-in is unusable.
+    """
     if uri == "none":
         return NullTracker()
+    if plugin := _plugin(uri):
+        return _made_by(plugin, str(uri), Path(spool), experiment, Path(runs_root))
     require_mlflow()
     tracking_uri = resolve_uri(uri, Path(runs_root))
     if tracking_uri.startswith("sqlite") and sqlite_path(tracking_uri) is None:
@@ -28,6 +74,46 @@ def make_tracker(
     return MLflowTracker(
         spool, tracking_uri=tracking_uri, experiment=experiment, runs_root=runs_root, interval=interval
     )
+
+
+def _plugin(uri: str | None) -> Plugin | None:
+    """The plug-in that the scheme of ``uri`` names; None where the scheme is metadist's or MLflow's own."""
+    scheme, separator, _ = (uri or "auto").partition("://")
+    scheme = scheme.partition("+")[0].lower()
+    if not separator or scheme.partition(":")[0] in TRACKER.own:
+        return None
+    found = plugins(TRACKER)
+    if scheme in found.refused:
+        raise ConfigError(f"tracking.uri: {found.refused[scheme]}")
+    if scheme in found.usable or scheme in entry_point_names("mlflow.tracking_store"):
+        return found.usable.get(scheme)
+    known = sorted([*TRACKER.own, *found.usable])
+    raise ConfigError(
+        f"tracking.uri: '{scheme}://' is neither one of {', '.join(known)} nor a store of MLflow{nearest(scheme, known)}"
+    )
+
+
+def _factory(plugin: Plugin) -> TrackerFactory:
+    try:
+        return cast(TrackerFactory, plugin.load(TRACKER))
+    except ConfigError as error:
+        raise ConfigError(f"tracking.uri: {error}") from error
+
+
+def _made_by(plugin: Plugin, uri: str, spool: Path, experiment: str, runs_root: Path) -> Tracker:
+    factory = _factory(plugin)
+    try:
+        tracker = factory(uri, spool=spool, experiment=experiment, runs_root=runs_root)
+    except ConfigError as error:
+        raise ConfigError(f"tracking.uri: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"tracking.uri: {plugin} can't make a tracker: {first_line(error)}") from error
+    if not isinstance(tracker, Tracker):
+        raise ConfigError(
+            f"tracking.uri: {plugin} makes a {type(tracker).__name__}; expected an object of a class derived from "
+            "metadist.tracking.Tracker"
+        )
+    return tracker
 
 
 def log_group(

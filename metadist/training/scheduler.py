@@ -9,12 +9,11 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from metadist.core.errors import WorkerError
 from metadist.core.round import Event, Executor, Failed, Finished, OutputKey, Result, Round, Shard
 from metadist.core.state import Contribution, Records, TreeSum, is_finite
-from metadist.learners.base import BaseLearner
+from metadist.learners.base import Learner
 from metadist.training.blocks import in_blocks
 
 log = logging.getLogger(__name__)
@@ -87,22 +86,20 @@ class _Progress:
 
 class Scheduler:
     """``timeout`` seconds per shard after which an attempt counts as hung and its worker is recycled; an idle worker gets a backup
-    attempt long before. ``patience`` seconds without any worker end the run. ``watch`` is called after every submission
-    (tests break things there).
+    attempt long before. ``patience`` seconds without any worker end the run.
     """
 
     def __init__(
         self,
         executor: Executor,
-        learner: BaseLearner,
+        learner: Learner,
         *,
         timeout: float = 300.0,
         patience: float = 60.0,
-        watch: Callable[[Scheduler, Shard], None] | None = None,
         on_failure: Callable[[str], str] | None = None,
     ) -> None:
         self.executor, self._learner = executor, learner
-        self._timeout, self._patience, self._watch, self._on_failure = timeout, patience, watch, on_failure
+        self._timeout, self._patience, self._on_failure = timeout, patience, on_failure
         #: per shard, by function: a rollout may take a hundred times as long as a gradient
         self._durations: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=64))
         #: seconds of computing per shard, by function and worker
@@ -120,8 +117,20 @@ class Scheduler:
         #: why the run ended, once it did as it should: workers from outside are told
         self.ended = ""
 
-    def run(self, round: Round) -> Any:
-        """Publish the round's θ, compute its shards, and return their sum (``reduce``) or their records in shard order."""
+    def sum(self, round: Round) -> Contribution:
+        """Publish the round's θ, compute its shards, and return their canonical sum."""
+        total = self.run(round)
+        assert isinstance(total, Contribution)
+        return total
+
+    def records(self, round: Round) -> Records:
+        """Publish the round's θ, compute its shards, and return their records in shard order."""
+        records = self.run(round)
+        assert isinstance(records, Records)
+        return records
+
+    def run(self, round: Round) -> Result:
+        """Run a round and return its sum, or its records where the round does not ``reduce``."""
         self._begin(round)
         began = time.perf_counter()
         bytes_out = self.executor.publish(round.shards[0].meta_step, round.index, round.parameters)
@@ -185,8 +194,6 @@ class Scheduler:
         attempt = self._attempts[shard]
         self._outstanding[shard, attempt] = time.monotonic()
         self.executor.submit(shard, attempt)
-        if self._watch is not None:
-            self._watch(self, shard)
 
     def _take(self, progress: _Progress, event: Event) -> Result | None:
         shard = event.shard
@@ -283,7 +290,7 @@ class Scheduler:
         return idle and shard in progress.open and attempt == self._attempts[shard] < 2
 
 
-def fault_of(result: Result, shard: Shard, learner: BaseLearner, reduce: bool) -> str | None:
+def fault_of(result: Result, shard: Shard, learner: Learner, reduce: bool) -> str | None:
     """Why a result must not enter the sum. The wire has checked its own; this holds for every executor.
 
     A gradient has all slots. What other functions sum (a rollout's statistics, say) has none, and its metrics enter θ.
@@ -307,9 +314,7 @@ def fault_of(result: Result, shard: Shard, learner: BaseLearner, reduce: bool) -
     wrong = [] if gradient else [n for n, value in result.metrics.items() if not math.isfinite(value)]
     if wrong:
         return f"'{wrong[0]}' is {result.metrics[wrong[0]]}"
-    skipped = (
-        "skip" in (learner.non_finite, getattr(learner.tasks, "on_error", None)) and result.tasks == result.weight == 0
-    )
+    skipped = learner.leaves_out_tasks and result.tasks == result.weight == 0
     if not skipped and not (0 < result.weight < math.inf and 1 <= result.tasks <= shard.count):
         return f"weight {result.weight} and {result.tasks} tasks for a shard of {shard.count}"
     return None

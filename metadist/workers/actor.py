@@ -11,8 +11,7 @@ from torch import Tensor
 from metadist.core.engine import Engine
 from metadist.core.round import Shard
 from metadist.core.state import Records
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.learners.base import Learner
 from metadist.wire.codec import RejectedError, decode_output, decode_theta, output_parts, result_parts
 from metadist.wire.error_feedback import ErrorFeedback
 from metadist.workers.remote.messages import Call, MissingError
@@ -24,7 +23,7 @@ class Actor:
 
     def __init__(
         self,
-        learner: Learner | TrialLearner,
+        learner: Learner,
         name: str,
         role: str,
         device: str,

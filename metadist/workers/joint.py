@@ -119,8 +119,7 @@ class JointExecutor:
         return self._numerics.of_run({**self._inside.workers(), **self._outside.workers()})
 
     def kill_busy(self) -> str | None:
-        kill = getattr(self._inside, "kill_busy", None)
-        return kill() if kill is not None else None
+        return self._inside.kill_busy()
 
     def close(self) -> None:
         """``outside`` is whoever's who opened its desk."""

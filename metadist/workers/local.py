@@ -12,10 +12,10 @@ import torch
 from metadist.core.errors import NonFiniteError
 from metadist.core.round import Event, Failed, Finished, OutputKey, Shard
 from metadist.core.state import Records, State
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.engine.plan import Plan
+from metadist.learners.base import Learner
 from metadist.workers.kept_outputs import Kept
-from metadist.workers.plan import Planner, as_it_is
+from metadist.workers.plan import Planner
 from metadist.workers.remote.messages import Content
 from metadist.workers.worker import TaskError, Worker
 
@@ -27,11 +27,11 @@ class LocalExecutor:
 
     def __init__(
         self,
-        learner: Learner | TrialLearner,
+        learner: Learner,
         *,
         device: str = "auto",
         threads: int = 1,
-        planner: Planner = as_it_is,
+        planner: Planner = Plan.eager,
         seed: int = 0,
         note: Callable[[str], None] = lambda message: None,
     ) -> None:
@@ -117,6 +117,10 @@ class LocalExecutor:
 
     def resize(self, role: str, count: int) -> None:
         raise NotImplementedError
+
+    def kill_busy(self) -> str | None:
+        """Return None: this process is the only worker."""
+        return None
 
     def close(self) -> None:
         torch.set_num_threads(self._threads)

@@ -25,10 +25,9 @@ from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, Wor
 from metadist.core.round import Result, Shard, WithOutput
 from metadist.core.state import Contribution, Records, TreeSum
 from metadist.core.stopwatch import timing
-from metadist.engine.agreement import compiled_disagrees
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
-from metadist.workers.plan import Device
+from metadist.engine.plan import Device
+from metadist.learners.base import Learner
+from metadist.workers.plan import device_facts
 
 
 def resolve_device(wanted: str, gpus: float) -> torch.device:
@@ -86,7 +85,7 @@ def _processor() -> str:
 class Worker:
     """Computes shards with one learner on one device. ``threads`` is PyTorch's intra-op count, set for the whole process."""
 
-    def __init__(self, learner: Learner | TrialLearner, *, name: str, device: str, gpus: float, threads: int) -> None:
+    def __init__(self, learner: Learner, *, name: str, device: str, gpus: float, threads: int) -> None:
         self.learner, self.name, self.threads = learner, name, threads
         torch.set_num_threads(threads)
         keep_freed_memory()
@@ -105,7 +104,7 @@ class Worker:
 
     def describe(self) -> Device:
         """What a plan must know of it."""
-        return Device.of(self.device, self.fingerprint["device"])
+        return device_facts(self.device, self.fingerprint["device"])
 
     def configure(self, engine: Engine, seed: int) -> dict[str, Any]:
         """Compute as ``engine`` says, and compile what it says before the first shard waits for it; what ``about`` says then."""
@@ -122,10 +121,9 @@ class Worker:
         self.learner.set_engine(engine, one_at_a_time)
         self.fingerprint = numerics_fingerprint(self.device, self.threads, self.learner.model.dtype, engine)
         if engine.compile:
-            assert isinstance(self.learner, Learner), "no plan compiles policies"
             try:
                 self.compile_seconds = self.learner.warm_up(seed)
-                wrong = compiled_disagrees(self.learner, seed)
+                wrong = self.learner.miscompiled(seed)
             except MetadistError:
                 raise
             except Exception as error:  # whatever a compiler may fail with
@@ -147,7 +145,7 @@ class Worker:
             "device": str(self.device),
             "fingerprint": self.fingerprint,
             "compile_seconds": self.compile_seconds,
-            "data_sha256": getattr(self.learner.tasks, "data_sha256", None),
+            "data_sha256": self.learner.data_sha256,
         }
 
     def compute(

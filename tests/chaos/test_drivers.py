@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+from tiny import train
 
-from metadist.experiment.train import train
 from metadist.tracking.spool import read_json
 
 #: long enough to be killed in: a second or more of meta-steps, a checkpoint after each

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import yaml
 
-from metadist.config.build import build, resolved
+from metadist.config.build import build
 from metadist.config.document import shipped_configs
 
 
@@ -81,7 +81,7 @@ def test_list_describes_each_in_a_line(cli, what, some):
 def test_list_of_something_else(cli):
     mistake(
         cli("list", "algorithm"),
-        "'algorithm' is not one of algorithms, tasks, environments, models, configs; did you mean 'algorithms'?",
+        "'algorithm' is not one of algorithms, tasks, environments, models, trackers, configs; did you mean 'algorithms'?",
     )
 
 
@@ -165,7 +165,7 @@ def test_print_config_is_itself_a_config(cli, config, tmp_path):
     assert document["outer"]["lr"] == 0.5
     assert document["workers"][0]["max"] == 3
     assert document["engine"]["exact"] is True, "defaults are filled in"
-    assert resolved(build(document)) == document
+    assert build(document).document == document
     (tmp_path / "printed.yaml").write_text(printed)
     assert ok(cli("train", tmp_path / "printed.yaml", "--print-config")).stdout == printed
     assert not (tmp_path / "runs").exists()
@@ -528,7 +528,7 @@ def test_non_finite_gradients_are_named(cli, config):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_json_of_results_never_has_nan(value):
-    from metadist.training.evaluation import as_json
+    from metadist.learners.evaluation import as_json
 
     assert (
         json.dumps(as_json({"a": [1, value, {"b": (value, "x")}]}), allow_nan=False)

@@ -13,8 +13,7 @@ import pytest
 import tiny
 from filelock import FileLock
 from steerable import Live
-
-from metadist.experiment.train import train
+from tiny import train
 
 
 @pytest.fixture(scope="module")

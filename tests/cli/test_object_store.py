@@ -10,9 +10,9 @@ import fsspec
 import pytest
 import tiny
 from moto.server import ThreadedMotoServer
+from tiny import train
 
 from metadist.experiment.load import load_run
-from metadist.experiment.train import train
 
 
 @pytest.fixture

@@ -10,15 +10,18 @@ from contextlib import nullcontext
 
 import pytest
 import tiny
+from tiny import train
 
 from metadist.core.errors import ConfigError
-from metadist.experiment.description import Quiet
+from metadist.experiment.request import Request
 from metadist.experiment.seeds import train_seeds
-from metadist.experiment.train import train
+from metadist.training.observers import Observer
 
 
 def go(document, seeds, run_dir, resume=False, stop=lambda: False):
-    return train_seeds(document, seeds, run_dir=run_dir, resume=resume, live=lambda _: nullcontext(Quiet()), stop=stop)
+    return train_seeds(
+        document, seeds, Request(run_dir=run_dir, resume=resume, stop=stop), lambda _: nullcontext(Observer())
+    )
 
 
 def query(tmp_path, sql):

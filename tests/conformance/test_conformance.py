@@ -24,9 +24,9 @@ from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
+from metadist.core.round import MetaStepKey
 from metadist.core.state import State
-from metadist.learners.dry_run import check
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.models import MODELS
 from metadist.storage.checkpoints import Checkpoints
 from metadist.tasks import TASKS
@@ -50,9 +50,9 @@ def built(cls):
 
 
 @cache
-def learner(algorithm, tasks, model, outer=OUTER) -> Learner:
+def learner(algorithm, tasks, model, outer=OUTER) -> FewShotLearner:
     family, method, config = built(TASKS[tasks]), built(ALGORITHMS[algorithm]), built(MODELS[model])
-    return Learner(
+    return FewShotLearner(
         method, Model(lambda: config.build(tuple(family.input_shape), method.outputs(family))), family, outer
     )
 
@@ -123,7 +123,7 @@ def start(subject) -> State:
 
 
 def shards(subject, function="gradient", split="train"):
-    return subject.shards("run", 2, 0, function=function, split=split, tasks=6)
+    return subject.shards(MetaStepKey("run", 2, 0), function, split=split, tasks=6)
 
 
 def same(a, b) -> bool:
@@ -143,7 +143,7 @@ def test_refused_in_one_line(triple):
 
 
 def test_it_can_begin(subject):
-    check(subject, 0)
+    subject.dry_run(0)
 
 
 def test_a_contribution_fits_the_slots(subject):

@@ -18,7 +18,7 @@ from metadist.algorithms.maml_rl import MAMLRL
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
-from metadist.core.round import WithOutput
+from metadist.core.round import MetaStepKey, WithOutput, run_rounds
 from metadist.core.state import Contribution, Records, TreeSum
 from metadist.environments import ENVIRONMENTS
 from metadist.learners.trials import TrialLearner
@@ -93,8 +93,9 @@ def meta_steps(subject, count=2, seed=0):
     """(state, reports, all results by shard) after ``count`` meta-steps in this process."""
     state, reports, results = subject.initial(seed), [], {}
     for step in range(count):
-        report, kept = {}, {}
-        for round in subject.rounds("run", step, seed, state, report):
+        kept = {}
+
+        def run(round, kept=kept):
             total = TreeSum(len(round.shards), Contribution.__add__)
             for shard in round.shards:
                 result = subject.compute(shard, round.parameters.slots, [kept[key] for key in shard.needs])
@@ -102,7 +103,9 @@ def meta_steps(subject, count=2, seed=0):
                     kept[shard.key], result = result.output, result.result
                 results[shard] = result
                 total.add(shard.index, result)
-            state = round.apply(state, total.result())
+            return total.result()
+
+        state, report = run_rounds(subject.meta_step(MetaStepKey("run", step, seed), state), run)
         reports.append(report)
     return state, reports, results
 
@@ -118,7 +121,7 @@ def test_learning_is_a_pure_function_of_the_seed(subject):
 
 def test_a_trial_does_not_depend_on_the_shard_that_it_is_in(subject):
     """What is drawn, at any rate; a matrix product's last bit may depend on the number of rows."""
-    shards = subject.shards("run", 0, 0, function="rollout", split="train", tasks=6)
+    shards = subject.shards(MetaStepKey("run", 0, 0), "rollout", split="train", tasks=6)
     outputs = [subject.compute(dataclasses.replace(s, keeps=True), subject.initial(0).slots).output for s in shards]
     alone = subject.compute(
         dataclasses.replace(shards[0], start=5, count=1, keeps=True), subject.initial(0).slots
@@ -132,7 +135,7 @@ def test_rollouts_are_whole_trials(subject):
     """Flags end where they should, and the policy's own log-probabilities are those that learning starts from."""
     if isinstance(subject.algorithm, MAMLRL):
         pytest.skip("its trials are stages of a gradient descent")
-    (shard, _) = subject.shards("run", 0, 0, function="rollout", split="train", tasks=6)
+    (shard, _) = subject.shards(MetaStepKey("run", 0, 0), "rollout", split="train", tasks=6)
     trials = Trials.of(subject.compute(dataclasses.replace(shard, keeps=True), subject.initial(0).slots).output)
     assert bool((trials.flag(8).sum(1) == 1).all())
     assert bool((trials.flag(4).sum(1) == subject.tasks.episodes).all())

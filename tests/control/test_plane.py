@@ -24,8 +24,8 @@ from metadist.control.commands import Command
 from metadist.control.feed import KEPT, Board
 from metadist.control.service import WATCHERS, services
 from metadist.control.steering import Steering
-from metadist.experiment.description import Quiet
 from metadist.rpc.endpoint import Endpoint, ServiceError, connect, serve
+from metadist.training.observers import Observer
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,13 @@ def test_refusals_have_the_reason_and_the_run_goes_on(live, remote):
 def test_a_command_waits_for_its_meta_step_and_is_obeyed_once(tmp_path):
     """A run that is still starting: the call ends, the command stays, and sent again it is not another one."""
     steering = Steering(
-        CommandLog(str(tmp_path)), Board(Quiet()), tiny.learner(), None, run_id="r", run_dir="d", asked={"learner": 0}
+        CommandLog(str(tmp_path)),
+        Board(Observer()),
+        tiny.learner(),
+        None,
+        run_id="r",
+        run_dir="d",
+        asked={"learner": 0},
     )
     with serve(Endpoint(), services(steering)) as served, RemoteRun(served.address) as remote:
         command = Command("set_meta_batch_size", 4)
@@ -155,7 +161,7 @@ def once_there_is_room(stub):
 
 def test_a_slow_reader_misses_the_oldest():
     """Through the whole way: more than gRPC's own buffers hold."""
-    board = Board(Quiet())
+    board = Board(Observer())
 
     class Watched:
         watch = staticmethod(board.watch)

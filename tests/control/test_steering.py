@@ -14,8 +14,10 @@ from pathlib import Path
 import fsspec
 import pytest
 import tiny
+from faults import everywhere
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import train
 
 from metadist.config.build import build
 from metadist.control.command_log import CommandLog
@@ -23,9 +25,8 @@ from metadist.control.commands import Command, RefusedError
 from metadist.control.feed import KEPT, Board
 from metadist.control.steering import Steering, resized
 from metadist.core.errors import CheckpointError, ConfigError, MetadistError
-from metadist.experiment.description import Experiment, Quiet
-from metadist.experiment.train import train
 from metadist.storage.store import Store
+from metadist.training.observers import Observer
 
 OFF = "control.enabled=false"
 BOUNDARY = Steering.boundary
@@ -94,7 +95,7 @@ def test_killed_between_checkpoints(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def killed(scheduler, shard):
+    def killed(_, shard):
         if shard.meta_step == 5:
             raise Killed
 
@@ -103,7 +104,7 @@ def test_killed_between_checkpoints(tmp_path, monkeypatch):
     for every, hand in ((2, {3: [size(4), size(6)]}), (100, {3: [size(4), size(6)]})):
         Hand(monkeypatch, hand)
         with pytest.raises(Killed):
-            run(tmp_path / f"run{every}", f"checkpoint.every={every}", "evaluate.every=100", watch=killed)
+            run(tmp_path / f"run{every}", f"checkpoint.every={every}", "evaluate.every=100", wrap=everywhere(killed))
         hand = Hand(monkeypatch)
         done = run(tmp_path / f"run{every}", f"checkpoint.every={every}", "evaluate.every=100", resume=True)
         assert done.params_sha256 == whole.params_sha256
@@ -180,7 +181,7 @@ def test_reinforcement_learning_too(tmp_path, monkeypatch):
     }
 
     def go(where, **more):
-        return train(Experiment.of(build(document)), run_dir=str(where), test=False, plots=False, **more)
+        return train(build(document), run_dir=str(where), test=False, plots=False, **more)
 
     hand = Hand(monkeypatch, {1: [size(2), size(12)], 2: [size(4)]})
     whole = go(tmp_path / "whole")
@@ -444,13 +445,13 @@ def test_on_a_store_that_can_not_append(tmp_path, monkeypatch):
 def test_two_drivers_on_one_run(tmp_path, monkeypatch):
     told = []
 
-    def second(scheduler, shard):
+    def second(_, shard):
         if not told:
             told.append(None)
             with pytest.raises(ConfigError, match=rf"is being trained by process {os.getpid()} on"):
                 run(tmp_path / "run", resume=True)
 
-    first = run(tmp_path / "run", watch=second)
+    first = run(tmp_path / "run", wrap=everywhere(second))
     assert told
     assert first.params_sha256 == run(tmp_path / "plain").params_sha256
     with pytest.raises(ConfigError, match="holds a run already"):
@@ -461,7 +462,7 @@ def test_two_drivers_on_one_run(tmp_path, monkeypatch):
 
 
 def test_a_slow_watcher_gets_the_newest():
-    board = Board(Quiet())
+    board = Board(Observer())
     with board.watch() as feed:
         for step in range(1, 2 * KEPT + 1):
             board.step(step, {"loss": 1.0 / step}, 10.0)

@@ -70,7 +70,7 @@ def test_mixed_on_the_network_and_the_data_of_the_main_job(hessian, data):
     document = override(
         read_document("omniglot_maml_5w1s"), ["algorithm.inner_steps=3", "engine.dtype=float64", "outer.shard_size=2"]
     )
-    subject = build_config(document).learner()
+    subject = build_config(document).learner
     subject.prepare(torch.device("cpu"))
     theta, shard = subject.initial(0).theta(subject.slots), keys(0, 1)
     expected, _ = plain_contribution(subject, theta, shard)

@@ -85,15 +85,11 @@ def trajectory(name, dtype, engine="eager"):
     """(the last state, the loss of every meta-step)."""
     algorithm, family, config, outer = CONFIGS[name]
     build = config if isinstance(config, type) else lambda: config.build(family.input_shape, algorithm.outputs(family))
-    losses = []
-
-    class Report(dict):
-        def update(self, *values, **named):
-            losses.append(values[0]["loss"])
-
+    reports = []
     subject = learner(algorithm, build, family, dtype=dtype, outer=outer)
     subject.set_engine(engine_of(engine))
-    return train(subject, META_STEPS, report=Report()), losses
+    state = train(subject, META_STEPS, reports=reports)
+    return state, [report["loss"] for report in reports]
 
 
 def fingerprint(engine="eager"):

@@ -151,7 +151,7 @@ def test_updates_end_once_the_divergence_passes_its_limit():
     subject = learner(RL2(kl_limit=1e-4, epochs=10), GRU(hidden=8), Chance(), lr=0.03)
     kls = []
 
-    def watch(round, state, total):
+    def watch(round, total):
         if round.index:
             kls.append(total.metrics["kl"] / total.weight)
 

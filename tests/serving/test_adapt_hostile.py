@@ -18,9 +18,9 @@ import tiny
 import tls
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tiny import train
 
 from metadist import Client
-from metadist.experiment.train import train
 from metadist.rpc.channel import connect
 from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc

@@ -12,9 +12,9 @@ import pytest
 import tiny
 import torch
 from ports import free_port
+from tiny import train
 
 from metadist.core.errors import ConfigError
-from metadist.experiment.train import train
 from metadist.serving.ray import bounds
 
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import train
 from typer.testing import CliRunner
 
 import metadist
@@ -20,7 +21,6 @@ import metadist.serving.load
 from metadist.cli.app import app
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.load import load_run
-from metadist.experiment.train import train
 from metadist.serving.load import Serving, adaptation, open_model
 from metadist.serving.prediction import predict_folders
 
@@ -67,9 +67,8 @@ def images(tmp_path_factory):
         "workers": [{"min": 0, "max": 0}],
     }
     from metadist.config.build import build
-    from metadist.experiment.description import Experiment
 
-    train(Experiment.of(build(document)), run_dir=str(home / "run"), plots=False)
+    train(build(document), run_dir=str(home / "run"), plots=False)
     return home
 
 
@@ -126,7 +125,6 @@ def test_what_can_not_be_served(tmp_path):
 def test_a_trial_run_is_refused(tmp_path):
     from metadist.config.build import build
     from metadist.config.document import override, read_document, set_workers
-    from metadist.experiment.description import Experiment
 
     document = override(
         read_document("bandit_rl2"),
@@ -144,7 +142,7 @@ def test_a_trial_run_is_refused(tmp_path):
         ],
     )
     document = set_workers(document, "0")
-    train(Experiment.of(build(document)), run_dir=str(tmp_path / "run"), plots=False, test=False)
+    train(build(document), run_dir=str(tmp_path / "run"), plots=False, test=False)
     with pytest.raises(ConfigError, match="trial run.*only supervised"):
         open_model(str(tmp_path / "run"))
 

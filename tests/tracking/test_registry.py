@@ -15,15 +15,14 @@ pytest.importorskip("mlflow")
 
 import mlflow
 import mlflow.entities.model_registry
+from tiny import train
 
 import metadist
 from metadist.config.build import build
 from metadist.config.document import override, read_document
 from metadist.core.errors import ConfigError
-from metadist.experiment.description import Experiment
 from metadist.experiment.load import load_run
 from metadist.experiment.registration import register_run
-from metadist.experiment.train import train
 from metadist.tracking.model_registry import _beats
 
 
@@ -37,7 +36,7 @@ def trained(folder: Path, *overrides: str) -> metadist.experiment.result.Result:
         *overrides,
     ]
     document = override(read_document("sinusoid_maml"), small)
-    return train(Experiment.of(build(document)), run_dir=str(folder), plots=False)
+    return train(build(document), run_dir=str(folder), plots=False)
 
 
 @pytest.fixture

@@ -76,17 +76,17 @@ def test_outputs_pass_through_the_driver_both_ways_and_are_rolled_out_anew_where
         monkeypatch.setattr(kind, "adopt", adopt)
     run, lost = experiment(document(HERE, OUTSIDE, trials=True)), []
 
-    def lose(scheduler, shard):
+    def lose(executor, shard):
         if shard.needs and shard.round > 1 and len(lost) < 3:
             lost.append(shard.needs[0])
-            for executor in (scheduler.executor._inside, scheduler.executor._outside):
-                executor._kept.outputs.pop(shard.needs[0], None)
+            for side in (executor._inside, executor._outside):
+                side._kept.outputs.pop(shard.needs[0], None)
 
     with hands(run, "learner"):
-        sha256, scheduler = train(run, watch=lose)
+        sha256, scheduler = train(run, fault=lose)
     assert sha256 == expected[True]
     assert all(adopted.values()), adopted
-    assert isinstance(scheduler.executor, JointExecutor)
+    assert isinstance(scheduler.executor.inner, JointExecutor)
     assert scheduler.retried["missing"] >= 1
 
 
@@ -473,14 +473,14 @@ def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, monkeypa
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
 
-    def watch(scheduler, shard):
-        if shard.meta_step == 2 and not sent and scheduler.executor._outside.busy:
+    def interrupt_once(executor, shard):
+        if shard.meta_step == 2 and not sent and executor._outside.busy:
             sent.append(threading.Timer(0.5, interrupt))
             sent[0].start()
 
     sha256, scheduler = train(
         run,
-        watch=watch,
+        fault=interrupt_once,
         each=lambda step, scheduler: step < 3 or wait_for(lambda: len(scheduler.executor.workers()) == 1, scheduler),
     )
     out, err = process.communicate(timeout=150)

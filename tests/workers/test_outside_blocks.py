@@ -30,7 +30,7 @@ def given(run, *roles, **options):
     """What was leased while the run trained."""
     shards = []
     with hands(run, *roles) as working:
-        sha256, scheduler = train(run, watch=lambda _, shard: shards.append(shard), **options)
+        sha256, scheduler = train(run, fault=lambda _, shard: shards.append(shard), **options)
     return sha256, scheduler, shards, working
 
 

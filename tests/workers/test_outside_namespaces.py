@@ -16,13 +16,13 @@ import ports
 import pytest
 import tiny
 import tls
+from faults import everywhere
+from tiny import train
 
 from metadist.cli.display import plain
 from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers
-from metadist.experiment.description import Experiment
 from metadist.experiment.result import Result
-from metadist.experiment.train import train
 
 SHORT = [
     "evaluate.tasks=40",
@@ -81,17 +81,18 @@ class Killer:
     def __init__(self, process: subprocess.Popen[str], meta_step: int) -> None:
         self.process, self.meta_step, self.leases = process, meta_step, 0
 
-    def __call__(self, scheduler, shard):
+    def __call__(self, executor, shard):
         if self.leases or shard.split != "train" or shard.meta_step < self.meta_step:
             return
-        for seat in scheduler.executor._outside._seats:
+        for seat in executor._outside._seats:
             if seat.applicant.pid == self.process.pid and seat.leases:
                 self.leases = len(seat.leases)
                 os.kill(self.process.pid, signal.SIGKILL)
 
 
-def trained(made: dict, folder: Path, watch=None) -> Result:
-    return train(Experiment.of(build(made)), run_dir=str(folder), watch=watch, display=plain(), plots=False)
+def trained(made: dict, folder: Path, fault=None) -> Result:
+    wrap = everywhere(fault) if fault else None
+    return train(build(made), run_dir=str(folder), wrap=wrap, display=plain(), plots=False)
 
 
 @pytest.mark.long

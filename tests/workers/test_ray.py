@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections import Counter
-from pathlib import Path
 
 import families
 import psutil
@@ -17,9 +16,11 @@ import tiny
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
-from metadist.learners.few_shot import Learner
+from metadist.core.round import MetaStepKey, run_rounds
+from metadist.learners.few_shot import FewShotLearner
 from metadist.training.evaluation import evaluate
 from metadist.training.scheduler import Scheduler
+from metadist.workers.faulty import Call, FaultyExecutor, Kill
 from metadist.workers.local import LocalExecutor
 
 SEED = 11
@@ -30,7 +31,7 @@ def mischief(tmp_path_factory):
     """A learner, and the function that tells its tasks what to do."""
     folder = tmp_path_factory.mktemp("mischief")
     toy = tiny.learner()
-    learner = Learner(
+    learner = FewShotLearner(
         toy.algorithm, toy.model, families.Mischief(k_shot=4, query_shots=4, folder=str(folder)), toy.outer
     )
 
@@ -59,13 +60,12 @@ def told(mischief):
     mischief[1](None)
 
 
-def train(executor, learner, steps, first=0, state=None, watch=None, **options):
+def train(executor, learner, steps, first=0, state=None, **options):
     """``steps`` meta-steps; returns the final state and the scheduler."""
-    fleet = Scheduler(executor, learner, watch=watch, **{"patience": 300.0, **options})
+    fleet = Scheduler(executor, learner, **{"patience": 300.0, **options})
     state = learner.initial(SEED) if state is None else state
     for step in range(first, first + steps):
-        for round in learner.rounds("run", step, SEED, state, {}):
-            state = round.apply(state, fleet.run(round))
+        state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, SEED), state), fleet.sum)
     return state, fleet
 
 
@@ -114,21 +114,12 @@ def test_one_actor_gives_the_same_bits(cluster, mischief, expected):
 
 def test_killing_busy_actors_changes_nothing(actors, mischief, expected):
     settle(actors, 2)
-    due, killed = [3, 7, 12], []
-
-    def watch(scheduler, shard):
-        if (
-            due
-            and shard.meta_step == due[0]
-            and shard.index + shard.leaves > 2
-            and scheduler.retried["lost"] >= len(killed)
-        ):
-            due.pop(0)
-            killed.append(scheduler.executor.kill_busy())
-
-    state, fleet = train(actors, mischief[0], 20, watch=watch)
+    kill, faulty = Kill(), FaultyExecutor(actors)
+    for step in (3, 7, 12):
+        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.index + s.leaves > 2, kill)
+    state, fleet = train(faulty, mischief[0], 20)
     assert state.sha256() == expected(20)
-    assert len(set(killed)) == 3
+    assert len(set(kill.killed)) == 3
     assert fleet.retried["lost"] >= 3
     assert fleet.tasks_done == 200
 
@@ -137,12 +128,12 @@ def test_killing_busy_actors_changes_nothing(actors, mischief, expected):
 def test_killing_all_actors_at_once_changes_nothing(actors, mischief, expected):
     settle(actors, 2)
 
-    def watch(scheduler, shard):
-        if shard.meta_step == 5 and shard.index > 0 and not scheduler.retried:
-            for about in actors.workers().values():
-                os.kill(about["pid"], signal.SIGKILL)
+    def kill_all(executor, shard):
+        for about in executor.workers().values():
+            os.kill(about["pid"], signal.SIGKILL)
 
-    state, fleet = train(actors, mischief[0], 10, watch=watch)
+    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 5 and s.index > 0, Call(kill_all))
+    state, fleet = train(faulty, mischief[0], 10)
     assert state.sha256() == expected(10)
     assert fleet.retried["lost"] >= 2
 
@@ -151,21 +142,20 @@ def test_a_stopped_actor_is_backed_up_then_recycled(actors, mischief, expected):
     settle(actors, 2)
     stopped = []
 
-    def watch(scheduler, shard):
-        if shard.meta_step == 4 and shard.index > 1 and not stopped:
-            busy = next(m for m in actors._members.values() if m.about and m.calls)
-            stopped.append((busy.name, busy.about["pid"]))
-            os.kill(busy.about["pid"], signal.SIGSTOP)
+    def stop(executor, shard):
+        busy = next(m for m in executor._members.values() if m.about and m.calls)
+        stopped.append((busy.name, busy.about["pid"]))
+        os.kill(busy.about["pid"], signal.SIGSTOP)
 
-    state, fleet = train(actors, mischief[0], 10, watch=watch, timeout=8)
+    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 4 and s.index > 1, Call(stop))
+    state, fleet = train(faulty, mischief[0], 10, timeout=8)
     assert state.sha256() == expected(10)
     [(name, pid)] = stopped
     more = fleet
     deadline = time.monotonic() + 180
     step = 10
     while name in actors.workers() and time.monotonic() < deadline:
-        for round in mischief[0].rounds("run", step, SEED, state, {}):
-            state = round.apply(state, more.run(round))
+        state, _ = run_rounds(mischief[0].meta_step(MetaStepKey("run", step, SEED), state), more.sum)
         step += 1
         time.sleep(0.1)
     assert name not in actors.workers()
@@ -343,17 +333,9 @@ def test_groups_with_other_threads_are_refused_unless_inexact(cluster, mischief)
 
 
 def test_a_family_that_fails_to_prepare_says_so(cluster, mischief):
-    learner = dataclasses.replace(mischief[0], tasks=Unprepared())
+    learner = dataclasses.replace(mischief[0], tasks=families.Unprepared())
     with pytest.raises(ConfigError, match="the sines are sold out"):
         executor(learner, WorkerGroup(gpus=0))
-
-
-@dataclasses.dataclass(frozen=True)
-class Unprepared(families.Sinusoid):
-    def prepare(self, device):
-        if "test_ray" in Path(psutil.Process().cmdline()[-1]).name:
-            return
-        raise ConfigError("the sines are sold out")
 
 
 def test_gpus_are_shared_per_group(monkeypatch):
@@ -373,7 +355,7 @@ def test_gpus_are_shared_per_group(monkeypatch):
 @pytest.mark.long
 def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
     """Validations, the choice of the best θ (not the last one here) and its test."""
-    from metadist.experiment.evaluate import evaluate_run
+    from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
     from metadist.experiment.train import train as run_training
 
     overrides = ["outer.lr=0.3", "evaluate.every=1", "outer.meta_steps=7"]
@@ -390,7 +372,7 @@ def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
     assert fleet.outcome.best_step == alone.outcome.best_step
     assert fleet.outcome.progress.validation == alone.outcome.progress.validation
     assert fleet.evaluations == alone.evaluations
-    assert evaluate_run(str(tmp_path / "0"), workers="1").evaluations == alone.evaluations
+    assert evaluate_run(str(tmp_path / "0"), EvaluationOptions(workers="1")).evaluations == alone.evaluations
 
 
 # ---- contributions in half precision
@@ -400,10 +382,13 @@ def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
 def test_rounded_contributions_train_about_as_well_and_survive_a_kill(cluster, mischief):
     learner = mischief[0]
 
-    def trained(watch=None, **options):
+    def trained(*faults, **options):
         workers = executor(learner, WorkerGroup(min=2, max=2, gpus=0), **options)
+        faulty = FaultyExecutor(workers)
+        for fault in faults:
+            faulty.fail_at(lambda s: s.meta_step == 30 and s.index > 0, fault)
         try:
-            state, fleet = train(workers, learner, 60, watch=watch)
+            state, fleet = train(faulty, learner, 60)
             losses = evaluate(
                 fleet,
                 learner,
@@ -419,15 +404,10 @@ def test_rounded_contributions_train_about_as_well_and_survive_a_kill(cluster, m
         finally:
             workers.close()
 
-    killed = []
-
-    def watch(scheduler, shard):
-        if shard.meta_step == 30 and shard.index > 0 and not killed:
-            killed.append(scheduler.executor.kill_busy())
-
+    kill = Kill()
     exact, measured, state = trained()
-    rounded, fleet, other = trained(watch, exact=False, wire="bfloat16")
-    assert killed
+    rounded, fleet, other = trained(kill, exact=False, wire="bfloat16")
+    assert any(kill.killed)
     assert fleet.retried["lost"] >= 1
     assert fleet.tasks_done == 600
     assert other.sha256() != state.sha256()

@@ -18,7 +18,9 @@ import pytest
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
+from metadist.core.round import MetaStepKey, run_rounds
 from metadist.training.scheduler import Scheduler
+from metadist.workers.faulty import Call, FaultyExecutor, Kill
 from metadist.workers.groups import expected_by_role
 from metadist.workers.local import LocalExecutor
 
@@ -33,12 +35,11 @@ def executor(learner, *groups, **options):
     return RayExecutor(learner, groups, run="run", **{"patience": 300.0, **options})
 
 
-def train(executor, learner, watch=None, **options):
-    fleet = Scheduler(executor, learner, watch=watch, **{"patience": 300.0, **options})
+def train(executor, learner, **options):
+    fleet = Scheduler(executor, learner, **{"patience": 300.0, **options})
     state = learner.initial(SEED)
     for step in range(STEPS):
-        for round in learner.rounds("run", step, SEED, state, {}):
-            state = round.apply(state, fleet.run(round))
+        state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, SEED), state), fleet.sum)
     return state.sha256(), fleet
 
 
@@ -125,39 +126,31 @@ def test_one_actor_gives_the_same_bits(cluster, folder, expected):
 
 @pytest.mark.parametrize("function", ["rollout", "gradient"])
 def test_killing_busy_actors_changes_nothing(fleet, expected, function):
-    due, killed = [1, 3], []
-
-    def watch(scheduler, shard):
-        if (
-            due
-            and shard.meta_step == due[0]
-            and shard.function == function
-            and scheduler.retried["lost"] >= len(killed)
-        ):
-            due.pop(0)
-            killed.append(scheduler.executor.kill_busy())
-
-    sha256, scheduler = train(*fleet, watch=watch)
+    (actors, learner), kill = fleet, Kill()
+    faulty = FaultyExecutor(actors)
+    for step in (1, 3):
+        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.function == function, kill)
+    sha256, scheduler = train(faulty, learner)
     assert sha256 == expected
-    assert len(set(killed)) == 2
+    assert len(set(kill.killed)) == 2
     assert scheduler.retried["lost"] >= 2
     assert scheduler.retried["missing"] == 0, "what a worker kept outlives it"
     assert scheduler.tasks_done == 12 * STEPS
 
 
-def on_second_epoch(change, steps=(1, 4)):
+def on_second_epoch(actors, change, steps=(1, 4)):
     """``change(executor)`` once in each of those meta-steps, in a round whose θ is another than the rollouts'."""
-    due = list(steps)
 
-    def watch(scheduler, shard):
-        if due and shard.meta_step == due[0] and shard.round == 3:
-            due.pop(0)
-            # Nobody may know the content any more.
-            for member in scheduler.executor._members.values():
-                member.holds.clear()
-            change(scheduler.executor)
+    def forget_and_change(executor, shard):
+        # Nobody may know the content any more.
+        for member in executor._members.values():
+            member.holds.clear()
+        change(executor)
 
-    return watch
+    faulty = FaultyExecutor(actors)
+    for step in steps:
+        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.round == 3, Call(forget_and_change))
+    return faulty
 
 
 def damaged(executor):
@@ -180,7 +173,8 @@ def exchanged(executor):
 
 @pytest.mark.parametrize("change", [damaged, exchanged])
 def test_wrong_outputs_are_refused_and_rolled_out_anew(fleet, expected, change, caplog):
-    sha256, scheduler = train(*fleet, watch=on_second_epoch(change))
+    actors, learner = fleet
+    sha256, scheduler = train(on_second_epoch(actors, change), learner)
     assert sha256 == expected
     assert 4 <= scheduler.retried["missing"] <= 24
     reason = "hash mismatch" if change is damaged else "shard is"
@@ -219,6 +213,10 @@ def test_outputs_that_died_with_their_node_are_rolled_out_anew(cluster):
     expected, _ = train(local, learner)
     local.close()
     here = int(cluster.available_resources()["CPU"]) - 1
+
+    class Filler:
+        """An actor that takes room; a local class, since actors can't import this file."""
+
     filler = cluster.remote(num_cpus=here)(Filler).remote()  # but for the learner this node is full
     cluster.get(filler.__ray_ready__.remote())
     killed = []
@@ -226,22 +224,19 @@ def test_outputs_that_died_with_their_node_are_rolled_out_anew(cluster):
         actors = executor(learner, WorkerGroup(gpus=0), WorkerGroup(role="environment", cpus=here), patience=90)
         try:
 
-            def watch(scheduler, shard):
-                if shard.meta_step == 2 and shard.function == "gradient" and not killed:
-                    killed.append([m.about["pid"] for m in actors._members.values() if m.group.role == "environment"])
-                    cluster.kill(filler)
-                    kill()
+            def kill_node(executor, shard):
+                killed.append([m.about["pid"] for m in executor._members.values() if m.group.role == "environment"])
+                cluster.kill(filler)
+                kill()
 
-            found, scheduler = train(actors, learner, watch=watch)
+            faulty = FaultyExecutor(actors)
+            faulty.fail_at(lambda s: s.meta_step == 2 and s.function == "gradient", Call(kill_node))
+            found, scheduler = train(faulty, learner)
         finally:
             actors.close()
     assert killed
     assert found == expected
     assert scheduler.retried["missing"] >= 1
-
-
-class Filler:
-    """An actor that takes room."""
 
 
 def test_theta_and_trials_are_decoded_once_per_actor(cluster, both, expected):
@@ -282,7 +277,7 @@ def test_environment_workers_answer_with_references(apart, cluster):
     settle(actors, 3)
     big = many(learner)
     scheduler, state = Scheduler(actors, big), big.initial(SEED)
-    scheduler.run(next(big.rounds("run", 0, SEED, state, {})))
+    scheduler.run(next(big.meta_step(MetaStepKey("run", 0, SEED), state)))
     outputs = [o.reference for o in actors._kept.outputs.values()]
     assert len(outputs) == 4
     places = cluster.experimental.get_object_locations(outputs)

@@ -24,14 +24,14 @@ from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, WorkerError, one_of
 from metadist.core.round import Event, Failed, Finished, OutputKey, Shard
 from metadist.core.state import State
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.engine.plan import Plan
+from metadist.learners.base import Learner
 from metadist.wire.codec import RejectedError, decode_result, theta_parts
 from metadist.wire.error_feedback import WIRES
 from metadist.workers.actor import Actor
 from metadist.workers.kept_outputs import Kept
 from metadist.workers.numerics import Numerics
-from metadist.workers.plan import Plan, Planner, as_it_is
+from metadist.workers.plan import Planner
 from metadist.workers.ray.cluster import connect, shared_gpus, short
 from metadist.workers.remote.messages import Call, Content, MissingError, Settled
 from metadist.workers.worker import TaskError
@@ -106,7 +106,7 @@ class RayExecutor:
 
     def __init__(
         self,
-        learner: Learner | TrialLearner,
+        learner: Learner,
         groups: Sequence[WorkerGroup],
         *,
         run: str,
@@ -115,7 +115,7 @@ class RayExecutor:
         exact: bool = True,
         patience: float = 60.0,
         wire: str = "exact",
-        planner: Planner = as_it_is,
+        planner: Planner = Plan.eager,
         seed: int = 0,
         note: Callable[[str], None] = lambda message: None,
         numerics: Numerics | None = None,
@@ -231,7 +231,7 @@ class RayExecutor:
         self._failed_starts = 0
         if about["compile_seconds"]:
             self._note(f"{member.name} compiled in {about['compile_seconds']:.1f} s")
-        mine = getattr(self._learner.tasks, "data_sha256", None)
+        mine = self._learner.data_sha256
         if mine and about["data_sha256"] and about["data_sha256"] != mine:
             raise WorkerError(
                 f"worker {member.name} on {about['host']} has other data: sha256 {about['data_sha256'][:12]}…, the driver {mine[:12]}…"

@@ -19,14 +19,14 @@ from metadist.config.groups import WorkerGroup
 from metadist.core.errors import WorkerError
 from metadist.core.round import Event, Failed, Finished, OutputKey, Shard
 from metadist.core.state import Records, State, is_finite
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.engine.plan import Device, Plan
+from metadist.learners.base import Learner
 from metadist.training.scheduler import fault_of
 from metadist.wire.codec import RejectedError, decode_output, decode_result, theta_parts
 from metadist.wire.frame import join
 from metadist.workers.kept_outputs import Kept
 from metadist.workers.numerics import Numerics
-from metadist.workers.plan import Device, Plan, Planner
+from metadist.workers.plan import Planner
 from metadist.workers.remote.messages import (
     Answer,
     Applicant,
@@ -74,7 +74,7 @@ class OutsideExecutor:
 
     def __init__(
         self,
-        learner: Learner | TrialLearner,
+        learner: Learner,
         groups: Sequence[WorkerGroup],
         *,
         run: str,
@@ -164,7 +164,7 @@ class OutsideExecutor:
             self._dismiss(seat, f"nothing was heard of it for {self._lease_seconds:g} s", "again")
 
     def _described(self, seat: Seat, device: dict[str, Any], about: dict[str, Any]) -> None:
-        mine, theirs = getattr(self._learner.tasks, "data_sha256", None), about.get("data_sha256")
+        mine, theirs = self._learner.data_sha256, about.get("data_sha256")
         if mine != theirs:
             here, there = (f"sha256 {str(h)[:12]}…" if h else "none" for h in (mine, theirs))
             self._refuse(
@@ -396,6 +396,10 @@ class OutsideExecutor:
 
     def resize(self, role: str, count: int) -> None:
         """Nobody here can start or end them."""
+
+    def kill_busy(self) -> str | None:
+        """Return None: remote workers are processes of other machines."""
+        return None
 
     def wait(self, timeout: float) -> list[Event]:
         self._poll(0.0 if self._events else timeout)

@@ -10,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from metadist.core.errors import MetadistError, NonFiniteError
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.learners.base import Learner
 from metadist.wire.codec import RejectedError
 from metadist.workers.actor import Actor
 from metadist.workers.remote.messages import Answer, Configure, Failure, Lease, MissingError, Terms
@@ -21,11 +20,9 @@ from metadist.workers.worker import TaskError
 class ActorBench:
     """``build`` makes a learner of the run's config. ``device`` overrides the run's own choice."""
 
-    def __init__(
-        self, build: Callable[[str], Learner | TrialLearner], device: str | None = None, gpus: float = 0.0
-    ) -> None:
+    def __init__(self, build: Callable[[str], Learner], device: str | None = None, gpus: float = 0.0) -> None:
         self._build, self._device, self._gpus = build, device, gpus
-        self._built: tuple[str, Learner | TrialLearner] | None = None
+        self._built: tuple[str, Learner] | None = None
 
     def start(self, terms: Terms) -> tuple[dict[str, Any], dict[str, Any]]:
         if self._built is None or self._built[0] != terms.config:  # a driver that came back asks for the same
