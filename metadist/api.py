@@ -19,7 +19,7 @@ from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import TaskFamily
 from metadist.experiment.load import load_run
-from metadist.experiment.request import Request
+from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
 from metadist.experiment.train import train as train_experiment
 
@@ -63,7 +63,7 @@ def compose(
 
 def train(*, run_dir: str | None = None, resume: bool = False, **parts: Any) -> Result:
     """Meta-train the experiment that ``compose(**parts)`` returns. Its arguments are those of ``compose``."""
-    return train_experiment(compose(**parts), Request(run_dir=run_dir, resume=resume))
+    return train_experiment(compose(**parts), RunRequest(run_dir=run_dir, resume=resume))
 
 
 def load(run_dir: str, made_from: Experiment | None = None) -> Result:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.config.groups import ROLES
-from metadist.config.schema import Document, parse_yaml
+from metadist.config.schema import Document, parse_document, parse_yaml
 from metadist.core.errors import ConfigError, nearest
 
 #: how many workers of a role may come from outside where the config doesn't say
@@ -52,10 +52,7 @@ def read_document(config: str) -> Document:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config '{config}' can't be read: {error}") from error
-    document = parse_yaml(text, str(config))
-    if not isinstance(document, dict):
-        raise ConfigError(f"config '{config}': expected keys and values, found {type(document).__name__}")
-    return document
+    return parse_document(text, str(config))
 
 
 def override(document: Document, assignments: Sequence[str]) -> Document:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Union
 
+from metadist.core.engine import Engine
 from metadist.core.state import Contribution, Records, State
 
 Result = Union[Contribution, Records]
+Setting = Union[None, bool, int, float, str]
+"""A value that the shards of a round are given by name."""
 OutputKey = tuple[int, int, int]
 """(meta-step, round, shard): names the cached output of a shard that a later round needs."""
 
@@ -41,7 +44,7 @@ class Shard:
     key_step: int = 0
     role: str = "learner"
     needs: tuple[OutputKey, ...] = ()
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: tuple[tuple[str, Setting], ...] = ()
     #: whether it has an output besides its result, that later rounds need
     keeps: bool = False
     #: how many tasks each shard of a block has (the last may have fewer); 0 where it is one shard
@@ -162,6 +165,13 @@ class Failed:
 Event = Union[Finished, Failed]
 
 
+class HasEngine(Protocol):
+    """A plan of a run."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+
 class Executor(Protocol):
     """Runs shards. Never blocks for longer than ``wait``'s timeout, and never raises for a worker's failure.
 
@@ -169,7 +179,7 @@ class Executor(Protocol):
     several shards is worth asking for.
     """
 
-    plan: Any
+    plan: HasEngine | None
     blocks: bool
 
     def publish(self, meta_step: int, round: int, state: State) -> int:

@@ -50,11 +50,12 @@ class Attempt:
 
     def facts(self, workers: Scheduler) -> dict[str, Any]:
         """Return the facts about this attempt that every checkpoint stores."""
-        first = next(iter(workers.executor.workers().values()))
+        first, plan = next(iter(workers.executor.workers().values())), workers.executor.plan
+        assert plan is not None, "workers that compute have a plan"
         return {
             "config": self.experiment.document,
             "fingerprint": first["fingerprint"],
-            "engine": asdict(workers.executor.plan.engine),
+            "engine": asdict(plan.engine),
             "data_sha256": self.experiment.learner.data_sha256,
             "versions": {
                 "metadist": metadist.__version__,

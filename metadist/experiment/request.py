@@ -9,7 +9,7 @@ from metadist.core.round import Executor
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """Where a run is recorded, whether it resumes, and what happens at its end.
 
     ``run_dir`` is a folder or an fsspec URL (default: a new folder under ``METADIST_RUNS``, or the newest run on ``resume``). ``run_id`` is

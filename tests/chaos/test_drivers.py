@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
-from tiny import train
 
 from metadist.tracking.spool import read_json
 
@@ -28,7 +27,7 @@ TRACKED = "tracking.uri=auto"
 @pytest.fixture
 def expected(tmp_path):
     """The result of the unbroken run."""
-    return train(tiny.experiment(*OFTEN, "checkpoint.every=1000"), run_dir=str(tmp_path / "whole"), plots=False)
+    return tiny.train(tiny.experiment(*OFTEN, "checkpoint.every=1000"), run_dir=str(tmp_path / "whole"), plots=False)
 
 
 def query(folder: Path, sql: str) -> list[tuple]:
@@ -135,7 +134,7 @@ def test_drivers_killed_twenty_times(tmp_path, workers):
     for seed in range(20):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        whole = train(tiny.experiment(*OFTEN, f"seed={seed}"), run_dir=str(folder / "whole"), plots=False)
+        whole = tiny.train(tiny.experiment(*OFTEN, f"seed={seed}"), run_dir=str(folder / "whole"), plots=False)
         result, moments = kill_and_resume(folder, 3, "--workers", workers, f"seed={seed}", TRACKED, seed=seed)
         assert result["params_sha256"] == whole.params_sha256
         check_points(folder)
@@ -201,7 +200,7 @@ def test_ctrl_c_checkpoints_closes_mlflow_and_can_be_resumed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert query(tmp_path, "SELECT run_uuid, status FROM runs") == [(run_uuid, "FINISHED")]
     # The run began as an endless one, which is compiled, and stays so.
-    whole = train(
+    whole = tiny.train(
         tiny.experiment(*ENDLESS, f"outer.meta_steps={steps}", "engine.compile=always"),
         run_dir=str(tmp_path / "whole"),
         plots=False,

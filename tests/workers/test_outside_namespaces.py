@@ -17,7 +17,6 @@ import pytest
 import tiny
 import tls
 from faults import everywhere
-from tiny import train
 
 from metadist.cli.display import plain
 from metadist.config.build import build
@@ -84,15 +83,15 @@ class Killer:
     def __call__(self, executor, shard):
         if self.leases or shard.split != "train" or shard.meta_step < self.meta_step:
             return
-        for seat in executor._outside._seats:
-            if seat.applicant.pid == self.process.pid and seat.leases:
-                self.leases = len(seat.leases)
+        for session in executor._remote.server.sessions:
+            if session.applicant.pid == self.process.pid and session.leases:
+                self.leases = len(session.leases)
                 os.kill(self.process.pid, signal.SIGKILL)
 
 
 def trained(made: dict, folder: Path, fault=None) -> Result:
     wrap = everywhere(fault) if fault else None
-    return train(build(made), run_dir=str(folder), wrap=wrap, display=plain(), plots=False)
+    return tiny.train(build(made), run_dir=str(folder), wrap=wrap, display=plain(), plots=False)
 
 
 @pytest.mark.long

@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from metadist.workers.ray import environment as ray_environment  # isort: skip  (must precede ray, which reads its environment on import)
+# Ray reads its environment when it is imported, so this import comes first.
+from metadist.workers.ray import environment as ray_environment  # isort: skip
 
 import ray
 
