@@ -36,9 +36,10 @@ def compose(
 ) -> Experiment:
     """Return an experiment that is made of objects.
 
-    ``model`` is a function that builds an ``nn.Module`` (initialised from ``seed``), a module (training starts from its parameters) or a
-    model config such as ``metadist.Conv4()``. ``workers=0`` computes in this process. ``settings`` are further fields of an experiment:
-    name, seed, outer, evaluate, engine, checkpoint, control, init_from. Raises ConfigError where a part has the wrong type.
+    ``model`` is a function that builds an ``nn.Module`` (initialised from ``seed``), a module (training starts from
+    its parameters) or a model config such as ``metadist.Conv4()``. ``workers=0`` computes in this process.
+    ``settings`` are further fields of an experiment: name, seed, outer, evaluate, engine, checkpoint, control,
+    init_from. Raises ConfigError where a part has the wrong type.
     """
     if not isinstance(tasks, TaskFamily) or not isinstance(algorithm, Algorithm):
         raise ConfigError(

@@ -63,10 +63,10 @@ def submit(
     """Train on a Ray cluster. Submitting a run again resumes it, on any node."""
     set_up_logging()
     with clean_errors():
-        from metadist.config.document import asked
+        from metadist.config.document import requested
         from metadist.jobs import submit as jobs
 
-        document = asked(config, overrides, workers)
+        document = requested(config, overrides, workers)
         request = jobs.Request(run_id, run_dir, data, _environment(env or []), driver_cpus, module or [])
         cluster = _cluster(address)
         submitted = jobs.submit(cluster, document, request)

@@ -46,7 +46,7 @@ def render(
     set_up_logging()
     with clean_errors():
         from metadist.config.build import build
-        from metadist.config.document import asked
+        from metadist.config.document import requested
         from metadist.core.errors import ConfigError, one_of
         from metadist.jobs import render as rendering
         from metadist.storage.run_directory import new_run_id
@@ -57,7 +57,7 @@ def render(
                 "--run-dir is missing; expected the place of checkpoints and results: a URL such as "
                 "s3://bucket/runs/a, or a folder that all nodes have"
             )
-        document = asked(config, overrides, workers)
+        document = requested(config, overrides, workers)
         run_id = run_id or new_run_id(build(document).name)
         folder = output or Path("rendered") / run_id
         wanted = rendering.Rendering(

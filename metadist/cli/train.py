@@ -76,9 +76,9 @@ def train(
     set_up_logging()
     with clean_errors():
         from metadist.config.build import build
-        from metadist.config.document import asked, set_outside
+        from metadist.config.document import requested, set_outside
 
-        document = asked(config, overrides, workers)
+        document = requested(config, overrides, workers)
         if outside is not None:
             document = set_outside(document, outside)
         if print_config:

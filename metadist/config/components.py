@@ -100,8 +100,9 @@ def model_factory(
 ) -> Callable[[], nn.Module]:
     """Return the function that builds the module for ``tasks``.
 
-    ``model`` is an ``nn.Module`` (each call copies it), a ``ModelConfig``, a ``PolicyConfig`` (with a meta-environment), or
-    a function that builds a module. Raises ConfigError where ``model`` is of another type or does not go with ``tasks``.
+    ``model`` is an ``nn.Module`` (each call copies it), a ``ModelConfig``, a ``PolicyConfig`` (with a
+    meta-environment), or a function that builds a module. Raises ConfigError where ``model`` is of another type or
+    does not go with ``tasks``.
     """
     if isinstance(model, nn.Module):
         return functools.partial(_copy, model)

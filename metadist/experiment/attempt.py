@@ -21,8 +21,8 @@ from metadist.workers.plan import Planner, recorded_engine, sharing
 class Attempt:
     """One process's attempt at a run: the run's directory, and the state at which this attempt begins.
 
-    ``earlier`` is the checkpoint that it resumes, or None. ``inexact`` names the workers whose numerics differ from those that the run
-    began with; later checkpoints hold the list as it is then.
+    ``earlier`` is the checkpoint that it resumes, or None. ``inexact`` names the workers whose numerics differ from
+    those that the run began with; later checkpoints hold the list as it is then.
     """
 
     experiment: Experiment

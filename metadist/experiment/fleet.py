@@ -39,8 +39,8 @@ def local_plan(experiment: Experiment) -> Plan:
 class WorkerReports:
     """Receivers of reports about workers.
 
-    ``note`` shows a message to the user. ``mark`` is called with a description of every accepted worker whose numerics differ from the
-    run's. ``directory`` receives the traceback of a task that fails.
+    ``note`` shows a message to the user. ``mark`` is called with a description of every accepted worker whose
+    numerics differ from the run's. ``directory`` receives the traceback of a task that fails.
     """
 
     note: Callable[[str], None] = lambda message: None
@@ -67,8 +67,9 @@ def start_workers(
 ) -> Iterator[Scheduler]:
     """Start the workers of ``experiment`` and yield their scheduler; close them at the end.
 
-    Without workers this process computes, and Ray is not needed. ``planner`` chooses the engine (default: as the config asks);
-    ``expected`` is the numerics fingerprint that the run began with. ``wrap`` replaces the executor, by one that injects faults for example.
+    Without workers this process computes, and Ray is not needed. ``planner`` chooses the engine (default: as the
+    config asks); ``expected`` is the numerics fingerprint that the run began with. ``wrap`` replaces the executor, by
+    one that injects faults for example.
 
     PyTorch has one thread in this process meanwhile: a second one, spinning at barriers, takes a core from the workers.
     """
@@ -105,8 +106,8 @@ def start_workers(
 class _Division:
     """The worker groups of an experiment, by where they compute.
 
-    ``own`` groups are Ray's, or with a ``max`` of 0 this process (``in_process``); ``remote`` workers connect. ``roles`` are those that
-    the ``own`` groups serve.
+    ``own`` groups are Ray's, or with a ``max`` of 0 this process (``in_process``); ``remote`` workers connect.
+    ``roles`` are those that the ``own`` groups serve.
     """
 
     own: Sequence[WorkerGroup]

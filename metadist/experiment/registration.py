@@ -89,13 +89,6 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
     }
 
 
-def registered_weights(uri: str) -> Path:
-    """Return the weights of ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/…`` as a file on this machine."""
-    from metadist.tracking.model_registry import fetch
-
-    return fetch(uri, Path(runs_root()).resolve())
-
-
 def register_run(run_dir: str, name: str) -> str:
     """Log a finished run's best parameters as an MLflow model and make them a version of ``name``; returns the version."""
     from metadist.tracking.model_registry import register_now
@@ -110,3 +103,10 @@ def register_run(run_dir: str, name: str) -> str:
         return register_now(
             folder.scratch / "tracking", result.experiment.tracking.uri, tracking_root(folder), Path(place), about
         )
+
+
+def fetch_registered(uri: str) -> str:
+    """Download the model ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/…``; return its weights' path."""
+    from metadist.tracking.model_registry import fetch
+
+    return str(fetch(uri, Path(runs_root()).resolve()))

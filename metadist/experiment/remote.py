@@ -110,8 +110,8 @@ def _command(experiment: Experiment, port: int) -> str:
 class WorkerOptions:
     """The options of ``metadist worker``.
 
-    ``patience`` is the time in seconds to wait for a driver that can't be reached; with ``stay`` the worker waits for the next run when
-    one is over.
+    ``patience`` is the time in seconds to wait for a driver that can't be reached; with ``stay`` the worker waits for
+    the next run when one is over.
     """
 
     token_file: str | None = None
@@ -130,10 +130,11 @@ def build(config: str) -> Learner:
 
 
 def work(address: str, options: WorkerOptions, shell: Shell) -> str:
-    """Work for the driver at ``address`` until its run is over, and return why it ended; with ``stay`` for the next runs too.
+    """Work for the driver at ``address`` until its run is over, and return why it ended.
 
-    The worker waits for a driver that can't be reached or that disappears during a run, ``options.patience`` seconds at a time. Raises
-    MetadistError where waiting can't help.
+    With ``options.stay`` the worker goes on to work for later runs. It waits for a driver that can't be reached or
+    that disappears during a run, ``options.patience`` seconds at a time. Raises MetadistError where waiting can't
+    help.
     """
     from metadist.workers.remote.client import ServiceError, connect, converse, passing, wait_until_ready
     from metadist.workers.remote.runner import Runner

@@ -70,7 +70,8 @@ class Result:
     def export(self, path: str | Path) -> None:
         """Write a safetensors file that can be served.
 
-        It holds the model's parameters under their own names, all other learned slots (the rates of Meta-SGD), and the config as metadata.
+        It holds the model's parameters under their own names, all other learned slots (the rates of Meta-SGD), and the
+        config as metadata.
         """
         learner = self.experiment.learner
         others = {

@@ -7,7 +7,7 @@ import time
 import torch
 
 from metadist.config.experiment import Experiment
-from metadist.control.feed import Board
+from metadist.control.feed import Feed
 from metadist.experiment.attempt import Attempt
 from metadist.experiment.fleet import WorkerReports, start_workers
 from metadist.experiment.lifecycle import check_control, serve_control, steering_of
@@ -36,7 +36,7 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
     with claimed(experiment, request) as (directory, run_id):  # lock, run id, config.yaml
         attempt = resume_or_start(experiment, directory, run_id)  # refuses another config, seed, data
         with recorded(attempt, request.parent) as recording:
-            feed, tracker = Board(display or Observer()), recording.tracker
+            feed, tracker = Feed(display or Observer()), recording.tracker
             observers = Observers(feed, tracker, *exporters(experiment.workers, run_id))
             steering = steering_of(attempt, feed, tracker, request.stop)
             mark = inexact_marker(attempt, observers, tracker)

@@ -38,8 +38,8 @@ Surround = Callable[[str], AbstractContextManager[None]]
 class Learner(ABC):
     """The mathematics of one experiment: algorithm, model, tasks and outer loop.
 
-    A learner knows nothing of workers, files or time. ``compute`` is a pure function of a shard and θ; ``meta_step`` says which shards
-    a meta-step consists of and updates the state with their sums.
+    A learner knows nothing of workers, files or time. ``compute`` is a pure function of a shard and θ; ``meta_step``
+    says which shards a meta-step consists of and updates the state with their sums.
     """
 
     #: functions of shards whose sums have slots: gradients and sums of the same layout

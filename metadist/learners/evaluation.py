@@ -23,8 +23,8 @@ STEPS_SHOWN = (0, 1, 2, 3, 5, 10, 20, 50)
 class Evaluation:
     """Means over tasks after 0, 1, …, k adaptation steps. ``ci95`` is 1.96 σ/√n of the mean.
 
-    ``divergence_rate`` is the share of tasks whose query loss is not finite, or higher after k steps than before. Tasks with values
-    that are not finite do not enter the means.
+    ``divergence_rate`` is the share of tasks whose query loss is not finite, or higher after k steps than before.
+    Tasks with values that are not finite do not enter the means.
     """
 
     split: str
@@ -69,8 +69,9 @@ class Evaluation:
 class TrialEvaluation(Evaluation):
     """Scores in a meta-environment.
 
-    ``mean``, ``ci95`` and ``median`` are those of the return in episode 1, 2, …, n of a trial, or after 0, 1, …, k gradient steps.
-    ``totals`` are those of the whole return of a trial, by the choice of actions (greedy, sampled), with the standard error.
+    ``mean``, ``ci95`` and ``median`` are those of the return in episode 1, 2, …, n of a trial, or after 0, 1, …, k
+    gradient steps. ``totals`` are those of the whole return of a trial, by the choice of actions (greedy, sampled),
+    with the standard error.
     """
 
     totals: dict[str, dict[str, float]]

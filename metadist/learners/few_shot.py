@@ -38,8 +38,8 @@ class FewShotLearner(Learner):
     """One experiment's mathematics: algorithm, model, tasks and outer loop. Knows nothing of workers or files.
 
     ``normalization`` is how batch norm treats the query set in evaluation: ``transductive`` (by the query set's own
-    statistics) or ``inductive`` (each query in one batch with the support set). ``non_finite`` says what becomes of a task
-    whose contribution has NaN or Inf: ``error``, or ``skip`` (it is left out of the sum and of the weight).
+    statistics) or ``inductive`` (each query in one batch with the support set). ``non_finite`` says what becomes of a
+    task whose contribution has NaN or Inf: ``error``, or ``skip`` (it is left out of the sum and of the weight).
     """
 
     algorithm: Algorithm

@@ -203,7 +203,8 @@ class TrialLearner(Learner):
             sums, weight = algorithm.surrogate(
                 theta, trials, theta[DIRECTION] * settings["fraction"], settings, context
             )
-            # A step too far may overflow: that is for the line search to refuse, where the scheduler takes NaN for a fault.
+            # A step too far may overflow: that is for the line search to refuse, where the scheduler takes NaN for a
+            # fault.
             sums = {n: v if math.isfinite(v) else FAR[n] for n, v in sums.items()}
         else:
             raise ValueError(

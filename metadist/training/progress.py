@@ -21,7 +21,8 @@ MOST_POINTS = 2000
 class Run:
     """The facts of one run that do not change while it trains.
 
-    ``manifest`` is stored in every checkpoint (config, fingerprint, versions). ``extra_scores`` gives further metrics of an evaluation.
+    ``manifest`` is stored in every checkpoint (config, fingerprint, versions). ``extra_scores`` gives further metrics
+    of an evaluation.
     """
 
     id: str
@@ -82,8 +83,8 @@ class Run:
 class Progress:
     """The state of a run between two meta-steps: the content of a checkpoint.
 
-    ``validation`` has an entry per validation: meta_step, mean, ci95, median, loss. ``curve`` has an entry per logged meta-step: meta_step
-    and its report.
+    ``validation`` has an entry per validation: meta_step, mean, ci95, median, loss. ``curve`` has an entry per logged
+    meta-step: meta_step and its report.
     """
 
     meta_step: int

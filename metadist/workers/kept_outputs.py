@@ -23,7 +23,10 @@ class KeptOutput(Generic[Stored]):
 
 
 class KeptOutputs(Generic[Theta, Stored]):
-    """The outputs of a meta-step's shards, and the θ of every round that has outputs: lost outputs are computed again under it."""
+    """The outputs of a meta-step's shards, and the θ of every round that has outputs.
+
+    Lost outputs are computed again under the θ of their round.
+    """
 
     def __init__(self) -> None:
         #: round → (version, θ). One meta-step publishes several θ: of its rounds, its validation, the test of the best
@@ -51,7 +54,7 @@ class KeptOutputs(Generic[Theta, Stored]):
         self.outputs[shard.key] = KeptOutput(shard, self._new_token() if token is None else token, stored)
 
     def keep_answer(self, call: Call, stored: Stored) -> bool:
-        """Keep the output that ``call`` made, and return whether it is kept: not where the round has another θ by now."""
+        """Keep the output that ``call`` made. Return False where the round has another θ by now."""
         current = self.thetas.get(call.shard.round)
         if current is None or current[0] != call.version:
             return False
@@ -88,7 +91,7 @@ class KeptOutputs(Generic[Theta, Stored]):
 
 
 class KeepingExecutor(Executor, ABC, Generic[Theta, Stored]):
-    """An executor that keeps outputs in ``_kept``, hands them to another executor, and takes that executor's outputs."""
+    """An executor that keeps outputs in ``_kept``, and shares outputs with another executor."""
 
     def __init__(self) -> None:
         self._kept: KeptOutputs[Theta, Stored] = KeptOutputs()

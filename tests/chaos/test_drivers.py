@@ -1,4 +1,4 @@
-"""Drivers as processes of their own: killed at random moments, interrupted, terminated; and what is left of them."""
+"""Drivers in processes of their own: killed at random moments, interrupted, terminated; and their remains."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def wait_for(process, condition, seconds=240.0):
 
 
 def gone(processes, seconds=180.0) -> list[str]:
-    """Those that are still there, as command lines. Ray's agents look for their raylet once a minute only; a store that is
-    being made is made to its end."""
+    """Wait until ``processes`` have ended, and return the command lines of the others.
+
+    Ray's agents check their raylet only once a minute, and a store that is being created is finished first.
+    """
     _, alive = psutil.wait_procs([p for p in processes if not is_agent(p)], timeout=seconds)
     left = []
     for process in alive:
@@ -260,9 +262,16 @@ def children(process) -> list[psutil.Process]:
 def test_the_second_ctrl_c_stops_at_once(tmp_path, workers):
     """A meta-step that never ends can still be left."""
     (tmp_path / "slow.py").write_text(
-        "import time\nfrom dataclasses import dataclass\nfrom metadist.tasks.sinusoid import Sinusoid\n\n@dataclass(frozen=True, kw_only=True)\n"
-        "class Slow(Sinusoid):\n    def sample(self, keys, split):\n        if keys.meta_step == 60 and split == 'train':\n"
-        "            open('reached', 'w').close()\n            time.sleep(600)\n        return super().sample(keys, split)\n"
+        "import time\n"
+        "from dataclasses import dataclass\n"
+        "from metadist.tasks.sinusoid import Sinusoid\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Slow(Sinusoid):\n"
+        "    def sample(self, keys, split):\n"
+        "        if keys.meta_step == 60 and split == 'train':\n"
+        "            open('reached', 'w').close()\n"
+        "            time.sleep(600)\n"
+        "        return super().sample(keys, split)\n"
     )
     overrides = ["tasks={name: 'slow:Slow'}", "--workers", workers]
     process = tiny.start(
@@ -320,9 +329,15 @@ def test_no_gpu_is_one_line_after_a_bounded_wait(tmp_path):
 def test_actors_find_ones_own_module_and_stdout_stays_clean(tmp_path):
     """The command line, the tasks of a module in the working directory, two actors: the same hash as without."""
     (tmp_path / "myown.py").write_text(
-        "from dataclasses import dataclass\nfrom metadist.tasks.sinusoid import Sinusoid\n\n@dataclass(frozen=True, kw_only=True)\n"
-        "class Mine(Sinusoid):\n    shift: float = 1.0\n\n    def curve(self, keys, x):\n        return super().curve(keys, x) + self.shift\n\n"
-        "def loss(p, t):\n    return (p - t).abs().flatten(1).mean(1)\n"
+        "from dataclasses import dataclass\n"
+        "from metadist.tasks.sinusoid import Sinusoid\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(Sinusoid):\n"
+        "    shift: float = 1.0\n\n"
+        "    def curve(self, keys, x):\n"
+        "        return super().curve(keys, x) + self.shift\n\n"
+        "def loss(p, t):\n"
+        "    return (p - t).abs().flatten(1).mean(1)\n"
     )
     config = tiny.write(tmp_path)
     own = ["tasks={name: 'myown:Mine', shift: 2}", "loss=myown:loss"]

@@ -152,14 +152,14 @@ def test_what_is_promised_of_a_job(template):
 def test_the_service_is_what_ray_serve_and_our_application_take(template):
     serve = pytest.importorskip("ray.serve.schema")
     from metadist.serving.load import Serving
-    from metadist.serving.ray import _OWN, application, bounds
+    from metadist.serving.ray import DEPLOYMENT_ARGS, application, bounds
 
     found = template(EVERYTHING)
     config = serve.ServeDeploySchema.parse_obj(yaml.safe_load(found["RayService"]["spec"]["serveConfigV2"]))
     [deployed] = config.applications
     module, _, name = deployed.import_path.partition(":")
     assert (module, name) == (application.__module__, application.__name__)
-    assert deployed.args.keys() <= {*_OWN, *(field.name for field in dataclasses.fields(Serving))}
+    assert deployed.args.keys() <= {*DEPLOYMENT_ARGS, *(field.name for field in dataclasses.fields(Serving))}
     assert deployed.args["sources"] == EVERYTHING["service"]["models"] and bounds(deployed.args["replicas"]) == (1, 4)
 
 

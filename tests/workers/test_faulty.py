@@ -1,4 +1,4 @@
-"""The executor that fails on purpose: every fault is felt by the scheduler, and none changes a bit."""
+"""The executor that fails on purpose: the scheduler notices every fault, and none changes a bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounds that need what earlier rounds kept, in this process: outputs that are lost are computed anew, and change nothing."""
+"""Rounds that need outputs of earlier rounds, in this process: lost outputs are computed again, and nothing changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers from outside, over a real endpoint on loopback: the same bits with and without them, whatever they do."""
+"""Remote workers over a real endpoint on loopback: the same bits with and without them, even when they misbehave."""
 
 from __future__ import annotations
 
@@ -447,7 +447,7 @@ def test_an_inexact_run_is_tagged_in_mlflow(tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("twice", [False, True])
 def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, monkeypatch, twice):
-    """The command in a process of its own, where a shard takes seconds: interrupted at work, and the run goes on without it."""
+    """The command in a process of its own, interrupted in a shard that takes seconds; the run continues without it."""
     (tmp_path / "slow_sines.py").write_text(SLOW)
     monkeypatch.syspath_prepend(tmp_path)
     made = document(HERE, OUTSIDE)
@@ -527,7 +527,7 @@ def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
 
 
 def test_a_worker_outlives_a_driver_that_was_killed(tmp_path):
-    """SIGKILL: nobody says a word. The worker finds the driver that resumes the run, and the bits are those of an unbroken one."""
+    """SIGKILL: the driver sends no dismissal. The worker joins the driver that resumes the run, with the same bits."""
     steps = (
         "outer.meta_steps=240",
         "checkpoint.every=2",

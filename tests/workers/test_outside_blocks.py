@@ -1,4 +1,4 @@
-"""Blocks leased to workers from outside: the same bits, and nothing is believed about which shards a sum is of."""
+"""Blocks leased to remote workers: the same bits, and a false claim about the shards of a sum is refused."""
 
 from __future__ import annotations
 

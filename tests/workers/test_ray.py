@@ -1,4 +1,4 @@
-"""Real actors: killed, stopped, failing; and what the driver makes of it. Two actors serve most tests."""
+"""Real actors: killed, stopped, failing, and the driver's reaction. Two actors serve most tests."""
 
 from __future__ import annotations
 

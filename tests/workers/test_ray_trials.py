@@ -1,4 +1,4 @@
-"""Real actors that roll out and learn: killed, robbed of what they kept, fed damaged trials. Always the same parameters."""
+"""Real actors that roll out and learn: killed, without their outputs, with damaged trials; same parameters."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def second_node(ray, cpus):
 
 @pytest.mark.long
 def test_outputs_that_died_with_their_node_are_rolled_out_anew(cluster):
-    """The node of the only environment worker dies when the first gradients are asked for, and with it what nobody fetched."""
+    """The node of the only environment worker dies at the first gradient, and with it the outputs that lie there."""
     learner = many(pulls.learner(role="environment"))
     local = LocalExecutor(learner)
     expected, _ = train(local, learner)

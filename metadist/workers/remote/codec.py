@@ -1,4 +1,4 @@
-"""Translate leases and their answers to messages of ``metadist.work.v1`` and back. Untrusted messages are checked here."""
+"""Translate leases and their answers to messages of ``metadist.work.v1`` and back, and check untrusted messages."""
 
 from __future__ import annotations
 

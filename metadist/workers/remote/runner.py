@@ -41,7 +41,10 @@ class Runner:
         return asdict(about.pop("describes")), about
 
     def configure(self, order: Configure) -> dict[str, Any]:
-        """Compute with the run's engine, and return the facts about this worker then. Raises MetadistError where that is impossible."""
+        """Prepare to compute with the run's engine, and return the facts about this worker then.
+
+        Raises MetadistError where this machine can't do that.
+        """
         return self._actor.configure(order.engine, order.seed)
 
     def compute(self, lease: Lease) -> Answer | Failure:

@@ -21,9 +21,10 @@ Report = Callable[["Session", str, tuple[Any, ...]], None]
 
 @dataclass(eq=False)
 class Session:
-    """A remote worker's session. The transport calls its methods from its own threads, and all of them return immediately.
+    """A remote worker's session. The transport's threads call its methods, and all of them return immediately.
 
-    ``report`` passes the worker's messages on to the driver's thread, which alone changes ``leases`` and the fields below it.
+    ``report`` passes the worker's messages on to the driver's thread, which alone changes ``leases`` and the fields
+    below it.
     """
 
     applicant: Applicant
