@@ -18,7 +18,7 @@ import yaml
 import metadist
 from metadist.config.build import build as build_config
 from metadist.config.groups import ROLES
-from metadist.config.schema import parse_yaml
+from metadist.config.schema import parse_document
 from metadist.core.errors import ConfigError, WorkerError, nearest
 from metadist.learners.base import Learner
 from metadist.workers.numerics import Numerics
@@ -125,18 +125,15 @@ class WorkerOptions:
 
 def build(config: str) -> Learner:
     """Build the learner of a run from the document that its driver sent."""
-    document = parse_yaml(config, "the run's config")
-    if not isinstance(document, dict):
-        raise ConfigError("the run's config: expected keys and values")
+    document = parse_document(config, "the run's config")
     return build_config(document).learner
 
 
 def work(address: str, options: WorkerOptions, shell: Shell) -> str:
     """Work for the driver at ``address`` until its run is over, and return why it ended.
 
-    With ``options.stay`` the worker goes on to work for later runs. It waits for a driver that can't be reached or
-    that disappears during a run, ``options.patience`` seconds at a time. Raises MetadistError where waiting can't
-    help.
+    With ``options.stay`` it continues with later runs. The worker waits for a driver that can't be reached or that
+    disappears during a run, ``options.patience`` seconds at a time. Raises MetadistError where waiting can't help.
     """
     from metadist.workers.remote.client import ServiceError, connect, converse, passing, wait_until_ready
     from metadist.workers.remote.runner import Runner

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from metadist.core.round import Executor, Failed, OutputKey, Shard
+from metadist.engine.plan import Plan
 from metadist.workers.calls import Call, Content, Settled
 
 ThetaT = TypeVar("ThetaT")
@@ -92,6 +93,8 @@ class KeptOutputs(Generic[ThetaT, StoredT]):
 
 class KeepingExecutor(Executor, ABC, Generic[ThetaT, StoredT]):
     """An executor that keeps outputs in ``_kept``, and shares outputs with another executor."""
+
+    plan: Plan | None
 
     def __init__(self) -> None:
         self._kept: KeptOutputs[ThetaT, StoredT] = KeptOutputs()
