@@ -128,6 +128,10 @@ class Model:
         """Whether the module has a batch norm."""
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.module.modules())
 
+    def missing(self, *attributes: str) -> list[str]:
+        """Return those of ``attributes`` that the module does not have."""
+        return [name for name in attributes if not hasattr(self.module, name)]
+
     def _build(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeded(seed, "model").initial_seed())

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metadist.core.errors import ConfigError, NonFiniteError, one_of
+from metadist.core.errors import ConfigError, NonFiniteError, at_least, one_of
 from metadist.core.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
@@ -62,9 +62,7 @@ class OuterLoop:
     def __post_init__(self) -> None:
         one_of("outer.optimizer", self.optimizer, OPTIMIZERS)
         one_of("outer.schedule", self.schedule, SCHEDULES)
-        for name in ("meta_batch_size", "shard_size", "meta_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"outer.{name}: {getattr(self, name)} is below 1; use 1 or more")
+        at_least(1, **{f"outer.{n}": getattr(self, n) for n in ("meta_batch_size", "shard_size", "meta_steps")})
         if not (0 <= self.lr < math.inf and 0 <= self.final_lr < math.inf):
             raise ConfigError(
                 f"outer.lr, outer.final_lr: {self.lr}, {self.final_lr}; expected finite rates of 0 or more"

@@ -33,7 +33,8 @@ TOKEN = "control.token"
 def locked(folder: RunDirectory) -> Iterator[None]:
     """Hold the lock of a run directory: one driver trains a run at a time.
 
-    The lock ends with the process, and holds on this machine; where the directory is local, on all that share it and its locks.
+    The lock ends with the process, and holds on this machine; where the directory is local, on all that share it and
+    its locks.
     """
     lock = FileLock(str(folder.scratch / LOCK), thread_local=False)
     try:

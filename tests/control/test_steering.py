@@ -200,7 +200,7 @@ def test_reinforcement_learning_too(tmp_path, monkeypatch):
 IMPOSSIBLE = {
     "meta_batch_size: 0 is not between 1": lambda: size(0),
     "meta_batch_size: 1099511627776 is not between 1": lambda: size(1 << 40),
-    "in its own process; stop it, and go on with --resume --workers N": lambda: Command("set_workers", 2),
+    "in its own process; stop it, and continue with --resume --workers N": lambda: Command("set_workers", 2),
     "set_meta_batch_size: a value is missing": lambda: Command("set_meta_batch_size"),
     "pause: the command takes no value, got 3": lambda: Command("pause", 3),
     "'explode' is not one of": lambda: Command("explode"),

@@ -1,6 +1,6 @@
-"""Trajectories that may not change by accident: bit for bit where this machine's numerics are known, closely in float64 anywhere.
+"""Short trajectories that must not change: every bit on machines with known numerics, values in float64 on others.
 
-After a change that is meant to alter them (or on a machine to be added):
+After an intended change, or to add the present machine, run
 
     .venv/bin/python tests/golden/test_golden.py
 """
@@ -64,7 +64,7 @@ CONFIGS = {
 }
 
 
-#: other engines: name → engine, and which of the trajectories are computed by it. In float64 they are the eager ones
+#: other engines: name → engine, and its trajectories, which equal the eager ones in float64
 ENGINES = {
     "mixed": (Engine(differentiation="mixed"), ("maml-sinusoid", "maml-everything", "anil-groups", "meta_sgd")),
     "mixed-reverse": (Engine(differentiation="mixed", hessian="reverse"), ("maml-sinusoid", "maml-everything")),
@@ -82,7 +82,7 @@ def engine_of(engine):
 
 
 def trajectory(name, dtype, engine="eager"):
-    """(the last state, the loss of every meta-step)."""
+    """Return (the last state, the loss of every meta-step)."""
     algorithm, family, config, outer = CONFIGS[name]
     build = config if isinstance(config, type) else lambda: config.build(family.input_shape, algorithm.outputs(family))
     reports = []
@@ -98,12 +98,14 @@ def fingerprint(engine="eager"):
 
 @pytest.mark.parametrize(("name", "engine"), MARKED)
 def test_every_bit(name, engine):
-    """The same again; and the same as ever, among like machines."""
+    """Two runs give the same bits, and the recorded bits on a machine with a recorded fingerprint."""
     digest = trajectory(name, torch.float32, engine)[0].sha256()
     assert trajectory(name, torch.float32, engine)[0].sha256() == digest
     known = json.loads(GOLDEN.read_text())["bits"].get(fingerprint(engine)["id"])
     if known is not None:
-        assert digest == known["sha256"][name], f"other bits than on {known['facts']}; if meant so: {__doc__}"
+        assert digest == known["sha256"][name], (
+            f"other bits than on {known['facts']}; for an intended change: {__doc__}"
+        )
 
 
 @pytest.mark.parametrize(

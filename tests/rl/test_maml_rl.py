@@ -376,7 +376,7 @@ def test_records_survive_a_journey_as_columns():
 
 
 def test_a_policy_with_memory_is_refused():
-    with pytest.raises(ConfigError, match="wants a policy without memory"):
+    with pytest.raises(ConfigError, match="needs a policy without memory"):
         learner(MAMLRL(), GRU(hidden=4), Chance())
 
 

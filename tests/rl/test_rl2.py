@@ -184,7 +184,7 @@ def test_advantages_are_normalised_over_all_shards():
         ({"optimizer": "adam"}, "algorithm.optimizer: 'adam' is not one of ppo, trpo"),
         ({"optimizer": "trpo", "kl_limit": 0.1}, "algorithm.kl_limit: 0.1 goes with optimizer: ppo"),
         ({"bptt": 0}, "algorithm.bptt: 0; expected 1 or more"),
-        ({"bptt_together": True}, "algorithm.bptt_together: true goes with algorithm.bptt"),
+        ({"bptt_together": True}, "algorithm.bptt_together: true needs algorithm.bptt"),
     ],
 )
 def test_bad_settings_are_named(options, message):
