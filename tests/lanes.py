@@ -1,7 +1,7 @@
 """Lanes: what a test needs besides this process. A test that no lane claims is fast, and a fast test fails if it starts any of it.
 
 A module claims a lane with ``pytestmark = pytest.mark.lane("services")``, a test with ``@pytest.mark.lane("ray")``; the nearest
-claim counts. Tests of the folder ``deploy`` and tests that use the fixture ``cluster`` are claimed without a word.
+claim counts. Tests of the folder ``deploy`` and tests that use certain fixtures need no mark.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ LANES = {
     "deploy": "checks or runs the files of deploy/ and cluster/",
     FAST: "needs this process only",
 }
+#: fixture → the lane of the tests that use it
+FIXTURES = {"cluster": "ray", "server": "services", "bucket": "services"}
 #: serves the commands of ``metadist control`` in every run: the one gRPC server that a fast test may start
 CONTROL = "metadist.experiment.lifecycle"
 #: programs that no fast test starts: interpreters, Ray's processes, compilers
@@ -37,8 +39,9 @@ def lane_of(item: pytest.Item) -> str:
         if lane not in LANES:
             raise pytest.UsageError(f"{item.nodeid}: lane {lane!r}; expected one of {', '.join(LANES)}")
         return lane
-    if "cluster" in getattr(item, "fixturenames", ()):
-        return "ray"
+    for fixture, lane in FIXTURES.items():
+        if fixture in getattr(item, "fixturenames", ()):
+            return lane
     return "deploy" if "deploy" in item.path.relative_to(Path(__file__).parent).parts[:1] else FAST
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from ray_cluster import BIN, RayCluster
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.lane("ray"), pytest.mark.long, pytest.mark.timeout(1200)]
 
 LINES = """
 import torch

@@ -24,6 +24,8 @@ from metadist.rpc.endpoint import Endpoint, Refused, ServiceError, calling, conn
 from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
 
+pytestmark = pytest.mark.lane("services")
+
 ADD = adapt_pb2_grpc.add_AdaptationServicer_to_server
 METHOD = "/metadist.adapt.v1.Adaptation/Adapt"
 
