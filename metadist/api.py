@@ -19,7 +19,7 @@ from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import TaskFamily
 from metadist.experiment.load import load_run
-from metadist.experiment.request import Request
+from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
 from metadist.experiment.train import train as train_experiment
 
@@ -36,9 +36,10 @@ def compose(
 ) -> Experiment:
     """Return an experiment that is made of objects.
 
-    ``model`` is a function that builds an ``nn.Module`` (initialised from ``seed``), a module (training starts from its parameters) or a
-    model config such as ``metadist.Conv4()``. ``workers=0`` computes in this process. ``settings`` are further fields of an experiment:
-    name, seed, outer, evaluate, engine, checkpoint, control, init_from. Raises ConfigError where a part has the wrong type.
+    ``model`` is a function that builds an ``nn.Module`` (initialised from ``seed``), a module (training starts from
+    its parameters) or a model config such as ``metadist.Conv4()``. ``workers=0`` computes in this process.
+    ``settings`` are further fields of an experiment: name, seed, outer, evaluate, engine, checkpoint, control,
+    init_from. Raises ConfigError where a part has the wrong type.
     """
     if not isinstance(tasks, TaskFamily) or not isinstance(algorithm, Algorithm):
         raise ConfigError(
@@ -49,7 +50,7 @@ def compose(
     for name in settings:
         if name not in known:
             raise ConfigError(f"unknown setting '{name}'{nearest(name, known)}; allowed: {', '.join(known)}")
-    return Experiment(
+    experiment = Experiment(
         tasks=Component(tasks, _described(tasks)),
         model=Component(model_factory(model, tasks, algorithm), {**_described(model), "freeze": list(freeze)}),
         algorithm=Component(algorithm, _described(algorithm)),
@@ -57,11 +58,13 @@ def compose(
         tracking=TrackingSettings(uri=tracking) if isinstance(tracking, str) else tracking,
         **settings,
     )
+    experiment.learner  # noqa: B018  a mistake shows here, not later
+    return experiment
 
 
 def train(*, run_dir: str | None = None, resume: bool = False, **parts: Any) -> Result:
     """Meta-train the experiment that ``compose(**parts)`` returns. Its arguments are those of ``compose``."""
-    return train_experiment(compose(**parts), Request(run_dir=run_dir, resume=resume))
+    return train_experiment(compose(**parts), RunRequest(run_dir=run_dir, resume=resume))
 
 
 def load(run_dir: str, made_from: Experiment | None = None) -> Result:

@@ -51,13 +51,13 @@ def served(algorithm="maml", normalization="transductive", name=None, **limits):
 
 
 def tasks(model, count, start=0):
-    """Support sets and queries, all different: (x, y, query) each."""
+    """Return ``count`` different tasks, each as (x, y, query)."""
     stacked = model.learner.tasks.sample(TaskKey.of(1, "test", 0, range(start, start + count)), "test")
     return [(stacked.support.x[i], stacked.support.y[i], stacked.query.x[i]) for i in range(count)]
 
 
 def expected(model, x, y, query, inner_steps=None):
-    """As ``Result.adapt`` and ``predict`` compute it."""
+    """Return the prediction as ``Result.adapt`` and ``Result.predict`` compute it."""
     from metadist.core.task import Examples
 
     support = Examples(x, y)
@@ -66,5 +66,5 @@ def expected(model, x, y, query, inner_steps=None):
 
 
 def close(a, b):
-    """Batches change last bits, of sums over a few dozen terms."""
+    """Compare up to rounding: batches change the last bits of sums over a few dozen terms."""
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5)

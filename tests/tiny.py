@@ -16,7 +16,7 @@ import yaml
 from metadist.config.build import build
 from metadist.config.document import override
 from metadist.config.experiment import Experiment
-from metadist.experiment.request import Request
+from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
 from metadist.experiment.train import train as train_experiment
 from metadist.learners import FewShotLearner, supervised
@@ -47,7 +47,7 @@ def experiment(*overrides: str) -> Experiment:
 
 def train(experiment: Experiment, *, display: Observer | None = None, **request: Any) -> Result:
     """Train with a request whose fields are keywords."""
-    return train_experiment(experiment, Request(**request), display)
+    return train_experiment(experiment, RunRequest(**request), display)
 
 
 def learner(*overrides: str) -> FewShotLearner:

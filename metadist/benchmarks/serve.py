@@ -118,14 +118,14 @@ def _serve(document: Document, largest: int, threads: int, device: str, pipe: An
     from metadist.rpc.endpoint import Endpoint
     from metadist.serving import load as serving
     from metadist.serving.model import ServedModel
-    from metadist.serving.service import Adaptation
+    from metadist.serving.service import AdaptationService
 
     torch.set_num_threads(threads)
     learner = _learner(document)
-    serving.move(learner, device)
+    serving.move_to_device(learner, device)
     model = ServedModel("model", learner, learner.initial(0))
     model.warm_up()
-    with serving.serve(Adaptation([model], budget=16 << 20, largest=largest), Endpoint()) as running:
+    with serving.serve(AdaptationService([model], budget=16 << 20, largest=largest), Endpoint()) as running:
         pipe.send(running.address)
         with contextlib.suppress(EOFError):
             pipe.recv()

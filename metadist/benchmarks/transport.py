@@ -27,6 +27,8 @@ from metadist.core.state import Contribution, Records, Slot, State
 from metadist.learners import supervised
 from metadist.learners.few_shot import FewShotLearner
 from metadist.wire import WIRES
+from metadist.workers.numerics import Numerics
+from metadist.workers.settings import RunSettings
 
 BLOCK = 3
 #: tensors that the parameters consist of: as many as a transformer of twelve layers has
@@ -141,7 +143,9 @@ def _case(stack: ExitStack, size: float, wire: str, rounds: int) -> dict[str, An
     parameters = int(size * 250_000)
     # All stay until the end, since the first one owns the cluster; one that is idle costs nothing.
     group = WorkerGroup(cpus=0.1, gpus=0)
-    executor = RayExecutor(Echo.of(parameters), [group], run="bench", device="cpu", exact=wire == "exact", wire=wire)
+    settings = RunSettings("bench", device="cpu", wire=wire)
+    numerics = Numerics([group], exact=wire == "exact")
+    executor = RayExecutor(Echo.of(parameters), [group], settings, numerics)
     stack.callback(executor.close)
     line = Line(executor, parameters)
     line.out()

@@ -46,7 +46,7 @@ def render(
     set_up_logging()
     with clean_errors():
         from metadist.config.build import build
-        from metadist.config.document import asked
+        from metadist.config.document import requested
         from metadist.core.errors import ConfigError, one_of
         from metadist.jobs import render as rendering
         from metadist.storage.run_directory import new_run_id
@@ -57,24 +57,30 @@ def render(
                 "--run-dir is missing; expected the place of checkpoints and results: a URL such as "
                 "s3://bucket/runs/a, or a folder that all nodes have"
             )
-        document = asked(config, overrides, workers)
+        document = requested(config, overrides, workers)
         run_id = run_id or new_run_id(build(document).name)
         folder = output or Path("rendered") / run_id
         wanted = rendering.Rendering(
             run_dir, run_id, data, image, mlflow, _nodes(node or []), gpus, namespace, auth_secret, credentials_secret
         )
         files, commands = rendering.render(target, document, wanted, folder)
-        try:
-            for name, text in files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--output {folder}: {error}") from error
+        _write(folder, files)
         for name in files:
             print(folder / name)
         say("next:" + "".join(f"\n  {command}" for command in commands))
         if as_json:
             print(json.dumps({"run_id": run_id, "files": [str(folder / name) for name in files], "next": commands}))
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    from metadist.core.errors import ConfigError
+
+    try:
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: {error}") from error
 
 
 def _nodes(given: list[str]) -> dict[str, Any]:

@@ -76,9 +76,9 @@ def train(
     set_up_logging()
     with clean_errors():
         from metadist.config.build import build
-        from metadist.config.document import asked, set_outside
+        from metadist.config.document import requested, set_outside
 
-        document = asked(config, overrides, workers)
+        document = requested(config, overrides, workers)
         if outside is not None:
             document = set_outside(document, outside)
         if print_config:
@@ -97,13 +97,13 @@ def _train_one(
 ) -> None:
     from metadist.cli.display import live, show_result
     from metadist.config.build import build
-    from metadist.experiment.request import Request
+    from metadist.experiment.request import RunRequest
     from metadist.experiment.train import train as run_training
 
     experiment = build(document)
     stop = _Stop()
     with only_results_on_stdout(), live(experiment) as display:
-        request = Request(run_dir=run_dir, resume=resume, run_id=run_id, stop=stop)
+        request = RunRequest(run_dir=run_dir, resume=resume, run_id=run_id, stop=stop)
         result = run_training(experiment, request, display)
     if result.interrupted:
         say(
@@ -118,7 +118,7 @@ def _train_one(
 
 def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None, resume: bool, as_json: bool) -> None:
     from metadist.cli.display import live, show_group, show_result
-    from metadist.experiment.request import Request
+    from metadist.experiment.request import RunRequest
     from metadist.experiment.seeds import train_seeds
 
     stop, stdout = _Stop(), sys.stdout
@@ -128,7 +128,7 @@ def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None
             show_result(result)
 
     with only_results_on_stdout():
-        group = train_seeds(document, seeds, Request(run_dir=run_dir, resume=resume, stop=stop), live, show)
+        group = train_seeds(document, seeds, RunRequest(run_dir=run_dir, resume=resume, stop=stop), live, show)
     show_group(group)
     if as_json:
         print(json.dumps(group.as_dict()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import is_dataclass
-from typing import Any, Union, cast
+from typing import Any, cast
 
 from metadist.config.catalog import ALGORITHM, ENVIRONMENT, MODEL, TASK_FAMILY
 from metadist.config.components import component, model_factory, named, user_function
@@ -27,12 +27,13 @@ def build(document: Document) -> Experiment:
     options = dict(named("model", document["model"]))
     typed("model.freeze", options.pop("freeze", []), tuple[str, ...])
     factory = model_factory(component("model", options, MODEL, deferred=True), tasks, algorithm)
-    given = {name: document[name] for name in setting_types() if document.get(name) is not None}
+    types = setting_types()
+    given = {name: typed(name, document[name], types[name]) for name in types if document.get(name) is not None}
     return Experiment(
         tasks=Component(tasks, _described(key, document[key], tasks)),
         model=Component(factory, _described("model", document["model"], _owner(factory))),
         algorithm=Component(algorithm, _described("algorithm", document["algorithm"], algorithm)),
-        **{name: typed(name, value, setting_types()[name]) for name, value in given.items()},
+        **cast(Document, given),
     )
 
 
@@ -62,12 +63,13 @@ def _check_keys(document: Document) -> str:
 
 
 def _tasks(key: str, document: Document) -> TaskFamily | MetaEnvironment:
-    if key == "environment":
-        made: TaskFamily | MetaEnvironment = build_environment(document)
-    else:
-        made = component("tasks", document["tasks"], TASK_FAMILY)
-        if not isinstance(made, TaskFamily):
-            raise ConfigError(f"tasks.name: {type(made).__name__} is not a metadist.TaskFamily")
+    made = build_environment(document) if key == "environment" else component("tasks", document["tasks"], TASK_FAMILY)
+    if not isinstance(made, (TaskFamily, MetaEnvironment)):
+        raise ConfigError(f"tasks.name: {type(made).__name__} is not a metadist.TaskFamily")
+    if key == "tasks" and not isinstance(made, TaskFamily):
+        raise ConfigError(
+            f"tasks.name: {type(made).__name__} is a meta-environment; give it as environment: {{name: …}}"
+        )
     _judge_by(made, document)
     return made
 
@@ -75,7 +77,7 @@ def _tasks(key: str, document: Document) -> TaskFamily | MetaEnvironment:
 def _judge_by(tasks: TaskFamily | MetaEnvironment, document: Document) -> None:
     """Replace the loss and the metric of the family by the user's own."""
     if document.get("loss") is not None:
-        object.__setattr__(tasks, "loss", user_function(typed("loss", document["loss"], str), "loss"))
+        object.__setattr__(tasks, "loss", user_function(str(typed("loss", document["loss"], str)), "loss"))
     if document.get("metric") is not None:
         metric = document["metric"]
         chosen = settings("metric", {"name": metric} if isinstance(metric, str) else metric, MetricSettings)
@@ -93,7 +95,7 @@ def _algorithm(key: str, given: Any) -> Algorithm | TrialAlgorithm:
             f"algorithm.name: {type(made).__name__} is not a metadist.{wanted.__name__}; with {key}: "
             f"{', '.join(sorted(fits))}, or your own"
         )
-    return cast(Union[Algorithm, TrialAlgorithm], made)
+    return made
 
 
 def _described(key: str, given: Any, made: Any) -> Document:

@@ -48,8 +48,8 @@ class Component(Generic[T]):
 class Experiment:
     """Everything that a run depends on. Every field is a key of a config (``tasks`` is ``environment`` for meta-environments).
 
-    A new setting is one field here, or one field of a section; reading, defaults, ``--print-config``, the manifest and the comparison on
-    ``--resume`` follow from it.
+    A new setting is one field here, or one field of a section; reading, defaults, ``--print-config``, the manifest and
+    the comparison on ``--resume`` follow from it.
     """
 
     name: str = "experiment"

@@ -52,7 +52,7 @@ class Plugin:
         """Import the object. Raises ConfigError, one line that names the distribution, where it is unusable."""
         remedy = f"update or uninstall {self.distribution.partition(' ')[0]}"
         try:
-            found = self.entry_point.load()
+            found: T = self.entry_point.load()
         except SystemExit as error:
             raise ConfigError(f"{self} can't be imported: it ends the process (SystemExit); {remedy}") from error
         except Exception as error:
@@ -96,7 +96,8 @@ def plugins(kind: Kind[T]) -> Plugins:
 def find(kind: Kind[T], name: str) -> T | None:
     """Return the object that a plug-in declares as ``name``, or None where none does.
 
-    Raises ConfigError where the plug-in can't be imported or is of the wrong type, and where two packages declare the name.
+    Raises ConfigError where the plug-in can't be imported or is of the wrong type, and where two packages declare the
+    name.
     """
     found = plugins(kind)
     if name in found.refused:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, Union
 
 import pydantic
 import yaml
+from typing_extensions import NotRequired, TypedDict
 
 from metadist.core.errors import ConfigError, MetadistError, nearest
 
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (1e-3 is a number), and a key given twice is an error."""
+    """Reads floats as YAML 1.2 does (1e-3 is a number), and refuses a key that is given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
@@ -41,14 +42,15 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
-# A date would be the one scalar that JSON, and so the rest of the way, has not: it stays a text.
+# A date is the one scalar that JSON does not have: it stays a text.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> object:
+    """Parse YAML 1.2 strictly. ConfigError names ``where``, the line and the key."""
     try:
         value = yaml.load(text, _Loader)
         _check_plain(value, where)
@@ -61,7 +63,15 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
 
 
-def _check_plain(value: Any, where: str, key: str = "") -> None:
+def parse_document(text: str, where: str) -> Document:
+    """Parse the YAML of a whole config. ConfigError where it is no mapping."""
+    document = parse_yaml(text, where)
+    if not isinstance(document, dict):
+        raise ConfigError(f"{where}: expected keys and values, found {type(document).__name__}")
+    return document
+
+
+def _check_plain(value: object, where: str, key: str = "") -> None:
     if isinstance(value, (dict, list)):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             path = f"{key}.{name}" if key else str(name)
@@ -75,8 +85,8 @@ def _check_plain(value: Any, where: str, key: str = "") -> None:
 
 
 @contextmanager
-def explained(key: str, maker: Any) -> Iterator[None]:
-    """An error in a user's own constructor names the key that it was called for."""
+def explained(key: str, maker: object) -> Iterator[None]:
+    """Turn an error of a user's own constructor into a ConfigError that names the key."""
     try:
         yield
     except MetadistError:
@@ -86,7 +96,7 @@ def explained(key: str, maker: Any) -> Iterator[None]:
         raise ConfigError(f"{key}: {what} raised {type(error).__name__}: {error}") from error
 
 
-def settings(key: str, value: Any, cls: type[T]) -> T:
+def settings(key: str, value: object, cls: type[T]) -> T:
     """Build a dataclass from a mapping, strictly: unknown keys, missing keys and wrong types are errors.
 
     Lists serve as tuples, and whole numbers as floats. Defaults are those of the dataclass.
@@ -96,16 +106,16 @@ def settings(key: str, value: Any, cls: type[T]) -> T:
     if not isinstance(value, dict):
         raise ConfigError(f"{key}: expected keys and values ({', '.join(known)}), got {value!r}")
     try:
-        checked = _model(typing.cast(Any, cls)).validate_json(json.dumps(value))
+        checked = _validator(typing.cast(Any, cls)).validate_json(json.dumps(value))
     except pydantic.ValidationError as error:
         raise _explained_error(key, value, cls, error) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {value!r} is not a plain value: {error}") from error
     with explained(key, cls):
-        return cls(**{name: getattr(checked, name) for name in value})
+        return cls(**checked)
 
 
-def typed(key: str, value: Any, hint: Any) -> Any:
+def typed(key: str, value: object, hint: object) -> object:
     """Return ``value`` as a ``hint``: a plain type, a dataclass, or a tuple of dataclasses. ConfigError where it is not one."""
     if dataclasses.is_dataclass(hint):
         return settings(key, value, typing.cast(type, hint))
@@ -115,7 +125,7 @@ def typed(key: str, value: Any, hint: Any) -> Any:
             raise ConfigError(f"{key}: expected a list of groups, such as [{{role: learner, max: 2}}], got {value!r}")
         return tuple(settings(f"{key}.{i}", entry, typing.cast(type, item)) for i, entry in enumerate(value or [{}]))
     try:
-        return pydantic.TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+        return pydantic.TypeAdapter(typing.cast(Any, hint)).validate_json(json.dumps(value), strict=True)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{key}: {value!r} is not allowed; expected {_expected(hint, value)}") from error
     except (TypeError, ValueError) as error:
@@ -127,8 +137,8 @@ def _settable(cls: Any) -> list[dataclasses.Field[Any]]:
 
 
 @functools.cache
-def _model(cls: Any) -> pydantic.TypeAdapter[Any]:
-    """Return a strict pydantic model with the fields of a dataclass.
+def _validator(cls: Any) -> pydantic.TypeAdapter[Any]:
+    """Return a validator of mappings with the fields of a dataclass: strict, extra keys forbidden.
 
     pydantic takes no configuration for the standard library's dataclasses, and its own would be another class.
     """
@@ -136,9 +146,10 @@ def _model(cls: Any) -> pydantic.TypeAdapter[Any]:
     definitions: dict[str, Any] = {}
     for f in _settable(cls):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        definitions[f.name] = (hints[f.name], ... if required else None)
-    strict = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
-    return pydantic.TypeAdapter(pydantic.create_model(cls.__name__, __config__=strict, **definitions))
+        definitions[f.name] = hints[f.name] if required else NotRequired[hints[f.name]]
+    mapping = typing.cast(Any, TypedDict)(cls.__name__, definitions)
+    strict = pydantic.ConfigDict(strict=True, extra="forbid")
+    return pydantic.TypeAdapter(pydantic.with_config(strict)(mapping))
 
 
 #: type in a JSON schema → words
@@ -191,8 +202,8 @@ def _choices(schema: Document) -> list[str]:
     return [*map(str, schema.get("enum", ())), *alternatives]
 
 
-def flatten(document: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested keys → dotted keys."""
+def flatten(document: object, prefix: str = "") -> dict[str, object]:
+    """Turn nested keys into dotted ones. Lists of plain values stay values."""
     if isinstance(document, dict):
         items: Any = document.items()
     elif isinstance(document, list) and any(isinstance(v, (dict, list)) for v in document):
@@ -204,5 +215,8 @@ def flatten(document: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def as_plain(instance: Any) -> Document:
-    return json.loads(json.dumps({f.name: getattr(instance, f.name) for f in fields(instance) if f.init}, default=str))
+def as_plain(instance: object) -> Document:
+    """Return the fields of a dataclass as plain data."""
+    return typing.cast(
+        Document, json.loads(json.dumps({f.name: getattr(instance, f.name) for f in _settable(instance)}, default=str))
+    )

@@ -21,8 +21,8 @@ from metadist.workers.plan import Planner, recorded_engine, sharing
 class Attempt:
     """One process's attempt at a run: the run's directory, and the state at which this attempt begins.
 
-    ``earlier`` is the checkpoint that it resumes, or None. ``inexact`` names the workers whose numerics differ from those that the run
-    began with; later checkpoints hold the list as it is then.
+    ``earlier`` is the checkpoint that it resumes, or None. ``inexact`` names the workers whose numerics differ from
+    those that the run began with; later checkpoints hold the list as it is then.
     """
 
     experiment: Experiment
@@ -50,11 +50,12 @@ class Attempt:
 
     def facts(self, workers: Scheduler) -> dict[str, Any]:
         """Return the facts about this attempt that every checkpoint stores."""
-        first = next(iter(workers.executor.workers().values()))
+        first, plan = next(iter(workers.executor.workers().values())), workers.executor.plan
+        assert plan is not None, "workers that compute have a plan"
         return {
             "config": self.experiment.document,
             "fingerprint": first["fingerprint"],
-            "engine": asdict(workers.executor.plan.engine),
+            "engine": asdict(plan.engine),
             "data_sha256": self.experiment.learner.data_sha256,
             "versions": {
                 "metadist": metadist.__version__,

@@ -15,7 +15,7 @@ from metadist.config.experiment import Experiment
 from metadist.config.groups import WorkerGroup
 from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.engine.plan import Plan
-from metadist.experiment.fleet import fleet
+from metadist.experiment.fleet import start_workers
 from metadist.experiment.load import load_run
 from metadist.experiment.oracle_comparison import paired
 from metadist.experiment.result import Result
@@ -55,7 +55,7 @@ def evaluate_run(run_dir: str, options: EvaluationOptions = EvaluationOptions())
         settings.inner_steps if options.inner_steps is None else options.inner_steps,
     )
     began = time.perf_counter()
-    with fleet(experiment, loaded.run_id, Plan.eager) as workers:
+    with start_workers(experiment, loaded.run_id, Plan.eager) as workers:
         judged = evaluate(workers, learner, loaded.state, request)
     if environment is not None:
         assert isinstance(judged, TrialEvaluation)

@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from metadist.config.settings import ControlSettings
 from metadist.control.command_log import CommandLog
 from metadist.control.driver_record import LOCK, RECORD
-from metadist.control.feed import Board
-from metadist.control.steering import Recorder, Steering
+from metadist.control.feed import Feed
+from metadist.control.steering import Recorder, RunControl, RunInfo
 from metadist.core.errors import ConfigError, MetadistError
 from metadist.experiment.attempt import Attempt
 from metadist.storage.run_directory import RunDirectory
@@ -33,7 +33,8 @@ TOKEN = "control.token"
 def locked(folder: RunDirectory) -> Iterator[None]:
     """Hold the lock of a run directory: one driver trains a run at a time.
 
-    The lock ends with the process, and holds on this machine; where the directory is local, on all that share it and its locks.
+    The lock ends with the process, and holds on this machine; where the directory is local, on all that share it and
+    its locks.
     """
     lock = FileLock(str(folder.scratch / LOCK), thread_local=False)
     try:
@@ -55,7 +56,7 @@ def locked(folder: RunDirectory) -> Iterator[None]:
         lock.release()
 
 
-def steering_of(attempt: Attempt, feed: Board, tracker: Recorder, stop: Callable[[], bool]) -> Steering:
+def steering_of(attempt: Attempt, feed: Feed, tracker: Recorder, stop: Callable[[], bool]) -> RunControl:
     """Return the steering of a run, with the commands of earlier attempts.
 
     CheckpointError where they contradict the checkpoint that the attempt resumes.
@@ -68,16 +69,8 @@ def steering_of(attempt: Attempt, feed: Board, tracker: Recorder, stop: Callable
     for group in experiment.workers:
         if not group.outside:  # remote workers come and go by themselves
             asked[group.role] = asked.get(group.role, 0) + group.max
-    steering = Steering(
-        commands,
-        feed,
-        experiment.learner,
-        tracker,
-        run_id=attempt.run_id,
-        run_dir=directory.url,
-        asked=asked,
-        stop=stop,
-    )
+    info = RunInfo(attempt.run_id, directory.url, asked)
+    steering = RunControl(commands, feed, experiment.learner, tracker, info, stop)
     if earlier is not None:
         steering.saved(earlier.meta_step)
     return steering
@@ -107,7 +100,7 @@ def check_control(settings: ControlSettings) -> None:
 
 
 @contextmanager
-def serve_control(steering: Steering, feed: Board, attempt: Attempt) -> Iterator[None]:
+def serve_control(steering: RunControl, feed: Feed, attempt: Attempt) -> Iterator[None]:
     """Serve the control plane while the run trains, and write its address to control.json. On failure, warn and continue."""
     settings, folder, run_id = attempt.experiment.control, attempt.directory, attempt.run_id
     record: dict[str, Any] = {
@@ -136,20 +129,20 @@ def serve_control(steering: Steering, feed: Board, attempt: Attempt) -> Iterator
         try:
             yield
         finally:
-            standing = steering.standing()
+            status = steering.status()
             _write(
                 folder,
                 {
                     **record,
-                    "ended": {"time": time.time(), "meta_step": standing.meta_step, "meta_steps": standing.meta_steps},
+                    "ended": {"time": time.time(), "meta_step": status.meta_step, "meta_steps": status.meta_steps},
                 },
             )
 
 
-def _serve(stack: ExitStack, steering: Steering, settings: ControlSettings, folder: RunDirectory) -> dict[str, Any]:
+def _serve(stack: ExitStack, steering: RunControl, settings: ControlSettings, folder: RunDirectory) -> dict[str, Any]:
     if not settings.enabled:
         return {"off": "control.enabled is false"}
-    from metadist.control import service as plane
+    from metadist.control import service
     from metadist.rpc.endpoint import Endpoint, serve
 
     token_file = settings.token_file or str(_new_token(folder.scratch / TOKEN))
@@ -159,10 +152,10 @@ def _serve(stack: ExitStack, steering: Steering, settings: ControlSettings, fold
         settings.tls_cert,
         settings.tls_key,
         token_file,
-        message_bytes=plane.MESSAGE_BYTES,
-        concurrent=plane.CONCURRENT,
+        message_bytes=service.MESSAGE_BYTES,
+        concurrent=service.CONCURRENT,
     )
-    running = stack.enter_context(serve(endpoint, plane.services(steering), grace=2.0))
+    running = stack.enter_context(serve(endpoint, service.services(steering), grace=2.0))
     return {"address": running.address, "token_file": os.path.abspath(token_file)}
 
 

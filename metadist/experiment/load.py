@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metadist.config.build import build
 from metadist.config.experiment import Experiment
-from metadist.config.schema import parse_yaml
+from metadist.config.schema import parse_document
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.result import SLOTS, Result
 from metadist.storage.checkpoints import Checkpoints, load_parameters
@@ -46,7 +46,7 @@ def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
             f"run directory '{run_dir}' has no config.yaml and run.json; is it the folder that train printed?"
         )
     if experiment is None:
-        experiment = build(parse_yaml(text, f"{run_dir}/config.yaml"))
+        experiment = build(parse_document(text, f"{run_dir}/config.yaml"))
     learner = experiment.learner
     checkpoints = Checkpoints(folder.url, higher_is_better=learner.tasks.higher_is_better)
     loaded = checkpoints.best(learner.slots) or checkpoints.latest(learner.slots)

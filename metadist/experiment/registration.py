@@ -18,7 +18,7 @@ from metadist.core.random import TaskKey
 from metadist.experiment.load import load_run, tracking_root
 from metadist.experiment.result import Result
 from metadist.learners import supervised
-from metadist.storage.run_directory import RunDirectory
+from metadist.storage.run_directory import RunDirectory, runs_root
 
 log = logging.getLogger(__name__)
 
@@ -103,3 +103,10 @@ def register_run(run_dir: str, name: str) -> str:
         return register_now(
             folder.scratch / "tracking", result.experiment.tracking.uri, tracking_root(folder), Path(place), about
         )
+
+
+def fetch_registered(uri: str) -> str:
+    """Download the model ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/…``; return its weights' path."""
+    from metadist.tracking.model_registry import fetch
+
+    return str(fetch(uri, Path(runs_root()).resolve()))

@@ -9,12 +9,13 @@ from metadist.core.round import Executor
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """Where a run is recorded, whether it resumes, and what happens at its end.
 
-    ``run_dir`` is a folder or an fsspec URL (default: a new folder under ``METADIST_RUNS``, or the newest run on ``resume``). ``run_id`` is
-    the id of a new run; ``parent`` the id of its group of seeds. ``test`` and ``plots`` follow training. ``stop`` returns True once the
-    run should stop with a checkpoint. ``wrap`` replaces the executor, by one that injects faults for example.
+    ``run_dir`` is a folder or an fsspec URL (default: a new folder under ``METADIST_RUNS``, or the newest run on
+    ``resume``). ``run_id`` is the id of a new run; ``parent`` the id of its group of seeds. ``test`` and ``plots``
+    follow training. ``stop`` returns True once the run should stop with a checkpoint. ``wrap`` replaces the executor,
+    by one that injects faults for example.
     """
 
     run_dir: str | None = None

@@ -21,7 +21,7 @@ SLOTS = "slots/"
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class AdaptedParameters:
     """φ and its support set."""
 
     phi: Any
@@ -55,14 +55,14 @@ class Result:
         """Whether a user stopped the run before its end."""
         return self.outcome.stopped == "interrupted"
 
-    def adapt(self, x: Tensor, y: Tensor, inner_steps: int | None = None) -> Adaptation:
+    def adapt(self, x: Tensor, y: Tensor, inner_steps: int | None = None) -> AdaptedParameters:
         """Adapt to a support set x [N, …], y [N, …], and return the argument of ``predict``."""
         learner = self.experiment.learner
         dtype = learner.model.dtype
         support = Examples(x.to(dtype), y.to(dtype) if y.is_floating_point() else y)
-        return Adaptation(learner.adapt(self.state, support, inner_steps), support)
+        return AdaptedParameters(learner.adapt(self.state, support, inner_steps), support)
 
-    def predict(self, adapted: Adaptation, x: Tensor) -> Tensor:
+    def predict(self, adapted: AdaptedParameters, x: Tensor) -> Tensor:
         """Return predictions for x [N, …]: logits or values [N, …]."""
         learner = self.experiment.learner
         return learner.predict(self.state, adapted.phi, x.to(learner.model.dtype), adapted.support)
@@ -70,7 +70,8 @@ class Result:
     def export(self, path: str | Path) -> None:
         """Write a safetensors file that can be served.
 
-        It holds the model's parameters under their own names, all other learned slots (the rates of Meta-SGD), and the config as metadata.
+        It holds the model's parameters under their own names, all other learned slots (the rates of Meta-SGD), and the
+        config as metadata.
         """
         learner = self.experiment.learner
         others = {

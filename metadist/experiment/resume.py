@@ -17,7 +17,7 @@ from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.attempt import Attempt
 from metadist.experiment.lifecycle import locked
 from metadist.experiment.load import initial_parameters
-from metadist.experiment.request import Request
+from metadist.experiment.request import RunRequest
 from metadist.storage.checkpoints import Checkpoints
 from metadist.storage.run_directory import RunDirectory, new_run_id, newest_run, runs_root
 from metadist.training.progress import Progress
@@ -39,7 +39,7 @@ FREE_ON_RESUME = (
 
 
 @contextmanager
-def claimed(experiment: Experiment, request: Request) -> Iterator[tuple[RunDirectory, str]]:
+def claimed(experiment: Experiment, request: RunRequest) -> Iterator[tuple[RunDirectory, str]]:
     """Lock the run directory and yield it with the run's id. ConfigError where the directory belongs to another run or process."""
     run_dir = request.run_dir
     if request.resume and run_dir is None:

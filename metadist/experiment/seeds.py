@@ -14,7 +14,7 @@ from metadist.config.experiment import Experiment
 from metadist.config.schema import Document
 from metadist.core.errors import ConfigError
 from metadist.experiment.load import tracking_root
-from metadist.experiment.request import Request
+from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
 from metadist.experiment.train import train
 from metadist.learners.evaluation import as_json
@@ -42,7 +42,7 @@ class Group:
 def train_seeds(
     document: Document,
     seeds: Sequence[int],
-    request: Request,
+    request: RunRequest,
     live: Callable[[Experiment], AbstractContextManager[Observer]],
     show: Callable[[Result], None] = lambda _: None,
 ) -> Group:
@@ -69,7 +69,7 @@ def train_seeds(
     return Group(group_id, directory.url, results, mean_sd(final), interrupted=len(final) < len(seeds))
 
 
-def _claim(name: str, seeds: Sequence[int], request: Request) -> tuple[RunDirectory, str]:
+def _claim(name: str, seeds: Sequence[int], request: RunRequest) -> tuple[RunDirectory, str]:
     """Return the directory of the group and its id. ConfigError where the directory belongs to something else."""
     run_dir = request.run_dir
     if request.resume and run_dir is None:

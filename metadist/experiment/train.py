@@ -7,13 +7,13 @@ import time
 import torch
 
 from metadist.config.experiment import Experiment
-from metadist.control.feed import Board
+from metadist.control.feed import Feed
 from metadist.experiment.attempt import Attempt
-from metadist.experiment.fleet import fleet
+from metadist.experiment.fleet import WorkerReports, start_workers
 from metadist.experiment.lifecycle import check_control, serve_control, steering_of
 from metadist.experiment.oracle_comparison import Regret
 from metadist.experiment.recording import inexact_marker, recorded, write_result
-from metadist.experiment.request import Request
+from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
 from metadist.experiment.resume import claimed, resume_or_start
 from metadist.learners.evaluation import Evaluation
@@ -26,7 +26,7 @@ from metadist.training.progress import Outcome, Run
 from metadist.training.scheduler import Scheduler
 
 
-def train(experiment: Experiment, request: Request = Request(), display: Observer | None = None) -> Result:
+def train(experiment: Experiment, request: RunRequest = RunRequest(), display: Observer | None = None) -> Result:
     """Meta-train, test once, and record everything in the run directory. Raises ConfigError for a mistake of the user's."""
     began, learner = time.perf_counter(), experiment.learner
     check_control(experiment.control)
@@ -36,21 +36,19 @@ def train(experiment: Experiment, request: Request = Request(), display: Observe
     with claimed(experiment, request) as (directory, run_id):  # lock, run id, config.yaml
         attempt = resume_or_start(experiment, directory, run_id)  # refuses another config, seed, data
         with recorded(attempt, request.parent) as recording:
-            feed, tracker = Board(display or Observer()), recording.tracker
+            feed, tracker = Feed(display or Observer()), recording.tracker
             observers = Observers(feed, tracker, *exporters(experiment.workers, run_id))
             steering = steering_of(attempt, feed, tracker, request.stop)
             mark = inexact_marker(attempt, observers, tracker)
             with (
                 serve_control(steering, feed, attempt),
-                fleet(
+                start_workers(
                     experiment,
                     run_id,
                     attempt.planner,
                     expected=attempt.fingerprint,
                     wrap=request.wrap,
-                    folder=directory,
-                    note=observers.note,
-                    mark=mark,
+                    reports=WorkerReports(observers.note, mark, directory),
                 ) as workers,
             ):
                 run = _run(attempt, workers)

@@ -14,7 +14,7 @@ from metadist.config.schema import Document
 from metadist.core.errors import ConfigError
 from metadist.core.round import Executor, Shard
 from metadist.experiment.fleet import local_plan
-from metadist.experiment.request import Request
+from metadist.experiment.request import RunRequest
 from metadist.experiment.train import train
 from metadist.training.observers import Observer
 from metadist.workers.faulty import FaultyExecutor
@@ -97,7 +97,7 @@ def _row(document: Document, count: str, kill: int, display: Observer) -> dict[s
     killed: list[str] = []
     wrap = partial(Killer, kills=kill, meta_steps=steps, killed=killed) if kill else None
     with tempfile.TemporaryDirectory(prefix="metadist-verify-") as folder:
-        result = train(experiment, Request(run_dir=folder, wrap=wrap, test=False, plots=False), display)
+        result = train(experiment, RunRequest(run_dir=folder, wrap=wrap, test=False, plots=False), display)
     return {
         "workers": count,
         "params_sha256": result.params_sha256,

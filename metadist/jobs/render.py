@@ -7,6 +7,7 @@ definition. Each target also gets the run's config, with every value decided tha
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 import shlex
@@ -21,7 +22,10 @@ import yaml
 from metadist.config.build import build
 from metadist.config.groups import ROLES, WorkerGroup
 from metadist.core.errors import ConfigError
+from metadist.jobs.modules import own_names
 from metadist.storage.run_directory import new_run_id
+
+log = logging.getLogger(__name__)
 
 TARGETS = ("kubernetes", "slurm", "aws", "gcp")
 #: seconds for an autoscaler to start nodes, including images and drivers
@@ -87,7 +91,7 @@ def render(target: str, document: dict[str, Any], wanted: Rendering, folder: Pat
     Raises ``ConfigError`` for options that the target cannot use and for workers that fit no node.
     """
     config = build(document)
-    document = config.document
+    document = dict(config.document)
     run_id = wanted.run_id or new_run_id(config.name)
     for key, value in (
         ("--run-id", run_id),
@@ -111,6 +115,8 @@ def render(target: str, document: dict[str, Any], wanted: Rendering, folder: Pat
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     run = _Run(run_id, text, groups, wanted, folder)
     if target == "kubernetes":
+        if names := own_names(document):
+            log.warning("the config names %s, which are not in the files: add them to the image", ", ".join(names))
         return _kubernetes(run)
     return _slurm(run) if target == "slurm" else _cloud(target, run)
 

@@ -8,22 +8,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from metadist.core.algorithm import Algorithm, Phi
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
-from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard, WithOutput
+from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Setting, Shard, WithOutput
 from metadist.core.state import Records, Slot, State
-from metadist.core.task import Examples
+from metadist.core.task import Examples, TaskFamily
 from metadist.engine.meta_gradient import BUFFERS
 from metadist.engine.plan import Device, EngineRequest, Plan
 from metadist.learners.evaluation import Evaluation
+from metadist.rl.algorithm import TrialAlgorithm
+from metadist.rl.environment import MetaEnvironment
 
 log = logging.getLogger(__name__)
 AnyLearner = TypeVar("AnyLearner", bound="Learner")
@@ -35,16 +38,16 @@ Surround = Callable[[str], AbstractContextManager[None]]
 class Learner(ABC):
     """The mathematics of one experiment: algorithm, model, tasks and outer loop.
 
-    A learner knows nothing of workers, files or time. ``compute`` is a pure function of a shard and θ; ``meta_step`` says which shards
-    a meta-step consists of and updates the state with their sums.
+    A learner knows nothing of workers, files or time. ``compute`` is a pure function of a shard and θ; ``meta_step``
+    says which shards a meta-step consists of and updates the state with their sums.
     """
 
     #: functions of shards whose sums have slots: gradients and sums of the same layout
     gradients: ClassVar[tuple[str, ...]] = ("gradient",)
 
-    algorithm: Any
+    algorithm: Algorithm | TrialAlgorithm
     model: Model
-    tasks: Any
+    tasks: TaskFamily | MetaEnvironment
     outer: OuterLoop
     engine: Engine
     non_finite: str
@@ -113,11 +116,11 @@ class Learner(ABC):
         """Return why this learner cannot be served, or None where it can."""
         return f"{type(self.tasks).__name__} is a meta-environment; its policy adapts by acting (metadist evaluate)"
 
-    def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Any:
+    def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Phi:
         """Return φ_k for one support set. ConfigError where the learner is not ``servable``."""
         raise ConfigError(f"adapt: {self.servable()}")
 
-    def predict(self, state: State, phi: Any, x: Tensor, support: Examples) -> Tensor:
+    def predict(self, state: State, phi: Phi, x: Tensor, support: Examples) -> Tensor:
         """Return predictions for x [N, …] with φ. ConfigError where the learner is not ``servable``."""
         raise ConfigError(f"predict: {self.servable()}")
 
@@ -217,7 +220,7 @@ class Learner(ABC):
         )
 
     def shards(
-        self, key: MetaStepKey, function: str, *, tasks: int, split: str = "train", **settings: Any
+        self, key: MetaStepKey, function: str, *, tasks: int, split: str = "train", **settings: Setting
     ) -> list[Shard]:
         """Cut ``tasks`` tasks of ``split`` into shards of ``outer.shard_size``; the last one may be shorter.
 

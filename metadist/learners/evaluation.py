@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from metadist.core.errors import WorkerError
 from metadist.core.state import Records
 from metadist.rl.algorithm import EPISODES_SHOWN
 
+T = TypeVar("T")
 #: adaptation steps whose scores are recorded one by one; the last one always is
 STEPS_SHOWN = (0, 1, 2, 3, 5, 10, 20, 50)
 
@@ -22,8 +23,8 @@ STEPS_SHOWN = (0, 1, 2, 3, 5, 10, 20, 50)
 class Evaluation:
     """Means over tasks after 0, 1, …, k adaptation steps. ``ci95`` is 1.96 σ/√n of the mean.
 
-    ``divergence_rate`` is the share of tasks whose query loss is not finite, or higher after k steps than before. Tasks with values
-    that are not finite do not enter the means.
+    ``divergence_rate`` is the share of tasks whose query loss is not finite, or higher after k steps than before.
+    Tasks with values that are not finite do not enter the means.
     """
 
     split: str
@@ -34,7 +35,7 @@ class Evaluation:
     median: list[float]
     loss: list[float]
     divergence_rate: float
-    protocol: dict[str, Any]
+    protocol: dict[str, object]
 
     @property
     def score(self) -> float:
@@ -59,7 +60,7 @@ class Evaluation:
             f"eval/{self.split}/divergence_rate": self.divergence_rate,
         }
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return plain data for JSON."""
         return as_json(asdict(self))
 
@@ -68,8 +69,9 @@ class Evaluation:
 class TrialEvaluation(Evaluation):
     """Scores in a meta-environment.
 
-    ``mean``, ``ci95`` and ``median`` are those of the return in episode 1, 2, …, n of a trial, or after 0, 1, …, k gradient steps.
-    ``totals`` are those of the whole return of a trial, by the choice of actions (greedy, sampled), with the standard error.
+    ``mean``, ``ci95`` and ``median`` are those of the return in episode 1, 2, …, n of a trial, or after 0, 1, …, k
+    gradient steps. ``totals`` are those of the whole return of a trial, by the choice of actions (greedy, sampled),
+    with the standard error.
     """
 
     totals: dict[str, dict[str, float]]
@@ -82,7 +84,7 @@ class TrialEvaluation(Evaluation):
     #: by episode (or gradient step): its return minus that of the first in the same trial, mean and standard error
     gained: list[tuple[float, float]] = field(default_factory=list)
     #: scores of known methods on the same trials, where they were requested
-    beside: list[dict[str, Any]] = field(default_factory=list)
+    beside: list[dict[str, object]] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Return ``eval/<split>/…``: the return by episode (or gradient step) and by the choice of actions."""
@@ -96,7 +98,7 @@ class TrialEvaluation(Evaluation):
         values |= {f"{prefix}/{policy}": total["mean"] for policy, total in self.totals.items()}
         return values | {prefix: self.score, f"{prefix}/ci95": self.score_ci95, f"{prefix}/median": self.score_median}
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return plain data for JSON, without the returns of single trials."""
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trials"}
         return as_json(shown)
@@ -115,16 +117,20 @@ class TrialEvaluation(Evaluation):
         return self.totals[self.policy]["median"]
 
 
-def as_json(value: Any) -> Any:
-    """Replace NaN and Inf by None, since JSON has neither."""
+def as_json(value: T) -> T:
+    """Replace NaN and Inf by None, since JSON has neither, and tuples by lists."""
+    return cast(T, _without_infinities(value))
+
+
+def _without_infinities(value: object) -> object:
     if isinstance(value, dict):
-        return {k: as_json(v) for k, v in value.items()}
+        return {k: _without_infinities(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_json(v) for v in value]
+        return [_without_infinities(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def score_tasks(records: Records, metric: str, split: str, protocol: dict[str, Any]) -> Evaluation:
+def score_tasks(records: Records, metric: str, split: str, protocol: dict[str, object]) -> Evaluation:
     """Reduce records with the columns ``loss`` and ``metric`` [T, k+1] to scores."""
     values, loss = records.columns[metric], records.columns["loss"]
     finite = torch.isfinite(loss).all(1) & torch.isfinite(values).all(1)
@@ -160,7 +166,7 @@ def summary_of(whole: torch.Tensor) -> dict[str, float]:
     return {"mean": float(whole.mean()), "standard_error": error, "median": float(whole.quantile(0.5))}
 
 
-def with_task_list(protocol: dict[str, Any], records: Records, aside: tuple[str, ...]) -> dict[str, Any]:
+def with_task_list(protocol: dict[str, object], records: Records, aside: tuple[str, ...]) -> dict[str, object]:
     """Add a hash that names the tasks: a task is a function of (seed, split, index) and of the protocol without ``aside``."""
     listed = {k: v for k, v in protocol.items() if k not in aside}
     indices = records.columns["task"].tolist()

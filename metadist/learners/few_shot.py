@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from metadist.core.algorithm import Algorithm, TaskContext, with_inner_steps
+from metadist.core.algorithm import Algorithm, Phi, TaskContext, with_inner_steps
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError, one_of
 from metadist.core.model import BoundModel, Model
@@ -38,8 +38,8 @@ class FewShotLearner(Learner):
     """One experiment's mathematics: algorithm, model, tasks and outer loop. Knows nothing of workers or files.
 
     ``normalization`` is how batch norm treats the query set in evaluation: ``transductive`` (by the query set's own
-    statistics) or ``inductive`` (each query in one batch with the support set). ``non_finite`` says what becomes of a task
-    whose contribution has NaN or Inf: ``error``, or ``skip`` (it is left out of the sum and of the weight).
+    statistics) or ``inductive`` (each query in one batch with the support set). ``non_finite`` says what becomes of a
+    task whose contribution has NaN or Inf: ``error``, or ``skip`` (it is left out of the sum and of the weight).
     """
 
     algorithm: Algorithm
@@ -160,7 +160,8 @@ class FewShotLearner(Learner):
         if shard.function == "gradient":
             return self.contribute(named, keys, shard.meta_step)
         if shard.function == "evaluate":
-            return self.evaluate(named, keys, shard.meta_step, **dict(shard.settings))
+            inner_steps = cast("int | None", dict(shard.settings).get("inner_steps"))
+            return self.evaluate(named, keys, shard.meta_step, inner_steps)
         raise ValueError(f"unknown function '{shard.function}'; expected gradient or evaluate")
 
     # The mathematics --------------------------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ class FewShotLearner(Learner):
             {"task": keys.tasks, "loss": losses.double().cpu(), self.tasks.metric_name: metrics.double().cpu()}
         )
 
-    def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Any, support: Tensor, x: Tensor) -> Tensor:
+    def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Phi, support: Tensor, x: Tensor) -> Tensor:
         """Predictions for x [N, …], normalised as ``normalization`` says; ``support`` holds the support set's inputs."""
         if self.normalization == "transductive":
             return algorithm.predict(model, phi, x)
@@ -303,7 +304,7 @@ class FewShotLearner(Learner):
 
     # For one task, outside a fleet ------------------------------------------------------------------------------------
 
-    def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Any:
+    def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Phi:
         """φ_k for one support set: what ``predict`` takes."""
         algorithm = with_inner_steps(self.algorithm, inner_steps)
         key = TaskKey.of(0, "test", 0, [0]).each()[0]
@@ -312,7 +313,7 @@ class FewShotLearner(Learner):
         with torch.no_grad():
             return algorithm.adapt(self.bind(theta, None, False), theta, support, context)[-1]
 
-    def predict(self, state: State, phi: Any, x: Tensor, support: Examples) -> Tensor:
+    def predict(self, state: State, phi: Phi, x: Tensor, support: Examples) -> Tensor:
         """Predictions for x [N, …] with φ adapted to ``support``, beside which inductive normalisation sees each of them."""
         with torch.no_grad():
             return self._judge(self.algorithm, self.bind(state.theta(self.slots), None, False), phi, support.x, x)

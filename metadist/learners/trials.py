@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -182,7 +182,8 @@ class TrialLearner(Learner):
             return WithOutput(Contribution({}, weight, shard.count - int(sums.get("left_out", 0)), sums), trials)
         if shard.function == "evaluate":
             with torch.no_grad():
-                returns = self.algorithm.evaluate(named, context, settings["inner_steps"])
+                inner_steps = cast("int | None", settings["inner_steps"])
+                returns = self.algorithm.evaluate(named, context, inner_steps)
             return Records({"task": keys.tasks.cpu(), **{n: v.cpu() for n, v in returns.items()}})
         return self._learn(shard, named, inputs[0], settings, context)
 
@@ -202,7 +203,8 @@ class TrialLearner(Learner):
             sums, weight = algorithm.surrogate(
                 theta, trials, theta[DIRECTION] * settings["fraction"], settings, context
             )
-            # A step too far may overflow: that is for the line search to refuse, where the scheduler takes NaN for a fault.
+            # A step too far may overflow: that is for the line search to refuse, where the scheduler takes NaN for a
+            # fault.
             sums = {n: v if math.isfinite(v) else FAR[n] for n, v in sums.items()}
         else:
             raise ValueError(

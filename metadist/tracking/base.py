@@ -54,7 +54,7 @@ class Tracker(Observer):
         """The id of the MLflow run, or None where there is none yet."""
         return None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         return {"mlflow_run_id": self.mlflow_run_id}
 
     def url(self) -> str | None:

@@ -6,15 +6,15 @@ from metadist.core.errors import CheckpointError
 from metadist.core.state import State
 from metadist.learners.evaluation import as_json
 from metadist.storage.checkpoints import Checkpoints
-from metadist.training.observers import Observer, Steering
+from metadist.training.observers import Commands, Observer
 from metadist.training.progress import Progress, Run
 
 
 class RunCheckpoints:
     """Saves the progress of ``run`` to ``checkpoints``."""
 
-    def __init__(self, run: Run, checkpoints: Checkpoints, observers: Observer, steering: Steering) -> None:
-        self._run, self._checkpoints, self._observers, self._steering = run, checkpoints, observers, steering
+    def __init__(self, run: Run, checkpoints: Checkpoints, observers: Observer, commands: Commands) -> None:
+        self._run, self._checkpoints, self._observers, self._commands = run, checkpoints, observers, commands
 
     def save(self, progress: Progress) -> bool:
         """Write a checkpoint and return whether it was written. A full disk does not end a run."""
@@ -27,12 +27,12 @@ class RunCheckpoints:
             **self._observers.facts(),
             "validation": as_json(progress.validation),
             "curve": as_json(progress.curve),
-            "commands": list(self._steering.history(progress.meta_step)),
+            "commands": list(self._commands.history(progress.meta_step)),
         }
         slots = self._run.learner.slots
         done = self._checkpoints.save(progress.meta_step, progress.state, manifest, slots=slots, score=progress.score())
         if done:
-            self._steering.saved(progress.meta_step)
+            self._commands.saved(progress.meta_step)
         return done
 
     def best(self, progress: Progress) -> tuple[int, State]:

@@ -10,22 +10,22 @@ from metadist.storage.checkpoints import Checkpoints
 from metadist.training.checkpointing import RunCheckpoints
 from metadist.training.evaluation import evaluate
 from metadist.training.meter import Meter
-from metadist.training.observers import Observer, Steering
+from metadist.training.observers import Commands, Observer
 from metadist.training.progress import Outcome, Progress, Run
 from metadist.training.scheduler import Scheduler
 
 
 def meta_train(
-    run: Run, progress: Progress, workers: Scheduler, observers: Observer, checkpoints: Checkpoints, steering: Steering
+    run: Run, progress: Progress, workers: Scheduler, observers: Observer, checkpoints: Checkpoints, commands: Commands
 ) -> Outcome:
     """θ ← outer(θ, Σ contributions / Σ weights), ``run.meta_steps`` times, with validation and checkpoints when due."""
-    saver, meter, stopped = RunCheckpoints(run, checkpoints, observers, steering), Meter(workers), None
+    saver, meter, stopped = RunCheckpoints(run, checkpoints, observers, commands), Meter(workers), None
     began = saved = progress.meta_step
     try:
         while progress.meta_step < run.meta_steps:
             if stopped := run.out_of_patience(progress):
                 break
-            learner, stopped = steering.boundary(progress.meta_step, workers, partial(saver.save, progress))
+            learner, stopped = commands.boundary(progress.meta_step, workers, partial(saver.save, progress))
             if stopped:
                 break
             with meter:
@@ -54,4 +54,4 @@ def meta_train(
             saver.save(progress)
         raise
     finally:
-        steering.over()
+        commands.over()

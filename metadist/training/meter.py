@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from metadist.training.scheduler import Scheduler
 
 
 class Meter:
-    """Tasks per second, and what the scheduler measured since the last reading."""
+    """Measures tasks per second, and reads the scheduler's measurements. A context around every meta-step."""
 
     def __init__(self, workers: Scheduler) -> None:
         self._workers = workers
         self._seconds = self._tasks = 0.0
         self._window_seconds = self._window_tasks = self._steps = 0.0
-        #: since the last reading
+        #: environment steps since the last reading
         self.environment_steps = 0.0
         self.rate = 0.0
 
     def __enter__(self) -> None:
         self._began, self._before = time.perf_counter(), self._workers.tasks_done
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         seconds, tasks = time.perf_counter() - self._began, self._workers.tasks_done - self._before
         self._seconds, self._tasks = self._seconds + seconds, self._tasks + tasks
         self._window_seconds, self._window_tasks = self._window_seconds + seconds, self._window_tasks + tasks
@@ -33,9 +32,11 @@ class Meter:
 
     @property
     def average(self) -> float:
+        """Tasks per second since the start."""
         return self._tasks / self._seconds if self._seconds else 0.0
 
     def read(self) -> dict[str, float]:
+        """Return the metrics since the last reading: ``engine/…`` and ``sys/<worker>/…``. Seconds are per meta-step."""
         workers = self._workers
         taken, steps = workers.measured.read(), self._steps or 1.0
         values = {
@@ -66,7 +67,7 @@ class Meter:
         return values
 
     def _rates(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Environment steps per second of the run, and per second that workers spent on each part of them."""
+        """Return environment steps per second: of the run, and of the workers' time for each part of a rollout."""
         learning = sum(
             s
             for n, s in seconds.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from metadist.core.round import Report
 from metadist.learners.base import Learner
@@ -29,7 +29,7 @@ class Observer:
     def flush(self) -> None:
         """Write everything so far to disk. The loop calls it before a checkpoint counts as written."""
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Return the facts that a checkpoint stores for this observer."""
         return {}
 
@@ -60,18 +60,18 @@ class Observers(Observer):
         for observer in self._observers:
             observer.flush()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         return {name: value for observer in self._observers for name, value in observer.facts().items()}
 
 
-class Steering(Protocol):
-    """Obeys commands between two meta-steps."""
+class Commands(Protocol):
+    """The commands to a live run, obeyed between two meta-steps."""
 
     def boundary(self, meta_step: int, workers: Scheduler, save: Callable[[], bool]) -> tuple[Learner, str | None]:
         """Return the learner of the next meta-step, and the reason to stop or None. Blocks while the run is paused."""
         ...
 
-    def history(self, before: int) -> Sequence[Mapping[str, Any]]:
+    def history(self, before: int) -> Sequence[Mapping[str, object]]:
         """Return the commands that entered the parameters after ``before`` meta-steps."""
         ...
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from metadist.config.settings import CheckpointSettings, EvaluateSettings
 from metadist.core.round import EvaluationRequest, MetaStepKey, Report
@@ -22,7 +21,8 @@ MOST_POINTS = 2000
 class Run:
     """The facts of one run that do not change while it trains.
 
-    ``manifest`` is stored in every checkpoint (config, fingerprint, versions). ``extra_scores`` gives further metrics of an evaluation.
+    ``manifest`` is stored in every checkpoint (config, fingerprint, versions). ``extra_scores`` gives further metrics
+    of an evaluation.
     """
 
     id: str
@@ -31,15 +31,17 @@ class Run:
     evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log_every: int = 10
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, object] = field(default_factory=dict)
     extra_scores: Callable[[Evaluation], Mapping[str, float]] = lambda judged: {}
 
     @property
     def meta_steps(self) -> int:
+        """The number of meta-steps of the whole run."""
         return self.learner.outer.meta_steps
 
     @property
     def higher_is_better(self) -> bool:
+        """Whether larger validation scores are better."""
         return self.learner.tasks.higher_is_better
 
     def key(self, progress: Progress) -> MetaStepKey:
@@ -63,13 +65,15 @@ class Run:
         return f"no better validation in {patience} evaluations"
 
     def logs(self, progress: Progress) -> bool:
+        """Return whether the report of this meta-step is recorded."""
         return progress.meta_step % self.log_every == 0 or progress.meta_step == self.meta_steps
 
     def validates(self, progress: Progress) -> bool:
+        """Return whether a validation is due."""
         return progress.meta_step % self.evaluate.every == 0 or progress.meta_step == self.meta_steps
 
     def saves(self, progress: Progress) -> bool:
-        """A checkpoint is due: by its interval, at the end, or because this validation is the best so far."""
+        """Return whether a checkpoint is due: by its interval, at the end, or because this validation is the best so far."""
         best = progress.best(self.higher_is_better)
         improved = best is not None and best["meta_step"] == progress.meta_step
         return progress.meta_step % self.checkpoint.every == 0 or progress.meta_step == self.meta_steps or improved
@@ -79,8 +83,8 @@ class Run:
 class Progress:
     """The state of a run between two meta-steps: the content of a checkpoint.
 
-    ``validation`` has an entry per validation: meta_step, mean, ci95, median, loss. ``curve`` has an entry per logged meta-step: meta_step
-    and its report.
+    ``validation`` has an entry per validation: meta_step, mean, ci95, median, loss. ``curve`` has an entry per logged
+    meta-step: meta_step and its report.
     """
 
     meta_step: int
@@ -127,6 +131,7 @@ class Progress:
         return choose((v for v in self.validation if math.isfinite(v["mean"])), key=lambda v: v["mean"], default=None)
 
     def validations_since_best(self, higher_is_better: bool) -> int:
+        """Return the number of validations after the best one."""
         best = self.best(higher_is_better)
         return sum(best is None or v["meta_step"] > best["meta_step"] for v in self.validation)
 

@@ -1,4 +1,4 @@
-"""Drivers as processes of their own: killed at random moments, interrupted, terminated; and what is left of them."""
+"""Drivers in processes of their own: killed at random moments, interrupted, terminated; and their remains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
-from tiny import train
 
 from metadist.tracking.spool import read_json
 
@@ -28,7 +27,7 @@ TRACKED = "tracking.uri=auto"
 @pytest.fixture
 def expected(tmp_path):
     """The result of the unbroken run."""
-    return train(tiny.experiment(*OFTEN, "checkpoint.every=1000"), run_dir=str(tmp_path / "whole"), plots=False)
+    return tiny.train(tiny.experiment(*OFTEN, "checkpoint.every=1000"), run_dir=str(tmp_path / "whole"), plots=False)
 
 
 def query(folder: Path, sql: str) -> list[tuple]:
@@ -51,8 +50,10 @@ def wait_for(process, condition, seconds=240.0):
 
 
 def gone(processes, seconds=180.0) -> list[str]:
-    """Those that are still there, as command lines. Ray's agents look for their raylet once a minute only; a store that is
-    being made is made to its end."""
+    """Wait until ``processes`` have ended, and return the command lines of the others.
+
+    Ray's agents check their raylet only once a minute, and a store that is being created is finished first.
+    """
     _, alive = psutil.wait_procs([p for p in processes if not is_agent(p)], timeout=seconds)
     left = []
     for process in alive:
@@ -135,7 +136,7 @@ def test_drivers_killed_twenty_times(tmp_path, workers):
     for seed in range(20):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        whole = train(tiny.experiment(*OFTEN, f"seed={seed}"), run_dir=str(folder / "whole"), plots=False)
+        whole = tiny.train(tiny.experiment(*OFTEN, f"seed={seed}"), run_dir=str(folder / "whole"), plots=False)
         result, moments = kill_and_resume(folder, 3, "--workers", workers, f"seed={seed}", TRACKED, seed=seed)
         assert result["params_sha256"] == whole.params_sha256
         check_points(folder)
@@ -201,7 +202,7 @@ def test_ctrl_c_checkpoints_closes_mlflow_and_can_be_resumed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert query(tmp_path, "SELECT run_uuid, status FROM runs") == [(run_uuid, "FINISHED")]
     # The run began as an endless one, which is compiled, and stays so.
-    whole = train(
+    whole = tiny.train(
         tiny.experiment(*ENDLESS, f"outer.meta_steps={steps}", "engine.compile=always"),
         run_dir=str(tmp_path / "whole"),
         plots=False,
@@ -261,9 +262,16 @@ def children(process) -> list[psutil.Process]:
 def test_the_second_ctrl_c_stops_at_once(tmp_path, workers):
     """A meta-step that never ends can still be left."""
     (tmp_path / "slow.py").write_text(
-        "import time\nfrom dataclasses import dataclass\nfrom metadist.tasks.sinusoid import Sinusoid\n\n@dataclass(frozen=True, kw_only=True)\n"
-        "class Slow(Sinusoid):\n    def sample(self, keys, split):\n        if keys.meta_step == 60 and split == 'train':\n"
-        "            open('reached', 'w').close()\n            time.sleep(600)\n        return super().sample(keys, split)\n"
+        "import time\n"
+        "from dataclasses import dataclass\n"
+        "from metadist.tasks.sinusoid import Sinusoid\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Slow(Sinusoid):\n"
+        "    def sample(self, keys, split):\n"
+        "        if keys.meta_step == 60 and split == 'train':\n"
+        "            open('reached', 'w').close()\n"
+        "            time.sleep(600)\n"
+        "        return super().sample(keys, split)\n"
     )
     overrides = ["tasks={name: 'slow:Slow'}", "--workers", workers]
     process = tiny.start(
@@ -321,9 +329,15 @@ def test_no_gpu_is_one_line_after_a_bounded_wait(tmp_path):
 def test_actors_find_ones_own_module_and_stdout_stays_clean(tmp_path):
     """The command line, the tasks of a module in the working directory, two actors: the same hash as without."""
     (tmp_path / "myown.py").write_text(
-        "from dataclasses import dataclass\nfrom metadist.tasks.sinusoid import Sinusoid\n\n@dataclass(frozen=True, kw_only=True)\n"
-        "class Mine(Sinusoid):\n    shift: float = 1.0\n\n    def curve(self, keys, x):\n        return super().curve(keys, x) + self.shift\n\n"
-        "def loss(p, t):\n    return (p - t).abs().flatten(1).mean(1)\n"
+        "from dataclasses import dataclass\n"
+        "from metadist.tasks.sinusoid import Sinusoid\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(Sinusoid):\n"
+        "    shift: float = 1.0\n\n"
+        "    def curve(self, keys, x):\n"
+        "        return super().curve(keys, x) + self.shift\n\n"
+        "def loss(p, t):\n"
+        "    return (p - t).abs().flatten(1).mean(1)\n"
     )
     config = tiny.write(tmp_path)
     own = ["tasks={name: 'myown:Mine', shift: 2}", "loss=myown:loss"]

@@ -15,16 +15,20 @@ RENDER = ("sinusoid_maml", "--run-dir", "s3://b/a")
         (("submit", "sinusoid_maml"), "--address is missing; expected the URL of the cluster's dashboard"),
         (("submit", "sinusoid_mam", "--address", "http://127.0.0.1:1"), "did you mean 'sinusoid_maml'?"),
         (("submit", "sinusoid_maml", "--env", "A B=c"), "--env A B=c: expected NAME=VALUE"),
-        (("submit", "sinusoid_maml", "--env", "NOWHERE_SET"), "--env NOWHERE_SET: it is not set here"),
+        (("submit", "sinusoid_maml", "--env", "NOWHERE_SET"), "--env NOWHERE_SET: the variable is not set here"),
         (
             ("submit", "sinusoid_maml", "--address", "http://127.0.0.1:1"),
             "can't reach the Ray cluster at http://127.0.0.1:1",
         ),
+        (
+            ("submit", "sinusoid_maml", "--address", "http://127.0.0.1:1", "--module", "a b"),
+            "can't reach the Ray cluster",
+        ),
         (("jobs",), "--address is missing"),
         (("jobs", "--address", "head:8265"), "--address head:8265: expected the URL"),
         (("jobs", "--address", "head:8265", "status"), "--address head:8265: expected the URL"),
-        (("jobs", "logs", "-f", "a", "--address", "http://127.0.0.1:1"), "is it up"),
-        (("jobs", "stop", "a", "--address", "http://127.0.0.1:1"), "is it up"),
+        (("jobs", "logs", "-f", "a", "--address", "http://127.0.0.1:1"), "is it running"),
+        (("jobs", "stop", "a", "--address", "http://127.0.0.1:1"), "is it running"),
         (
             ("render", "kubernets", *RENDER),
             "'kubernets' is not one of kubernetes, slurm, aws, gcp; did you mean 'kubernetes'?",

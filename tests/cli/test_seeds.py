@@ -13,14 +13,14 @@ import tiny
 from tiny import train
 
 from metadist.core.errors import ConfigError
-from metadist.experiment.request import Request
+from metadist.experiment.request import RunRequest
 from metadist.experiment.seeds import train_seeds
 from metadist.training.observers import Observer
 
 
 def go(document, seeds, run_dir, resume=False, stop=lambda: False):
     return train_seeds(
-        document, seeds, Request(run_dir=run_dir, resume=resume, stop=stop), lambda _: nullcontext(Observer())
+        document, seeds, RunRequest(run_dir=run_dir, resume=resume, stop=stop), lambda _: nullcontext(Observer())
     )
 
 

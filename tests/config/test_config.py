@@ -22,7 +22,7 @@ from metadist.core.errors import ConfigError
 def refused(*overrides: str, document=None) -> str:
     """What building with these overrides says."""
     with pytest.raises(ConfigError) as caught:
-        build(override(tiny.document() if document is None else document, overrides))
+        build(override(tiny.document() if document is None else document, overrides)).learner  # noqa: B018
     return str(caught.value)
 
 
@@ -430,7 +430,7 @@ def test_ones_own_parts_are_trained_resolved_and_built_again(module, tmp_path, c
     assert again.document == build(document).document
     if "metric" in filled:
         assert result.evaluations[0].metric == "absolute"
-        assert again.tasks.higher_is_better == isinstance(filled["metric"], dict)
+        assert again.tasks.made.higher_is_better == isinstance(filled["metric"], dict)
     if "loss" in filled:
         assert result.evaluations[0].metric == "mse"
         assert result.evaluations[0].loss != result.evaluations[0].mean

@@ -30,7 +30,7 @@ from metadist.learners.few_shot import FewShotLearner
 from metadist.models import MODELS
 from metadist.storage.checkpoints import Checkpoints
 from metadist.tasks import TASKS
-from metadist.wire import decode_result, decode_theta, encode_result, encode_theta
+from metadist.wire import ResultHeader, ThetaHeader, decode_result, decode_theta, result_parts, theta_parts
 
 #: given to every config that has such a field: what has no default, and what makes it small
 SETTINGS = {
@@ -223,17 +223,17 @@ def test_a_checkpoint_brings_back_every_bit(subject, request):
 
 def test_the_wire_brings_over_every_bit(subject):
     state, shard = start(subject), shards(subject)[0]
-    sent = encode_theta(state.slots, subject.slots, run="run", meta_step=2, round=0)
-    assert same(decode_theta(sent, subject.slots, run="run", meta_step=2, round=0), dict(state.slots))
+    header = ThetaHeader("run", 2, 0)
+    sent = theta_parts(state.slots, subject.slots, header)
+    assert same(decode_theta(sent, subject.slots, header), dict(state.slots))
     result = subject.compute(shard, state.slots)
-    got, _ = decode_result(
-        encode_result(result, shard, subject.slots, attempt=1, worker="w"), shard, subject.slots, reduce=True
-    )
+    sent = result_parts(result, subject.slots, ResultHeader(shard, 1, "w"))
+    got, _ = decode_result(sent, shard, subject.slots)
     assert same(got.slots, result.slots)
     assert (got.weight, got.tasks, got.metrics) == (result.weight, result.tasks, dict(result.metrics))
     judge = shards(subject, "evaluate", "test")[0]
     records = subject.compute(judge, state.slots)
-    back, _ = decode_result(encode_result(records, judge, subject.slots, attempt=1, worker="w"), judge, subject.slots)
+    back, _ = decode_result(result_parts(records, subject.slots, ResultHeader(judge, 1, "w")), judge, subject.slots)
     assert same(back.columns, records.columns)
 
 

@@ -27,7 +27,7 @@ from metadist.config.document import read_document, set_workers
 from metadist.jobs.render import Node, Rendering, render
 from metadist.jobs.submit import entrypoint
 
-#: every value that the templates look at, set
+#: a value for everything that the templates read
 EVERYTHING = {
     "image": {"repository": "registry/metadist", "tag": "1", "pullSecrets": ["pull", "other"]},
     "auth": {"secretName": "token"},
@@ -71,7 +71,7 @@ LEAST = {"image": {"repository": "metadist"}, "run": {"id": "a", "dir": "s3://b/
 
 @pytest.fixture(scope="session")
 def helm():
-    """The program: from METADIST_HELM, beside this Python (``make helm`` installs it there), or on PATH."""
+    """Helm's program: METADIST_HELM, or in this Python's folder (by ``make helm``), or on PATH."""
     places = [os.environ.get("METADIST_HELM"), str(Path(sys.executable).parent / "helm"), "helm"]
     found = next((program for place in places if place and (program := shutil.which(place))), None)
     if found is None:
@@ -113,7 +113,7 @@ def test_the_chart_is_valid(template, data, values):
 
 
 def test_unknown_fields_are_refused(template, data):
-    """The check itself: deep inside of a pod, and of the wrong type."""
+    """The check itself finds an unknown field of a container and a value of the wrong type."""
     job = template(LEAST)["RayJob"]
     job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMount"] = []
     job["spec"]["backoffLimit"] = "3"
@@ -125,7 +125,7 @@ def test_what_is_promised_of_a_job(template):
     found = template(EVERYTHING)
     job = found["RayJob"]["spec"]
     assert (job["backoffLimit"], job["shutdownAfterJobFinishes"], job["ttlSecondsAfterFinished"]) == (3, True, 600)
-    # The very command that a submitted job has, but for where the config lies: a retry goes on.
+    # The command of a submitted job, with another path of the config: a retry resumes the run.
     assert shlex.split(job["entrypoint"]) == [
         w.replace("config.yaml", "/etc/metadist/config.yaml") for w in shlex.split(entrypoint("a", "s3://b/a"))
     ]
@@ -152,26 +152,26 @@ def test_what_is_promised_of_a_job(template):
 def test_the_service_is_what_ray_serve_and_our_application_take(template):
     serve = pytest.importorskip("ray.serve.schema")
     from metadist.serving.load import Serving
-    from metadist.serving.ray import _OWN, application, bounds
+    from metadist.serving.ray import DEPLOYMENT_ARGS, application, bounds
 
     found = template(EVERYTHING)
     config = serve.ServeDeploySchema.parse_obj(yaml.safe_load(found["RayService"]["spec"]["serveConfigV2"]))
     [deployed] = config.applications
     module, _, name = deployed.import_path.partition(":")
     assert (module, name) == (application.__module__, application.__name__)
-    assert deployed.args.keys() <= {*_OWN, *(field.name for field in dataclasses.fields(Serving))}
+    assert deployed.args.keys() <= {*DEPLOYMENT_ARGS, *(field.name for field in dataclasses.fields(Serving))}
     assert deployed.args["sources"] == EVERYTHING["service"]["models"] and bounds(deployed.args["replicas"]) == (1, 4)
 
 
 def test_no_secret_has_a_value(root):
-    """By reference alone: no manifest is a Secret or has a place for one's content."""
+    """The chart refers to Secrets by name: no manifest is a Secret or has a place for its content."""
     for path in (root / "deploy" / "helm").rglob("*.*"):
         text = path.read_text()
         assert "kind: Secret" not in text and "stringData" not in text, path
 
 
 def test_the_network_policy_names_known_fields_only(template):
-    """NetworkPolicy has no CRD; its few fields are held against the API's by name."""
+    """NetworkPolicy has no CRD, so this test compares its few fields with the API's by name."""
     policy = template(EVERYTHING)["NetworkPolicy"]
     assert policy["apiVersion"] == "networking.k8s.io/v1"
     assert policy["spec"].keys() == {"podSelector", "policyTypes", "ingress"}

@@ -1,4 +1,4 @@
-"""Shell scripts and Dockerfiles, shipped and rendered, by their linters; a Slurm script as it would be submitted."""
+"""Linters for shell scripts and Dockerfiles, shipped and rendered; the options of a rendered Slurm script."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_worker_that_fits_no_node(tmp_path):
 
 
 def test_the_wheel_has_the_files(root):
-    """What ``render`` reads is forced into the wheel, under the names that it looks for."""
+    """The wheel contains the files that ``render`` reads, under the names that ``render`` expects."""
     text = (root / "pyproject.toml").read_text()
     for folder in ("cluster", "deploy/helm", "configs"):
         assert f'"{folder}" = "metadist/{folder}"' in text

@@ -1,4 +1,4 @@
-"""The rendered Slurm script as a job of two nodes: a stub of srun starts the commands here; Ray and the run are real."""
+"""A rendered Slurm script as a job of two nodes: a stub of srun runs the commands here; Ray and the run are real."""
 
 from __future__ import annotations
 

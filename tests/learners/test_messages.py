@@ -237,7 +237,7 @@ def test_minibatches_of_padded_tasks():
     from toys import Ragged
 
     ragged = learner(MAML(inner_batch_size=2), mlp, Ragged())
-    refused(lambda: ragged.dry_run(0), "inner_batch_size", "unequal size")
+    refused(lambda: ragged.dry_run(0), "inner_batch_size", "equal size")
 
 
 def test_init_from():

@@ -23,6 +23,7 @@ from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
 from metadist.experiment.load import load_run
 from metadist.learners.evaluation import Evaluation
 from metadist.training import loop as training
+from metadist.training.checkpointing import RunCheckpoints
 from metadist.training.evaluation import evaluate
 from metadist.training.progress import Progress
 from metadist.training.scheduler import Scheduler
@@ -167,8 +168,8 @@ def scripted(monkeypatch, scores):
     """Validation scores as told, one after the other; the test is as it is. Returns the θ that each was asked of."""
     seen, real = [], training.evaluate
 
-    def scored(fleet, learner, state, *, split, **options):
-        judged = real(fleet, learner, state, split=split, **options)
+    def scored(fleet, learner, state, request):
+        judged = real(fleet, learner, state, request)
         seen.append(state)
         return dataclasses.replace(judged, mean=[*judged.mean[:-1], scores[len(seen) - 1]])
 
@@ -243,14 +244,14 @@ def test_accuracy_is_better_when_larger(tmp_path, monkeypatch):
 
 def test_a_lost_best_checkpoint_falls_back_to_the_last(tmp_path, monkeypatch):
     scripted(monkeypatch, [1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0])
-    real = training._best
+    real = RunCheckpoints.best
 
     def after_damage(*arguments):
         for payload in (tmp_path / "run/checkpoints/step-00000001").glob("*.safetensors"):
             payload.write_bytes(b"\0" * payload.stat().st_size)
         return real(*arguments)
 
-    monkeypatch.setattr(training, "_best", after_damage)
+    monkeypatch.setattr(RunCheckpoints, "best", after_damage)
     result = outcome(tmp_path)
     assert result.outcome.best_step == 8
     assert result.evaluations

@@ -1,4 +1,4 @@
-"""Rounds that need what earlier rounds kept, in this process: outputs that are lost are computed anew, and change nothing."""
+"""Rounds that need outputs of earlier rounds, in this process: lost outputs are computed again, and nothing changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from faults import everywhere
 
 from metadist.core.errors import WorkerError
-from metadist.core.round import Failed, Finished, MetaStepKey, Shard, run_rounds
+from metadist.core.round import EvaluationRequest, Failed, Finished, MetaStepKey, Shard, run_rounds
 from metadist.core.state import Contribution, Records
 from metadist.training.scheduler import MAX_FAILURES, Scheduler, fault_of
 from metadist.workers.local import LocalExecutor
@@ -174,7 +174,7 @@ def test_a_shard_that_keeps_must_have_an_output():
     with pytest.raises(TaskError, match="function 'rollout' has an output; the shard says otherwise"):
         worker(learner).compute(shard, state.slots)
     with pytest.raises(TaskError, match="function 'evaluate' has no output; the shard says otherwise"):
-        judged = learner.evaluation("run", 0, SEED, state, split="validation", tasks=2, inner_steps=None).shards[0]
+        judged = learner.evaluation(EvaluationRequest(MetaStepKey("run", 0, SEED), "validation", 2), state).shards[0]
         worker(learner).compute(replace(judged, keeps=True), state.slots)
 
 

@@ -1,4 +1,4 @@
-"""Real actors: killed, stopped, failing; and what the driver makes of it. Two actors serve most tests."""
+"""Real actors: killed, stopped, failing, and the driver's reaction. Two actors serve most tests."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import tiny
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
-from metadist.core.round import MetaStepKey, run_rounds
+from metadist.core.round import EvaluationRequest, MetaStepKey, run_rounds
 from metadist.learners.few_shot import FewShotLearner
 from metadist.training.evaluation import evaluate
 from metadist.training.scheduler import Scheduler
-from metadist.workers.faulty import Call, FaultyExecutor, Kill
+from metadist.workers.faulty import Act, FaultyExecutor, Kill
 from metadist.workers.local import LocalExecutor
+from metadist.workers.numerics import Numerics
+from metadist.workers.settings import RunSettings
 
 SEED = 11
 
@@ -41,10 +43,11 @@ def mischief(tmp_path_factory):
     return learner, tell
 
 
-def executor(learner, *groups, **options):
+def executor(learner, *groups, expected=None, exact=True, **options):
     from metadist.workers.ray.executor import RayExecutor
 
-    return RayExecutor(learner, groups, run="run", **{"patience": 300.0, **options})
+    settings = RunSettings("run", **{"patience": 300.0, **options})
+    return RayExecutor(learner, groups, settings, Numerics(groups, expected, exact))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,7 @@ def test_killing_all_actors_at_once_changes_nothing(actors, mischief, expected):
         for about in executor.workers().values():
             os.kill(about["pid"], signal.SIGKILL)
 
-    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 5 and s.index > 0, Call(kill_all))
+    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 5 and s.index > 0, Act(kill_all))
     state, fleet = train(faulty, mischief[0], 10)
     assert state.sha256() == expected(10)
     assert fleet.retried["lost"] >= 2
@@ -143,11 +146,11 @@ def test_a_stopped_actor_is_backed_up_then_recycled(actors, mischief, expected):
     stopped = []
 
     def stop(executor, shard):
-        busy = next(m for m in executor._members.values() if m.about and m.calls)
+        busy = next(m for m in executor._pool.members.values() if m.about and m.calls)
         stopped.append((busy.name, busy.about["pid"]))
         os.kill(busy.about["pid"], signal.SIGSTOP)
 
-    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 4 and s.index > 1, Call(stop))
+    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 4 and s.index > 1, Act(stop))
     state, fleet = train(faulty, mischief[0], 10, timeout=8)
     assert state.sha256() == expected(10)
     [(name, pid)] = stopped
@@ -235,7 +238,7 @@ def test_theta_is_decoded_once_per_actor_and_version(actors, mischief, cluster):
 
         return module.decodings
 
-    handles = [m.handle for m in actors._members.values()]
+    handles = [m.handle for m in actors._pool.members.values()]
     cluster.get([h.__ray_call__.remote(count_decodings) for h in handles])
     train(actors, mischief[0], 12)
     counts = cluster.get([h.__ray_call__.remote(decodings) for h in handles])
@@ -250,10 +253,8 @@ def test_another_theta_of_the_same_meta_step_is_seen(actors, mischief):
     fleet, local = Scheduler(actors, learner), Scheduler(LocalExecutor(learner), learner)
     for seed in (1, 2, 1):
         state = learner.initial(seed)
-        judged = [
-            f.run(learner.evaluation("run", 6, SEED, state, split="test", tasks=8, inner_steps=2))
-            for f in (fleet, local)
-        ]
+        request = EvaluationRequest(MetaStepKey("run", 6, SEED), "test", tasks=8, inner_steps=2)
+        judged = [f.records(learner.evaluation(request, state)) for f in (fleet, local)]
         assert judged[0].columns["loss"].tolist() == judged[1].columns["loss"].tolist()
 
 
@@ -271,7 +272,7 @@ def test_the_drivers_memory_is_flat(actors, mischief):
     grown, fleet = memory(actors, mischief[0], 150)
     assert grown < 12 << 20
     assert not fleet._outstanding
-    assert all(not m.calls for m in actors._members.values())
+    assert all(not m.calls for m in actors._pool.members.values())
 
 
 @pytest.mark.long
@@ -313,7 +314,7 @@ def test_another_fingerprint_than_the_runs_is_refused(cluster, mischief, actors)
     mine = next(iter(actors.workers().values()))["fingerprint"]
     other = {**mine, "torch": "1.0.0", "id": "0123"}
     with pytest.raises(
-        WorkerError, match=r"computes other bits than this run.*'torch': \('1.0.0'.*engine.exact: false"
+        WorkerError, match=r"has other numerics than this run's learners.*'torch': \('1.0.0'.*engine.exact: false"
     ):
         executor(mischief[0], WorkerGroup(gpus=0), expected=other)
     refused = executor(mischief[0], WorkerGroup(gpus=0), expected=mine)
@@ -356,11 +357,10 @@ def test_gpus_are_shared_per_group(monkeypatch):
 def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
     """Validations, the choice of the best θ (not the last one here) and its test."""
     from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
-    from metadist.experiment.train import train as run_training
 
     overrides = ["outer.lr=0.3", "evaluate.every=1", "outer.meta_steps=7"]
     alone, fleet = (
-        run_training(
+        tiny.train(
             tiny.experiment(*overrides, f"workers=[{{min: {n}, max: {n}, gpus: 0}}]"),
             run_dir=str(tmp_path / str(n)),
             plots=False,
@@ -389,17 +389,8 @@ def test_rounded_contributions_train_about_as_well_and_survive_a_kill(cluster, m
             faulty.fail_at(lambda s: s.meta_step == 30 and s.index > 0, fault)
         try:
             state, fleet = train(faulty, learner, 60)
-            losses = evaluate(
-                fleet,
-                learner,
-                state,
-                run="run",
-                meta_step=60,
-                seed=SEED,
-                split="validation",
-                tasks=100,
-                inner_steps=None,
-            ).loss
+            request = EvaluationRequest(MetaStepKey("run", 60, SEED), "validation", tasks=100)
+            losses = evaluate(fleet, learner, state, request).loss
             return losses[-1], fleet, state
         finally:
             workers.close()

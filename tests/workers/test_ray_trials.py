@@ -1,4 +1,4 @@
-"""Real actors that roll out and learn: killed, robbed of what they kept, fed damaged trials. Always the same parameters."""
+"""Real actors that roll out and learn: killed, without their outputs, with damaged trials; same parameters."""
 
 from __future__ import annotations
 
@@ -15,24 +15,19 @@ from pathlib import Path
 import psutil
 import pulls
 import pytest
+from test_ray import executor
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
-from metadist.core.round import MetaStepKey, run_rounds
+from metadist.core.round import EvaluationRequest, MetaStepKey, run_rounds
 from metadist.training.scheduler import Scheduler
-from metadist.workers.faulty import Call, FaultyExecutor, Kill
-from metadist.workers.groups import expected_by_role
+from metadist.workers.faulty import Act, FaultyExecutor, Kill
 from metadist.workers.local import LocalExecutor
+from metadist.workers.numerics import expected_by_role
 
 SEED, STEPS = pulls.SEED, 6
 LEARNERS = WorkerGroup(min=2, max=2, gpus=0)
 ENVIRONMENTS = WorkerGroup(role="environment", min=2, max=2)
-
-
-def executor(learner, *groups, **options):
-    from metadist.workers.ray.executor import RayExecutor
-
-    return RayExecutor(learner, groups, run="run", **{"patience": 300.0, **options})
 
 
 def train(executor, learner, **options):
@@ -143,13 +138,13 @@ def on_second_epoch(actors, change, steps=(1, 4)):
 
     def forget_and_change(executor, shard):
         # Nobody may know the content any more.
-        for member in executor._members.values():
+        for member in executor._pool.members.values():
             member.holds.clear()
         change(executor)
 
     faulty = FaultyExecutor(actors)
     for step in steps:
-        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.round == 3, Call(forget_and_change))
+        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.round == 3, Act(forget_and_change))
     return faulty
 
 
@@ -158,17 +153,17 @@ def damaged(executor):
     from metadist.workers.ray.executor import pa, ray
 
     for key, output in list(executor._kept.outputs.items()):
-        content = bytearray(b"".join(p.to_pybytes() for p in ray.get(output.reference)))
+        content = bytearray(b"".join(p.to_pybytes() for p in ray.get(output.stored)))
         content[len(content) * 3 // 4] ^= 4
-        executor._kept.outputs[key] = replace(output, reference=ray.put([pa.py_buffer(bytes(content))]))
+        executor._kept.outputs[key] = replace(output, stored=ray.put([pa.py_buffer(bytes(content))]))
 
 
 def exchanged(executor):
     """Undamaged outputs, each under the name of another."""
     outputs = executor._kept.outputs
-    references = [o.reference for o in outputs.values()]
+    references = [o.stored for o in outputs.values()]
     for key, reference in zip(list(outputs), references[1:] + references[:1]):
-        outputs[key] = replace(outputs[key], reference=reference)
+        outputs[key] = replace(outputs[key], stored=reference)
 
 
 @pytest.mark.parametrize("change", [damaged, exchanged])
@@ -207,7 +202,7 @@ def second_node(ray, cpus):
 
 @pytest.mark.long
 def test_outputs_that_died_with_their_node_are_rolled_out_anew(cluster):
-    """The node of the only environment worker dies when the first gradients are asked for, and with it what nobody fetched."""
+    """The node of the only environment worker dies at the first gradient, and with it the outputs that lie there."""
     learner = many(pulls.learner(role="environment"))
     local = LocalExecutor(learner)
     expected, _ = train(local, learner)
@@ -225,12 +220,14 @@ def test_outputs_that_died_with_their_node_are_rolled_out_anew(cluster):
         try:
 
             def kill_node(executor, shard):
-                killed.append([m.about["pid"] for m in executor._members.values() if m.group.role == "environment"])
+                killed.append(
+                    [m.about["pid"] for m in executor._pool.members.values() if m.group.role == "environment"]
+                )
                 cluster.kill(filler)
                 kill()
 
             faulty = FaultyExecutor(actors)
-            faulty.fail_at(lambda s: s.meta_step == 2 and s.function == "gradient", Call(kill_node))
+            faulty.fail_at(lambda s: s.meta_step == 2 and s.function == "gradient", Act(kill_node))
             found, scheduler = train(faulty, learner)
         finally:
             actors.close()
@@ -263,7 +260,7 @@ def test_theta_and_trials_are_decoded_once_per_actor(cluster, both, expected):
 
         return module.counted
 
-    handles = [m.handle for m in actors._members.values()]
+    handles = [m.handle for m in actors._pool.members.values()]
     cluster.get([h.__ray_call__.remote(count) for h in handles])
     assert train(actors, learner)[0] == expected
     for each in cluster.get([h.__ray_call__.remote(counted) for h in handles]):
@@ -278,7 +275,7 @@ def test_environment_workers_answer_with_references(apart, cluster):
     big = many(learner)
     scheduler, state = Scheduler(actors, big), big.initial(SEED)
     scheduler.run(next(big.meta_step(MetaStepKey("run", 0, SEED), state)))
-    outputs = [o.reference for o in actors._kept.outputs.values()]
+    outputs = [o.stored for o in actors._kept.outputs.values()]
     assert len(outputs) == 4
     places = cluster.experimental.get_object_locations(outputs)
     assert all(about["node_ids"] for about in places.values()), "inlined ones have none"
@@ -321,9 +318,8 @@ def test_an_environment_that_never_ends_loses_its_worker(apart, told, expected):
     sha256, scheduler = train(actors, learner, timeout=5)
     assert sha256 == expected, "another one has rolled it out"
     deadline = time.monotonic() + 180
-    judging = learner.evaluation(
-        "run", STEPS, SEED, learner.initial(SEED), split="validation", tasks=4, inner_steps=None
-    )
+    request = EvaluationRequest(MetaStepKey("run", STEPS, SEED), "validation", tasks=4)
+    judging = learner.evaluation(request, learner.initial(SEED))
     while scheduler._outstanding and time.monotonic() < deadline:
         scheduler.run(judging)
     settle(actors, 3)
@@ -352,7 +348,7 @@ OTHER = {"id": "other", "device": "GPU of yore", "threads": 2}
 def test_the_fingerprint_names_the_environments_where_they_compute_otherwise(apart, monkeypatch):
     actors, _ = apart
     settle(actors, 3)
-    monkeypatch.setitem(actors._expected, "environment", OTHER)
+    monkeypatch.setitem(actors._numerics.expected, "environment", OTHER)
     learner, *environments = actors.workers().values()
     assert learner["fingerprint"]["environment"] == OTHER
     assert all("environment" not in about["fingerprint"] for about in environments)
@@ -364,9 +360,11 @@ def test_roles_may_compute_differently_but_each_as_the_run_began(apart):
     mine = next(iter(actors.workers().values()))["fingerprint"]
     groups = (WorkerGroup(gpus=0), replace(ENVIRONMENTS, min=1, max=1))
     with pytest.raises(
-        WorkerError, match=r"environment-. on .* computes other bits than this run .*'threads': \(2, 1\)"
+        WorkerError, match=r"environment-. on .* has other numerics than this run's environments .*'threads': \(2, 1\)"
     ):
         executor(learner, *groups, expected={**mine, "environment": OTHER})
-    with pytest.raises(WorkerError, match="trials were rolled out on 'GPU of yore', .* go on with environment workers"):
+    with pytest.raises(
+        WorkerError, match="trials were rolled out on 'GPU of yore', .* continue with environment workers"
+    ):
         executor(learner, WorkerGroup(gpus=0), expected={**mine, "environment": OTHER})
     assert expected_by_role(mine, groups, True) == {"learner": mine, "environment": mine}, "learners rolled out before"
