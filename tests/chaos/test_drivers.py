@@ -18,6 +18,8 @@ import tiny
 
 from metadist.tracking.spool import read_json
 
+pytestmark = pytest.mark.lane("ray")
+
 #: long enough to be killed in: a second or more of meta-steps, a checkpoint after each
 STEPS = 120
 OFTEN = ["checkpoint.every=1", f"outer.meta_steps={STEPS}", "evaluate.every=20", "outer.meta_batch_size=6"]
