@@ -270,6 +270,12 @@ def test_every_file_and_name_exists(page: str) -> None:
     assert not missing
 
 
+def test_every_decision_is_in_the_index() -> None:
+    index = read("docs/decisions/README.md")
+    files = [p.name for p in (ROOT / "docs/decisions").glob("*.md") if p.name != "README.md"]
+    assert [name for name in files if f"({name})" not in index] == []
+
+
 def test_readme_is_short() -> None:
     assert len(read("README.md").splitlines()) <= 200
 
