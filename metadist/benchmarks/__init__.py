@@ -1,7 +1,8 @@
 """Benchmarks: contestants that do the same work, measured in turn in one process, and printed with what the machine can do.
 
 To add one: write ``metadist/bench/NAME.py`` with ``run(...) -> dict`` (``settings``, ``cases``: title → ``unit``,
-``contestants`` and further facts), a line in ``BENCHMARKS``, and a subcommand in ``commands.py`` that ends in ``measure(…)``.
+``contestants`` and further facts), a line in ``BENCHMARKS``, and a subcommand in ``commands.py`` that ends in
+``measure(…)``.
 """
 
 from __future__ import annotations

@@ -163,8 +163,8 @@ def problem_of(document: Document, dtype: str, device: torch.device, offset: int
 
 def _off_the_kinks(learner: FewShotLearner, state: State, offset: int) -> State:
     """θ with batch norm's biases off their initial zeros. A channel that is constant over a batch has an output equal to its
-    bias; at zero it stands on ReLU's kink, and one rounding error decides the gradient of all its positions: there float32
-    gradients differ by up to a tenth while both are right.
+    bias; at zero it stands on ReLU's kink, and one rounding error decides the gradient of all its positions: there
+    float32 gradients differ by up to a tenth while both are right.
     """
     biases = {
         f"{n}.bias"
@@ -184,8 +184,9 @@ def _off_the_kinks(learner: FewShotLearner, state: State, offset: int) -> State:
 
 def steady(document: Document, device: torch.device, attempts: int = 16) -> tuple[Problem, Problem, Gradient]:
     """(in float64, in float32, the plain loop's gradient in float64), at a θ where rounding decides nothing: changes of its
-    size leave the loop's gradient as it is. Elsewhere a blank patch is so near to a ReLU's kink that contestants which all
-    are right differ. Judged by the loop alone; if no such θ is found, the last is taken, and the tolerance decides.
+    size leave the loop's gradient as it is. Elsewhere a blank patch is so near to a ReLU's kink that contestants which
+    all are right differ. Judged by the loop alone; if no such θ is found, the last is taken, and the tolerance
+    decides.
     """
     for offset in range(attempts):
         exact, problem = (
@@ -224,7 +225,8 @@ def _case(
     errors: dict[str, dict[str, float]] = {name: {} for name in entrants}
     calls, first, second = {}, {}, {}
     for name, enter in entrants.items():
-        # Compiling once more in float64 would take minutes; compiled graphs are held against the loop in float64 by the tests.
+        # Compiling once more in float64 would take minutes; compiled graphs are held against the loop in float64 by
+        # the tests.
         if tolerance.float64 is not None and name not in ("loop", "metadist compiled"):
             errors[name]["float64"] = known.relative_error(_gradient(enter(exact)), reference)
         contestant = enter(problem)

@@ -1,8 +1,8 @@
 """Peak memory of one shard's meta-gradient over the number of inner steps: unrolled against mixed, each in a process of its own.
 
 A process first computes a gradient of one step, so that libraries and kernels are loaded; what is resident then is its
-baseline. glibc is told to give freed blocks back at once, so that the peak is of live tensors and not of what the allocator
-kept. Times are taken afterwards in one process, in turn, with the allocator as workers have it.
+baseline. glibc is told to give freed blocks back at once, so that the peak is of live tensors and not of what the
+allocator kept. Times are taken afterwards in one process, in turn, with the allocator as workers have it.
 """
 
 from __future__ import annotations

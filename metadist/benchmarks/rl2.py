@@ -1,9 +1,9 @@
 """RL² in batched tensor environments against the same policy and learner on a plain Gymnasium vector environment.
 
-The plain environments are written as most are: one object per environment, NumPy scalars, a trial as one Gymnasium episode (so
-that none has to be reset within). They get the same tasks and the same luck, and must pay the same rewards for the same actions
-before anything is timed. End to end is: roll out, then ``EPOCHS`` gradients of PPO on these trials, ``shard_size`` at a time (16,384 trials at
-once would leave every cache, and take gigabytes).
+The plain environments are written as most are: one object per environment, NumPy scalars, a trial as one Gymnasium
+episode (so that none has to be reset within). They get the same tasks and the same luck, and must pay the same rewards
+for the same actions before anything is timed. End to end is: roll out, then ``EPOCHS`` gradients of PPO on these
+trials, ``shard_size`` at a time (16,384 trials at once would leave every cache, and take gigabytes).
 """
 
 from __future__ import annotations

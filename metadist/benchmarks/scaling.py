@@ -1,8 +1,8 @@
 """N Ray actors through the scheduler against N processes that compute the same shards with no driver, no Ray and no transport.
 
-Both in one run, some meta-steps of one in turn with as many of the other's; who is not measured waits for a message. What
-else a meta-step costs is measured on its own: through Ray with shards that compute nothing, and the driver's part in one
-contribution.
+Both in one run, some meta-steps of one in turn with as many of the other's; who is not measured waits for a message.
+What else a meta-step costs is measured on its own: through Ray with shards that compute nothing, and the driver's part
+in one contribution.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The adaptation service under callers who each send another support set: batched against one at a time, over real gRPC.
 
-Two servers in processes of their own hold the same model; they are loaded in turn, never both at once. A caller sends its next
-request when it has the answer to the last. Before that, both must give the answers that this process computes.
+Two servers in processes of their own hold the same model; they are loaded in turn, never both at once. A caller sends
+its next request when it has the answer to the last. Before that, both must give the answers that this process
+computes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The samplers alone: a whole shard at once against one task and one image at a time, after a proof that all give the same bits.
 
-The plain sampler is written as few-shot libraries write theirs: task after task, class after class, image after image, then
-``torch.stack``. It draws as they do, from one sequential generator, which can't give the same tasks: so what it draws is thrown
-away and it goes on with what was drawn for it beforehand. The floor is one copy of the bytes that are made.
+The plain sampler is written as few-shot libraries write theirs: task after task, class after class, image after image,
+then ``torch.stack``. It draws as they do, from one sequential generator, which can't give the same tasks: so what it
+draws is thrown away and it goes on with what was drawn for it beforehand. The floor is one copy of the bytes that are
+made.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from metadist.workers.worker import numerics_fingerprint
 
 def interleaved(contestants: dict[str, Callable[[], Any]], *, rounds: int, block: int) -> dict[str, list[float]]:
     """Seconds of every call: ``rounds`` turns of ``block`` calls each, the contestants in random order within a turn, after
-    one block of warm-up. A contestant waits for what it computes (``torch.cuda.synchronize``) before it returns. The call
-    that begins a block is not timed: it finds the caches full of another's data, as no call of a training run does.
+    one block of warm-up. A contestant waits for what it computes (``torch.cuda.synchronize``) before it returns. The
+    call that begins a block is not timed: it finds the caches full of another's data, as no call of a training run
+    does.
     """
     order, measured = random.Random(0), {name: list[float]() for name in contestants}
     for call in contestants.values():

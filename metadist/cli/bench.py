@@ -1,6 +1,7 @@
 """``metadist bench …``: one subcommand per benchmark, with its own options. Torch is imported inside ``measure`` alone.
 
-To add one: a function here under ``@app.command("NAME", epilog="Example:  …")`` whose body is ``measure("NAME", as_json, **options)``.
+To add one: a function here under ``@app.command("NAME", epilog="Example:  …")`` whose body is ``measure("NAME",
+as_json, **options)``.
 """
 
 from __future__ import annotations
