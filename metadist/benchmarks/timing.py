@@ -118,7 +118,7 @@ def gemm_rate(
 
 
 def memcpy_rate(size: int, *, seconds: float = 0.5) -> float:
-    """Return the bytes per second of a copy of ``size`` bytes to memory that is in use already, by PyTorch's threads."""
+    """Return the bytes per second of a copy of ``size`` bytes to memory in use, by PyTorch's threads."""
     source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
     return size / _fastest(lambda: target.copy_(source), torch.device("cpu"), seconds)
 
