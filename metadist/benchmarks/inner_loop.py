@@ -167,7 +167,7 @@ def problem_of(document: Document, dtype: str, device: torch.device, offset: int
     learner = supervised(config.learner)
     learner.prepare(device)
     keys = TaskKey.of(config.seed, "train", 0, range(learner.outer.shard_size))
-    algorithm: Any = config.algorithm
+    algorithm: Any = config.algorithm.made
     return Problem(
         learner,
         _off_the_kinks(learner, learner.initial(config.seed), offset),

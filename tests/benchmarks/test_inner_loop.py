@@ -213,7 +213,7 @@ def test_one_that_is_missing_names_the_extra(monkeypatch):
             "--task: 'omniglott' is not one of sinusoid, omniglot, images84; did you mean 'omniglot'?",
         ),
         (("--inner-steps", "1,x"), "--inner-steps 1,x: expected different whole numbers, such as 0,1,2"),
-        (("--n-way", "5"), "--n-way is for classification; sinusoids have no classes"),
+        (("--n-way", "5"), "--n-way is for classification; sinusoids have no classes, so leave it out"),
         (
             ("--model", "conv4", "--task", "sinusoid"),
             "model 'conv4' needs images [channels, height, width]; these tasks' inputs are [1]",
