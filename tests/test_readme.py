@@ -24,6 +24,8 @@ import metadist
 from metadist.cli.app import app
 from metadist.tracking.mlflow_uri import prepare_sqlite
 
+pytestmark = pytest.mark.lane("ray")
+
 ROOT = Path(__file__).parent.parent
 #: pages with commands for users; the recipes of docs/extend.md have a test of their own
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
@@ -266,6 +268,12 @@ def test_every_file_and_name_exists(page: str) -> None:
         if not texts or (name and not re.search(rf"^ *(?:def|class) {name}\b", texts[0], re.MULTILINE)):
             missing.append(f"{path}: {name}")
     assert not missing
+
+
+def test_every_decision_is_in_the_index() -> None:
+    index = read("docs/decisions/README.md")
+    files = [p.name for p in (ROOT / "docs/decisions").glob("*.md") if p.name != "README.md"]
+    assert [name for name in files if f"({name})" not in index] == []
 
 
 def test_readme_is_short() -> None:

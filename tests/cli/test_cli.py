@@ -41,6 +41,7 @@ def mistake(result, *expected):
 HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy", "matplotlib", "yaml")
 
 
+@pytest.mark.lane("services")
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], []])
 def test_help_imports_nothing_heavy_and_is_quick(arguments, tmp_path):
     code = f"""
@@ -95,6 +96,7 @@ def test_unknown_commands_and_options_exit_with_2(cli, arguments):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.lane("services")
 def test_python_dash_m_is_the_command(tmp_path):
     assert "meta-training" in tiny.run("--help", folder=tmp_path).stdout
 

@@ -14,6 +14,8 @@ from tiny import train
 
 from metadist.experiment.load import load_run
 
+pytestmark = pytest.mark.lane("services")
+
 
 @pytest.fixture
 def bucket(monkeypatch):

@@ -16,6 +16,7 @@ from metadist.serving import load as serving
 from metadist.serving.service import AdaptationService
 
 
+@pytest.mark.lane("services")
 def test_a_connection_without_a_request_is_closed(monkeypatch):
     monkeypatch.setattr(FirstRequestTimeout, "SECONDS", 0.3)
     with serving.serve(AdaptationService([served()]), Endpoint(), 0) as running:

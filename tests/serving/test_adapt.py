@@ -36,6 +36,8 @@ from metadist.serving.model import AdaptedParameters
 from metadist.serving.service import AdaptationService
 from metadist.serving.tensors import from_reply, to_message
 
+pytestmark = pytest.mark.lane("services")
+
 KINDS = [(name, "transductive") for name in SUPERVISED] + [("maml", "inductive"), ("reptile", "inductive")]
 
 

@@ -31,6 +31,8 @@ from metadist.workers.remote.executor import RemoteExecutor
 from metadist.workers.remote.messages import Computed, Failure
 from metadist.workers.remote.runner import Runner
 
+pytestmark = pytest.mark.lane("services")
+
 ENVIRONMENTS = {**OUTSIDE, "role": "environment"}
 
 

@@ -13,6 +13,8 @@ from metadist.wire.codec import ResultHeader, decode_result, result_parts
 from metadist.workers.remote.messages import Computed
 from metadist.workers.remote.runner import Runner
 
+pytestmark = pytest.mark.lane("services")
+
 TWO = {**OUTSIDE, "min": 2}
 
 
