@@ -25,6 +25,8 @@ from metadist.rpc.endpoint import Endpoint, Refused, ServiceError, calling, conn
 from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
 
+pytestmark = pytest.mark.lane("services")
+
 ADD = adapt_pb2_grpc.add_AdaptationServicer_to_server
 PACKAGE = Path(metadist.__file__).parent
 METHOD = "/metadist.adapt.v1.Adaptation/Adapt"
