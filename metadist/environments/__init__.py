@@ -1,4 +1,7 @@
-"""Meta-environments by name. A new one is one file and one line here; a user's own is named by its import path instead."""
+"""List the meta-environments by name.
+
+A new one needs one file and one line here. A config names a user's own meta-environment by its import path.
+"""
 
 from metadist.environments.bandit import Bandit
 from metadist.environments.correlated_bandit import CorrelatedBandit
