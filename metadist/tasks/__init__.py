@@ -1,4 +1,7 @@
-"""Task families by name. A new one is one file and one line here; a user's own is named by its import path instead."""
+"""List the task families by name.
+
+A new one needs one file and one line here. A config names a user's own task family by its import path.
+"""
 
 from metadist.core.task import TaskFamily
 from metadist.tasks.image_folder import ImageFolder
