@@ -39,10 +39,12 @@ class Algorithm:
     """Subclass as a frozen dataclass (its fields are its config) and write ``adapt`` and ``predict``, for one task.
 
     Everything here runs under ``torch.func.vmap`` over the tasks of a shard: no data-dependent Python branches.
-    An algorithm that defines ``delta(theta, phi) -> {slot: Parameters}`` contributes that (Reptile: θ − φ); any other
-    contributes the gradient of ``objective`` with respect to every slot whose rule is ``gradient``.
+    An algorithm that defines ``delta`` contributes the result of ``delta`` (Reptile: θ − φ); any other contributes the
+    gradient of ``objective`` with respect to every slot whose rule is ``gradient``.
     """
 
+    #: the number of inner steps; 0 for algorithms without an inner loop
+    inner_steps: int = 0
     #: whether ``objective`` needs φ_0 … φ_{k-1} too (their cotangents are then kept in memory)
     whole_trajectory: ClassVar[bool] = False
 
@@ -75,6 +77,15 @@ class Algorithm:
         prediction = self.predict(model, trajectory[-1], task.query.x)
         return context.loss(prediction, task.query), prediction
 
+    def delta(self, theta: Theta, phi: Any) -> Mapping[str, Parameters]:
+        """Return the contribution by slot from θ and the adapted φ; its weighted mean replaces the gradient."""
+        raise NotImplementedError
+
+    @property
+    def contributes_delta(self) -> bool:
+        """Whether the algorithm defines ``delta``."""
+        return type(self).delta is not Algorithm.delta
+
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int | None) -> Algorithm:
     """The same algorithm with another number of inner steps, where it has inner steps at all."""
@@ -84,4 +95,4 @@ def with_inner_steps(algorithm: Algorithm, inner_steps: int | None) -> Algorithm
 
 
 def at_most_one_step(algorithm: Algorithm) -> Algorithm:
-    return with_inner_steps(algorithm, min(1, getattr(algorithm, "inner_steps", 0)))
+    return with_inner_steps(algorithm, min(1, algorithm.inner_steps))

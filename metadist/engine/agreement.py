@@ -40,13 +40,13 @@ def _contribution(subject: Subject, seed: int, keys: TaskKey) -> Contribution:
 
 
 def mixed_disagrees(subject: Subject, engine: Engine, tolerance: float = 1e-8) -> str | None:
-    """Compare one task's gradient under ``engine`` with the unrolled one, both in float64, over at most two inner steps.
+    """Compare one task's gradient under ``engine`` with the unrolled one, in float64 over at most two inner steps.
 
     Return the difference (or the error) as text, or None if the relative difference of every slot is within
     ``tolerance``. An operator may lack a forward derivative or have a wrong one that raises no error (batch norm's
     second order: pytorch#196699).
     """
-    steps = min(2, getattr(subject.algorithm, "inner_steps", 0))
+    steps = min(2, subject.algorithm.inner_steps)
     exact = subject.in_float64(with_inner_steps(subject.algorithm, steps))
     keys = TaskKey.of(0, "train", 0, [0])
     expected = _contribution(exact, 0, keys)

@@ -73,7 +73,7 @@ def _check_trial(learner: TrialLearner, seed: int) -> None:
 
 def _check_participation(learner: Learner, state: State, task: Task) -> None:
     """A missing gradient is an error. Ordinary autograd tells None from zero; torch.func does not."""
-    if hasattr(learner.algorithm, "delta"):
+    if learner.algorithm.contributes_delta:
         return
     theta = {slot: p.map(torch.clone) for slot, p in state.theta(learner.slots).items()}
     learned = {

@@ -22,7 +22,8 @@ from metadist.core.round import Result, Round, Shard
 from metadist.core.state import Contribution, Records, State, TreeSum
 from metadist.core.task import Examples, Task, TaskFamily
 from metadist.engine.compiled import Compiled
-from metadist.engine.meta_gradient import MetaGradient, Run, directly, fixed, held_by_steps
+from metadist.engine.functions import Call, directly
+from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
 from metadist.learners.base import BaseLearner
 
 log = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ class Learner(BaseLearner):
         raise NonFiniteError(f"{what} (seed {keys.seed}, meta-step {meta_step})", bad)
 
     def _sum(
-        self, run: Run, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
+        self, run: Call, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
     ) -> Contribution:
         slots, metrics = self.meta_gradient.sums(run, theta, tasks, keys, meta_step, keep)
         count, names = sum(keep.tolist()), ("loss", self.tasks.metric_name)
