@@ -6,7 +6,7 @@ import pytest
 import test_engines as engines
 import torch
 import torch.nn.functional as F
-from test_gradients import ALGORITHMS, make
+from gradient_cases import ALGORITHMS, make
 from torch import nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -8,9 +8,17 @@ from functools import lru_cache
 from typing import ClassVar
 
 import pytest
-import test_gradients as spine
 import torch
-from test_gradients import ALGORITHMS, CASES, MODELS, make, plain_cnp, plain_contribution
+from gradient_cases import (
+    ALGORITHMS,
+    CASES,
+    MODELS,
+    cnp_learner,
+    make,
+    plain_cnp,
+    plain_contribution,
+    plain_objective,
+)
 from toys import Blobs, Curves, Everything, Ragged, keys, learner, relative_error, somewhere, train
 
 import metadist.engine.compiled as compiled_module
@@ -35,7 +43,7 @@ def transformer(monkeypatch):
     monkeypatch.setitem(MODELS, "transformer", PICTURES)
 
 
-def check(subject, engine, shard, meta_step=3, tolerance=1e-10, objective=spine.plain_objective):
+def check(subject, engine, shard, meta_step=3, tolerance=1e-10, objective=plain_objective):
     theta = somewhere(subject)
     expected, loss = plain_contribution(subject, theta, shard, objective)
     subject.set_engine(engine)
@@ -128,7 +136,7 @@ def test_mixed_follows_every_path_on_which_theta_comes_in(hessian, optimizer):
 def test_without_inner_steps_mixed_equals_unrolled():
     for subject in (
         make(ALGORITHMS["protonet"], "conv4-max-batch"),
-        spine.cnp_learner(),
+        cnp_learner(),
         make(Reptile(inner_lr=0.1, inner_steps=2), "mlp"),
     ):
         theta = somewhere(subject)
@@ -171,7 +179,7 @@ def test_compiled(algorithm, model, engine):
 
 
 def test_compiled_cnp():
-    subject = replace(spine.cnp_learner(), outer=SHARD)
+    subject = replace(cnp_learner(), outer=SHARD)
     assert isinstance(subject.algorithm, CNP)
     check(subject, UNROLLED, keys(0, 1, 5), objective=plain_cnp)
 
