@@ -19,7 +19,7 @@ from PIL import Image
 from toys import train
 
 from metadist.algorithms import ALGORITHMS
-from metadist.core.algorithm import Algorithm
+from metadist.core.algorithm import Algorithm, with_inner_steps
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
@@ -201,10 +201,9 @@ def test_evaluation_has_a_column_per_step(subject):
     state, shard = start(subject), shards(subject, "evaluate", "validation")[0]
     for steps in (None, 0, 3):
         columns = subject.compute(dataclasses.replace(shard, settings=(("inner_steps", steps),)), state.slots).columns
-        own = getattr(subject.algorithm, "inner_steps", None)
-        expected = 1 if own is None else 1 + (own if steps is None else steps)
+        taken = with_inner_steps(subject.algorithm, steps).inner_steps
         for name in ("loss", subject.tasks.metric_name):
-            assert columns[name].shape == (shard.count, expected)
+            assert columns[name].shape == (shard.count, 1 + taken)
             assert columns[name].dtype == torch.float64
             assert columns[name].isfinite().all()
         assert columns["task"].tolist() == list(range(shard.count))
