@@ -1,7 +1,7 @@
 """What every algorithm, task family and model in the dicts must keep, in every combination. Nothing is named here.
 
-A new one is tested by its line in the dict; a combination that makes no sense is one that it refuses in one line. Every pair
-meets in the default run, every triple in the long one.
+A new one is tested by its line in the dict; a combination that makes no sense is one that it refuses in one line.
+Every pair meets in the default run, every triple in the long one.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ SHORT = covering(FITTING)
 
 @pytest.fixture(scope="module", autouse=True)
 def data(tmp_path_factory):
-    """A ``METADIST_DATA`` that serves every family: noisy copies of one pattern per class, as folders and as Omniglot's array."""
+    """A ``METADIST_DATA`` that serves every family: noisy copies of one pattern per class, as folders and as
+    Omniglot's array.
+    """
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     patterns = rng.integers(0, 256, (30, 1, 7, 7)).repeat(4, 2).repeat(4, 3)
     images = np.clip(patterns + rng.normal(0, 90, (30, 20, 28, 28)), 0, 255).astype(np.uint8)
