@@ -1,4 +1,4 @@
-"""Runs with remote workers: what they learn, which groups they have, and workers in threads that can be made to misbehave."""
+"""Runs with remote workers, and workers in threads that can be made to misbehave."""
 
 from __future__ import annotations
 

@@ -24,6 +24,8 @@ import metadist
 from metadist.cli.app import app
 from metadist.tracking.mlflow_uri import prepare_sqlite
 
+pytestmark = pytest.mark.lane("ray")
+
 ROOT = Path(__file__).parent.parent
 #: pages with commands for users; the recipes of docs/extend.md have a test of their own
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]

@@ -11,7 +11,7 @@ from metadist.cli.terminal import clean_errors, only_results_on_stdout, say, set
 
 
 class _Stop:
-    """The first Ctrl-C or SIGTERM lets the worker finish its shard; the second makes it give the shard back immediately."""
+    """The first Ctrl-C or SIGTERM lets the worker finish its shard; the second gives the shard back immediately."""
 
     def __init__(self) -> None:
         self.asked = False

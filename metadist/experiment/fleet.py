@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -39,8 +39,8 @@ def local_plan(experiment: Experiment) -> Plan:
 class WorkerReports:
     """Receivers of reports about workers.
 
-    ``note`` shows a message to the user. ``mark`` is called with a description of every accepted worker whose numerics
-    differ from the run's. ``directory`` receives the traceback of a task that fails.
+    ``note`` shows a message to the user. ``mark`` is called with a description of every accepted worker whose
+    numerics differ from the run's. ``directory`` receives the traceback of a task that fails.
     """
 
     note: Callable[[str], None] = lambda message: None
@@ -191,7 +191,7 @@ class _Start:
             return remote
         own = self.own(remote.plan)
         stack.callback(own.close)
-        remote.obey(cast(Plan, own.plan))
+        remote.obey(own.plan)
         remote.await_minimum(patience, needed)
         return JointExecutor(own, remote, division.roles, self.numerics)
 

@@ -1,7 +1,7 @@
 """Encode θ and the results of shards as framed Arrow buffers, and check them when they arrive.
 
-A vector is a one-row column, so that slots of unequal length share a record batch; records keep their rows. Floats in the header are
-hexadecimal strings: exact, and valid JSON even where the float is not finite.
+A vector is a one-row column, so that slots of unequal length share a record batch; records keep their rows. Floats in
+the header are hexadecimal strings: exact, and valid JSON even where the float is not finite.
 """
 
 from __future__ import annotations
@@ -69,10 +69,11 @@ class ResultHeader:
 
 
 def theta_parts(vectors: Vectors, slots: Slots, header: ThetaHeader) -> list[pa.Buffer]:
-    """Encode θ (slot → vector [numel], any device) as a frame in parts. Pass a part of both mappings to publish a part of θ.
+    """Encode θ (slot → vector [numel], any device) as a frame in parts.
 
-    A large vector on the CPU is not copied: it is a part as it lies, and must not change before the transport has copied it (the
-    receiver would refuse the frame). Raises ``ValueError`` where the vectors are not those that ``slots`` declares.
+    Pass a part of both mappings to publish a part of θ. A large vector on the CPU is not copied: it is a part as it
+    lies, and must not change before the transport has copied it (the receiver would refuse the frame). Raises
+    ``ValueError`` where the vectors are not those that ``slots`` declares.
     """
     if vectors.keys() != slots.keys():
         raise ValueError(f"slots are {sorted(vectors)}, declared are {sorted(slots)}")
@@ -84,8 +85,8 @@ def decode_theta(
 ) -> dict[str, Tensor]:
     """Return slot → vector [numel] in fresh, aligned, writable memory on ``device``, with one copy.
 
-    ``buffer`` is a frame or the list of its parts. Raises ``RejectedError`` for damage, for other slots or layouts than ``slots``, and
-    for the θ of another round than ``header``.
+    ``buffer`` is a frame or the list of its parts. Raises ``RejectedError`` for damage, for other slots or layouts
+    than ``slots``, and for the θ of another round than ``header``.
     """
     own = torch.device(device).type == "cpu"
     found, columns = decode(buffer, own=own)
@@ -102,8 +103,8 @@ def decode_theta(
 def result_parts(result: Result, slots: Slots, header: ResultHeader, wire: str = "exact") -> list[pa.Buffer]:
     """Encode a shard's result as a frame in parts, like ``theta_parts``. The columns of records are [rows, …].
 
-    With ``wire="bfloat16"`` gradient slots must have been rounded by ``ErrorFeedback.round``. Raises ``ValueError`` where a contribution
-    doesn't fit the declared slots, or where a dtype doesn't travel.
+    With ``wire="bfloat16"`` gradient slots must have been rounded by ``ErrorFeedback.round``. Raises ``ValueError``
+    where a contribution doesn't fit the declared slots, or where a dtype doesn't travel.
     """
     fields = {**header.fields(), "stats": _hex(header.stats)}
     if isinstance(result, Records):
@@ -115,13 +116,13 @@ def result_parts(result: Result, slots: Slots, header: ResultHeader, wire: str =
 def decode_result(buffer: Any, shard: Shard, slots: Slots, wire: str = "exact") -> tuple[Result, ResultHeader]:
     """Return the result of ``shard`` in fresh memory, and the header that its sender wrote.
 
-    ``buffer`` is a frame or the list of its parts. ``wire`` is how gradient slots must have travelled; the vectors have the dtypes of
-    their layouts again. A contribution may be of fewer tasks than the shard has (of none, with weight 0), and its values may be NaN or
-    Inf: the scheduler judges both.
+    ``buffer`` is a frame or the list of its parts. ``wire`` is how gradient slots must have travelled; the vectors
+    have the dtypes of their layouts again. A contribution may be of fewer tasks than the shard has (of none, with
+    weight 0), and its values may be NaN or Inf: the scheduler judges both.
 
-    Raises ``RejectedError`` for damage; for another run, meta-step, round, shard, function or task range, or a sum of other shards; for
-    slots that are unknown, constant, or of another layout, dtype or length; for a weight that isn't finite and positive; for more tasks
-    than the shard has, or records of another number of rows.
+    Raises ``RejectedError`` for damage; for another run, meta-step, round, shard, function or task range, or a sum of
+    other shards; for slots that are unknown, constant, or of another layout, dtype or length; for a weight that isn't
+    finite and positive; for more tasks than the shard has, or records of another number of rows.
     """
     found, columns = decode(buffer, own=True)
     kind = found.get("kind")
@@ -161,7 +162,7 @@ def _contribution(
 
 
 def output_parts(output: Records, header: ResultHeader) -> list[pa.Buffer]:
-    """Encode the output that a shard keeps for later rounds (trials, for example: [rows, …] columns) as a frame in parts.
+    """Encode the output that a shard keeps for later rounds (trials: columns [rows, …]) as a frame in parts.
 
     The meta-step and the round in the header tell under which θ the output was computed.
     """

@@ -1,4 +1,4 @@
-"""Contributions in half the bytes: rounded to bfloat16. The rounding error is added to the worker's next contribution."""
+"""Contributions in half the bytes: rounded to bfloat16, the error is added to the worker's next contribution."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def wire_dtype(slot: Slot, wire: str) -> torch.dtype:
 class ErrorFeedback:
     """One worker's rounding errors: Σ sent + residual = Σ contributions, over the contributions that were counted.
 
-    A single rounding is off by up to 0.4 %, and always in the same direction where gradients are alike. With error feedback, the error
-    of a long sum stays that of its last term. Every worker has a residual of its own, so results depend on which worker computed which
-    shard: this is for runs that gave up exactness.
+    A single rounding is off by up to 0.4 %, and always in the same direction where gradients are alike. With error
+    feedback, the error of a long sum stays that of its last term. Every worker has a residual of its own, so results
+    depend on which worker computed which shard: this is for runs that gave up exactness.
 
-    A contribution may be sent and not be counted, since a backup was faster. ``settle`` tells the sender, which then undoes its effect
-    on the residual.
+    A contribution may be sent and not be counted, since a backup was faster. ``settle`` tells the sender, which then
+    undoes its effect on the residual.
     """
 
     def __init__(self, slots: Mapping[str, Slot]) -> None:
@@ -38,10 +38,10 @@ class ErrorFeedback:
         self._errors: dict[Hashable, dict[str, Tensor]] = {}
 
     def round(self, key: Hashable, contribution: Contribution) -> Contribution:
-        """Return ``contribution`` plus the residual, rounded for the wire. ``key`` names the contribution to ``settle``.
+        """Return ``contribution`` plus the residual, rounded for the wire. ``key`` names it to ``settle``.
 
-        A contribution with NaN, Inf or values that overflow is rounded without the residual and does not change it: the driver will
-        refuse the contribution.
+        A contribution with NaN, Inf or values that overflow is rounded without the residual and does not change it:
+        the driver will refuse the contribution.
         """
         vectors = {n: v for n, v in contribution.slots.items() if wire_dtype(self._slots[n], "bfloat16") != v.dtype}
         sent = self._carry(key, vectors) if contribution.is_finite() else None

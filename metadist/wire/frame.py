@@ -1,4 +1,4 @@
-"""The frame: 64 bytes that tell whether the payload behind them is undamaged. No payload is read before they are checked.
+"""The frame: 64 bytes that tell whether the payload behind them is undamaged. They are checked before anything else.
 
 ========  =====  ==========================================================================
 offset    bytes  little-endian
@@ -12,8 +12,8 @@ offset    bytes  little-endian
 64        …      payload: as aligned as the buffer is, up to 64 bytes
 ========  =====  ==========================================================================
 
-The hash covers the other header fields too, so a flipped bit is found wherever it lies. The hash finds accidents and is no signature:
-the transport decides who may send, and the codec checks the content of an undamaged frame.
+The hash covers the other header fields too, so a flipped bit is found wherever it lies. The hash finds accidents and
+is no signature: the transport decides who may send, and the codec checks the content of an undamaged frame.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class FrameError(Exception):
 
 
 def scatter(payload_buffers: Iterable[Any]) -> list[pa.Buffer]:
-    """Return a frame around ``payload_buffers`` (anything with the buffer protocol) as parts whose concatenation is the frame.
+    """Return a frame around ``payload_buffers`` (anything with the buffer protocol) in parts.
 
-    Large buffers are parts as they are; small buffers are copied into common parts.
+    The concatenation of the parts is the frame. Large buffers are parts as they are; small buffers are copied into
+    common parts.
     """
     parts = [_bytes(b) for b in payload_buffers]
     header = bytearray(HEADER_BYTES)
@@ -88,9 +89,10 @@ def unframe(buffer: Any) -> pa.Buffer:
 
 
 def gather(parts: Sequence[Any]) -> pa.Buffer:
-    """Return the payload of a frame that came in ``parts``, in fresh memory aligned to 64 bytes, checked like ``unframe``.
+    """Return the payload of a frame that came in ``parts``, in fresh memory aligned to 64 bytes.
 
-    This is one pass: every block is copied and then, while it is in the cache, hashed.
+    The checks are those of ``unframe``. This is one pass: every block is copied and then, while it is in the cache,
+    hashed.
     """
     views = [_bytes(p) for p in parts]
     size = sum(map(len, views))

@@ -1,7 +1,7 @@
 """Memory for arriving tensors: aligned to 64 bytes, and cheap where it is large.
 
-The kernel clears fresh memory page by page, which costs more than the copy into it. Large blocks therefore are huge pages, and a block
-that nothing refers to any more is reused.
+The kernel clears fresh memory page by page, which costs more than the copy into it. Large blocks therefore are huge
+pages, and a block that nothing refers to any more is reused.
 """
 
 from __future__ import annotations

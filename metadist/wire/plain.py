@@ -1,4 +1,4 @@
-"""One tensor as a plain Arrow IPC stream, which any Arrow library writes and reads: for clients that don't use metadist."""
+"""One tensor as a plain Arrow IPC stream, which any Arrow library reads and writes: for clients without metadist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _NUMBERS = {
 
 
 def encode_plain(tensor: Tensor) -> bytes:
-    """Encode a tensor [rows, …] as one record batch with one column of numbers, in nested fixed-size lists for further dimensions."""
+    """Encode a tensor [rows, …] as one record batch with one column of numbers.
+
+    Dimensions after the first are nested fixed-size lists.
+    """
     flat = tensor.detach().cpu().contiguous()
     array = pa.array(flat.view(-1).numpy())
     for width in reversed(flat.shape[1:]):
@@ -37,7 +40,8 @@ def encode_plain(tensor: Tensor) -> bytes:
 def decode_plain(data: bytes, *, most: int) -> Tensor:
     """Return the tensor in such a stream, in memory of its own. It has at most ``most`` elements.
 
-    All lengths are checked before memory is allocated for them. Raises ``RejectedError`` and no other error for any bytes.
+    All lengths are checked before memory is allocated for them. Raises ``RejectedError`` and no other error for any
+    bytes.
     """
     try:
         return _decode(data, most)
@@ -59,9 +63,8 @@ def _decode(data: bytes, most: int) -> Tensor:
         widths.append(kind.list_size)
         kind = kind.value_type
     if kind not in _NUMBERS:
-        raise RejectedError(
-            f"a column of {short(str(schema.field(0).type))}; expected numbers ({_names()}), or fixed-size lists of them"
-        )
+        found = short(str(schema.field(0).type))
+        raise RejectedError(f"a column of {found}; expected numbers ({_names()}), or fixed-size lists of them")
     message = next_message(messages, "record batch")
     if is_compressed(message):
         raise RejectedError("a compressed record batch; write it without compression")

@@ -1,4 +1,4 @@
-"""Named tensors and a JSON header as one Arrow IPC stream in a frame, and back. The decoder trusts nothing that it reads.
+"""Named tensors and a JSON header as one Arrow IPC stream in a frame, and back. The decoder trusts no bytes.
 
 The stream is one record batch: every tensor [rows, …] is a column of fixed-width numbers, or of fixed-size lists of
 them, without nulls, compression or dictionaries. Any Arrow reader can open it. The schema's metadata hold the header.
@@ -59,8 +59,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def encode_parts(header: Mapping[str, Any], columns: Mapping[str, Tensor]) -> list[pa.Buffer]:
     """Encode tensors [rows, …] on any device, all with the same number of rows, as a frame in parts.
 
-    ``header`` must be strict JSON and not use the key ``columns``. The parts of large contiguous CPU tensors are the tensors' own
-    memory. Raises ``ValueError`` for a dtype, shape or header that can't travel.
+    ``header`` must be strict JSON and not use the key ``columns``. The parts of large contiguous CPU tensors are the
+    tensors' own memory. Raises ``ValueError`` for a dtype, shape or header that can't travel.
     """
     return scatter(_stream(header, columns))
 
@@ -68,9 +68,9 @@ def encode_parts(header: Mapping[str, Any], columns: Mapping[str, Tensor]) -> li
 def decode(buffer: Any, *, own: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the header and the tensors [rows, …] of a framed buffer, or of the list of its parts.
 
-    The tensors are read-only, perhaps misaligned views of the buffer. With ``own``, and where the buffer comes in parts, they are views
-    of a fresh copy. Every tensor has the dtype and shape that ``header["columns"]`` states, and lies inside the buffer. Raises
-    ``RejectedError`` and no other error for any bytes.
+    The tensors are read-only, perhaps misaligned views of the buffer. With ``own``, and where the buffer comes in
+    parts, they are views of a fresh copy. Every tensor has the dtype and shape that ``header["columns"]`` states, and
+    lies inside the buffer. Raises ``RejectedError`` and no other error for any bytes.
     """
     try:
         if own or isinstance(buffer, list):
@@ -87,7 +87,7 @@ def decode(buffer: Any, *, own: bool = False) -> tuple[dict[str, Any], dict[str,
 
 
 class _Pieces:
-    """A file for Arrow to write to. It keeps the pieces as they are written; those of tensors are the tensors' own buffers."""
+    """A file for Arrow to write to. It keeps the pieces; those of tensors are the tensors' own buffers."""
 
     closed = False
 
@@ -176,7 +176,7 @@ def next_message(messages: ipc.MessageReader, kind: str) -> pa.Message:
 
 
 def _check_type(field: pa.Field, about: dict[str, Any]) -> None:
-    """Refuse a column whose type does not follow from the header's dtype and shape, and a shape that is no list of counts."""
+    """Refuse a column that is not of the header's dtype and shape, and a shape that is no list of counts."""
     dtype, shape = _DTYPES.get(about["dtype"]), about["shape"]
     if dtype is None:
         raise RejectedError(f"column {short(field.name)} has unknown dtype {short(about['dtype'])}")
@@ -211,7 +211,8 @@ def _from_arrow(column: pa.Array, about: dict[str, Any], payload: pa.Buffer) -> 
 def is_compressed(message: pa.Message) -> bool:
     """Return whether a record batch message has a ``compression`` field, before Arrow inflates a decompression bomb.
 
-    pyarrow doesn't expose the field, so this walks the flatbuffer: Message.header is field 2, RecordBatch.compression field 3.
+    pyarrow doesn't expose the field, so this walks the flatbuffer: Message.header is field 2, RecordBatch.compression
+    field 3.
     """
     metadata = memoryview(message.metadata)
 

@@ -32,7 +32,8 @@ from metadist.workers.worker import Worker
 class ActorSettings:
     """Name, role and resources of one worker.
 
-    ``places`` are environment variables (``METADIST_DATA``, …) that apply where the worker's machine does not set its own.
+    ``places`` are environment variables (``METADIST_DATA``, …) that apply where the worker's machine does not set its
+    own.
     """
 
     name: str
@@ -44,7 +45,7 @@ class ActorSettings:
 
 
 class Actor:
-    """A worker in a process of its own. θ arrives as a zero-copy view of the object store and is decoded once per version."""
+    """A worker in a process of its own. θ arrives as a view of the object store and is decoded once per version."""
 
     def __init__(self, learner: Learner, settings: ActorSettings) -> None:
         self._learner, self._settings = learner, settings
@@ -74,9 +75,10 @@ class Actor:
         return {"role": self._settings.role, **self._worker.configure(engine, seed)}
 
     def compute(self, call: Call, theta: list[pa.Buffer] | None, *outputs: list[pa.Buffer] | None) -> Any:
-        """Compute the shard of ``call``, and return the frame of its result in parts; of a shard that keeps its output, both frames.
+        """Compute the shard of ``call``, and return the frame of its result in parts.
 
-        ``theta`` and ``outputs`` (in the order of ``call.needs``) are None where an earlier call brought them.
+        For a shard that keeps its output, return the frames of both. ``theta`` and ``outputs`` (in the order of
+        ``call.needs``) are None where an earlier call brought them.
         """
         shard, slots = call.shard, self._worker.learner.slots
         for key, counted in call.settled or ():

@@ -18,8 +18,9 @@ Content = Callable[[], Sequence[Any]]
 class Call:
     """One attempt at a shard. ``version`` names θ; ``token`` names this call and the output that the shard keeps.
 
-    ``needs``: the shards whose outputs the shard needs, each with the token of the call that made the output. ``settled``: whether
-    earlier contributions of the worker were summed, where contributions travel in half precision; else None.
+    ``needs``: the shards whose outputs the shard needs, each with the token of the call that made the output.
+    ``settled``: whether earlier contributions of the worker were summed, where contributions travel in half
+    precision; else None.
     """
 
     shard: Shard

@@ -72,8 +72,8 @@ class Corrupt(Fault):
 
 
 @dataclass(frozen=True)
-class Call(Fault):
-    """``action(executor, shard)`` runs right after the submission. An exception of it reaches the scheduler's caller."""
+class Act(Fault):
+    """``action(executor, shard)`` runs right after the submission. Its exceptions reach the scheduler's caller."""
 
     action: Callable[[Any, Shard], object]
 

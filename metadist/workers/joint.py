@@ -1,4 +1,4 @@
-"""Two executors as one: the driver's own workers (Ray actors, or this process) and remote workers serve the same scheduler."""
+"""Two executors as one: the driver's own workers (Ray actors or this process) and remote ones serve one scheduler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from metadist.core.round import Event, Failed, Finished, Shard
+from metadist.core.round import Event, Failed, Finished, HasEngine, Shard
 from metadist.core.state import State
 from metadist.workers.kept_outputs import KeepingExecutor
 from metadist.workers.numerics import Numerics
@@ -19,11 +19,13 @@ Side = KeepingExecutor[Any, Any]
 
 
 class JointExecutor:
-    """Give each shard to ``own`` workers or to ``remote`` ones: to the side that serves its role and has the most room per worker.
+    """Give each shard to ``own`` workers or to ``remote`` ones.
 
-    The side that holds more of the outputs that the shard needs goes first. A shard that failed or was lost goes to the other side where
-    that has room. Kept outputs stay on the side that made them until a shard on the other side needs one; then they pass through the
-    driver: remote ones into Ray's object store, Ray's to a remote worker while its lease is sent. ``roles`` are those that ``own`` serves.
+    A shard goes to the side that serves its role and has the most room per worker. The side that holds more of the
+    outputs that the shard needs goes first. A shard that failed or was lost goes to the other side where that has
+    room. Kept outputs stay on the side that made them until a shard on the other side needs one; then they pass
+    through the driver: remote ones into Ray's object store, Ray's to a remote worker while its lease is sent.
+    ``roles`` are those that ``own`` serves.
     """
 
     def __init__(self, own: Side, remote: RemoteExecutor, roles: Collection[str], numerics: Numerics) -> None:
@@ -33,7 +35,7 @@ class JointExecutor:
         self._asked: dict[tuple[Shard, int], Side] = {}
         #: of this meta-step: the side that failed last at a shard
         self._failed: dict[Shard, Side] = {}
-        self.plan = own.plan
+        self.plan: HasEngine | None = own.plan
         #: not where this process computes: it receives no results meanwhile
         self.blocks = own.blocks
 
@@ -63,7 +65,7 @@ class JointExecutor:
 
     @staticmethod
     def _count(side: Side, role: str) -> int:
-        """Return how many workers serve ``role``: at least one, since this process serves other roles than its own too."""
+        """Return how many workers serve ``role``. This process counts as one for every role that it serves."""
         return max(1, sum(about["role"] == role for about in side.workers().values()))
 
     def cancel(self, shard: Shard, attempt: int) -> None:
@@ -72,7 +74,7 @@ class JointExecutor:
             side.cancel(shard, attempt)
 
     def wait(self, timeout: float) -> list[Event]:
-        """Return the events of both sides. While both compute, each is looked at in turn, so that neither waits for the other."""
+        """Return the events of both sides. While both compute, they are polled in turn: neither waits for the other."""
         deadline = time.monotonic() + timeout
         while True:
             own_busy = any(side is self._own for side in self._asked.values())

@@ -27,8 +27,8 @@ from metadist.workers.worker import TaskError, Worker
 class LocalExecutor(KeepingExecutor[dict[str, torch.Tensor], Records]):
     """Compute shards in this process, with ``threads`` threads of PyTorch. Needs neither Ray nor Arrow.
 
-    ``numerics`` judges this process for the ``roles`` that it serves; WorkerError where it is refused. ``close`` restores PyTorch's
-    thread count.
+    ``numerics`` judges this process for the ``roles`` that it serves; WorkerError where it is refused. ``close``
+    restores PyTorch's thread count.
     """
 
     blocks = False
@@ -108,7 +108,7 @@ class LocalExecutor(KeepingExecutor[dict[str, torch.Tensor], Records]):
     def close(self) -> None:
         torch.set_num_threads(self._threads)
 
-    # Sharing outputs with another executor (Arrow is imported only here) -----------------------------------------------
+    # Sharing outputs with another executor; Arrow is imported only here -----------------------------------------------
 
     def content_of(self, output: KeptOutput[Records]) -> Content:
         from metadist.wire.codec import ResultHeader, output_parts

@@ -12,12 +12,12 @@ from metadist.core.errors import ConfigError, WorkerError
 class Numerics:
     """The numerics fingerprints of a run by role, and the one decision about workers that all executors obey.
 
-    ``expected`` is the fingerprint that the run began with: the learners', with the environments' under ``environment`` where that is
-    another one. Without it, the first worker of a role sets the role's fingerprint.
+    ``expected`` is the fingerprint that the run began with: the learners', with the environments' under
+    ``environment`` where that is another one. Without it, the first worker of a role sets the role's fingerprint.
 
-    Workers of one role must agree, so that trials and gradients do not depend on which worker computes them. Roles may differ, since no
-    role ever computes the shards of another. Where ``exact`` is given up, a worker that differs is accepted, and ``mark`` is called with
-    a description of the difference: the run is inexact from then on.
+    Workers of one role must agree, so that trials and gradients do not depend on which worker computes them. Roles
+    may differ, since no role ever computes the shards of another. Where ``exact`` is given up, a worker that differs
+    is accepted, and ``mark`` is called with a description of the difference: the run is inexact from then on.
     """
 
     def __init__(
@@ -54,7 +54,10 @@ class Numerics:
         return next((refusal for refusal in refusals if refusal is not None), None)
 
     def of_run(self, workers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return ``workers`` with the learners first. Their fingerprint names the environments' where that is another one."""
+        """Return ``workers`` with the learners first.
+
+        The learners' fingerprint names that of the environments where it is another one.
+        """
         there = dict(sorted(workers.items(), key=lambda item: item[1]["role"] != "learner"))
         other = self.expected.get("environment")
         for name, about in there.items():
@@ -68,9 +71,9 @@ def expected_by_role(
 ) -> dict[str, dict[str, Any]]:
     """Return the fingerprint that workers of each role must have; empty where ``expected`` is None.
 
-    Where the learners rolled out, the run's fingerprint names no environments, and environments must have the learners' fingerprint.
-    Raises ConfigError where no group has learners, and WorkerError where a run with other environments than learners has no environments
-    in ``groups`` and must be exact.
+    Where the learners rolled out, the run's fingerprint names no environments, and environments must have the
+    learners' fingerprint. Raises ConfigError where no group has learners, and WorkerError where a run with other
+    environments than learners has no environments in ``groups`` and must be exact.
     """
     if not any(g.role == "learner" and g.max for g in groups):
         raise ConfigError(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class RunSettings:
     """The run's id and the settings that every executor needs.
 
-    ``device`` is the config's ``engine.device``; ``patience`` the seconds to wait for the first workers; ``wire`` how contributions
-    travel (``engine.wire``). ``note`` shows a message to the user.
+    ``device`` is the config's ``engine.device``; ``patience`` the seconds to wait for the first workers; ``wire`` how
+    contributions travel (``engine.wire``). ``note`` shows a message to the user.
     """
 
     run: str

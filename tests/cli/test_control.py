@@ -15,6 +15,8 @@ from filelock import FileLock
 from steerable import Live
 from tiny import train
 
+pytestmark = pytest.mark.lane("services")
+
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):
@@ -205,6 +207,7 @@ class Driver:
         return tiny.last_json(out), err
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_ray_run_steered_killed_and_resumed_ends_with_the_same_bits(tmp_path):

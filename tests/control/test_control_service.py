@@ -27,6 +27,8 @@ from metadist.control.steering import RunControl, RunInfo
 from metadist.rpc.endpoint import Endpoint, ServiceError, connect, serve
 from metadist.training.observers import Observer
 
+pytestmark = pytest.mark.lane("services")
+
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):

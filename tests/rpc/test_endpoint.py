@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -24,7 +25,10 @@ from metadist.rpc.endpoint import Endpoint, Refused, ServiceError, calling, conn
 from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
 
+pytestmark = pytest.mark.lane("services")
+
 ADD = adapt_pb2_grpc.add_AdaptationServicer_to_server
+PACKAGE = Path(metadist.__file__).parent
 METHOD = "/metadist.adapt.v1.Adaptation/Adapt"
 
 
@@ -294,10 +298,16 @@ def test_reflection_and_health_name_the_service(plain):
     assert next(iter(health.Watch(request, timeout=60))).status == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_the_environment_of_grpc_is_set_before_every_import_of_grpc():
+    """gRPC reads it once; Python runs the ``__init__`` of a package before the modules of the package."""
+    importing = re.compile(r"^(import grpc|from grpc)", re.MULTILINE)
+    packages = {path.parent for path in PACKAGE.rglob("*.py") if importing.search(path.read_text())}
+    for package in packages - {PACKAGE / "rpc"}:
+        assert "import metadist.rpc" in (package / "__init__.py").read_text(), package
+    assert packages >= {PACKAGE / "control", PACKAGE / "rpc", PACKAGE / "serving", PACKAGE / "workers" / "remote"}
+
+
 # The generated code ---------------------------------------------------------------------------------------------------
-
-
-PACKAGE = Path(metadist.__file__).parent
 
 
 @pytest.mark.parametrize("proto", sorted(p.relative_to(PACKAGE.parent).as_posix() for p in PACKAGE.rglob("*.proto")))

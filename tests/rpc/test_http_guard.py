@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import socket
 import time
 
@@ -14,7 +15,10 @@ from metadist.rpc.http_guard import FirstRequestTimeout, HttpGuard
 from metadist.serving import load as serving
 from metadist.serving.service import AdaptationService
 
+pytestmark = pytest.mark.lane("services")
 
+
+@pytest.mark.lane("services")
 def test_a_connection_without_a_request_is_closed(monkeypatch):
     monkeypatch.setattr(FirstRequestTimeout, "SECONDS", 0.3)
     with serving.serve(AdaptationService([served()]), Endpoint(), 0) as running:
@@ -73,3 +77,20 @@ def test_only_the_health_check_needs_no_token(path):
     )
     asyncio.run(guarded({"type": "http", "headers": [], "path": "/healthz"}, None, keep))
     assert answers[-2:] == [200, 200]
+
+
+def test_connections_do_not_delay_small_packets(monkeypatch):
+    """Without TCP_NODELAY, an answer on an open connection waits 40 ms for a delayed ACK."""
+    options, made = [], FirstRequestTimeout.connection_made
+
+    def connection_made(protocol, transport):
+        options.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        made(protocol, transport)
+
+    monkeypatch.setattr(FirstRequestTimeout, "connection_made", connection_made)
+    with serving.serve(AdaptationService([served()]), Endpoint(), 0) as running:
+        connection = http.client.HTTPConnection(running.http_address.removeprefix("http://"), timeout=90)
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read() == b"SERVING\n"
+        connection.close()
+    assert options == [1]

@@ -26,7 +26,7 @@ from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
 from metadist.serving.tensors import to_message
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lane("services"), pytest.mark.long, pytest.mark.timeout(900)]
 SERVICE = "/metadist.adapt.v1.Adaptation/"
 GROWTH_MIB = 50
 

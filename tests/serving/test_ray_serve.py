@@ -25,6 +25,7 @@ def test_bounds():
             bounds(wrong)
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 @pytest.mark.parametrize("replicas", ["2", "1-2"])
 def test_replicas_answer_as_this_process_does(tmp_path, replicas):

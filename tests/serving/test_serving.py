@@ -24,6 +24,8 @@ from metadist.experiment.load import load_run
 from metadist.serving.load import Serving, build_service, open_model
 from metadist.serving.prediction import ModelSource, predict_folders
 
+pytestmark = pytest.mark.lane("services")
+
 SHAPES = {"bar": (slice(2, 10), slice(5, 7)), "beam": (slice(5, 7), slice(2, 10)), "block": (slice(3, 9), slice(3, 9))}
 
 
@@ -184,6 +186,7 @@ def test_folders_that_are_wrong(images, monkeypatch, support, query, words):
         predict_folders(ModelSource("run"), support, query)
 
 
+@pytest.mark.lane("services")
 def test_from_the_command_line(images, tmp_path):
     """Serve in a process of its own, predict with it, stop it: no traceback appears."""
     token = tmp_path / "token"

@@ -1,4 +1,4 @@
-"""Contributions in bfloat16: what is rounded away comes with the next one, once, and never poisoned."""
+"""Contributions in bfloat16: the rounding error is added to the next contribution, once, and is always finite."""
 
 from __future__ import annotations
 

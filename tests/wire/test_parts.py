@@ -1,4 +1,4 @@
-"""Frames in parts: the same bytes, the same refusals, and memory of one's own."""
+"""Frames in parts: the same bytes, the same refusals, and memory of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The border: what was damaged, or is not what was asked for, never becomes a tensor."""
+"""The border between processes: damaged or unexpected bytes never become a tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What shards keep for later rounds, on the wire: nothing but the very output of the very shard comes through."""
+"""Kept outputs on the wire: only the output of the very shard is accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers from outside, over a real endpoint on loopback: the same bits with and without them, whatever they do."""
+"""Remote workers over a real endpoint on loopback: the same bits with and without them, even when they misbehave."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from metadist.workers.remote import client, work_pb2_grpc
 from metadist.workers.remote import work_pb2 as pb
 from metadist.workers.remote.codec import Arriving, GarbledError, chunks, facts, shard_message, shard_of
 from metadist.workers.remote.executor import RemoteExecutor
-from metadist.workers.remote.messages import Answer, Failure
+from metadist.workers.remote.messages import Computed, Failure
 from metadist.workers.remote.runner import Runner
+
+pytestmark = pytest.mark.lane("services")
 
 ENVIRONMENTS = {**OUTSIDE, "role": "environment"}
 
@@ -109,9 +111,9 @@ class Rogue(Runner):
         if self.deed == "garbage":
             frame = bytearray(b"\x00\xff" * 500)
         if self.deed == "cut":
-            return Answer([bytes(frame), _Breaks()])
+            return Computed([bytes(frame), _Breaks()])
         if self.deed == "oversized":
-            return Answer([bytes(frame)] + [bytes(1 << 20)] * 80)
+            return Computed([bytes(frame)] + [bytes(1 << 20)] * 80)
         if self.deed == "nan":
             from metadist.wire.codec import ResultHeader, decode_result, result_parts
 
@@ -119,14 +121,14 @@ class Rogue(Runner):
             result, _ = decode_result(bytes(frame), lease.call.shard, slots)
             for vector in result.slots.values():
                 vector[0] = float("nan")
-            return Answer(result_parts(result, slots, ResultHeader(lease.call.shard, lease.call.attempt, "rogue")))
+            return Computed(result_parts(result, slots, ResultHeader(lease.call.shard, lease.call.attempt, "rogue")))
         if self.deed == "hang":
             self.over.wait(120)
         if self.deed == "unable":
             return Failure("unable", "the simulator is not installed here")
         if self.deed == "error":
             return Failure("error", "ValueError: this box is broken", detail="Traceback …")
-        return Answer([bytes(frame)])
+        return Computed([bytes(frame)])
 
 
 class _Breaks:
@@ -447,7 +449,7 @@ def test_an_inexact_run_is_tagged_in_mlflow(tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("twice", [False, True])
 def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, monkeypatch, twice):
-    """The command in a process of its own, where a shard takes seconds: interrupted at work, and the run goes on without it."""
+    """The command in a process of its own, interrupted in a shard that takes seconds; the run continues without it."""
     (tmp_path / "slow_sines.py").write_text(SLOW)
     monkeypatch.syspath_prepend(tmp_path)
     made = document(HERE, OUTSIDE)
@@ -527,7 +529,7 @@ def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
 
 
 def test_a_worker_outlives_a_driver_that_was_killed(tmp_path):
-    """SIGKILL: nobody says a word. The worker finds the driver that resumes the run, and the bits are those of an unbroken one."""
+    """SIGKILL: the driver sends no dismissal. The worker joins the driver that resumes the run, with the same bits."""
     steps = (
         "outer.meta_steps=240",
         "checkpoint.every=2",
@@ -598,7 +600,7 @@ def test_impossible_configurations(change, match):
 
 
 def test_another_address_than_loopback_needs_tls_and_a_token():
-    with pytest.raises(ConfigError, match="there is no TLS and a token"):
+    with pytest.raises(ConfigError, match="could connect without TLS and a token"):
         train(experiment({**document(OUTSIDE), "outside": {"listen": "0.0.0.0:0"}}))
 
 

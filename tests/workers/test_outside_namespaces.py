@@ -1,4 +1,4 @@
-"""Two workers in network namespaces of their own, over TLS and a token, beside Ray actors; one is killed in mid-shard."""
+"""Two remote workers in network namespaces, over TLS and a token, next to Ray actors; one is killed in a shard."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers
 from metadist.experiment.result import Result
 
+pytestmark = pytest.mark.lane("services")
+
 SHORT = [
     "evaluate.tasks=40",
     "evaluate.test_tasks=40",
@@ -42,7 +44,10 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def places():
-    """(how a command is started there, where it finds this machine) twice: in namespaces joined to ours by a pair of devices each."""
+    """Two places: (a prefix that starts a command there, this machine's address there).
+
+    Each place is a namespace that a pair of devices connects to ours.
+    """
     found, undo = [], ExitStack()
     try:
         with undo:
@@ -151,9 +156,8 @@ def test_the_bits_of_one_process(tmp_path, places, name):
             if process.poll() is None:
                 process.kill()
     print(f"\n{name}: in one process    sha256 {alone.params_sha256}  {alone.wall_seconds:.1f} s")
-    print(
-        f"{name}: Ray and 2 outside  sha256 {together.params_sha256}  {seconds:.1f} s; killed with {killer.leases} leases; {together.retried}"
-    )
+    killed = f"killed with {killer.leases} leases; {together.retried}"
+    print(f"{name}: Ray and 2 outside  sha256 {together.params_sha256}  {seconds:.1f} s; {killed}")
     for text in said:
         print(text)
     assert together.params_sha256 == alone.params_sha256

@@ -55,8 +55,8 @@ class Asked:
 class Member:
     """One actor as the driver sees it. Its calls run in the order of submission.
 
-    ``about`` is None until the actor has started and is configured. ``starting`` refers to the start, then to the configuration; it is
-    None between the two while there is no plan.
+    ``about`` is None until the actor has started and is configured. ``starting`` refers to the start, then to the
+    configuration; it is None between the two while there is no plan.
     """
 
     name: str
@@ -77,10 +77,11 @@ class Member:
 
 
 class ActorPool:
-    """One group of actors per worker group. A dead actor is replaced immediately; after ``start`` nothing blocks on a starting actor.
+    """One group of actors per worker group. A dead actor is replaced immediately.
 
-    ``planner`` makes the run's plan from the device of the first learner; a ``plan`` that is given counts instead. All actors must
-    comply with the plan. Calls that are lost with their actor are appended to ``lost``.
+    After ``start`` nothing blocks on a starting actor. ``planner`` makes the run's plan from the device of the first
+    learner; a ``plan`` that is given counts instead. All actors must comply with the plan. Calls that are lost with
+    their actor are appended to ``lost``.
     """
 
     def __init__(
@@ -146,10 +147,8 @@ class ActorPool:
                 deadline = time.monotonic() + patience
             if time.monotonic() > deadline:
                 group = short[0]
-                raise WorkerError(
-                    f"workers: {self._ready(group)} of {_needed(group)} {group.role}s were ready after {patience:.0f} s; "
-                    f"{self.shortage()}"
-                )
+                ready = f"{self._ready(group)} of {_needed(group)} {group.role}s were ready after {patience:.0f} s"
+                raise WorkerError(f"workers: {ready}; {self.shortage()}")
 
     def _poll(self, timeout: float) -> None:
         starting = self.starting()
@@ -165,7 +164,10 @@ class ActorPool:
         return {m.starting: m for m in self.members.values() if m.about is None and m.starting is not None}
 
     def progressed(self, member: Member) -> None:
-        """Take the result of a start or a configuration. Raises MetadistError where the actor can't serve and the run needs it."""
+        """Take the result of a start or a configuration.
+
+        Raises MetadistError where the actor can't serve and the run needs it.
+        """
         if member.name not in self.members:
             return
         try:
@@ -216,9 +218,8 @@ class ActorPool:
             self._settings.note(f"{member.name} compiled in {about['compile_seconds']:.1f} s")
         mine, theirs = self._learner.data_sha256, about["data_sha256"]
         if mine and theirs and theirs != mine:
-            raise WorkerError(
-                f"worker {member.name} on {about['host']} has other data: sha256 {theirs[:12]}…, the driver {mine[:12]}…"
-            )
+            data = f"sha256 {theirs[:12]}…, the driver {mine[:12]}…"
+            raise WorkerError(f"worker {member.name} on {about['host']} has other data: {data}")
         refusal = self._numerics.refusal(member.name, about["host"], member.group.role, about["fingerprint"])
         if refusal:
             raise WorkerError(refusal)
@@ -290,7 +291,10 @@ class ActorPool:
         return None
 
     def resize(self, role: str, count: int) -> None:
-        """Start or forget actors of ``role`` until there are ``count``: first those that aren't ready go, then idle ones."""
+        """Start or forget actors of ``role`` until there are ``count``.
+
+        Actors that aren't ready are forgotten first, then idle ones.
+        """
         group = next(g for g in self._groups if g.role == role)
         members = [m for m in reversed(self.members.values()) if m.group.role == role]
         for _ in range(count - len(members)):

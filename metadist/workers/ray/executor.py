@@ -40,10 +40,10 @@ RELAY_SECONDS = 60.0
 class RayExecutor(KeepingExecutor[Any, Any]):
     """Compute shards on one group of Ray actors per worker group.
 
-    ``numerics`` judges every actor. ``planner`` makes the run's plan from the device of the first learner; ``plan`` is given where
-    remote workers have one already. Kept outputs stay in Ray's object store and outlive their actors; the driver holds references. With
-    ``settings.wire`` bfloat16 the result depends on which worker computed which shard, so exactness must be given up. WorkerError where
-    the minimum of actors is not ready in time.
+    ``numerics`` judges every actor. ``planner`` makes the run's plan from the device of the first learner; ``plan``
+    is given where remote workers have one already. Kept outputs stay in Ray's object store and outlive their actors;
+    the driver holds references. With ``settings.wire`` bfloat16 the result depends on which worker computed which
+    shard, so exactness must be given up. WorkerError where the minimum of actors is not ready in time.
     """
 
     blocks = True
@@ -60,8 +60,8 @@ class RayExecutor(KeepingExecutor[Any, Any]):
         one_of("engine.wire", settings.wire, WIRES)
         if numerics.exact and settings.wire != "exact":
             raise ConfigError(
-                f"engine.wire: {settings.wire} rounds by worker, so results depend on which worker computed which shard; "
-                "it goes with engine.exact: false"
+                f"engine.wire: {settings.wire} rounds by worker, so the result depends on which worker computed which "
+                "shard; use it with engine.exact: false"
             )
         super().__init__()
         self._learner, self._settings, self._numerics = learner, settings, numerics
@@ -95,7 +95,7 @@ class RayExecutor(KeepingExecutor[Any, Any]):
         return sum(DEPTH - len(m.calls) for m in self._pool.ready(role))
 
     def submit(self, shard: Shard, attempt: int) -> None:
-        """Ask the least busy worker of the shard's role; among equals the one that holds most of the outputs that it needs."""
+        """Ask the least busy worker of the shard's role; among equals, the one that holds the most needed outputs."""
         if missing := self._missing(shard, attempt):
             self._events.append(missing)
             return

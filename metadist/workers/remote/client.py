@@ -25,7 +25,7 @@ from metadist.workers.remote.codec import (
     lease_of,
     terms_of,
 )
-from metadist.workers.remote.messages import Answer, Applicant, Dismissal, Lease
+from metadist.workers.remote.messages import Applicant, Computed, Dismissal, Lease
 from metadist.workers.remote.runner import Runner
 
 __all__ = ["ServiceError", "Shell", "connect", "converse", "passing", "wait_until_ready"]
@@ -40,7 +40,7 @@ _END = object()
 
 @dataclass(frozen=True)
 class Shell:
-    """The worker's user: ``say`` shows a message, and ``stopped`` returns True once the user wants the worker to stop."""
+    """The worker's user: ``say`` shows a message; ``stopped`` returns True once the worker should stop."""
 
     say: Callable[[str], None]
     stopped: Callable[[], bool]
@@ -104,8 +104,9 @@ def converse(
 ) -> Dismissal | None:
     """Work for the driver at ``address`` until it dismisses this worker, and return the dismissal.
 
-    Return None where the user stopped the worker: the shard in progress is finished and sent, waiting leases are given back. Raises
-    ServiceError where the connection fails, and MetadistError where this machine can't do what the run asks.
+    Return None where the user stopped the worker: the shard in progress is finished and sent, waiting leases are
+    given back. Raises ServiceError where the connection fails, and MetadistError where this machine can't do what the
+    run asks.
     """
     outbox, inbox = _Outbox(), queue.SimpleQueue[Any]()
     outbox.put(pb.FromWorker(hello=applicant_message(applicant)))
@@ -204,7 +205,7 @@ class _Conversation:
     def _compute(self, lease: Lease) -> None:
         shard, token = lease.call.shard, lease.call.token
         answer = self._runner.compute(lease)
-        if not isinstance(answer, Answer):
+        if not isinstance(answer, Computed):
             self._outbox.put(failure_message(token, answer))
             self._say(f"{shard}: {answer.kind}: {answer.message}")
             return

@@ -1,4 +1,4 @@
-"""The executor whose workers connect from other machines. It knows no transport: that calls ``server.join`` and the sessions."""
+"""The executor whose workers connect from other machines. The transport calls ``server.join`` and the sessions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from metadist.workers.calls import Call, Content
 from metadist.workers.kept_outputs import KeepingExecutor, KeptOutput, KeptOutputs
 from metadist.workers.numerics import Numerics
 from metadist.workers.plan import Planner
-from metadist.workers.remote.messages import Answer, Configure, Dismissal, Failure, Lease
+from metadist.workers.remote.messages import Computed, Configure, Dismissal, Failure, Lease
 from metadist.workers.remote.server import Offer, Server
 from metadist.workers.remote.session import Session
 from metadist.workers.settings import RunSettings
@@ -39,14 +39,16 @@ STATISTICS = ("seconds", "cpu_percent", "memory_bytes", "gpu_percent", "gpu_memo
 
 
 class RemoteExecutor(KeepingExecutor[Content, Content]):
-    """Lease shards to workers that connect and leave at any time. A worker that is silent, hangs or sends garbage is dismissed.
+    """Lease shards to workers that connect and leave at any time.
 
-    A worker receives the run's config and builds its own learner. Another version of metadist, other data or numerics that ``numerics``
-    refuses are refused with the reason. Every result is checked before use: hash, shard, layout, finiteness. A refused result ends the
-    worker's session, so that it can't fail the same shard twice.
+    A worker that is silent, hangs or sends garbage is dismissed. A worker receives the run's config and builds its
+    own learner. Another version of metadist, other data or numerics that ``numerics`` refuses are refused with the
+    reason. Every result is checked before use: hash, shard, layout, finiteness. A refused result ends the worker's
+    session, so that it can't fail the same shard twice.
 
-    ``planner``, where it is set, makes the run's plan from the first learner's device; otherwise workers begin after ``obey``. ``how`` is
-    the command that starts a worker. All methods belong to the driver's thread; ``server`` serves the transport's threads.
+    ``planner``, where it is set, makes the run's plan from the first learner's device; otherwise workers begin after
+    ``obey``. ``how`` is the command that starts a worker. All methods belong to the driver's thread; ``server``
+    serves the transport's threads.
     """
 
     blocks = True
@@ -138,14 +140,15 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         }
         self._settings.note(f"{session.name} joined from {applicant.host} ({fingerprint.get('device')})")
 
-    def _finished(self, session: Session, token: int, answer: Answer) -> None:
+    def _finished(self, session: Session, token: int, answer: Computed) -> None:
         call = session.leases.pop(token, None)
         if call is None:
             return
         try:
             event = self._checked(session, call, answer)
         except RejectedError as error:
-            # Workers report NaN of a shard's own as a failure; here the worker's arithmetic, memory or program is at fault.
+            # Workers report NaN of a shard's own as a failure; here the worker's arithmetic, memory or program is at
+            # fault.
             message = f"{error} (from {session.name}, which was dismissed)"
             self._events.append(Failed(call.shard, call.attempt, session.name, "rejected", message))
             self._refuse(session, f"its result was refused: {error}")
@@ -153,7 +156,7 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         session.proven = True
         self._events.append(event)
 
-    def _checked(self, session: Session, call: Call, answer: Answer) -> Finished:
+    def _checked(self, session: Session, call: Call, answer: Computed) -> Finished:
         """Decode an answer and keep its output. Raises RejectedError where the answer must not be used."""
         shard, frame = call.shard, [pa.py_buffer(p) for p in answer.result]
         result, header = decode_result(frame, shard, self._learner.slots)
@@ -190,7 +193,8 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
             self._events.append(self._lost(call, failure.missing, failure.message, session.name))
         elif failure.kind in ("rejected", "error"):
             tasks = tuple(t for t in failure.tasks if shard.start <= t < shard.start + shard.count)
-            # The message names the worker: a failure is the task's fault for sure only where it happens twice on one worker.
+            # The message names the worker: a failure is the task's fault for sure only where it happens twice on one
+            # worker.
             message = f"{failure.message} (on {session.name})"
             session.failed_at.update(shard.each())
             kind: Literal["rejected", "error"] = "rejected" if failure.kind == "rejected" else "error"
@@ -276,7 +280,10 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         return any(s.leases for s in self.server.sessions)
 
     def submit(self, shard: Shard, attempt: int) -> None:
-        """Lease to the least busy worker of the role that has not failed at the shard; among equals, by the outputs that it holds."""
+        """Lease to the least busy worker of the role, preferably one that has not failed at the shard.
+
+        Among equals, the worker is chosen that holds the most needed outputs.
+        """
         if missing := self._missing(shard, attempt):
             self._events.append(missing)
             return

@@ -15,7 +15,8 @@ from metadist.workers.calls import Call, Content
 class Applicant:
     """A worker that wants to join.
 
-    ``versions``: of metadist, torch and python. ``process`` is an id of the worker's process: a reconnecting process has the same id.
+    ``versions``: of metadist, torch and python. ``process`` is an id of the worker's process: a reconnecting process
+    has the same id.
     """
 
     name: str
@@ -28,9 +29,10 @@ class Applicant:
 
 @dataclass(frozen=True)
 class Terms:
-    """The driver's answer to an applicant that it accepts: the worker's name, and the config from which it builds its own learner.
+    """The driver's answer to an accepted applicant: its name, and the config from which it builds its own learner.
 
-    ``config`` is a YAML document. The leases of a worker end when the driver receives nothing from it for ``lease_seconds``.
+    ``config`` is a YAML document. The leases of a worker end when the driver receives nothing from it for
+    ``lease_seconds``.
     """
 
     worker: str
@@ -52,7 +54,7 @@ class Configure:
 
 @dataclass(frozen=True)
 class Lease:
-    """A call, with those parts of θ and of the needed outputs that the worker does not hold (in the order of ``call.needs``)."""
+    """A call, with θ and the needed outputs (in the order of ``call.needs``); None where the worker holds them."""
 
     call: Call
     theta: Content | None = None
@@ -68,7 +70,7 @@ class Dismissal:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Computed:
     """A computed shard: the frames, in parts, of its result and of the output that it keeps."""
 
     result: Sequence[Any]
@@ -79,8 +81,8 @@ class Answer:
 class Failure:
     """The reason why a lease has no answer.
 
-    ``kind`` is ``rejected``, ``error`` or ``missing`` as in ``Failed``; ``unable`` where this worker can't compute the shard and another
-    worker may; ``returned`` where the worker gave the lease back before it computed.
+    ``kind`` is ``rejected``, ``error`` or ``missing`` as in ``Failed``; ``unable`` where this worker can't compute
+    the shard and another worker may; ``returned`` where the worker gave the lease back before it computed.
     """
 
     kind: str

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 class Offer:
     """The part of a run that remote workers depend on.
 
-    ``config`` is the YAML document from which they build their learner, ``versions`` those of this driver. The leases of a worker end
-    when the driver receives nothing from it for ``lease_seconds``.
+    ``config`` is the YAML document from which they build their learner, ``versions`` those of this driver. The leases
+    of a worker end when the driver receives nothing from it for ``lease_seconds``.
     """
 
     config: str

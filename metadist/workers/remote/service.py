@@ -1,4 +1,4 @@
-"""The driver's side of ``metadist.work.v1``: one call per worker, between the gRPC transport and the worker's session."""
+"""The driver's side of ``metadist.work.v1``: one call per worker, between gRPC and the worker's session."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from metadist.workers.remote.codec import (
     lease_messages,
     terms_message,
 )
-from metadist.workers.remote.messages import Answer, Configure, Dismissal, DismissedError, Lease
+from metadist.workers.remote.messages import Computed, Configure, Dismissal, DismissedError, Lease
 from metadist.workers.remote.server import Server
 from metadist.workers.remote.session import Session
 
@@ -83,7 +83,10 @@ class Leases(work_pb2_grpc.WorkServicer):
 
 
 def _sent(lease: Lease, session: Session) -> Iterator[pb.ToWorker]:
-    """Yield the messages of a lease and of its frames. The frames are fetched first: where one can't be, the driver is told."""
+    """Yield the messages of a lease and of its frames.
+
+    The frames are fetched first. Where one can't be fetched, the lease is reported as unsent.
+    """
     theta = None if lease.theta is None else lease.theta()
     outputs = []
     for position, content in enumerate(lease.outputs):
@@ -131,7 +134,7 @@ def _take_result(result: pb.Result, requests: Iterator[pb.FromWorker], session: 
         session.heard()
         arriving.take(message.chunk.data)
     if largest is not None:
-        session.finished(result.token, Answer(*arriving.frames))
+        session.finished(result.token, Computed(*arriving.frames))
 
 
 def _dismissed(dismissal: Dismissal) -> pb.ToWorker:

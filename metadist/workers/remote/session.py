@@ -11,25 +11,24 @@ from typing import Any
 from metadist.config.groups import WorkerGroup
 from metadist.core.round import Shard
 from metadist.workers.calls import Call
-from metadist.workers.remote.messages import Answer, Applicant, Failure, Message, Terms
+from metadist.workers.remote.messages import Applicant, Computed, Failure, Message, Terms
 
 #: the bytes that a result may have in addition to those of θ, and the bytes of a kept output
 RESULT_SLACK, OUTPUT_BYTES = 64 << 20, 1 << 30
 
-Report = Callable[["Session", str, tuple[Any, ...]], None]
-
 
 @dataclass(eq=False)
 class Session:
-    """A remote worker's session. The transport calls its methods from its own threads, and all of them return immediately.
+    """A remote worker's session. The transport's threads call its methods, and all of them return immediately.
 
-    ``report`` passes the worker's messages on to the driver's thread, which alone changes ``leases`` and the fields below it.
+    ``report`` passes the worker's messages on to the driver's thread, which alone changes ``leases`` and the fields
+    below it.
     """
 
     applicant: Applicant
     terms: Terms
     group: WorkerGroup
-    report: Report
+    report: Callable[[Session, str, tuple[Any, ...]], None]
     theta_bytes: int
     messages: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
     last_heard: float = field(default_factory=time.monotonic)
@@ -78,7 +77,7 @@ class Session:
     def became_ready(self, about: Mapping[str, Any]) -> None:
         self.report(self, "configured", (about,))
 
-    def finished(self, token: int, answer: Answer) -> None:
+    def finished(self, token: int, answer: Computed) -> None:
         self.report(self, "finished", (token, answer))
 
     def failed(self, token: int, failure: Failure) -> None:
