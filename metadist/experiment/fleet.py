@@ -129,7 +129,7 @@ class _Division:
 
     @property
     def compared(self) -> list[WorkerGroup]:
-        """The groups whose numerics are compared. This process counts as a learner, whatever its ``max``."""
+        """The groups whose numerics are compared. This process counts as one learner."""
         return [*([WorkerGroup()] if self.in_process else self.own), *self.remote]
 
     @property
