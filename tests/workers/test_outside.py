@@ -598,7 +598,7 @@ def test_impossible_configurations(change, match):
 
 
 def test_another_address_than_loopback_needs_tls_and_a_token():
-    with pytest.raises(ConfigError, match="there is no TLS and a token"):
+    with pytest.raises(ConfigError, match="without TLS and a token"):
         train(experiment({**document(OUTSIDE), "outside": {"listen": "0.0.0.0:0"}}))
 
 
