@@ -16,6 +16,7 @@ ENDLESS = (
     "checkpoint.every=1000000",
     "outer.meta_batch_size=8",
     "tracking.log_every=1000",
+    "engine.compile=never",  # a command that changes the shards would wait for a compilation
 )
 
 

@@ -29,7 +29,7 @@ class DivergedAdaptation(ConfigError):
     """The adaptation gave NaN or Inf."""
 
 
-class AdaptedParameters(NamedTuple):
+class ServedAdaptation(NamedTuple):
     """φ for one support set, with everything that ``ServedModel.predict`` needs."""
 
     phi: Any
@@ -164,13 +164,13 @@ class ServedModel:
         """Return how many requests with ``elements`` input elements each are computed together at most."""
         return max(1, self.limits.batch_elements // max(1, elements))
 
-    def adapt(self, supports: Sequence[Examples], inner_steps: int | None) -> list[AdaptedParameters | Exception]:
+    def adapt(self, supports: Sequence[Examples], inner_steps: int | None) -> list[ServedAdaptation | Exception]:
         """Adapt to each support set; a support set that fails has its exception in the list."""
         parts = _parts(supports, self.together(supports[0].x.numel()))
         with self._lock:
             return [adapted for some in parts for adapted in self._adapt(some, inner_steps)]
 
-    def _adapt(self, supports: Sequence[Examples], inner_steps: int | None) -> list[AdaptedParameters | Exception]:
+    def _adapt(self, supports: Sequence[Examples], inner_steps: int | None) -> list[ServedAdaptation | Exception]:
         if len(supports) > 1 and self._stackable:
             stacked = Examples(torch.stack([s.x for s in supports]), torch.stack([s.y for s in supports]))
             try:
@@ -189,7 +189,7 @@ class ServedModel:
                 self._stackable = False
         return [self._alone(support, inner_steps) for support in supports]
 
-    def _alone(self, support: Examples, inner_steps: int | None) -> AdaptedParameters | Exception:
+    def _alone(self, support: Examples, inner_steps: int | None) -> ServedAdaptation | Exception:
         try:
             phi = self._compute(lambda: self.learner.adapt(self.state, support, inner_steps))
             return self._split(
@@ -200,7 +200,7 @@ class ServedModel:
 
     def _split(
         self, many: Any, supports: Sequence[Examples], inner_steps: int | None
-    ) -> list[AdaptedParameters | Exception]:
+    ) -> list[ServedAdaptation | Exception]:
         """Split a stacked φ into one for each support set, in memory of its own; tensors of θ stay shared."""
         leaves, spec = pytree.tree_flatten(many)
         adapted = [self._is_adapted(t) for t in leaves]
@@ -210,7 +210,7 @@ class ServedModel:
         rows = [t.unbind() if isinstance(t, Tensor) else [t] * len(supports) for t in leaves]
         structure = hash((str(spec), *(tuple(t.shape[1:]) if isinstance(t, Tensor) else t for t in leaves)))
         size = sum(row[0].numel() * row[0].element_size() for row, own in zip(rows, adapted) if own)
-        split: list[AdaptedParameters | Exception] = []
+        split: list[ServedAdaptation | Exception] = []
         for i, (support, good) in enumerate(zip(supports, finite.tolist())):
             if not good:
                 split.append(
@@ -223,12 +223,12 @@ class ServedModel:
             inputs = support.x if self._needs_support else None
             total = size + (0 if inputs is None else inputs.numel() * inputs.element_size())
             made_by = (inner_steps, tuple(support.x.shape), tuple(support.y.shape))
-            split.append(AdaptedParameters(phi, inputs, total, structure, made_by))
+            split.append(ServedAdaptation(phi, inputs, total, structure, made_by))
         return split
 
     # Transfer to another replica --------------------------------------------------------------------------------------
 
-    def pack(self, adapted: AdaptedParameters) -> tuple[Any, ...]:
+    def pack(self, adapted: ServedAdaptation) -> tuple[Any, ...]:
         """Return the tensors that are not θ's as safetensors, and the arguments that restore the rest."""
         leaves = [t for t in pytree.tree_leaves(adapted.phi) if self._is_adapted(t)]
         tensors = {f"phi/{i}": t.cpu().contiguous() for i, t in enumerate(leaves)}
@@ -236,7 +236,7 @@ class ServedModel:
             tensors["support"] = adapted.support.cpu().contiguous()
         return safetensors.torch.save(tensors), adapted.made_by
 
-    def unpack(self, packed: tuple[Any, ...]) -> AdaptedParameters:
+    def unpack(self, packed: tuple[Any, ...]) -> ServedAdaptation:
         """Return the adapted parameters that another replica's ``pack`` packed."""
         data, (inner_steps, x, y) = packed
         tensors = {n: t.clone().to(self.learner.device) for n, t in safetensors.torch.load(data).items()}
@@ -252,19 +252,19 @@ class ServedModel:
         phi = pytree.tree_unflatten([tensors[f"phi/{next(own)}"] if self._is_adapted(t) else t for t in leaves], spec)
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         structure = hash((str(spec), *(tuple(t.shape) if isinstance(t, Tensor) else t for t in leaves)))
-        return AdaptedParameters(phi, tensors.get("support"), total, structure, (inner_steps, x, y))
+        return ServedAdaptation(phi, tensors.get("support"), total, structure, (inner_steps, x, y))
 
     def _is_adapted(self, leaf: Any) -> bool:
         """Return whether a leaf of φ is a tensor that does not share θ's memory."""
         return isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self._theta_memory
 
-    def predict(self, adapted: Sequence[AdaptedParameters], queries: Sequence[Tensor]) -> list[Tensor]:
+    def predict(self, adapted: Sequence[ServedAdaptation], queries: Sequence[Tensor]) -> list[Tensor]:
         """Return predictions for queries [N, …], each with its adapted parameters of one structure."""
         parts = _parts(list(zip(adapted, queries)), self.together(queries[0].numel()))
         with self._lock:
             return [prediction for some in parts for prediction in self._predict(some)]
 
-    def _predict(self, pairs: Sequence[tuple[AdaptedParameters, Tensor]]) -> list[Tensor]:
+    def _predict(self, pairs: Sequence[tuple[ServedAdaptation, Tensor]]) -> list[Tensor]:
         if len(pairs) == 1:
             ((adapted, x),) = pairs
             support = x if adapted.support is None else adapted.support
@@ -303,7 +303,7 @@ class ServedModel:
         x = torch.zeros(rows, *self.input_shape, dtype=self.dtype, device=self.learner.device)
         y = torch.arange(rows) if self.classification else torch.zeros(rows, *self.target_shape, dtype=self.dtype)
         adapted = self.adapt([Examples(x, y.to(self.learner.device))], None)[0]
-        if isinstance(adapted, AdaptedParameters):
+        if isinstance(adapted, ServedAdaptation):
             self.predict([adapted], [x])
 
 

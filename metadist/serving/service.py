@@ -18,7 +18,7 @@ from metadist.rpc.grpc_guard import Refused
 from metadist.serving.batching import Batcher
 from metadist.serving.cache import HandleCache, ReplicaCache
 from metadist.serving.metrics import ServiceMetrics
-from metadist.serving.model import AdaptedParameters, DivergedAdaptation, InvalidInput, ServedModel
+from metadist.serving.model import DivergedAdaptation, InvalidInput, ServedAdaptation, ServedModel
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
@@ -52,7 +52,7 @@ class AdaptationService:
             raise ConfigError(
                 f"serve: models need different names, got {', '.join(m.name for m in models) or 'none'}; use NAME=RUN"
             )
-        self.cache: HandleCache[tuple[ServedModel, AdaptedParameters]] = (
+        self.cache: HandleCache[tuple[ServedModel, ServedAdaptation]] = (
             HandleCache(budget)
             if shared_cache is None
             else ReplicaCache(budget, shared_cache, self._pack, self._unpack)
@@ -93,7 +93,7 @@ class AdaptationService:
             )
         return handle, adapted.bytes
 
-    def find(self, handle: str) -> tuple[ServedModel, AdaptedParameters]:
+    def find(self, handle: str) -> tuple[ServedModel, ServedAdaptation]:
         """Return the model and the adapted parameters of a handle."""
         found = self.cache.get(handle)
         if found is None:
@@ -105,7 +105,7 @@ class AdaptationService:
             )
         return found
 
-    def predict(self, model: ServedModel, adapted: AdaptedParameters, x: Tensor, left: TimeLeft) -> Tensor:
+    def predict(self, model: ServedModel, adapted: ServedAdaptation, x: Tensor, left: TimeLeft) -> Tensor:
         """Return predictions for x [N, …]: logits or values [N, …]."""
         shape = (tuple(x.shape), None if adapted.support is None else tuple(adapted.support.shape), adapted.structure)
         prediction = _within(left, self._batcher.submit(("predict", model.name, *shape), (adapted, x)))
@@ -136,11 +136,11 @@ class AdaptationService:
             "p99_ms": round(cuts[98], 3),
         }
 
-    def _pack(self, item: tuple[ServedModel, AdaptedParameters]) -> Any:
+    def _pack(self, item: tuple[ServedModel, ServedAdaptation]) -> Any:
         model, adapted = item
         return model.name, model.pack(adapted)
 
-    def _unpack(self, packed: Any) -> tuple[tuple[ServedModel, AdaptedParameters], int]:
+    def _unpack(self, packed: Any) -> tuple[tuple[ServedModel, ServedAdaptation], int]:
         name, parts = packed
         adapted = self.models[name].unpack(parts)
         return (self.models[name], adapted), adapted.bytes
@@ -149,7 +149,7 @@ class AdaptationService:
 
     def _adapted(
         self, model: ServedModel, support: Examples, inner_steps: int | None, left: TimeLeft
-    ) -> AdaptedParameters:
+    ) -> ServedAdaptation:
         key = ("adapt", model.name, tuple(support.x.shape), tuple(support.y.shape), inner_steps)
         adapted = _within(left, self._batcher.submit(key, support))
         self.adaptations += 1

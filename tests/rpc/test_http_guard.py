@@ -15,6 +15,8 @@ from metadist.rpc.http_guard import FirstRequestTimeout, HttpGuard
 from metadist.serving import load as serving
 from metadist.serving.service import AdaptationService
 
+pytestmark = pytest.mark.lane("services")
+
 
 @pytest.mark.lane("services")
 def test_a_connection_without_a_request_is_closed(monkeypatch):

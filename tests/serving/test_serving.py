@@ -24,6 +24,8 @@ from metadist.experiment.load import load_run
 from metadist.serving.load import Serving, build_service, open_model
 from metadist.serving.prediction import ModelSource, predict_folders
 
+pytestmark = pytest.mark.lane("services")
+
 SHAPES = {"bar": (slice(2, 10), slice(5, 7)), "beam": (slice(5, 7), slice(2, 10)), "block": (slice(3, 9), slice(3, 9))}
 
 

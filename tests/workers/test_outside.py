@@ -28,10 +28,8 @@ from metadist.workers.remote import client, work_pb2_grpc
 from metadist.workers.remote import work_pb2 as pb
 from metadist.workers.remote.codec import Arriving, GarbledError, chunks, facts, shard_message, shard_of
 from metadist.workers.remote.executor import RemoteExecutor
-from metadist.workers.remote.messages import Computed, Failure
+from metadist.workers.remote.messages import Answer, Failure
 from metadist.workers.remote.runner import Runner
-
-pytestmark = pytest.mark.lane("services")
 
 ENVIRONMENTS = {**OUTSIDE, "role": "environment"}
 
@@ -111,9 +109,9 @@ class Rogue(Runner):
         if self.deed == "garbage":
             frame = bytearray(b"\x00\xff" * 500)
         if self.deed == "cut":
-            return Computed([bytes(frame), _Breaks()])
+            return Answer([bytes(frame), _Breaks()])
         if self.deed == "oversized":
-            return Computed([bytes(frame)] + [bytes(1 << 20)] * 80)
+            return Answer([bytes(frame)] + [bytes(1 << 20)] * 80)
         if self.deed == "nan":
             from metadist.wire.codec import ResultHeader, decode_result, result_parts
 
@@ -121,14 +119,14 @@ class Rogue(Runner):
             result, _ = decode_result(bytes(frame), lease.call.shard, slots)
             for vector in result.slots.values():
                 vector[0] = float("nan")
-            return Computed(result_parts(result, slots, ResultHeader(lease.call.shard, lease.call.attempt, "rogue")))
+            return Answer(result_parts(result, slots, ResultHeader(lease.call.shard, lease.call.attempt, "rogue")))
         if self.deed == "hang":
             self.over.wait(120)
         if self.deed == "unable":
             return Failure("unable", "the simulator is not installed here")
         if self.deed == "error":
             return Failure("error", "ValueError: this box is broken", detail="Traceback …")
-        return Computed([bytes(frame)])
+        return Answer([bytes(frame)])
 
 
 class _Breaks:
@@ -519,7 +517,7 @@ def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
     with hands(run, "learner") as [hand]:
         first = tiny.train(run, run_dir=str(tmp_path / "run"), stop=lambda: next(steps) == 2, test=False, plots=False)
         assert first.outcome.stopped == "interrupted"
-        wait_for(lambda: any("can be resumed; waiting up to 60 s" in line for line in hand.said))
+        wait_for(lambda: any("may be resumed; waiting up to 60 s" in line for line in hand.said))
         again = experiment(document(HERE, OUTSIDE, port=run.outside.port))
         second = tiny.train(again, run_dir=str(tmp_path / "run"), resume=True, test=False, plots=False)
         hand.join()
@@ -600,7 +598,7 @@ def test_impossible_configurations(change, match):
 
 
 def test_another_address_than_loopback_needs_tls_and_a_token():
-    with pytest.raises(ConfigError, match="there is no TLS and a token"):
+    with pytest.raises(ConfigError, match="without TLS and a token"):
         train(experiment({**document(OUTSIDE), "outside": {"listen": "0.0.0.0:0"}}))
 
 
