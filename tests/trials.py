@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from metadist.core.model import Model
@@ -14,37 +12,8 @@ from metadist.core.round import WithOutput
 from metadist.core.state import Records, TreeSum
 from metadist.learners.trials import TrialLearner
 from metadist.rl.algorithm import TrialContext
-from metadist.rl.environment import Continuous, Discrete, MetaEnvironment, Step
-
-
-@dataclass(frozen=True)
-class Chance(MetaEnvironment):
-    """Observations are noise, an action pays its product with the task's number, and an episode ends with probability ``end``."""
-
-    episodes: int = 3
-    horizon: int = 4
-    end: float = 0.3
-    count: int = 3
-    continuous: bool = False
-
-    reset_noise = 2
-    step_noise = 4
-    observation_size = 2
-
-    @property
-    def actions(self):
-        return Continuous(2) if self.continuous else Discrete(self.count)
-
-    def sample(self, keys):
-        return {"number": keys.stream("number").uniform(1, low=-1.0, high=1.0).squeeze(-1)}
-
-    def reset(self, tasks, noise):
-        return noise, noise
-
-    def step(self, tasks, state, action, noise):
-        action = action.sum(-1) if self.continuous else action
-        observation = noise[:, 2:] - 0.5
-        return Step(observation, observation, tasks["number"] * action + noise[:, 1], noise[:, 0] < self.end)
+from metadist.rl.environment import Continuous
+from metadist.testing.toys import Chance as Chance
 
 
 def learner(algorithm, model, environment, *, dtype=torch.float32, batch=16, shard=4, lr=1e-2, **outer) -> TrialLearner:

@@ -18,7 +18,8 @@ KINDS = ("algorithms", "tasks", "environments", "models", "trackers", "configs")
 
 
 def list_(what: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.")]) -> None:
-    """The names that a config may use, one per line with a description; plug-ins with the package that they come from."""
+    """The names that a config may use, one per line with a description; plug-ins with the package that they come
+    from."""
     with clean_errors():
         from metadist.core.errors import one_of
 

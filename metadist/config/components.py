@@ -100,8 +100,9 @@ def model_factory(
 ) -> Callable[[], nn.Module]:
     """Return the function that builds the module for ``tasks``.
 
-    ``model`` is an ``nn.Module`` (each call copies it), a ``ModelConfig``, a ``PolicyConfig`` (with a meta-environment), or
-    a function that builds a module. Raises ConfigError where ``model`` is of another type or does not go with ``tasks``.
+    ``model`` is an ``nn.Module`` (each call copies it), a ``ModelConfig``, a ``PolicyConfig`` (with a
+    meta-environment), or a function that builds a module. Raises ConfigError where ``model`` is of another type or does
+    not go with ``tasks``.
     """
     if isinstance(model, nn.Module):
         return functools.partial(_copy, model)
@@ -129,8 +130,8 @@ def _policy_factory(model: object, environment: MetaEnvironment) -> Callable[[],
     if not isinstance(model, PolicyConfig):
         fits = [name for name, cls in MODELS.items() if issubclass(cls, PolicyConfig)]
         raise ConfigError(
-            f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}, or a class "
-            "of your own with build_policy()"
+            f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}, or a "
+            "class of your own with build_policy()"
         )
     actions = environment.actions
     return functools.partial(

@@ -96,7 +96,8 @@ def plugins(kind: Kind[T]) -> Plugins:
 def find(kind: Kind[T], name: str) -> T | None:
     """Return the object that a plug-in declares as ``name``, or None where none does.
 
-    Raises ConfigError where the plug-in can't be imported or is of the wrong type, and where two packages declare the name.
+    Raises ConfigError where the plug-in can't be imported or is of the wrong type, and where two packages declare the
+    name.
     """
     found = plugins(kind)
     if name in found.refused:

@@ -12,8 +12,8 @@ STATUSES = ("FINISHED", "FAILED", "KILLED")
 class Tracker:
     """Records a run. Every method does nothing here, so a subclass overrides only the methods that it needs.
 
-    One process calls ``start`` once, then the other methods from one thread, then ``finish`` once. Training waits for every
-    call: between ``start`` and ``finish`` no method may wait for a server or raise because of one.
+    One process calls ``start`` once, then the other methods from one thread, then ``finish`` once. Training waits for
+    every call: between ``start`` and ``finish`` no method may wait for a server or raise because of one.
     """
 
     def start(
@@ -29,7 +29,8 @@ class Tracker:
         """Begin or resume ``run_id``. ``parent`` is the ``run_id`` of the group of seeds that the run belongs to."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record points. A resumed run repeats steps: of several points with the same (key, step) the first one counts."""
+        """Record points. A resumed run repeats steps: of several points with the same (key, step) the first one
+        counts."""
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""
@@ -44,7 +45,8 @@ class Tracker:
         """Make all records survive a power cut. Called before a checkpoint counts as written."""
 
     def finish(self, status: str, timeout: float) -> int:
-        """End the run with a status of ``STATUSES``; return how many records are undelivered after ``timeout`` seconds."""
+        """End the run with a status of ``STATUSES``; return how many records are undelivered after ``timeout``
+        seconds."""
         return 0
 
     @property

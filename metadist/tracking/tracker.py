@@ -19,8 +19,8 @@ from metadist.tracking.spool import legal_key, read_json
 class TrackerFactory(Protocol):
     """What an entry point in the group ``metadist.trackers`` names: a class, or a function, that makes a tracker.
 
-    ``uri`` is the whole ``tracking.uri``, its scheme included. ``spool`` is a folder of the run that the tracker may write
-    to, ``experiment`` is ``tracking.experiment``, ``runs_root`` the folder that all runs are in.
+    ``uri`` is the whole ``tracking.uri``, its scheme included. ``spool`` is a folder of the run that the tracker may
+    write to, ``experiment`` is ``tracking.experiment``, ``runs_root`` the folder that all runs are in.
     """
 
     def __call__(self, uri: str, *, spool: Path, experiment: str, runs_root: Path) -> Tracker: ...
@@ -43,7 +43,8 @@ TRACKER = Kind[object](
         "uc": "MLflow with the open-source Unity Catalog: uc:http://HOST:PORT",
     },
     callable,
-    "a class derived from metadist.tracking.Tracker, or a function (uri, *, spool, experiment, runs_root) that makes one",
+    "a class derived from metadist.tracking.Tracker, or a function (uri, *, spool, experiment, runs_root) that makes "
+    "one",
 )
 """The values of ``tracking.uri``, or their schemes; plug-ins add schemes."""
 
@@ -59,9 +60,9 @@ def make_tracker(
 ) -> Tracker:
     """Make the tracker for ``tracking.uri``.
 
-    ``uri`` is ``none``, ``auto`` (``MLFLOW_TRACKING_URI``, or else a SQLite file under ``runs_root``), any MLflow tracking
-    URI, or a URI whose scheme is the name of a plug-in (``console://…``). Raises ConfigError where MLflow is needed and
-    missing, and where the plug-in is unusable.
+    ``uri`` is ``none``, ``auto`` (``MLFLOW_TRACKING_URI``, or else a SQLite file under ``runs_root``), any MLflow
+    tracking URI, or a URI whose scheme is the name of a plug-in (``console://…``). Raises ConfigError where MLflow is
+    needed and missing, and where the plug-in is unusable.
     """
     if uri == "none":
         return NullTracker()
@@ -89,7 +90,8 @@ def _plugin(uri: str | None) -> Plugin | None:
         return found.usable.get(scheme)
     known = sorted([*TRACKER.own, *found.usable])
     raise ConfigError(
-        f"tracking.uri: '{scheme}://' is neither one of {', '.join(known)} nor a store of MLflow{nearest(scheme, known)}"
+        f"tracking.uri: '{scheme}://' is neither one of {', '.join(known)} nor a store of MLflow"
+        f"{nearest(scheme, known)}"
     )
 
 
@@ -127,10 +129,10 @@ def log_group(
     status: str = "FINISHED",
     timeout: float = 30.0,
 ) -> int:
-    """Records several seeds' results on their parent run: ``<key>/mean`` and ``<key>/sd`` (sample SD) for every key of each step.
+    """Record the results of several seeds on their parent run: ``<key>/mean`` and ``<key>/sd`` for every key of a step.
 
-    ``run_id`` is what the children gave as ``parent``; ``results`` maps a step to one mapping per seed. The first values count
-    here too, so let the id name the seeds. Returns the number of undelivered records.
+    ``run_id`` is the ``parent`` of the seeds' runs; ``results`` maps a step to one mapping per seed. The first values
+    count here too, so let the id name the seeds. Returns the number of undelivered records.
     """
     tracker.start(run_id=run_id, name=name, params=params or {}, tags=tags or {})
     for step, seeds in sorted(results.items()):
@@ -139,7 +141,7 @@ def log_group(
 
 
 def mean_sd(seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """``<key>/mean`` and ``<key>/sd`` over the seeds that have the key; one seed has no SD."""
+    """Return ``<key>/mean`` and ``<key>/sd`` (sample SD) over the seeds that have the key; one seed has no SD."""
     summary: dict[str, float] = {}
     for key in dict.fromkeys(key for seed in seeds for key in seed):
         values = [float(seed[key]) for seed in seeds if key in seed]
@@ -151,7 +153,7 @@ def mean_sd(seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def undelivered(spool: str | Path) -> int:
-    """How many records of a spool folder MLflow doesn't have yet."""
+    """Return how many records of a spool folder MLflow doesn't have yet."""
     path = Path(spool) / "spool.jsonl"
     if not path.exists():
         return 0
@@ -161,7 +163,7 @@ def undelivered(spool: str | Path) -> int:
 
 
 def replay(spool: str | Path, *, tracking_uri: str | None = None, timeout: float = 60.0) -> int:
-    """Delivers what an earlier process left in a spool folder; returns how many records are still left.
+    """Deliver the records that an earlier process left in a spool folder; return how many are still left.
 
     ``tracking_uri`` is needed only where the recorded one had a password, which isn't kept.
     """

@@ -118,7 +118,9 @@ def test_a_broken_plug_in_is_one_line_that_names_the_distribution(site, plugins,
 def test_two_plug_ins_of_one_name(site, kind, cli, tmp_path):
     for project in ("metadist-one", "metadist-two"):
         site(project, installed.entry_points("good_plugins", {kind: {"same": "Slow"}}), good_plugins=installed.GOOD)
-    expected = f"plug-in 'same' (metadist.{kind}) is declared by metadist-one 1.0 and metadist-two 1.0; uninstall one of them"
+    expected = (
+        f"plug-in 'same' (metadist.{kind}) is declared by metadist-one 1.0 and metadist-two 1.0; uninstall one of them"
+    )
     listed = cli("list", kind)
     assert listed.exit_code == 0
     assert f"warning: {expected}" in listed.stderr.splitlines()

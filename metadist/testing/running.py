@@ -1,0 +1,109 @@
+"""Compute shards and meta-steps in this process, without an executor: what the properties and metadist's own tests
+run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metadist.core.model import Model
+from metadist.core.outer import OuterLoop
+from metadist.core.parameters import Parameters
+from metadist.core.random import TaskKey, seeded
+from metadist.core.round import Round, Shard, WithOutput
+from metadist.core.state import Contribution, Records, State, TreeSum
+from metadist.learners.few_shot import Learner
+from metadist.learners.trials import TrialLearner
+
+RUN, META_STEP, TASKS = "check", 2, 6
+#: small enough for seconds, and cut into shards of unequal size
+OUTER = OuterLoop(meta_batch_size=TASKS, shard_size=4, lr=3e-3)
+
+Watch = Callable[[Round, State, Any], None]
+
+
+@dataclass
+class Done:
+    """What a meta-step made of a state: the new state, its report, and the result of every shard."""
+
+    state: State
+    report: dict[str, float] = field(default_factory=dict)
+    results: dict[Shard, Contribution] = field(default_factory=dict)
+
+
+def compute_round(
+    learner: Learner | TrialLearner, round: Round, outputs: dict[Any, Records], results: dict[Shard, Any]
+) -> Any:
+    """Compute the shards of ``round`` one after the other; return their sum, or their records where it does not reduce.
+
+    ``outputs`` receives what shards keep for later rounds, ``results`` every shard's result.
+    """
+    total: TreeSum[Contribution] = TreeSum(len(round.shards))
+    for shard in round.shards:
+        result = compute(learner, shard, round.parameters, outputs)
+        results[shard] = result
+        if round.reduce:
+            total.add(shard.index, result)
+    return total.result() if round.reduce else Records.concatenate([results[shard] for shard in round.shards])
+
+
+def compute(learner: Learner | TrialLearner, shard: Shard, state: State, outputs: dict[Any, Records]) -> Any:
+    """Compute one shard; put what it keeps into ``outputs``."""
+    if isinstance(learner, Learner):
+        return learner.compute(shard, state.slots)
+    result = learner.compute(shard, state.slots, [outputs[key] for key in shard.needs])
+    if isinstance(result, WithOutput):
+        outputs[shard.key] = result.output
+        return result.result
+    return result
+
+
+def meta_step(
+    learner: Learner | TrialLearner, state: State, number: int, seed: int = 0, watch: Watch = lambda *_: None
+) -> Done:
+    """Take meta-step ``number`` from ``state``. ``watch(round, new state, sum)`` sees every round."""
+    done, outputs = Done(state), dict[Any, Records]()
+    for round in learner.rounds(RUN, number, seed, state, done.report):
+        total = compute_round(learner, round, outputs, done.results)
+        done.state = round.apply(done.state, total)
+        watch(round, done.state, total)
+    return done
+
+
+def evaluated(learner: Learner | TrialLearner, state: State, inner_steps: int | None = None) -> Records:
+    """Judge ``state`` on the first tasks of the test split: one row for each task."""
+    round = learner.evaluation(RUN, META_STEP, 0, state, split="test", tasks=TASKS, inner_steps=inner_steps)
+    found: Records = compute_round(learner, round, {}, {})
+    return found
+
+
+def shards(learner: Learner, function: str = "gradient", split: str = "train", **settings: Any) -> list[Shard]:
+    """Return the shards of a small round."""
+    return learner.shards(RUN, META_STEP, 0, function=function, split=split, tasks=TASKS, **settings)
+
+
+def keys(first: int = 0, count: int = TASKS) -> TaskKey:
+    """Return the keys of ``count`` training tasks from index ``first``, as those of ``shards``."""
+    return TaskKey.of(0, "train", META_STEP, range(first, first + count))
+
+
+def in_float64(learner: Learner) -> Learner:
+    """Return the same learner with parameters in float64, unrolled and not compiled, on the data of ``learner``."""
+    model = Model(learner.model.factory, dtype=torch.float64, freeze=learner.model.freeze)
+    exact = Learner(learner.algorithm, model, learner.tasks, learner.outer)
+    exact.prepared_like(learner)
+    return exact
+
+
+def general_position(learner: Learner, scale: float = 0.1) -> dict[str, Parameters]:
+    """Return θ with every learned value moved a little, so that no gradient is zero by symmetry."""
+    generator, theta = seeded(1, "general position"), learner.initial(0).theta(learner.slots)
+
+    def moved(p: Tensor) -> Tensor:
+        return p + scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+    return {n: p.map(moved) if learner.slots[n].rule == "gradient" else p for n, p in theta.items()}
