@@ -8,11 +8,10 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
-from metadist.core.round import WithOutput
-from metadist.core.state import Records, TreeSum
 from metadist.learners.trials import TrialLearner
 from metadist.rl.algorithm import TrialContext
 from metadist.rl.environment import Continuous
+from metadist.testing.running import Done, compute_round, meta_step
 from metadist.testing.toys import Chance as Chance
 
 
@@ -43,29 +42,15 @@ def somewhere(learner, scale=0.3, seed=1) -> dict[str, Parameters]:
 
 def run(learner, round, kept):
     """A round's shards one after the other; what they keep goes to ``kept``."""
-    total, records = TreeSum(len(round.shards)), []
-    for shard in round.shards:
-        result = learner.compute(shard, round.parameters.slots, [kept[key] for key in shard.needs])
-        if isinstance(result, WithOutput):
-            kept[shard.key] = result.output
-            result = result.result
-        if round.reduce:
-            total.add(shard.index, result)
-        else:
-            records.append(result)
-    return total.result() if round.reduce else Records.concatenate(records)
+    return compute_round(learner, round, kept, {})
 
 
 def train(learner, meta_steps, *, seed=0, state=None, watch=lambda *_: None):
     """(state, report of the last meta-step); ``watch(round, state, total)`` sees every round."""
-    state, report = learner.initial(seed) if state is None else state, {}
-    for meta_step in range(meta_steps):
-        report, kept = {}, {}
-        for round in learner.rounds("run", meta_step, seed, state, report):
-            total = run(learner, round, kept)
-            state = round.apply(state, total)
-            watch(round, state, total)
-    return state, report
+    done = Done(learner.initial(seed) if state is None else state)
+    for number in range(meta_steps):
+        done = meta_step(learner, done.state, number, seed, watch)
+    return done.state, done.report
 
 
 def evaluate(learner, state, tasks, *, inner_steps=None, split="test"):

@@ -15,13 +15,16 @@
         check_algorithm(MyAlgorithm(inner_steps=inner_steps), tasks=MyTasks(), model=MyNet())
 
 Each function returns None, or raises a ``PropertyError``, an AssertionError whose message names the property, the
-object, the values and the remedy. metadist's own components pass the same functions (``tests/conformance``). The tables
-``FEW_SHOT``, ``TRIALS``, ``TASKS`` and ``ENVIRONMENTS`` hold the single properties by name, for tests of their own.
-``quadratics`` has tasks whose meta-gradients are known in closed form, ``toys`` further tasks without data.
+object, the values and the remedy. metadist's own components pass the same functions (``tests/conformance``).
+
+The tables ``FEW_SHOT_PROPERTIES`` (of a learner), ``TRIAL_PROPERTIES`` (of a learner of meta-reinforcement learning),
+``TASK_PROPERTIES`` (of a family and a split) and ``ENVIRONMENT_PROPERTIES`` hold the single properties by name, for tests
+that show each one apart. ``quadratics`` has tasks whose meta-gradients are known in closed form, ``toys`` further tasks
+without data.
 """
 
 from metadist.testing.algorithms import check_algorithm
-from metadist.testing.environments import check_environment
+from metadist.testing.environments import ENVIRONMENT_PROPERTIES, check_environment
 from metadist.testing.failures import (
     ImpureError,
     InexactError,
@@ -33,10 +36,16 @@ from metadist.testing.failures import (
     UnusableError,
     WrongGradientError,
 )
+from metadist.testing.few_shot import FEW_SHOT_PROPERTIES
 from metadist.testing.models import check_model
-from metadist.testing.tasks import check_tasks
+from metadist.testing.tasks import TASK_PROPERTIES, check_tasks
+from metadist.testing.trials import TRIAL_PROPERTIES
 
 __all__ = [
+    "ENVIRONMENT_PROPERTIES",
+    "FEW_SHOT_PROPERTIES",
+    "TASK_PROPERTIES",
+    "TRIAL_PROPERTIES",
     "ImpureError",
     "InexactError",
     "PropertyError",

@@ -15,8 +15,8 @@ from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
 from metadist.testing import few_shot, trials
 from metadist.testing.conditions import one_thread
-from metadist.testing.failures import UnusableError
-from metadist.testing.gradients import check_finite_differences, contributes_delta, is_exact
+from metadist.testing.failures import UnusableError, usable
+from metadist.testing.gradients import check_autograd, check_finite_differences, contributes_delta, is_exact
 from metadist.testing.quadratics import Linear, Quadratics
 from metadist.testing.toys import Blobs, Chance, Curves
 
@@ -40,22 +40,23 @@ def check_algorithm(
     """
     if isinstance(algorithm, TrialAlgorithm):
         environments = [tasks] if tasks is not None else [Chance()]
-        trial_learner = _first(
-            algorithm, environments, [model] if model is not None else [GRU(hidden=8), Reactive((8,))]
-        )
-        for trial_property in trials.TRIALS.values():
-            trial_property(trial_learner)
+        policies = [model] if model is not None else [GRU(hidden=8), Reactive((8,))]
+        trial_learner = _first(algorithm, environments, policies)
+        with usable(trial_learner, "shards can be computed"):
+            for trial_property in trials.TRIAL_PROPERTIES.values():
+                trial_property(trial_learner)
         return
     families = [tasks] if tasks is not None else [Curves(), Blobs()]
     learner = _first(algorithm, families, [model] if model is not None else [_SMOOTH, ConditionalNeuralProcess(8, 8)])
-    for name, property in few_shot.FEW_SHOT.items():
-        if name != "right_gradient":
-            property(learner)
-    few_shot.check_autograd(learner)
-    if is_exact(learner) if exact_gradient is None else exact_gradient:
-        check_finite_differences(learner)
-    if contributes_delta(learner) and (quadratic := _on_quadratics(algorithm)):
-        few_shot.points_downhill(quadratic)
+    with usable(learner, "shards can be computed"):
+        for name, property in few_shot.FEW_SHOT_PROPERTIES.items():
+            if name != "right_gradient":
+                property(learner)
+        check_autograd(learner)
+        if is_exact(learner) if exact_gradient is None else exact_gradient:
+            check_finite_differences(learner)
+        if contributes_delta(learner) and (quadratic := _on_quadratics(algorithm)):
+            few_shot.points_downhill(quadratic)
 
 
 def _first(algorithm: Any, families: Sequence[Any], models: Sequence[Any]) -> Any:

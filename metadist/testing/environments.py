@@ -200,7 +200,7 @@ def digest(environment: MetaEnvironment) -> str:
 
 
 #: name → property, each a function that raises a PropertyError
-ENVIRONMENTS: dict[str, Callable[[MetaEnvironment], None]] = {
+ENVIRONMENT_PROPERTIES: dict[str, Callable[[MetaEnvironment], None]] = {
     "shapes": shapes,
     "pure": pure,
     "same_in_any_batch": same_in_any_batch,
@@ -220,6 +220,6 @@ def check_environment(environment: MetaEnvironment, *, another_process: bool = T
     """
     with usable(environment, "it can load its data"):
         environment.prepare(torch.device("cpu"))
-    for property in ENVIRONMENTS.values():
+    for property in ENVIRONMENT_PROPERTIES.values():
         property(environment)
     travels(environment, another_process=another_process)

@@ -20,7 +20,7 @@ class PropertyError(AssertionError):
     change."""
 
     def __init__(self, subject: object, property: str, values: str, remedy: str) -> None:
-        super().__init__(f"{title(subject)}: {property}, but {values}. Remedy: {remedy}.")
+        super().__init__(f"{title(subject)}: expected: {property}; found: {values}; remedy: {remedy}")
         self.subject, self.property, self.values, self.remedy = subject, property, values, remedy
 
 

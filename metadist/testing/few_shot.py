@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from metadist.testing.conditions import other_generators
 from metadist.testing.differences import difference, not_finite, relative_error
 from metadist.testing.failures import ImpureError, InexactError, ShapeError, WrongGradientError, usable
 from metadist.testing.gradients import ROUNDING, check_autograd, check_finite_differences, is_exact
-from metadist.testing.running import META_STEP, OUTER, TASKS, evaluated, general_position, in_float64, keys, shards
+from metadist.testing.running import META_BATCH, META_STEP, OUTER, evaluated, general_position, in_float64, keys, shards
 
 FROM_KEY = "draw random numbers from the task's key (context.key.stream(name)), and keep no state between calls"
 
@@ -100,30 +99,30 @@ def travels(learner: Learner) -> None:
 
 
 def exact_across_shards(learner: Learner) -> None:
-    """The canonical sum has the same bits in any order and by blocks; any cutting gives the same sum, up to
-    rounding."""
+    """The canonical sum has the same bits in any order and by blocks; any cutting gives the same sum, up to rounding."""
     state = learner.initial(0)
-    four = [replace(s, index=i, start=i, count=1) for i, s in enumerate(2 * shards(learner))]
-
-    def total(order: list[int]) -> Contribution:
-        tree: TreeSum[Contribution] = TreeSum(len(four))
-        for index in order:
-            tree.add(index, _contribution(learner, four[index], state.slots))
-        return tree.result()
-
-    expected = total([0, 1, 2, 3])
+    shard = shards(learner)[0]
+    four = [replace(shard, index=i, start=i, count=1) for i in range(4)]
+    expected = _tree_sum({i: _contribution(learner, four[i], state.slots) for i in (0, 1, 2, 3)})
+    again = {i: _contribution(learner, four[i], state.slots) for i in (3, 1, 0, 2)}
     blocks: TreeSum[Contribution] = TreeSum(len(four))
     for first in (2, 0):
-        parts = [_contribution(learner, four[i], state.slots) for i in (first, first + 1)]
-        blocks.add(first, reduce(Contribution.__add__, parts), leaves=2)
-    for found in (total([3, 1, 0, 2]), blocks.result()):
+        blocks.add(first, again[first] + again[first + 1], leaves=2)
+    for found in (_tree_sum(again), blocks.result()):
         if differs := difference(expected.slots, found.slots):
             property = "the sum over shards has the same bits in any order of computing them"
             raise ImpureError(learner, property, differs, FROM_KEY)
     _same_for_any_cutting(learner)
 
 
-def _contribution(learner: Learner, shard: Shard, vectors: Any) -> Contribution:
+def _tree_sum(parts: Mapping[int, Contribution]) -> Contribution:
+    tree: TreeSum[Contribution] = TreeSum(len(parts))
+    for index, part in parts.items():
+        tree.add(index, part)
+    return tree.result()
+
+
+def _contribution(learner: Learner, shard: Shard, vectors: Mapping[str, torch.Tensor]) -> Contribution:
     found = learner.compute(shard, vectors)
     assert isinstance(found, Contribution)
     return found
@@ -132,26 +131,17 @@ def _contribution(learner: Learner, shard: Shard, vectors: Any) -> Contribution:
 def _same_for_any_cutting(learner: Learner) -> None:
     exact = in_float64(learner)
     theta = general_position(exact)
-
-    def summed(*sizes: int) -> Contribution:
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return reduce(
-            Contribution.__add__,
-            (exact.contribute(theta, keys(first, size), META_STEP) for first, size in zip(starts, sizes)),
-        )
-
-    whole = summed(TASKS)
-    for sizes in ((4, 2), (1,) * TASKS):
-        parts = summed(*sizes)
-        for name, vector in whole.slots.items():
-            error = relative_error(parts.slots[name], vector)
-            if not error <= ROUNDING:
-                raise InexactError(
-                    learner,
-                    f"the sum over {TASKS} tasks is the same for any cutting into shards",
-                    f"slot '{name}' differs in float64 by {error:.1e} between one shard and shards of {sizes} tasks",
-                    "compute each task from its own examples and θ alone; metadist divides by the number of tasks",
-                )
+    together = exact.contribute(theta, keys(), META_STEP)
+    apart = _tree_sum({i: exact.contribute(theta, keys(i, 1), META_STEP) for i in range(META_BATCH)})
+    for name, vector in together.slots.items():
+        error = relative_error(apart.slots[name], vector)
+        if not error <= ROUNDING:
+            raise InexactError(
+                learner,
+                f"the sum over {META_BATCH} tasks is the same for any cutting into shards",
+                f"slot '{name}' differs in float64 by {error:.1e} between one shard and {META_BATCH} shards",
+                "compute each task from its own examples and θ alone; metadist divides by the number of tasks",
+            )
 
 
 def evaluates(learner: Learner) -> None:
@@ -161,7 +151,7 @@ def evaluates(learner: Learner) -> None:
     for steps in (None, 0, 3):
         with usable(learner, "tasks can be judged"):
             records = evaluated(learner, state, steps)
-        expected = (TASKS, 1 if own is None else 1 + (own if steps is None else steps))
+        expected = (META_BATCH, 1 if own is None else 1 + (own if steps is None else steps))
         for name in ("loss", learner.tasks.metric_name):
             column = records.columns[name]
             if tuple(column.shape) != expected or column.dtype != torch.float64 or not_finite({name: column}):
@@ -172,7 +162,7 @@ def evaluates(learner: Learner) -> None:
                     + (", with NaN or Inf" if not_finite({name: column}) else ""),
                     "return φ_0 … φ_k from adapt(), one for each step of inner_steps",
                 )
-        if records.columns["task"].tolist() != list(range(TASKS)):
+        if records.columns["task"].tolist() != list(range(META_BATCH)):
             raise ShapeError(learner, "evaluation has a row for each task", f"{records.columns['task']}", "")
 
 
@@ -198,7 +188,7 @@ def right_gradient(learner: Learner) -> None:
 
 
 #: name → property, each a function of a learner that raises a PropertyError
-FEW_SHOT: dict[str, Callable[[Learner], None]] = {
+FEW_SHOT_PROPERTIES: dict[str, Callable[[Learner], None]] = {
     "begins": begins,
     "fits": fits,
     "pure": pure,

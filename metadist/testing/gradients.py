@@ -27,7 +27,7 @@ COUNT = 2
 ROUNDING = 1e-8
 #: steps of finite differences, and the error that they may have relative to the gradient's norm
 STEPS, TRUNCATION = (1e-5, 1e-6), 1e-5
-DIRECTIONS = 2
+DIRECTIONS = 1
 
 
 def contributes_delta(learner: Learner) -> bool:
@@ -152,8 +152,7 @@ def check_autograd(learner: Learner) -> None:
 
 
 def check_finite_differences(learner: Learner) -> None:
-    """Check contributions in float64 against differences of the loss that they report, in three directions of each
-    slot."""
+    """Check contributions in float64 against differences of the loss that they report, in two directions of a slot."""
     exact = in_float64(learner)
     theta, some = general_position(exact), keys(0, COUNT)
     gradient = exact.contribute(theta, some, META_STEP).slots
@@ -166,13 +165,16 @@ def check_finite_differences(learner: Learner) -> None:
         for direction in [gradient[name], *random]:
             unit = direction / (direction.norm() or 1.0)
             expected = float(gradient[name] @ unit)
-            found = [_slope(exact, theta, some, name, unit, h) for h in STEPS]
-            if not any(abs(slope - expected) <= TRUNCATION * max(size, 1e-6) for slope in found):
+            for h in STEPS:  # a kink of the loss within h spoils one difference, hardly two
+                slope = _slope(exact, theta, some, name, unit, h)
+                if abs(slope - expected) <= TRUNCATION * max(size, 1e-6):
+                    break
+            else:
                 raise WrongGradientError(
                     learner,
                     f"its contribution to slot '{name}' is the gradient of the loss that it reports",
                     f"in float64 the slope along a direction is {expected:.6g} by the contribution and "
-                    f"{found[0]:.6g} by finite differences (norm of the contribution: {size:.3g})",
+                    f"{slope:.6g} by finite differences (norm of the contribution: {size:.3g})",
                     "correct objective() or the custom backward pass; where terms are left out on purpose (a "
                     "first-order method), pass exact_gradient=False",
                 )

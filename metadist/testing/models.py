@@ -54,8 +54,9 @@ def check_model(
     pure_function(learner)
     if isinstance(model, ModelConfig) and not isinstance(model, type):
         embedding(model, learner)
-    for name in ("travels", "right_gradient"):
-        few_shot.FEW_SHOT[name](learner)
+    with usable(learner, "shards can be computed"):
+        few_shot.travels(learner)
+        few_shot.right_gradient(learner)
 
 
 def _is_policy(model: object) -> bool:
@@ -105,7 +106,7 @@ def pure_function(learner: Learner) -> None:
         if differs := difference({"the output": first}, {"the output": second}):
             remedy = "use torch.nn.Dropout, which metadist keys by the task; keep no state between calls"
             raise ImpureError(module, f"the same input gives the same output in {mode} mode", differs, remedy)
-        if not_finite({"": first}):
+        if not_finite({"outputs": first}):
             raise ShapeError(module, f"outputs are finite in {mode} mode", "they have NaN or Inf", "scale the layers")
     if differs := difference(before, dict(module.state_dict())):
         remedy = "buffers are constants under metadist; compute such values from the input"

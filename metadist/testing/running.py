@@ -19,9 +19,9 @@ from metadist.core.state import Contribution, Records, State, TreeSum
 from metadist.learners.few_shot import Learner
 from metadist.learners.trials import TrialLearner
 
-RUN, META_STEP, TASKS = "check", 2, 6
+RUN, META_STEP, META_BATCH = "check", 2, 6
 #: small enough for seconds, and cut into shards of unequal size
-OUTER = OuterLoop(meta_batch_size=TASKS, shard_size=4, lr=3e-3)
+OUTER = OuterLoop(meta_batch_size=META_BATCH, shard_size=4, lr=3e-3)
 
 Watch = Callable[[Round, State, Any], None]
 
@@ -76,17 +76,17 @@ def meta_step(
 
 def evaluated(learner: Learner | TrialLearner, state: State, inner_steps: int | None = None) -> Records:
     """Judge ``state`` on the first tasks of the test split: one row for each task."""
-    round = learner.evaluation(RUN, META_STEP, 0, state, split="test", tasks=TASKS, inner_steps=inner_steps)
+    round = learner.evaluation(RUN, META_STEP, 0, state, split="test", tasks=META_BATCH, inner_steps=inner_steps)
     found: Records = compute_round(learner, round, {}, {})
     return found
 
 
 def shards(learner: Learner, function: str = "gradient", split: str = "train", **settings: Any) -> list[Shard]:
     """Return the shards of a small round."""
-    return learner.shards(RUN, META_STEP, 0, function=function, split=split, tasks=TASKS, **settings)
+    return learner.shards(RUN, META_STEP, 0, function=function, split=split, tasks=META_BATCH, **settings)
 
 
-def keys(first: int = 0, count: int = TASKS) -> TaskKey:
+def keys(first: int = 0, count: int = META_BATCH) -> TaskKey:
     """Return the keys of ``count`` training tasks from index ``first``, as those of ``shards``."""
     return TaskKey.of(0, "train", META_STEP, range(first, first + count))
 

@@ -214,7 +214,7 @@ def agrees_with_sample_task(family: TaskFamily, split: str) -> None:
 
 
 #: name → property of one split, each a function that raises a PropertyError
-TASKS: dict[str, Callable[[TaskFamily, str], None]] = {
+TASK_PROPERTIES: dict[str, Callable[[TaskFamily, str], None]] = {
     "shapes": shapes,
     "pure": pure,
     "same_in_any_shard": same_in_any_shard,
@@ -271,6 +271,6 @@ def check_tasks(family: TaskFamily, *, splits: Sequence[str] = SPLITS, another_p
     with usable(family, "it can load its data"):
         family.prepare(torch.device("cpu"))
     for split in splits:
-        for property in TASKS.values():
+        for property in TASK_PROPERTIES.values():
             property(family, split)
     travels(family, another_process=another_process)

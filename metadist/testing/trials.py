@@ -21,7 +21,7 @@ from metadist.testing import round_trips
 from metadist.testing.conditions import other_generators
 from metadist.testing.differences import difference, not_finite, relative_error
 from metadist.testing.failures import ImpureError, InexactError, ShapeError, usable
-from metadist.testing.running import RUN, TASKS, Done, evaluated, meta_step
+from metadist.testing.running import META_BATCH, RUN, Done, evaluated, meta_step
 
 FROM_KEY = "draw random numbers from context.keys.stream(name), and keep no state between calls"
 #: relative error of a gradient over 6 trials in float64 for another cutting into shards
@@ -32,7 +32,9 @@ def build(
     algorithm: TrialAlgorithm, environment: MetaEnvironment, factory: Any, *, outer: OuterLoop | None = None
 ) -> TrialLearner:
     """Make the learner that the properties are checked on. ConfigError where the parts do not go together."""
-    outer = outer or OuterLoop(meta_batch_size=TASKS, shard_size=max(1, TASKS // algorithm.minibatches), lr=1e-2)
+    outer = outer or OuterLoop(
+        meta_batch_size=META_BATCH, shard_size=max(1, min(4, META_BATCH // algorithm.minibatches)), lr=1e-2
+    )
     learner = TrialLearner(algorithm, Model(factory), environment, outer)
     learner.prepare(torch.device("cpu"))
     return learner
@@ -88,9 +90,9 @@ def exact_across_shards(learner: TrialLearner) -> None:
     exact = replace(learner, model=Model(learner.model.factory, dtype=torch.float64))
     exact.prepared_like(learner)
     vectors = exact.initial(0).slots
-    whole = _rolled(exact, vectors, TASKS)
+    whole = _rolled(exact, vectors, META_BATCH)
     settings = tuple(sorted(learner.algorithm.settings_of(_statistics(whole)).items()))
-    for sizes in ((2, 4), (1,) * TASKS):
+    for sizes in ((2, 4), (1,) * META_BATCH):
         parts = _rolled(exact, vectors, *sizes)
         together, apart = (_gradient(exact, vectors, part, settings) for part in (whole, parts))
         for name, vector in together.slots.items():
@@ -98,7 +100,7 @@ def exact_across_shards(learner: TrialLearner) -> None:
             if not error <= ROUNDING:
                 raise InexactError(
                     learner,
-                    f"the gradient over {TASKS} trials is the same for any cutting into shards",
+                    f"the gradient over {META_BATCH} trials is the same for any cutting into shards",
                     f"slot '{name}' differs in float64 by {error:.1e} between one shard and shards of {sizes} trials",
                     "sum over trials and steps; whatever all trials must agree on is settings_of(statistics)",
                 )
@@ -137,7 +139,7 @@ def evaluates(learner: TrialLearner) -> None:
     """Evaluation has a row for every trial and a finite return for every episode, greedy and sampled."""
     with usable(learner, "trials can be judged"):
         records = evaluated(learner, learner.initial(0))
-    expected = [TASKS, learner.algorithm.episodes(learner.tasks)]
+    expected = [META_BATCH, learner.algorithm.episodes(learner.tasks)]
     for name in ("greedy", "sampled"):
         column = records.columns.get(name)
         if column is None or list(column.shape) != expected or not_finite({name: column}):
@@ -146,7 +148,7 @@ def evaluates(learner: TrialLearner) -> None:
                 learner,
                 f"evaluation gives finite returns {expected} as '{name}'",
                 f"'{name}' is {found}"
-                + (", with NaN or Inf" if column is not None and not_finite({"": column}) else ""),
+                + (", with NaN or Inf" if column is not None and not_finite({name: column}) else ""),
                 "return a float64 tensor [trials, episodes] for each of 'greedy' and 'sampled' from evaluate()",
             )
 
@@ -158,14 +160,14 @@ def comes_back(learner: TrialLearner) -> None:
     round_trips.state(learner, done.state)
     for shard, result in done.results.items():
         round_trips.result(learner, shard, result)
-    shard = learner.shards(RUN, 0, 0, function="evaluate", split="test", tasks=TASKS, inner_steps=None)[0]
+    shard = learner.shards(RUN, 0, 0, function="evaluate", split="test", tasks=META_BATCH, inner_steps=None)[0]
     records = learner.compute(shard, learner.initial(0).slots)
     assert isinstance(records, Records)
     round_trips.result(learner, shard, records)
 
 
 #: name → property, each a function of a learner that raises a PropertyError
-TRIALS: dict[str, Callable[[TrialLearner], None]] = {
+TRIAL_PROPERTIES: dict[str, Callable[[TrialLearner], None]] = {
     "begins": begins,
     "pure": pure,
     "travels": travels,
