@@ -25,6 +25,7 @@ without data.
 
 from metadist.testing.algorithms import check_algorithm
 from metadist.testing.environments import ENVIRONMENT_PROPERTIES, check_environment
+from metadist.testing.executors import check_executor
 from metadist.testing.failures import (
     ImpureError,
     InexactError,
@@ -57,6 +58,7 @@ __all__ = [
     "WrongGradientError",
     "check_algorithm",
     "check_environment",
+    "check_executor",
     "check_model",
     "check_tasks",
 ]

@@ -63,21 +63,34 @@ def compute(learner: Learner | TrialLearner, shard: Shard, state: State, outputs
 
 
 def meta_step(
-    learner: Learner | TrialLearner, state: State, number: int, seed: int = 0, watch: Watch = lambda *_: None
+    learner: Learner | TrialLearner,
+    state: State,
+    number: int,
+    seed: int = 0,
+    watch: Watch = lambda *_: None,
+    run: Callable[[Round], Any] | None = None,
 ) -> Done:
-    """Take meta-step ``number`` from ``state``. ``watch(round, new state, sum)`` sees every round."""
+    """Take meta-step ``number`` from ``state``.
+
+    ``watch(round, new state, sum)`` sees every round. ``run`` computes a round elsewhere and returns its sum.
+    """
     done, outputs = Done(state), dict[Any, Records]()
     for round in learner.rounds(RUN, number, seed, state, done.report):
-        total = compute_round(learner, round, outputs, done.results)
+        total = compute_round(learner, round, outputs, done.results) if run is None else run(round)
         done.state = round.apply(done.state, total)
         watch(round, done.state, total)
     return done
 
 
-def evaluated(learner: Learner | TrialLearner, state: State, inner_steps: int | None = None) -> Records:
-    """Judge ``state`` on the first tasks of the test split: one row for each task."""
+def evaluated(
+    learner: Learner | TrialLearner,
+    state: State,
+    inner_steps: int | None = None,
+    run: Callable[[Round], Any] | None = None,
+) -> Records:
+    """Judge ``state`` on the first tasks of the test split: one row for each task. ``run``: as in ``meta_step``."""
     round = learner.evaluation(RUN, META_STEP, 0, state, split="test", tasks=META_BATCH, inner_steps=inner_steps)
-    found: Records = compute_round(learner, round, {}, {})
+    found: Records = compute_round(learner, round, {}, {}) if run is None else run(round)
     return found
 
 
