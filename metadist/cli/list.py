@@ -18,7 +18,7 @@ KINDS = ("algorithms", "tasks", "environments", "models", "trackers", "configs")
 
 
 def list_(what: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.")]) -> None:
-    """The names that a config may use, one per line with a description; plug-ins with the package that they come
+    """List the names that a config may use, one per line with a description; plug-ins with the package that they come
     from."""
     with clean_errors():
         from metadist.core.errors import one_of
@@ -78,7 +78,7 @@ def export(
 
 
 def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
-    """The MLflow UI on the store that runs are recorded in, after delivering what earlier runs could not."""
+    """Start the MLflow UI on the store of the runs, after delivering the records that earlier runs left."""
     set_up_logging()
     with clean_errors():
         from pathlib import Path
@@ -89,6 +89,6 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=6
 
         for spool in sorted(Path(runs_root()).glob("**/tracking/spool.jsonl")):
             if undelivered(spool.parent):
-                say(f"delivering what {spool.parent.parent} could not: {replay(spool.parent)} records still wait")
+                say(f"delivering the records that {spool.parent.parent} left: {replay(spool.parent)} still wait")
 
         serve_ui(os.environ.get("MLFLOW_TRACKING_URI"), port, runs_root())

@@ -39,7 +39,7 @@ def component(key: str, value: Any, kind: Kind[type], deferred: bool = False) ->
     """Build the object that ``value`` names: by a name of metadist or of a plug-in, or by ``package.module:Class``.
 
     ``deferred``: a class that is no dataclass is not called; the result is a ``functools.partial`` of it. Raises
-    ConfigError that names ``key``, the value and what is expected.
+    ConfigError that names ``key``, the value and the expected values.
     """
     options = dict(named(key, value))
     name = options.pop("name", None)

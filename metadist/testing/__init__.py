@@ -18,9 +18,9 @@ Each function returns None, or raises a ``PropertyError``, an AssertionError who
 object, the values and the remedy. metadist's own components pass the same functions (``tests/conformance``).
 
 The tables ``FEW_SHOT_PROPERTIES`` (of a learner), ``TRIAL_PROPERTIES`` (of a learner of meta-reinforcement learning),
-``TASK_PROPERTIES`` (of a family and a split) and ``ENVIRONMENT_PROPERTIES`` hold the single properties by name, for tests
-that show each one apart. ``quadratics`` has tasks whose meta-gradients are known in closed form, ``toys`` further tasks
-without data.
+``TASK_PROPERTIES`` (of a family and a split) and ``ENVIRONMENT_PROPERTIES`` hold the single properties by name, for
+tests that show each one apart. ``quadratics`` has tasks whose meta-gradients are known in closed form, ``toys`` further
+tasks without data.
 """
 
 from metadist.testing.algorithms import check_algorithm

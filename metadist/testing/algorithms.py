@@ -60,7 +60,7 @@ def check_algorithm(
 
 
 def _first(algorithm: Any, families: Sequence[Any], models: Sequence[Any]) -> Any:
-    """The learner of the first combination that the algorithm accepts."""
+    """Make the learner of the first combination that the algorithm accepts."""
     refusals = []
     for family in families:
         for model in models:
@@ -78,7 +78,7 @@ def _first(algorithm: Any, families: Sequence[Any], models: Sequence[Any]) -> An
 
 
 def _on_quadratics(algorithm: Algorithm) -> Learner | None:
-    """The learner of quadratic tasks, or None where the algorithm refuses them."""
+    """Make the learner of quadratic tasks, or None where the algorithm refuses them."""
     family = Quadratics()
     try:
         return few_shot.build(algorithm, family, model_factory(Linear(), family, algorithm))

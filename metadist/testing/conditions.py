@@ -1,5 +1,4 @@
-"""The conditions that properties are checked under: one thread, as in a worker, and other states of the global
-generators."""
+"""The conditions of a check: one thread, as in a worker, and other states of the global random generators."""
 
 from __future__ import annotations
 

@@ -40,6 +40,15 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm()) / (size or 1.0)
 
 
+def apart_by(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> str | None:
+    """Return the name and relative error of the first slot whose error is above ``limit``, in words, or None."""
+    for name, vector in expected.items():
+        error = relative_error(found[name], vector)
+        if not error <= limit:
+            return f"slot '{name}' differs in float64 by {error:.1e} of the norm {float(vector.norm()):.3g}"
+    return None
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first tensor that has NaN or Inf, or None."""
     found = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]

@@ -22,7 +22,9 @@ from metadist.testing.differences import difference
 from metadist.testing.failures import ImpureError, InexactError, SameTasksError, ShapeError, usable
 
 COUNT, STEPS = 6, 12
-PURE = "take what is random from keys and noise; change neither the state that step() is given nor the environment"
+PURE = (
+    "draw random numbers from keys and noise alone; change neither the state that step() is given nor the environment"
+)
 
 
 def keyed(split: str = "train", *, seed: int = 0, meta_step: int = 2, tasks: Sequence[int] = range(COUNT)) -> TaskKey:
@@ -30,7 +32,7 @@ def keyed(split: str = "train", *, seed: int = 0, meta_step: int = 2, tasks: Seq
 
 
 def actions_of(environment: MetaEnvironment, rows: Sequence[int], t: int) -> Tensor:
-    """The actions of step ``t``, which depend on the row alone; some continuous ones are out of range."""
+    """Return the actions of step ``t``, which depend on the row alone; some continuous ones are out of range."""
     generator, actions = torch.Generator().manual_seed(t), environment.actions
     if isinstance(actions, Discrete):
         return torch.randint(actions.count, (COUNT,), generator=generator)[list(rows)]
@@ -38,7 +40,7 @@ def actions_of(environment: MetaEnvironment, rows: Sequence[int], t: int) -> Ten
 
 
 def journey(environment: MetaEnvironment, key: TaskKey, steps: int | None = None) -> dict[str, Tensor]:
-    """Tasks, observations, rewards and ends of one episode, by name, one row for each task."""
+    """Return tasks, observations, rewards and ends of one episode, by name, one row for each task."""
     rows = key.tasks.tolist()
     steps = min(STEPS, environment.horizon) if steps is None else steps
     noise = key.stream("environment").uniform(max(steps, 1), max(environment.step_noise, 1))[
@@ -59,7 +61,7 @@ def journey(environment: MetaEnvironment, key: TaskKey, steps: int | None = None
 
 
 def _copied(state: object) -> dict[str, Tensor] | None:
-    """Copies of the tensors of a state that is a tree of tensors; None where it holds anything else."""
+    """Copy the tensors of a state that is a tree of tensors; None where it holds anything else."""
     leaves = pytree.tree_leaves(state)
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
         return None
@@ -78,7 +80,7 @@ def _seen(environment: MetaEnvironment, step: Step, t: int) -> dict[str, Tensor]
 
 
 def shapes(environment: MetaEnvironment) -> None:
-    """Observations are float32 [B, O], rewards float32 [B], ends bool [B]; all are finite; the settings make sense."""
+    """Check that observations are float32 [B, O], rewards float32 [B], ends bool [B], and that all are finite."""
     if environment.episodes < 1 or environment.horizon < 1:
         values = f"episodes is {environment.episodes} and horizon {environment.horizon}"
         raise ShapeError(environment, "a trial has episodes of some steps", values, "set both to 1 or more")
@@ -108,7 +110,7 @@ def _is(value: Tensor, dtype: torch.dtype, *shape: int) -> bool:
 
 
 def pure(environment: MetaEnvironment) -> None:
-    """The same key and noise give the same episode, whatever the global random generators hold."""
+    """Check that the same key and noise give the same episode under any state of the global random generators."""
     for split in SPLITS:
         first = journey(environment, keyed(split))
         for salt in (1, 2):
@@ -119,7 +121,7 @@ def pure(environment: MetaEnvironment) -> None:
 
 
 def same_in_any_batch(environment: MetaEnvironment) -> None:
-    """An episode has the same bits alone and among others."""
+    """Check that an episode has the same bits alone and among others."""
     among = journey(environment, keyed())
     for some in ([0], [4], [3, 4, 5], [5, 1]):
         there = journey(environment, keyed(tasks=some))
@@ -133,7 +135,7 @@ def same_in_any_batch(environment: MetaEnvironment) -> None:
 
 
 def distinct(environment: MetaEnvironment) -> None:
-    """Tasks differ by index, seed, split and meta-step; a continuous field is enough."""
+    """Check that tasks differ by index, seed, split and meta-step."""
     whole = environment.sample(keyed())
     others = {
         "seed": environment.sample(keyed(seed=1)),
@@ -148,7 +150,7 @@ def distinct(environment: MetaEnvironment) -> None:
 
 
 def plays_whole_trials(environment: MetaEnvironment) -> None:
-    """A policy can play it through metadist's own loop: as many episodes as stated, none longer than the horizon."""
+    """Check that a policy can play trials of the stated number of episodes through metadist's own loop."""
     actions = environment.actions
 
     def factory() -> torch.nn.Module:
@@ -172,7 +174,7 @@ def plays_whole_trials(environment: MetaEnvironment) -> None:
 
 
 def travels(environment: MetaEnvironment, *, another_process: bool) -> None:
-    """Config and pickled copies give the same environment; another process plays the same episode."""
+    """Check that config and pickling give the same environment, and that another process plays the same episode."""
     round_trips.config(environment)
     there = round_trips.pickled(environment, environment)
     there.prepare(torch.device("cpu"))
@@ -191,7 +193,7 @@ def travels(environment: MetaEnvironment, *, another_process: bool) -> None:
 
 
 def digest(environment: MetaEnvironment) -> str:
-    """The SHA-256 of all that an episode shows."""
+    """Return the SHA-256 of the tensors of an episode."""
     environment.prepare(torch.device("cpu"))
     found = hashlib.sha256()
     for name, value in journey(environment, keyed()).items():
@@ -215,8 +217,8 @@ def check_environment(environment: MetaEnvironment, *, another_process: bool = T
     trips.
 
     Raises a PropertyError that names the property, the values and the remedy. ``another_process=False`` saves the
-    seconds that a new Python process takes; only that process shows what depends on ``hash()`` or on the process
-    itself.
+    seconds that a new Python process takes; only that process shows values that depend on ``hash()`` or on the
+    process itself.
     """
     with usable(environment, "it can load its data"):
         environment.prepare(torch.device("cpu"))

@@ -12,8 +12,8 @@ from metadist.testing.running import evaluated, meta_step
 from metadist.training.scheduler import Scheduler
 
 REMEDY = (
-    "give every shard the θ of its round and the learner as it is, compute in the same dtype and number of threads, and "
-    "return results unchanged"
+    "give every shard the θ of its round and the learner as it is, compute in the same dtype and number of threads, "
+    "and return results unchanged"
 )
 
 
@@ -21,8 +21,8 @@ REMEDY = (
 def check_executor(executor: Executor, learner: Learner | TrialLearner, *, meta_steps: int = 2) -> None:
     """Check that meta-steps and an evaluation through ``executor`` have the bits that this process computes.
 
-    ``executor`` runs shards of ``learner`` and stays open. Its engine is that of the learner (not compiled, float32 on the
-    CPU by default). Raises a PropertyError that names the values and the remedy.
+    ``executor`` runs shards of ``learner`` and stays open. Its engine is that of the learner (not compiled, float32 on
+    the CPU by default). Raises a PropertyError that names the values and the remedy.
     """
     scheduler = Scheduler(executor, learner)
     here = there = learner.initial(0)

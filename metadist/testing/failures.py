@@ -1,4 +1,4 @@
-"""The errors of ``metadist.testing``: which property an object lacks, the values that show it, and the remedy."""
+"""The errors of ``metadist.testing``: the property that an object lacks, the values that show it, and the remedy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ SHOWN = 120
 
 
 class PropertyError(AssertionError):
-    """``subject`` lacks ``property``. ``values`` are the observed values that show it, ``remedy`` says what to
-    change."""
+    """``subject`` lacks ``property``. ``values`` were observed and show it; ``remedy`` is the change to make."""
 
     def __init__(self, subject: object, property: str, values: str, remedy: str) -> None:
         super().__init__(f"{title(subject)}: expected: {property}; found: {values}; remedy: {remedy}")
@@ -57,7 +56,7 @@ class RoundTripError(PropertyError):
 
 
 def title(subject: object) -> str:
-    """Return what a message calls ``subject``: its class name, with its fields where its repr is short."""
+    """Return the name of ``subject`` in messages: its class name, with its fields where its repr is short."""
     if isinstance(subject, nn.Module):
         return type(subject).__name__
     if isinstance(subject, (Learner, TrialLearner)):

@@ -1,4 +1,4 @@
-"""The properties of few-shot learning: what every algorithm, task family and model must keep together."""
+"""The properties of few-shot learning, which an algorithm, a task family and a model have together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metadist.learners.dry_run import check
 from metadist.learners.few_shot import Learner
 from metadist.testing import round_trips
 from metadist.testing.conditions import other_generators
-from metadist.testing.differences import difference, not_finite, relative_error
+from metadist.testing.differences import apart_by, difference, not_finite
 from metadist.testing.failures import ImpureError, InexactError, ShapeError, WrongGradientError, usable
 from metadist.testing.gradients import ROUNDING, check_autograd, check_finite_differences, is_exact
 from metadist.testing.running import META_BATCH, META_STEP, OUTER, evaluated, general_position, in_float64, keys, shards
@@ -26,13 +26,13 @@ FROM_KEY = "draw random numbers from the task's key (context.key.stream(name)), 
 
 
 def begins(learner: Learner) -> None:
-    """One task of each split can be adapted to and predicted, and every learned parameter takes part."""
+    """Check that a task of each split can be adapted to and predicted, and that every learned parameter takes part."""
     with usable(learner, "a run can begin with it"):
         check(learner, 0)
 
 
 def fits(learner: Learner) -> None:
-    """A contribution has a finite vector for every learned slot, in the slot's layout, and the metrics."""
+    """Check that a contribution has the metrics, and a finite vector in the layout of every learned slot."""
     slots = {n: slot for n, slot in learner.slots.items() if slot.rule != "constant"}
     state = learner.initial(0)
     for shard in shards(learner):
@@ -41,7 +41,7 @@ def fits(learner: Learner) -> None:
         assert isinstance(got, Contribution)
         shown = {n: (v.dtype, tuple(v.shape)) for n, v in got.slots.items()}
         wanted = {n: (slot.layout.dtype, (slot.layout.numel,)) for n, slot in slots.items()}
-        for what, found, expected in (
+        for part, found, expected in (
             ("slots", shown, wanted),
             ("metrics", set(got.metrics), {"loss", learner.tasks.metric_name}),
             ("tasks and weight", (got.tasks, got.weight), (shard.count, float(shard.count))),
@@ -49,7 +49,7 @@ def fits(learner: Learner) -> None:
             if found != expected:
                 raise ShapeError(
                     learner,
-                    f"a contribution has the {what} {expected}",
+                    f"a contribution has the {part} {expected}",
                     f"it has {found}",
                     "contribute one tensor for each parameter of every slot, under its name",
                 )
@@ -63,8 +63,7 @@ _BOUNDED = "use a smaller inner_lr, and divide by no number that may be zero"
 
 
 def pure(learner: Learner) -> None:
-    """The same shard gives the same bits again, whatever the global random generators hold; so does the initial
-    state."""
+    """Check that a shard and the initial state have the same bits under any state of the global random generators."""
     state, shard = learner.initial(0), shards(learner)[0]
     first = learner.compute(shard, state.slots)
     assert isinstance(first, Contribution)
@@ -86,7 +85,7 @@ def pure(learner: Learner) -> None:
 
 
 def travels(learner: Learner) -> None:
-    """Another process computes the same bits: here from a pickled copy, under other global random states."""
+    """Check that a pickled copy computes the same bits, under another state of the global random generators."""
     state, shard = learner.initial(0), shards(learner)[1]
     there = round_trips.pickled(learner, learner)
     there.prepare(torch.device("cpu"))
@@ -99,7 +98,7 @@ def travels(learner: Learner) -> None:
 
 
 def exact_across_shards(learner: Learner) -> None:
-    """The canonical sum has the same bits in any order and by blocks; any cutting gives the same sum, up to rounding."""
+    """Check that the canonical sum has the same bits in any order and by blocks, and up to rounding for any cutting."""
     state = learner.initial(0)
     shard = shards(learner)[0]
     four = [replace(shard, index=i, start=i, count=1) for i in range(4)]
@@ -133,19 +132,17 @@ def _same_for_any_cutting(learner: Learner) -> None:
     theta = general_position(exact)
     together = exact.contribute(theta, keys(), META_STEP)
     apart = _tree_sum({i: exact.contribute(theta, keys(i, 1), META_STEP) for i in range(META_BATCH)})
-    for name, vector in together.slots.items():
-        error = relative_error(apart.slots[name], vector)
-        if not error <= ROUNDING:
-            raise InexactError(
-                learner,
-                f"the sum over {META_BATCH} tasks is the same for any cutting into shards",
-                f"slot '{name}' differs in float64 by {error:.1e} between one shard and {META_BATCH} shards",
-                "compute each task from its own examples and θ alone; metadist divides by the number of tasks",
-            )
+    if differs := apart_by(apart.slots, together.slots, ROUNDING):
+        raise InexactError(
+            learner,
+            f"the sum over {META_BATCH} tasks is the same for any cutting into shards",
+            f"{differs} between one shard and {META_BATCH} shards",
+            "compute each task from its own examples and θ alone; metadist divides by the number of tasks",
+        )
 
 
 def evaluates(learner: Learner) -> None:
-    """Evaluation has a row for every task and a column for every number of adaptation steps, all finite."""
+    """Check that evaluation has a row for every task and a column for every number of adaptation steps, all finite."""
     state = learner.initial(0)
     own = getattr(learner.algorithm, "inner_steps", None)
     for steps in (None, 0, 3):
@@ -167,7 +164,7 @@ def evaluates(learner: Learner) -> None:
 
 
 def comes_back(learner: Learner) -> None:
-    """Config, state, checkpoint and messages come back unchanged."""
+    """Check that config, state, checkpoint and messages come back unchanged."""
     round_trips.config(learner.algorithm)
     state, shard = learner.initial(0), shards(learner)[0]
     total = _contribution(learner, shard, state.slots)
@@ -181,7 +178,7 @@ def comes_back(learner: Learner) -> None:
 
 
 def right_gradient(learner: Learner) -> None:
-    """Contributions are what ordinary autograd computes in float64; exact ones also agree with finite differences."""
+    """Check contributions in float64 against ordinary autograd, and exact gradients against finite differences too."""
     check_autograd(learner)
     if is_exact(learner):
         check_finite_differences(learner)
@@ -201,9 +198,10 @@ FEW_SHOT_PROPERTIES: dict[str, Callable[[Learner], None]] = {
 
 
 def points_downhill(learner: Learner) -> None:
-    """A delta has a positive product with the slope of the query loss before adaptation, on either side of the optima.
+    """Check that a delta has a positive product with the slope of the query loss, on either side of the optima.
 
-    ``learner`` learns ``Quadratics``, where every method that moves θ towards the tasks' optima keeps this.
+    ``learner`` learns ``Quadratics``; the slope is that before adaptation. Every method that moves θ towards the tasks'
+    optima has this property.
     """
     exact, some = in_float64(learner), keys()
     tasks = exact.sample(some)

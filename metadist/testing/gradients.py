@@ -1,5 +1,4 @@
-"""References for a shard's contribution in float64: ordinary autograd, one task after the other, and finite
-differences."""
+"""References for a shard's contribution in float64: ordinary autograd task by task, and finite differences."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey, seeded
 from metadist.core.task import Task
 from metadist.learners.few_shot import Learner
-from metadist.testing.differences import relative_error
+from metadist.testing.differences import apart_by
 from metadist.testing.failures import WrongGradientError
 from metadist.testing.running import META_STEP, general_position, in_float64, keys
 
@@ -31,17 +30,17 @@ DIRECTIONS = 1
 
 
 def contributes_delta(learner: Learner) -> bool:
-    """Whether the algorithm contributes a delta of its own in place of a gradient."""
+    """Return whether the algorithm contributes a delta of its own in place of a gradient."""
     return hasattr(learner.algorithm, "delta")
 
 
 def states_descent(learner: Learner) -> bool:
-    """Whether the algorithm states its inner loop by ``descent`` and leaves ``adapt`` to ``InnerLoop``."""
+    """Return whether the algorithm states its inner loop by ``descent`` and leaves ``adapt`` to ``InnerLoop``."""
     return isinstance(learner.algorithm, InnerLoop) and type(learner.algorithm).adapt is InnerLoop.adapt
 
 
 def is_exact(learner: Learner) -> bool:
-    """Whether contributions are the gradient of the loss: neither a delta nor a first-order approximation."""
+    """Return whether contributions are the gradient of the loss: neither a delta nor a first-order approximation."""
     if contributes_delta(learner):
         return False
     if not states_descent(learner):
@@ -91,7 +90,7 @@ def _detached(value: Any) -> Any:
 
 
 def _trajectory(learner: Learner, model: BoundModel, theta: Theta, context: TaskContext, task: Task) -> Sequence[Any]:
-    """φ_0 … φ_k as ``adapt`` returns them."""
+    """Compute φ_0 … φ_k as ``adapt`` returns them."""
     algorithm = learner.algorithm
     if not states_descent(learner) or not isinstance(algorithm, InnerLoop):
         return algorithm.adapt(model, theta, task.support, context)
@@ -133,15 +132,9 @@ def check_autograd(learner: Learner) -> None:
         "look for operations on several tasks together, for custom backward passes, and for detach() or in-place "
         "changes that vmap and ordinary autograd treat differently"
     )
-    for name, vector in expected.items():
-        error = relative_error(got.slots[name], vector)
-        if not error <= ROUNDING:
-            raise WrongGradientError(
-                learner,
-                f"its contribution to slot '{name}' is what ordinary autograd computes task by task",
-                f"in float64 they differ by {error:.1e} of the norm {float(vector.norm()):.3g}",
-                remedy,
-            )
+    if differs := apart_by(got.slots, expected, ROUNDING):
+        property = "its contributions equal those of ordinary autograd, task by task"
+        raise WrongGradientError(learner, property, f"{differs} between the two", remedy)
     if not abs(got.metrics["loss"] - loss) <= ROUNDING * max(1.0, abs(loss)):
         raise WrongGradientError(
             learner,
@@ -181,7 +174,7 @@ def check_finite_differences(learner: Learner) -> None:
 
 
 def _slope(learner: Learner, theta: Theta, some: TaskKey, name: str, direction: Tensor, h: float) -> float:
-    """The central difference of the loss along ``direction`` in slot ``name``."""
+    """Return the central difference of the loss along ``direction`` in slot ``name``."""
     layout = learner.slots[name].layout
     vector = layout.flatten(theta[name])
 

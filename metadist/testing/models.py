@@ -27,7 +27,7 @@ from metadist.testing.running import keys
 from metadist.testing.toys import Blobs, Chance
 
 SEEDED = "initialise parameters by torch's functions alone, which metadist seeds"
-#: relative error in float64 of a policy's steps one by one against all at once
+#: relative error in float64 of a policy's steps one by one against all together
 ROUNDING = 1e-8
 BATCH, LENGTH = 3, 5
 
@@ -39,8 +39,8 @@ def check_model(
     """Check a model: seeded, a pure function of parameters and key, right gradient in float64, shapes, round trips.
 
     ``model`` is an ``nn.Module``, a function that builds one, or a config with ``build`` or ``build_policy``. ``tasks``
-    says what inputs it has: by default ``Blobs`` (4 numbers, 3 classes), for a policy ``Chance`` with discrete and with
-    continuous actions. ``algorithm`` is MAML by default, or CNP where the model has no ``forward``. Raises a
+    have inputs of its shape: by default ``Blobs`` (4 numbers, 3 classes), for a policy ``Chance`` with discrete and
+    with continuous actions. ``algorithm`` is MAML by default, or CNP where the model has no ``forward``. Raises a
     PropertyError that names the property, the values and the remedy.
     """
     round_trips.config(model)
@@ -78,7 +78,7 @@ def _learner(model: object, tasks: TaskFamily, algorithm: Algorithm | None) -> L
 
 
 def seeded_parameters(model: Model, subject: object) -> None:
-    """The same seed gives the same parameters, whatever the global random generators hold."""
+    """Check that a seed gives the same parameters under any state of the global random generators."""
     first = model.initial(0)
     with other_generators(1):
         second = model.initial(0)
@@ -88,8 +88,7 @@ def seeded_parameters(model: Model, subject: object) -> None:
 
 
 def pure_function(learner: Learner) -> None:
-    """Called twice with the same parameters, inputs and key the module returns the same bits; calls leave no trace in
-    it."""
+    """Check that calls with the same parameters, inputs and key give the same bits, and leave the module unchanged."""
     if not learner.model.has_forward:
         return
     module, state = learner.model.module, learner.initial(0)
@@ -114,7 +113,7 @@ def pure_function(learner: Learner) -> None:
 
 
 def embedding(model: ModelConfig, learner: Learner) -> None:
-    """Without outputs it builds an embedding with one row for each example, or refuses by a ConfigError."""
+    """Check that it builds an embedding with one row for each example where ``outputs`` is None, or refuses to."""
     if not learner.model.has_forward:
         return
     shape = tuple(learner.tasks.input_shape or ())
@@ -135,7 +134,7 @@ def _embedding(model: ModelConfig, shape: tuple[int, ...]) -> nn.Module | None:
 
 
 def check_policy(model: object, environment: MetaEnvironment) -> None:
-    """Check a policy: seeded, shapes, rows apart, and the same steps one by one as all at once."""
+    """Check a policy: seeded, shapes, rows apart, and the same results for steps one by one and together."""
     algorithm: Any = None
     with usable(model, f"a policy for {type(environment).__name__} can be built from it"):
         factory = model_factory(model, environment, algorithm)
@@ -200,7 +199,7 @@ def _step_by_step(model: object, called: Called, x: Tensor, whole: dict[str, Ten
         if not error <= ROUNDING:
             raise InexactError(
                 model,
-                "a policy gives the same for steps one by one as for all at once",
+                "a policy gives the same for steps one by one and together",
                 f"{name} differs in float64 by {error:.1e}",
                 "let the memory hold all that later steps need, and let no step see later ones",
             )

@@ -19,10 +19,9 @@ from metadist.core.task import Examples, Task, TaskFamily
 
 @dataclass(frozen=True)
 class Quadratics(TaskFamily):
-    """Linear regressions y = x · c in ``dimension`` variables; c is normal around ``centre``. x is float32 [rows,
-    dimension].
+    """Linear regressions y = x · c in ``dimension`` variables; c is normal around ``centre``.
 
-    The query set's optimum is c plus a normal vector of size ``shift``.
+    x is float32 [rows, dimension]. The query set's optimum is c plus a normal vector of size ``shift``.
     """
 
     dimension: int = 3

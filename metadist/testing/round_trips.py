@@ -1,4 +1,4 @@
-"""What must come back unchanged: from a config, from pickling, from a checkpoint and from the wire."""
+"""Round trips through a config, pickling, a checkpoint and the wire, after which nothing may have changed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def config(subject: object) -> None:
                 subject,
                 property,
                 f"{name} is {document[name]!r} and then {value!r}",
-                "leave the fields as they are given; compute what depends on them in a property",
+                "leave the fields as they are given; compute derived values in a property",
             )
 
 

@@ -1,5 +1,4 @@
-"""Compute shards and meta-steps in this process, without an executor: what the properties and metadist's own tests
-run."""
+"""Compute shards and meta-steps in this process, without an executor: for the properties and for metadist's tests."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ Watch = Callable[[Round, State, Any], None]
 
 @dataclass
 class Done:
-    """What a meta-step made of a state: the new state, its report, and the result of every shard."""
+    """The outcome of a meta-step: the new state, its report, and the result of every shard."""
 
     state: State
     report: dict[str, float] = field(default_factory=dict)
@@ -40,7 +39,7 @@ def compute_round(
 ) -> Any:
     """Compute the shards of ``round`` one after the other; return their sum, or their records where it does not reduce.
 
-    ``outputs`` receives what shards keep for later rounds, ``results`` every shard's result.
+    ``outputs`` receives the outputs that shards keep for later rounds, ``results`` every shard's result.
     """
     total: TreeSum[Contribution] = TreeSum(len(round.shards))
     for shard in round.shards:
@@ -52,7 +51,7 @@ def compute_round(
 
 
 def compute(learner: Learner | TrialLearner, shard: Shard, state: State, outputs: dict[Any, Records]) -> Any:
-    """Compute one shard; put what it keeps into ``outputs``."""
+    """Compute one shard; put the output that it keeps into ``outputs``."""
     if isinstance(learner, Learner):
         return learner.compute(shard, state.slots)
     result = learner.compute(shard, state.slots, [outputs[key] for key in shard.needs])

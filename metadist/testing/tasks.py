@@ -46,7 +46,7 @@ _RETURN = "return Task(Examples(x, y), Examples(x, y)), stacked along a first di
 
 
 def shapes(family: TaskFamily, split: str) -> None:
-    """x is [T, N, *input_shape], y is [T, N, …], a mask is [T, N]; values are finite, and classes are in range."""
+    """Check that x is [T, N, *input_shape], y [T, N, …], a mask [T, N], values are finite and classes in range."""
     task = sampled(family, split)
     for name, e in (("support", task.support), ("query", task.query)):
         rows = tuple(e.x.shape[:2])
@@ -106,7 +106,7 @@ def _targets(family: TaskFamily, split: str, name: str, e: Examples) -> None:
 
 
 def pure(family: TaskFamily, split: str) -> None:
-    """The same key gives the same tasks, whatever the global random generators hold."""
+    """Check that the same key gives the same tasks under any state of the global random generators."""
     first = by_name(sampled(family, split))
     for salt in (1, 2):
         with other_generators(salt):
@@ -116,7 +116,7 @@ def pure(family: TaskFamily, split: str) -> None:
 
 
 def same_in_any_shard(family: TaskFamily, split: str) -> None:
-    """A task has the same bits alone and among others."""
+    """Check that a task has the same bits alone and among others."""
     among = sampled(family, split)
     for some in ([0], [4], [3, 4, 5], [5, 1]):
         there = sampled(family, split, tasks=some)
@@ -132,7 +132,7 @@ def same_in_any_shard(family: TaskFamily, split: str) -> None:
 
 
 def _rows(task: Task, index: int) -> dict[str, Tensor]:
-    """The real rows of one task of a stack: what is padded depends on the shard."""
+    """Return the real rows of one task of a stack; the padding depends on the shard."""
     found = dict[str, Tensor]()
     for name, e in (("support", task.support), ("query", task.query)):
         real = slice(None) if e.mask is None else e.mask[index].bool()
@@ -141,7 +141,7 @@ def _rows(task: Task, index: int) -> dict[str, Tensor]:
 
 
 def distinct(family: TaskFamily, split: str) -> None:
-    """Tasks differ by index, seed, split and, in training, by meta-step."""
+    """Check that tasks differ by index, by seed and, in training, by meta-step."""
     whole = sampled(family, split)
     first = _rows(whole, 0)
     if not any(difference(first, _rows(whole, i)) for i in range(1, COUNT)):
@@ -156,8 +156,7 @@ def distinct(family: TaskFamily, split: str) -> None:
 
 
 def judges_by_row(family: TaskFamily, split: str) -> None:
-    """Loss and metric give one finite value per example, from that example alone; right predictions are not judged
-    worse."""
+    """Check that loss and metric give one finite value per example, from that example alone."""
     task = pytree.tree_map(lambda t: t[0], sampled(family, split))
     real = slice(None) if task.query.mask is None else task.query.mask.bool()
     target = task.query.y[real]
@@ -192,7 +191,7 @@ def judges_by_row(family: TaskFamily, split: str) -> None:
 
 
 def _predictions(family: TaskFamily, split: str, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Right predictions and random ones, in float64."""
+    """Return right predictions and random ones, in float64."""
     generator = seeded(0, "predictions")
     if family.kind != "classification":
         return target, torch.randn(target.shape, generator=generator, dtype=torch.float64)
@@ -202,7 +201,7 @@ def _predictions(family: TaskFamily, split: str, target: Tensor) -> tuple[Tensor
 
 
 def agrees_with_sample_task(family: TaskFamily, split: str) -> None:
-    """``sample_task``, where the family has both, gives the tasks of ``sample``."""
+    """Check that ``sample_task`` gives the tasks of ``sample``, where the family has both."""
     cls = type(family)
     if cls.sample_task is TaskFamily.sample_task or cls.sample is TaskFamily.sample:
         return
@@ -225,7 +224,7 @@ TASK_PROPERTIES: dict[str, Callable[[TaskFamily, str], None]] = {
 
 
 def travels(family: TaskFamily, *, another_process: bool) -> None:
-    """Config and pickled copies give the same family; another process samples the same tasks."""
+    """Check that config and pickling give the same family, and that another process samples the same tasks."""
     round_trips.config(family)
     there = round_trips.pickled(family, family)
     there.prepare(torch.device("cpu"))
@@ -251,7 +250,7 @@ def travels(family: TaskFamily, *, another_process: bool) -> None:
 
 
 def hashes(family: TaskFamily) -> dict[str, str]:
-    """The SHA-256 of every tensor of the first tasks, by split and name."""
+    """Return the SHA-256 of every tensor of the first tasks, by split and name."""
     family.prepare(torch.device("cpu"))
     return {
         f"{split} {name}": hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
@@ -265,8 +264,8 @@ def check_tasks(family: TaskFamily, *, splits: Sequence[str] = SPLITS, another_p
     """Check a task family: pure in the key, exact across shards, distinct tasks, shapes, loss and metric, round trips.
 
     Raises a PropertyError that names the property, the values and the remedy. ``another_process=False`` saves the
-    seconds that a new Python process takes; only that process shows what depends on ``hash()`` or on the process
-    itself.
+    seconds that a new Python process takes; only that process shows values that depend on ``hash()`` or on the
+    process itself.
     """
     with usable(family, "it can load its data"):
         family.prepare(torch.device("cpu"))

@@ -68,8 +68,7 @@ class Blobs(Classification):
 
 @dataclass(frozen=True)
 class Chance(MetaEnvironment):
-    """Observations are noise, an action pays its product with the task's number, and an episode ends with probability
-    ``end``."""
+    """Noise as observations; an action pays its product with the task's number; an episode ends with chance ``end``."""
 
     episodes: int = 3
     horizon: int = 4

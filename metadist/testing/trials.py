@@ -1,4 +1,4 @@
-"""The properties of meta-reinforcement learning: what an algorithm, an environment and a policy must keep together."""
+"""The properties of meta-reinforcement learning, which an algorithm, an environment and a policy have together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
 from metadist.testing import round_trips
 from metadist.testing.conditions import other_generators
-from metadist.testing.differences import difference, not_finite, relative_error
+from metadist.testing.differences import apart_by, difference, not_finite
 from metadist.testing.failures import ImpureError, InexactError, ShapeError, usable
 from metadist.testing.running import META_BATCH, RUN, Done, evaluated, meta_step
 
@@ -41,13 +41,13 @@ def build(
 
 
 def begins(learner: TrialLearner) -> None:
-    """The first trials can be rolled out and learned from."""
+    """Check that the first trials can be rolled out and learned from."""
     with usable(learner, "a run can begin with it"):
         check(learner, 0)
 
 
 def pure(learner: TrialLearner) -> None:
-    """A meta-step is a pure function of the seed, whatever the global random generators hold, and changes the state."""
+    """Check that a meta-step changes the state, as a pure function of the seed under any global random state."""
     state = learner.initial(0)
     with usable(learner, "a meta-step can be taken"):
         first = meta_step(learner, state, 0)
@@ -67,7 +67,7 @@ def _learns(learner: TrialLearner, before: State, done: Done) -> None:
         raise ShapeError(learner, "a meta-step changes the parameters", "they stay as they were", remedy)
     if bad := [name for name, value in done.report.items() if not -float("inf") < value < float("inf")]:
         remedy = "divide by no number that may be zero"
-        raise ShapeError(learner, "what a meta-step reports is finite", f"{bad[0]} is not", remedy)
+        raise ShapeError(learner, "the report of a meta-step is finite", f"{bad[0]} is not", remedy)
     other = meta_step(learner, learner.initial(0), 0, seed=1)
     if not difference(done.state.slots, other.state.slots):
         values = "a meta-step from the same parameters ends in the same bits for seeds 0 and 1"
@@ -75,7 +75,7 @@ def _learns(learner: TrialLearner, before: State, done: Done) -> None:
 
 
 def travels(learner: TrialLearner) -> None:
-    """A pickled copy takes the same meta-step, under other global random states."""
+    """Check that a pickled copy takes the same meta-step, under another state of the global random generators."""
     there = round_trips.pickled(learner, learner)
     there.prepare(torch.device("cpu"))
     with other_generators(2):
@@ -86,7 +86,7 @@ def travels(learner: TrialLearner) -> None:
 
 
 def exact_across_shards(learner: TrialLearner) -> None:
-    """Rollouts and their first gradient have the same sums in float64 for any cutting of the trials into shards."""
+    """Check that the first gradient has the same sum in float64 for any cutting of the trials into shards."""
     exact = replace(learner, model=Model(learner.model.factory, dtype=torch.float64))
     exact.prepared_like(learner)
     vectors = exact.initial(0).slots
@@ -95,22 +95,20 @@ def exact_across_shards(learner: TrialLearner) -> None:
     for sizes in ((2, 4), (1,) * META_BATCH):
         parts = _rolled(exact, vectors, *sizes)
         together, apart = (_gradient(exact, vectors, part, settings) for part in (whole, parts))
-        for name, vector in together.slots.items():
-            error = relative_error(apart.slots[name], vector)
-            if not error <= ROUNDING:
-                raise InexactError(
-                    learner,
-                    f"the gradient over {META_BATCH} trials is the same for any cutting into shards",
-                    f"slot '{name}' differs in float64 by {error:.1e} between one shard and shards of {sizes} trials",
-                    "sum over trials and steps; whatever all trials must agree on is settings_of(statistics)",
-                )
+        if differs := apart_by(apart.slots, together.slots, ROUNDING):
+            raise InexactError(
+                learner,
+                f"the gradient over {META_BATCH} trials is the same for any cutting into shards",
+                f"{differs} between one shard and shards of {sizes} trials",
+                "sum over trials and steps; return values that all trials share from settings_of(statistics)",
+            )
 
 
 Rolled = list[tuple[Shard, WithOutput]]
 
 
 def _rolled(learner: TrialLearner, vectors: Any, *sizes: int) -> Rolled:
-    """The first trials of the training split in shards of these sizes."""
+    """Roll out the first trials of the training split in shards of these sizes."""
     found = []
     for i, size in enumerate(sizes):
         shard = Shard(RUN, 0, 0, i, "rollout", sum(sizes[:i]), size, 0, keeps=True)
@@ -136,7 +134,7 @@ def _gradient(learner: TrialLearner, vectors: Any, rolled: Rolled, settings: Any
 
 
 def evaluates(learner: TrialLearner) -> None:
-    """Evaluation has a row for every trial and a finite return for every episode, greedy and sampled."""
+    """Check that evaluation has a row for every trial and a finite return for every episode, greedy and sampled."""
     with usable(learner, "trials can be judged"):
         records = evaluated(learner, learner.initial(0))
     expected = [META_BATCH, learner.algorithm.episodes(learner.tasks)]
@@ -154,7 +152,7 @@ def evaluates(learner: TrialLearner) -> None:
 
 
 def comes_back(learner: TrialLearner) -> None:
-    """Config, state, checkpoint and messages come back unchanged."""
+    """Check that config, state, checkpoint and messages come back unchanged."""
     round_trips.config(learner.algorithm)
     done = meta_step(learner, learner.initial(0), 0)
     round_trips.state(learner, done.state)

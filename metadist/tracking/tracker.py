@@ -1,4 +1,4 @@
-"""Choose the tracker for ``tracking.uri``; record groups of seeds; deliver what earlier processes could not."""
+"""Choose the tracker for ``tracking.uri``; record groups of seeds; deliver the records that earlier processes left."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from metadist.tracking.spool import legal_key, read_json
 
 
 class TrackerFactory(Protocol):
-    """What an entry point in the group ``metadist.trackers`` names: a class, or a function, that makes a tracker.
+    """The object that an entry point in the group ``metadist.trackers`` names: a class, or a function, that makes a
+    tracker.
 
     ``uri`` is the whole ``tracking.uri``, its scheme included. ``spool`` is a folder of the run that the tracker may
     write to, ``experiment`` is ``tracking.experiment``, ``runs_root`` the folder that all runs are in.
@@ -29,7 +30,7 @@ class TrackerFactory(Protocol):
 TRACKER = Kind[object](
     "trackers",
     {
-        "auto": "The MLflow store that MLFLOW_TRACKING_URI names, or else a SQLite file beside the runs.",
+        "auto": "The MLflow store that MLFLOW_TRACKING_URI names, or else a SQLite file in the folder of the runs.",
         "databricks": "MLflow on Databricks: databricks://PROFILE",
         "databricks-uc": "MLflow on Databricks with Unity Catalog: databricks-uc://PROFILE",
         "file": "MLflow files in a folder: file:///PATH",

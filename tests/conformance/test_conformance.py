@@ -1,7 +1,8 @@
-"""Every algorithm, task family and model of the tables has the properties of ``metadist.testing``, in every combination.
+"""Every algorithm, task family and model of the tables has the properties of ``metadist.testing``, in every
+combination.
 
-A new component is tested by its line in the table. A combination that makes no sense is one that the algorithm refuses in one
-line. Every pair meets in the default run, every triple in the long one.
+A new component is tested by its line in the table. A combination that makes no sense is one that the algorithm refuses
+in one line. Every pair meets in the default run, every triple in the long one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from metadist.testing import FEW_SHOT_PROPERTIES, TASK_PROPERTIES
 from metadist.testing.models import embedding, pure_function, seeded_parameters
 from metadist.testing.tasks import travels
 
-#: given to every config that has such a field: what has no default, and what makes it small
+#: given to every config that has such a field: fields without a default, and small sizes
 SETTINGS = {
     "path": "images",
     "filters": 8,
@@ -86,7 +87,7 @@ SHORT = covering(FITTING)
 
 @pytest.fixture(scope="module", autouse=True)
 def data(tmp_path_factory):
-    """A ``METADIST_DATA`` that serves every family: noisy copies of one pattern per class, as folders and as Omniglot's array."""
+    """A ``METADIST_DATA`` for every family: noisy copies of a pattern per class, as folders and as Omniglot's array."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     patterns = rng.integers(0, 256, (30, 1, 7, 7)).repeat(4, 2).repeat(4, 3)
     images = np.clip(patterns + rng.normal(0, 90, (30, 20, 28, 28)), 0, 255).astype(np.uint8)
@@ -151,7 +152,7 @@ def test_every_task_family_travels(family):
 
 @pytest.mark.parametrize("model", NETWORKS)
 def test_every_model(model, data):
-    """What no combination shows; on the tasks that it is built for fastest."""
+    """The properties of a model alone, on the tasks that it is built for fastest."""
     found, config = learner(*min((t for t in FITTING if t[2] == model), key=size)), built(MODELS[model])
     found.prepare(torch.device("cpu"))
     seeded_parameters(found.model, config)

@@ -1,4 +1,5 @@
-"""Every meta-environment, policy and algorithm of meta-reinforcement learning has the properties of ``metadist.testing``.
+"""Every meta-environment, policy and algorithm of meta-reinforcement learning has the properties of
+``metadist.testing``.
 
 A new component is tested by its line in the table. Every pair meets in the default run, every triple in the long one.
 """

@@ -1,4 +1,4 @@
-"""Every recipe of docs/extend.md as a reader follows it: its files are written, and its commands run in their folder."""
+"""Every recipe of docs/extend.md as a reader follows it: write its files, and run its commands in their folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(section: str, folder: Path) -> None:
 
 
 def in_this_process(command: str, cli) -> str:
-    """What ``command`` prints; a new process would import PyTorch again."""
+    """Run ``command`` and return its stdout; a new process would import PyTorch again."""
     first, *arguments = shlex.split(command)
     if first == "metadist":
         result = cli(*arguments)
@@ -104,7 +104,7 @@ def pip(*arguments: str, python: str = sys.executable) -> None:
 
 
 def check_output(section: str, out: dict[str, str]) -> None:
-    """What the commands of a recipe of a package printed."""
+    """Check the stdout of the commands of a recipe of a package."""
     if section == "A tracker":
         assert (
             "Points as rows step, name, value of a CSV file: csv:///PATH.csv (csv-tracker 1.0)" in out["list trackers"]
@@ -138,7 +138,7 @@ def test_a_package(section, folder, cli, monkeypatch):
 @pytest.mark.skipif(find_spec("setuptools") is None, reason="needs setuptools to build a package")
 @pytest.mark.parametrize("section", INSTALLED)
 def test_a_package_in_an_environment_of_its_own(section, folder):
-    """``pip install .`` in a fresh virtual environment that sees the packages of this one; then the ``metadist`` command."""
+    """``pip install .`` in a fresh virtual environment that sees this one's packages; then its ``metadist``."""
     write(section, folder)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "fresh"], check=True, timeout=300)
     python = str(folder / "fresh" / "bin" / "python")

@@ -1,4 +1,4 @@
-"""Algorithms and models that break one property each: caught, with a message that says what to do."""
+"""Algorithms and models that lack one property each are caught, by a message with the remedy."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ class Growing(MAML):
         (Restless(), ImpureError, "keep no state between calls"),
         (Cut(), UnusableError, "the loss does not depend on"),
         (Halved(), WrongGradientError, "by finite differences (norm of the contribution"),
-        (Forgetful(), WrongGradientError, "its contribution to slot 'model' is what ordinary autograd computes"),
+        (Forgetful(), WrongGradientError, "its contributions equal those of ordinary autograd"),
         (
             Uphill(),
             WrongGradientError,

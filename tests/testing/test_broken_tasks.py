@@ -1,4 +1,4 @@
-"""Task families and environments that break one property each: caught, with a message that says what to do."""
+"""Task families and environments that lack one property each are caught, by a message with the remedy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from metadist.testing.toys import Blobs, Chance, Curves
 
 
 def caught(check, subject, error, *expected):
-    """``check`` refuses ``subject`` by this error alone, whose message has the object's name, the values and a remedy."""
+    """``check`` refuses ``subject`` by this error, whose message has the object's name, the values and a remedy."""
     with pytest.raises(PropertyError) as found:
         check(subject, another_process=False)
     assert type(found.value) is error, found.value
@@ -155,7 +155,7 @@ class Refusing(Curves):
 
 
 class OtherTask(Curves):
-    """``sample_task`` is not what ``sample`` stacks."""
+    """``sample_task`` gives other tasks than ``sample``."""
 
     def sample_task(self, key, split):
         return shifted(super().sample_task(key, split), y=1.0)
@@ -266,7 +266,7 @@ def test_broken_losses_and_metrics_are_caught(family, error, expected):
 
 @dataclass(frozen=True)
 class Altered(Curves):
-    """A field isn't what was given."""
+    """A field has another value than the one given."""
 
     scale: float = 1.0
 

@@ -1,4 +1,4 @@
-"""The closed forms of quadratic tasks against what metadist computes, for any number of inner steps and every engine."""
+"""The closed forms of quadratic tasks against metadist's contributions, for any number of inner steps."""
 
 from __future__ import annotations
 
