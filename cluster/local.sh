@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A Ray cluster on this one machine, with all of its GPUs, for `metadist submit`. Ends with Ctrl-C.
+# Start a Ray cluster on this machine, with all of its GPUs, for `metadist submit`. Ctrl-C stops it.
 #   cluster/local.sh                     the GPUs that nvidia-smi shows, all cores but one
 #   GPUS=2 CPUS=8 cluster/local.sh       fewer
-# Anyone with the token may run code here: it lies in ~/.ray/auth_token, for this user's eyes. From elsewhere come through an
-# ssh tunnel: ssh -L 8265:localhost:8265 HOST
+# Everyone with the token may run code here: the file ~/.ray/auth_token holds it, readable by this user only. Other
+# machines need an ssh tunnel: ssh -L 8265:localhost:8265 HOST
 set -euo pipefail
 
 CPUS="${CPUS:-$(($(nproc) > 1 ? $(nproc) - 1 : 1))}"

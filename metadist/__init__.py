@@ -23,7 +23,7 @@ _WHERE = {
     "metadist.core.algorithm": ("Algorithm", "TaskContext"),
     "metadist.core.errors": ("MetadistError",),
     "metadist.core.inner_loop": ("InnerLoop",),
-    "metadist.learners.few_shot": ("Learner",),
+    "metadist.learners": ("Learner",),
     "metadist.rl.algorithm": ("TrialAlgorithm",),
     "metadist.rl.environment": ("Continuous", "Discrete", "MetaEnvironment", "Step"),
     "metadist.core.model": ("Model", "use_batch_statistics"),
@@ -93,7 +93,7 @@ if TYPE_CHECKING:
     from metadist.core.parameters import Parameters
     from metadist.core.random import TaskKey
     from metadist.core.task import Classification, Examples, Task, TaskFamily
-    from metadist.learners.few_shot import Learner
+    from metadist.learners import Learner
     from metadist.learners.trials import TrialLearner
     from metadist.models import GRU, LSTM, MLP, Conv4, Reactive
     from metadist.rl.algorithm import TrialAlgorithm

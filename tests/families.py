@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from metadist.core.errors import ConfigError
 from metadist.core.task import Examples, Task
 from metadist.tasks.sinusoid import Sinusoid
 
@@ -56,3 +57,11 @@ class ByProcess(Sinusoid):
     def sample(self, keys, split):
         task = super().sample(keys, split)
         return Task(task.support, Examples(task.query.x, task.query.y + os.getpid() % 1009))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unprepared(Sinusoid):
+    """Its data can't be loaded."""
+
+    def prepare(self, device):
+        raise ConfigError("the sines are sold out")

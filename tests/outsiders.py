@@ -1,4 +1,4 @@
-"""Runs whose workers come from outside: what is learned, who works where, and workers in threads that can be told to misbehave."""
+"""Runs with remote workers, and workers in threads that can be made to misbehave."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import tiny
+from faults import everywhere
 from ports import free_port
 
 from metadist.config.build import build
 from metadist.config.document import override
+from metadist.config.experiment import Experiment
 from metadist.core.errors import MetadistError
-from metadist.experiment import remote as outside
-from metadist.experiment.description import Experiment
-from metadist.experiment.fleet import fleet
+from metadist.core.round import MetaStepKey, run_rounds
+from metadist.experiment import remote
+from metadist.experiment.fleet import start_workers
+from metadist.experiment.remote import WorkerOptions
+from metadist.workers.remote.client import Shell
 
 OUTSIDE = {"min": 1, "max": 4, "outside": True}
 HERE = {"role": "learner", "min": 0, "max": 0}
@@ -45,53 +49,49 @@ def document(*groups: dict[str, Any], trials: bool = False, port: int = 0, **key
 
 
 def experiment(made: dict[str, Any], *overrides: str) -> Experiment:
-    return Experiment.of(build(override(made, overrides)))
+    return build(override(made, overrides))
 
 
 def rounds(run: Experiment, scheduler: Any, each: Callable[[int, Any], None] = lambda step, scheduler: None) -> str:
-    """All meta-steps, without what surrounds them; the hash of the parameters."""
+    """Run all meta-steps without tracking, checkpoints and evaluations; return the hash of the parameters."""
     learner = run.learner
     state = learner.initial(run.seed)
     for step in range(learner.outer.meta_steps):
         each(step, scheduler)
-        for round in learner.rounds("run", step, run.seed, state, {}):
-            state = round.apply(state, scheduler.run(round))
+        state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, run.seed), state), scheduler.sum)
     return state.sha256()
 
 
 def train(
     run: Experiment,
     *,
-    watch: Any = None,
+    fault: Callable[[Any, Any], object] | None = None,
     each: Callable[[int, Any], None] = lambda step, scheduler: None,
     **options: Any,
 ) -> tuple[str, Any]:
-    with fleet(run, "run", watch=watch, **options) as scheduler:
+    """Train with workers of ``start_workers``; ``fault(executor, shard)`` runs after every submission."""
+    with start_workers(run, "run", wrap=everywhere(fault) if fault else None, **options) as scheduler:
         return rounds(run, scheduler, each), scheduler
 
 
 class Hand:
-    """``outside.work`` in a thread, as soon as somebody listens."""
+    """``remote.work`` in a thread, as soon as the driver listens."""
 
     def __init__(self, run: Experiment, *, role: str = "learner", name: str = "hand", **options: Any) -> None:
         self.said: list[str] = []
         self.ended: str | None = None
         self.error: MetadistError | None = None
         self._stop = threading.Event()
-        settings = {"token_file": None, "tls_ca": None, "device": None, "patience": 60.0, "stay": False, **options}
-        self._arguments = (
-            run.outside.listen,
-            dict(role=role, name=name, say=self.said.append, stopped=self._stop.is_set, **settings),
-        )
+        self._address = run.outside.listen
+        self._options = WorkerOptions(role=role, name=name, **{"patience": 60.0, **options})
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        address, options = self._arguments
-        if options["patience"] > 5:
-            listening(address)
+        if self._options.patience > 5:
+            listening(self._address)
         try:
-            self.ended = outside.work(address, **options)
+            self.ended = remote.work(self._address, self._options, Shell(self.said.append, self._stop.is_set))
         except MetadistError as error:
             self.error = error
 

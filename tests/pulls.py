@@ -86,16 +86,19 @@ class Clumsy(RL2):
 class Relay(TrialLearner):
     """Between rollouts and gradients a round that needs outputs and keeps some: every reward is halved by it."""
 
-    def rounds(self, run, meta_step, seed, state, report):
-        rounds = super().rounds(run, meta_step, seed, state, report)
+    def meta_step(self, key, state):
+        rounds = super().meta_step(key, state)
         rolled = next(rounds)
-        yield rolled
+        total = yield rolled
         halved = [replace(s, round=99, function="halve", needs=(s.key,)) for s in rolled.shards]
-        yield Round(99, state, halved, lambda state, total: state)
-        for round in rounds:
-            yield replace(
-                round, shards=[replace(s, needs=tuple((m, 99, i) for m, _, i in s.needs)) for s in round.shards]
-            )
+        yield Round(99, state, halved)
+        try:
+            while True:
+                round = rounds.send(total)
+                needing = [replace(s, needs=tuple((m, 99, i) for m, _, i in s.needs)) for s in round.shards]
+                total = yield replace(round, shards=needing)
+        except StopIteration as done:
+            return done.value
 
     def compute(self, shard, theta, inputs=()):
         if shard.function != "halve":

@@ -11,7 +11,7 @@ from metadist.core.algorithm import Algorithm
 from metadist.core.model import Model, use_batch_statistics
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.models.cnp import ConditionalNeuralProcess
 from metadist.serving.model import Limits, ServedModel
 
@@ -37,12 +37,12 @@ def learner(algorithm="maml", normalization="transductive"):
     outer = OuterLoop(meta_steps=1)
     if algorithm == "cnp":
         family = Curves()
-        return Learner(made, Model(lambda: ConditionalNeuralProcess(8, 8).build((2,), 2)), family, outer)
+        return FewShotLearner(made, Model(lambda: ConditionalNeuralProcess(8, 8).build((2,), 2)), family, outer)
     if algorithm in ("protonet", "anil"):
-        return Learner(made, Model(network(4, 3)), Blobs(), outer)
+        return FewShotLearner(made, Model(network(4, 3)), Blobs(), outer)
     if normalization == "inductive" or algorithm == "meta_sgd":
-        return Learner(made, Model(images), Blobs(input_shape=(1, 6, 6)), outer, normalization)
-    return Learner(made, Model(network(2, 2)), Curves(), outer)
+        return FewShotLearner(made, Model(images), Blobs(input_shape=(1, 6, 6)), outer, normalization)
+    return FewShotLearner(made, Model(network(2, 2)), Curves(), outer)
 
 
 def served(algorithm="maml", normalization="transductive", name=None, **limits):
@@ -51,13 +51,13 @@ def served(algorithm="maml", normalization="transductive", name=None, **limits):
 
 
 def tasks(model, count, start=0):
-    """Support sets and queries, all different: (x, y, query) each."""
+    """Return ``count`` different tasks, each as (x, y, query)."""
     stacked = model.learner.tasks.sample(TaskKey.of(1, "test", 0, range(start, start + count)), "test")
     return [(stacked.support.x[i], stacked.support.y[i], stacked.query.x[i]) for i in range(count)]
 
 
 def expected(model, x, y, query, inner_steps=None):
-    """As ``Result.adapt`` and ``predict`` compute it."""
+    """Return the prediction as ``Result.adapt`` and ``Result.predict`` compute it."""
     from metadist.core.task import Examples
 
     support = Examples(x, y)
@@ -66,5 +66,5 @@ def expected(model, x, y, query, inner_steps=None):
 
 
 def close(a, b):
-    """Batches change last bits, of sums over a few dozen terms."""
+    """Compare up to rounding: batches change the last bits of sums over a few dozen terms."""
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""A real run that trains in a thread until it is stopped, for tests that steer it from outside."""
+"""A real run that trains in a thread until it is stopped, for tests that steer it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import tiny
-
-from metadist.experiment.train import train
+from tiny import train
 
 ENDLESS = (
     "outer.meta_steps=1000000",
@@ -17,15 +16,16 @@ ENDLESS = (
     "checkpoint.every=1000000",
     "outer.meta_batch_size=8",
     "tracking.log_every=1000",
+    "engine.compile=never",  # a command that changes the shards would wait for a compilation
 )
 
 
 class Live:
-    """``with Live(folder) as run``: ``run.record`` is its ``control.json``; ``run.result`` what it came to, afterwards."""
+    """``with Live(folder) as run``: ``run.record`` is its ``control.json``, ``run.result`` its result after the end."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         self.folder, self._experiment = Path(folder), tiny.experiment(*ENDLESS, *overrides)
-        self._end, self.result, self.error, self.notes = threading.Event(), None, None, []
+        self._end, self.result, self.error, self.notes, self.meta_step = threading.Event(), None, None, [], None
         self._thread = threading.Thread(target=self._train)
 
     def _train(self) -> None:
@@ -57,7 +57,7 @@ class Live:
     def __enter__(self) -> Live:
         self._thread.start()
         deadline = time.monotonic() + 240
-        while not hasattr(self, "meta_step"):
+        while self.meta_step is None:
             assert self._thread.is_alive(), self.error
             assert time.monotonic() < deadline
             time.sleep(0.01)

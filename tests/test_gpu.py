@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import train
 
 from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers
+from metadist.config.experiment import Experiment
 from metadist.core.engine import Engine
 from metadist.core.random import TaskKey
-from metadist.experiment.description import Experiment
-from metadist.experiment.train import train
 from metadist.workers.worker import Worker
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.lane("compile"), pytest.mark.gpu]
 
 
 def experiment(name: str, *overrides: str) -> Experiment:
     short = ["tracking.uri=none", "outer.meta_steps=6", "evaluate.every=3", "evaluate.tasks=8", "evaluate.test_tasks=8"]
     document = override(read_document(name), [*short, *overrides])
-    return Experiment.of(build(set_workers(document, "0")))
+    return build(set_workers(document, "0"))
 
 
 def contribution(name: str, device: str, engine: Engine, *overrides: str) -> torch.Tensor:
@@ -80,6 +80,7 @@ def test_conv4_repeats_bit_for_bit(tmp_path) -> None:
     assert len(hashes) == 1
 
 
+@pytest.mark.lane("ray")
 def test_workers_share_a_gpu(tmp_path) -> None:
     alone = train(experiment("sinusoid_maml", "engine.device=cuda"), run_dir=str(tmp_path / "alone"), plots=False)
     document = override(
@@ -93,5 +94,5 @@ def test_workers_share_a_gpu(tmp_path) -> None:
             "workers.0.gpus=0.5",
         ],
     )
-    shared = train(Experiment.of(build(document)), run_dir=str(tmp_path / "shared"), plots=False)
+    shared = train(build(document), run_dir=str(tmp_path / "shared"), plots=False)
     assert shared.params_sha256 == alone.params_sha256

@@ -1,21 +1,38 @@
-"""Every command and program of the README, run as written but for shortened overrides."""
+"""Run the commands and programs of README.md, CONTRIBUTING.md and docs/ as written, in shorter runs; check their names.
+
+Lines of ``console`` blocks that start with ``$`` are commands. The commands of a section run in one folder, in order.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+import yaml
 
+import metadist
+from metadist.cli.app import app
 from metadist.tracking.mlflow_uri import prepare_sqlite
 
+pytestmark = pytest.mark.lane("ray")
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+#: pages with commands for users; the recipes of docs/extend.md have a test of their own
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = [page for page in PAGES if page != "docs/extend.md"]
+LINKED = [*PAGES, "CHANGELOG.md", *(f"docs/decisions/{p.name}" for p in sorted((ROOT / "docs/decisions").glob("*.md")))]
+#: pages whose commands run in `make test-long` only
+LONG = {"CONTRIBUTING.md"}
 SHORT = [
     "outer.meta_steps=4",
     "evaluate.every=2",
@@ -33,6 +50,7 @@ ELSEWHERE = (
     "export",
     "curl",
     "cluster/",
+    ".venv/",
     "metadist ui",
     "metadist worker",
     "metadist control",
@@ -43,34 +61,84 @@ ELSEWHERE = (
 )
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+# The pages ------------------------------------------------------------------------------------------------------------
 
 
-def commands(text: str = README) -> list[str]:
-    found = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
-    lines = [line.removeprefix("$ ") for block in found for line in block.splitlines() if line.startswith("$ ")]
-    return [line.partition("  #")[0].strip() for line in lines]
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def sections() -> dict[str, list[str]]:
-    """Heading → the commands under it that are run here."""
-    parts = re.split(r"^##+ (.*)$", README, flags=re.MULTILINE)
-    found = {
-        title: [c for c in commands(text) if not c.startswith(ELSEWHERE)]
-        for title, text in zip(parts[1::2], parts[2::2])
-    }
-    return {title: listed for title, listed in found.items() if listed}
+def lines(page: str) -> Iterator[tuple[str, str, str]]:
+    """(heading, language of the fence or "" outside, line) of every line; a command's comment is cut off."""
+    heading, language = "", ""
+    for line in read(page).splitlines():
+        if fence := re.match(r"\s*```(\w*)", line):
+            language = "" if language else fence[1] or "text"
+        elif not language and (found := re.match(r"#+ (.*)", line)):
+            heading = found[1]
+            yield heading, "heading", line
+        else:
+            yield heading, language, line
+
+
+def sections(page: str) -> dict[str, list[str]]:
+    """Heading → its commands."""
+    found: dict[str, list[str]] = {}
+    for heading, language, line in lines(page):
+        if language == "console" and line.lstrip().startswith("$ "):
+            command = line.lstrip().removeprefix("$ ").partition("  #")[0].strip()
+            found.setdefault(heading, []).append(command)
+    return found
+
+
+def part_of(some: list[str], others: list[str]) -> bool:
+    """Whether ``some`` are among ``others``, in the same order."""
+    rest = iter(others)
+    return all(command in rest for command in some)
+
+
+def cases() -> list[tuple[str, str, list[str]]]:
+    """(page, heading, commands) to run here. A section whose commands are a part of another section's runs there."""
+    every = [
+        (page, heading, [c for c in listed if not c.startswith(ELSEWHERE)])
+        for page in PAGES
+        for heading, listed in sections(page).items()
+    ]
+    every = [case for case in every if case[2]]
+
+    def elsewhere(i: int) -> bool:
+        mine = every[i][2]
+        return any(
+            part_of(mine, others) and (mine != others or j < i) for j, (*_, others) in enumerate(every) if j != i
+        )
+
+    return [case for i, case in enumerate(every) if not elsewhere(i)]
+
+
+def programs() -> list[tuple[str, str]]:
+    """(file name, text) of every Python block that begins with its file name."""
+    return [found for page in PAGES for found in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", read(page), re.DOTALL)]
+
+
+def configs() -> list[tuple[str, str]]:
+    """(name, text) of every YAML block."""
+    texts = [text for page in PAGES for text in re.findall(r"```yaml\n(.*?)```", read(page), re.DOTALL)]
+    return [(yaml.safe_load(text)["name"], text) for text in texts]
+
+
+# Commands, programs and configs are run -------------------------------------------------------------------------------
 
 
 def shortened(command: str) -> list[str]:
     words = shlex.split(command)
+    trials = len(words) > 2 and ("rl2" in words[2] or "promp" in words[2])
     if words[1] == "train":
-        few = ["outer.meta_batch_size=8", "outer.shard_size=2"] if "rl2" in words[2] else []
+        few = ["outer.meta_batch_size=8", "outer.shard_size=2"] if trials else []
         return words[:3] + SHORT + few + words[3:]
     if words[1] == "verify":
-        words = [w if w not in ("20", "0,1,2,4", "3") else {"20": "4", "0,1,2,4": "0,1", "3": "1"}[w] for w in words]
-        return words[:3] + ["outer.meta_batch_size=4", "outer.shard_size=2"] + words[3:]
+        less = {"20": "4", "0,1,2,4": "0,1", "0,1,2": "0,1", "3": "1", "5": "2"}
+        words = [less.get(w, w) for w in words]
+        return words[:3] + [f"outer.meta_batch_size={8 if trials else 4}", "outer.shard_size=2"] + words[3:]
     if words[1] == "bench":
         return [*words, "--seconds", "0.1", "--eager"]  # compiling has tests of its own
     if words[1] in ("evaluate", "oracle"):
@@ -80,7 +148,7 @@ def shortened(command: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow store: to make one takes longer than most commands, and has tests of its own."""
+    """An empty MLflow store: making one takes longer than most commands, and has tests of its own."""
     root = tmp_path_factory.mktemp("store")
     prepare_sqlite(f"sqlite:///{root}/mlflow.db", root)
     return root / "mlflow.db"
@@ -88,66 +156,132 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One folder for the commands of a section, since later ones use what earlier ones made."""
+    """A folder with an MLflow store and with the programs and configs of all pages."""
     monkeypatch.delenv("METADIST_RUNS", raising=False)
-    folder = tmp_path
-    (folder / "runs").mkdir()
-    shutil.copy(store, folder / "runs")
-    for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.DOTALL):
-        (folder / name).write_text(text)
-    for text in blocks("yaml"):
-        (folder / f"{re.search(r'^name: (.*)$', text, re.MULTILINE)[1]}.yaml").write_text(text)
-    return folder
+    (tmp_path / "runs").mkdir()
+    shutil.copy(store, tmp_path / "runs")
+    for name, text in programs():
+        (tmp_path / name).write_text(text)
+    for name, text in configs():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path
 
 
-@pytest.mark.parametrize("section", sections())
-def test_commands(home: Path, section: str) -> None:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for command in sections()[section]:
-        if "omniglot" in command and "METADIST_DATA" not in environment:
+def run(words: list[str], home: Path) -> None:
+    """Run ``metadist …`` of this source tree; nothing but exit code 0 and no traceback will do."""
+    assert words[0] == "metadist", words
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=home, capture_output=True, text=True, timeout=300, env={**os.environ}
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr, f"{shlex.join(words)}\n{done.stderr}"
+
+
+def marks(page: str, listed: list[str]) -> list[pytest.MarkDecorator]:
+    ray = any(re.search(r"^metadist (?!render).*--workers (?!0( |$))", command) for command in listed)
+    return [pytest.mark.lane("ray" if ray else "services"), *([pytest.mark.long] if page in LONG else [])]
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [pytest.param(each, id=f"{page}-{heading}", marks=marks(page, each)) for page, heading, each in cases()],
+)
+def test_commands(home: Path, listed: list[str]) -> None:
+    for command in listed:
+        if "omniglot" in command and "METADIST_DATA" not in os.environ:
             continue
-        words = shortened(command)
-        assignments = [w for w in words if re.fullmatch(r"[A-Z_]+=\S*", w)]
-        done = subprocess.run(
-            [w for w in words if w not in assignments],
-            cwd=home,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr, f"{command}\n{done.stderr}"
+        run(shortened(command), home)
 
 
+@pytest.mark.lane("ray")
 def test_programs(home: Path) -> None:
-    programs = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.DOTALL)
-    assert programs
-    for name, text in programs:
+    assert programs()
+    for name, text in programs():
         assert len(text.strip().splitlines()) <= 25
         done = subprocess.run([sys.executable, name], cwd=home, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.lane("services")
 def test_configs(home: Path) -> None:
-    for config in home.glob("*.yaml"):
-        command = [
-            str(Path(sys.executable).parent / "metadist"),
-            "train",
-            config.name,
-            *SHORT,
-            "tracking.uri=none",
-            "--workers",
-            "0",
-        ]
-        done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+    for name, _ in configs():
+        run(["metadist", "train", f"{name}.yaml", *SHORT, "tracking.uri=none", "--workers", "0"], home)
 
 
-def test_what_the_readme_names_exists() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
-    makefile = (ROOT / "Makefile").read_text()
-    for command in commands():
-        if command.startswith("make") and len(command.split()) > 1:
-            assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
+# Names in the pages ---------------------------------------------------------------------------------------------------
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links() -> None:
+    missing = []
+    for page in LINKED:
+        for target in re.findall(r"\]\(([^)]+)\)", read(page)):
+            path, _, anchor = target.partition("#")
+            there = (ROOT / page).parent / path if path else ROOT / page
+            if target.startswith("http"):
+                continue
+            if not there.exists():
+                missing.append(f"{page}: {target}")
+            elif anchor:
+                headings = [h for h, kind, _ in lines(str(there.resolve().relative_to(ROOT))) if kind == "heading"]
+                missing += [f"{page}: {target}"] if anchor not in map(slug, headings) else []
+    assert not missing
+
+
+@functools.cache
+def command_line() -> Any:
+    return typer.main.get_command(app)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_and_option_exists(page: str) -> None:
+    """In console blocks and in quoted commands."""
+    quoted = [" ".join(c.split()) for c in re.findall(r"`(metadist [^`]+)`", read(page))]
+    makefile = read("Makefile")
+    for command in [c for listed in sections(page).values() for c in listed] + quoted:
+        words = [w for w in shlex.split(command) if w != "…"]
+        if words[0] == "make" and len(words) > 1:
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
+        if words[0] != "metadist" or words[1] == "COMMAND":
+            continue
+        click = command_line()
+        options: set[str] = {"--help"}
+        for word in words[1:3]:
+            if word in getattr(click, "commands", {}):
+                click = click.commands[word]
+                options |= {o for p in click.params for o in p.opts}
+        assert click.name == words[1] or click.name == words[2], command
+        given = {w.partition("=")[0] for w in words if re.match(r"--?[a-z]", w)}
+        assert given <= options, f"{command}: {given - options}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_name_exists(page: str) -> None:
+    """``room/file.py`` and ``room/file.py: name`` in backticks."""
+    missing = []
+    for path, name in re.findall(r"`((?:\w+/)+\w+\.py)(?:: (\w+))?", read(page)):
+        texts = [(root / path).read_text() for root in (ROOT / "metadist", ROOT) if (root / path).is_file()]
+        if not texts or (name and not re.search(rf"^ *(?:def|class) {name}\b", texts[0], re.MULTILINE)):
+            missing.append(f"{path}: {name}")
+    assert not missing
+
+
+def test_every_decision_is_in_the_index() -> None:
+    index = read("docs/decisions/README.md")
+    files = [p.name for p in (ROOT / "docs/decisions").glob("*.md") if p.name != "README.md"]
+    assert [name for name in files if f"({name})" not in index] == []
+
+
+def test_readme_is_short() -> None:
+    assert len(read("README.md").splitlines()) <= 200
+
+
+def test_citation_and_changelog_have_this_version() -> None:
+    about = yaml.safe_load(read("CITATION.cff"))
+    assert {"cff-version", "message", "title", "authors", "license"} <= about.keys()
+    assert about["version"] == metadist.__version__
+    assert f"## {metadist.__version__} " in read("CHANGELOG.md")

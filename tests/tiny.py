@@ -15,8 +15,12 @@ import yaml
 
 from metadist.config.build import build
 from metadist.config.document import override
-from metadist.experiment.description import Experiment
-from metadist.learners.few_shot import Learner
+from metadist.config.experiment import Experiment
+from metadist.experiment.request import RunRequest
+from metadist.experiment.result import Result
+from metadist.experiment.train import train as train_experiment
+from metadist.learners import FewShotLearner, supervised
+from metadist.training.observers import Observer
 
 _DOCUMENT = {
     "name": "tiny",
@@ -38,11 +42,16 @@ def document(*overrides: str) -> dict[str, Any]:
 
 
 def experiment(*overrides: str) -> Experiment:
-    return Experiment.of(build(document(*overrides)))
+    return build(document(*overrides))
 
 
-def learner(*overrides: str) -> Learner:
-    return experiment(*overrides).learner
+def train(experiment: Experiment, *, display: Observer | None = None, **request: Any) -> Result:
+    """Train with a request whose fields are keywords."""
+    return train_experiment(experiment, RunRequest(**request), display)
+
+
+def learner(*overrides: str) -> FewShotLearner:
+    return supervised(experiment(*overrides).learner)
 
 
 def write(folder: Path, *overrides: str) -> Path:

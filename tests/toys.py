@@ -1,4 +1,4 @@
-"""Toy doubles: task families without data, a module with everything in it, and how a test makes a Learner of them."""
+"""Toy doubles: task families without data, a module with everything in it, and how a test makes a FewShotLearner of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
+from metadist.core.round import MetaStepKey, run_rounds
 from metadist.core.state import State, TreeSum
 from metadist.core.task import Examples, Task, TaskFamily
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.testing.toys import Blobs as Blobs
 from metadist.testing.toys import Curves as Curves
 
@@ -72,8 +73,8 @@ class WithoutDropout(Everything):
         self.drop_channels, self.drop = nn.Identity(), nn.Identity()
 
 
-def learner(algorithm, factory, tasks, *, dtype=torch.float64, freeze=(), outer=None, **options) -> Learner:
-    return Learner(algorithm, Model(factory, dtype=dtype, freeze=freeze), tasks, outer or OuterLoop(), **options)
+def learner(algorithm, factory, tasks, *, dtype=torch.float64, freeze=(), outer=None, **options) -> FewShotLearner:
+    return FewShotLearner(algorithm, Model(factory, dtype=dtype, freeze=freeze), tasks, outer or OuterLoop(), **options)
 
 
 def keys(*tasks, seed=7, split="train", meta_step=3):
@@ -90,15 +91,20 @@ def somewhere(learner, seed=1) -> dict[str, Parameters]:
     return {n: p.map(moved) if learner.slots[n].rule == "gradient" else p for n, p in theta.items()}
 
 
-def train(learner, meta_steps, *, seed=0, report=None) -> State:
-    """The outer loop without a runtime: every round's shards one after the other."""
+def train(learner, meta_steps, *, seed=0, reports=None) -> State:
+    """The outer loop without a runtime: every round's shards one after the other. ``reports`` receives each meta-step's."""
     state = learner.initial(seed)
+
+    def run(round):
+        total = TreeSum(len(round.shards))
+        for shard in round.shards:
+            total.add(shard.index, learner.compute(shard, round.parameters.slots))
+        return total.result()
+
     for meta_step in range(meta_steps):
-        for round in learner.rounds("run", meta_step, seed, state, report if report is not None else {}):
-            total = TreeSum(len(round.shards))
-            for shard in round.shards:
-                total.add(shard.index, learner.compute(shard, round.parameters.slots))
-            state = round.apply(state, total.result())
+        state, report = run_rounds(learner.meta_step(MetaStepKey("run", meta_step, seed), state), run)
+        if reports is not None:
+            reports.append(report)
     return state
 
 

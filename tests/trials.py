@@ -8,6 +8,7 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
+from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.learners.trials import TrialLearner
 from metadist.rl.algorithm import TrialContext
 from metadist.rl.environment import Continuous
@@ -54,5 +55,6 @@ def train(learner, meta_steps, *, seed=0, state=None, watch=lambda *_: None):
 
 
 def evaluate(learner, state, tasks, *, inner_steps=None, split="test"):
-    round = learner.evaluation("run", 0, 0, state, split=split, tasks=tasks, inner_steps=inner_steps)
+    request = EvaluationRequest(MetaStepKey("run", 0, 0), split, tasks, inner_steps)
+    round = learner.evaluation(request, state)
     return run(learner, round, {}).columns

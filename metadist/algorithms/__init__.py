@@ -1,7 +1,9 @@
 """The algorithms by name.
 
-A new one is one file and one line in ``ALGORITHMS``. A user's own is named by its import path; a package of its own
-declares an entry point (``docs/extend.md``).
+To add one, write a file with a frozen dataclass, whose fields are its settings, and add a line to ``ALGORITHMS``;
+``tests/conformance`` tests every entry. An algorithm of supervised learning subclasses ``core.algorithm.Algorithm``
+(``maml.py`` is the shortest example), an algorithm of reinforcement learning ``rl.algorithm.TrialAlgorithm``. Configs
+can also name an algorithm by its import path, or by an entry point of an installed package (``docs/extend.md``).
 """
 
 from __future__ import annotations

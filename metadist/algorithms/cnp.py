@@ -1,9 +1,10 @@
+"""Conditional neural processes."""
+
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -12,40 +13,39 @@ from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
 from metadist.core.task import Examples, Task, TaskFamily
 
+Encoded = tuple[Parameters, Tensor]
+"""(θ, the representation of the support set)."""
+
 
 @dataclass(frozen=True)
 class CNP(Algorithm):
     """Conditional neural process (Garnelo et al. 2018, eq. 1–3): one pass over the support set, no gradient step.
 
-    The model has ``encode(x, y, mask) -> r`` and ``decode(r, x) -> (mean, standard deviation)``, both [N, D]; the
-    objective is the Gaussian negative log-likelihood of the query set.
+    The model needs the methods ``encode(x, y, mask) -> r`` and ``decode(r, x) -> (mean, standard deviation)``, both
+    [N, D]. The objective is the Gaussian negative log-likelihood of the query set.
     """
-
-    def outputs(self, family: TaskFamily) -> int | None:
-        return family.outputs
 
     def compatible(self, family: TaskFamily, model: Model) -> str | None:
         if family.kind != "regression":
             return "its Gaussian likelihood needs real-valued targets"
-        if not (hasattr(model.module, "encode") and hasattr(model.module, "decode")):
+        if model.missing("encode", "decode"):
             return "the model needs encode(x, y, mask) and decode(r, x); model 'cnp' has them"
         return None
 
-    def adapt(
-        self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext
-    ) -> Sequence[tuple[Parameters, Tensor]]:
+    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Encoded]:
         parameters = theta["model"]
         return [(parameters, model(parameters, support.x, support.y, support.mask, method="encode", step=0))]
 
-    def predict(self, model: BoundModel, phi: tuple[Parameters, Tensor], x: Tensor) -> Tensor:
+    def predict(self, model: BoundModel, phi: Encoded, x: Tensor) -> Tensor:
         return self._decode(model, phi, x)[0]
 
-    def _decode(self, model: BoundModel, phi: tuple[Parameters, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode(self, model: BoundModel, phi: Encoded, x: Tensor) -> tuple[Tensor, Tensor]:
         parameters, representation = phi
-        return model(parameters, representation, x, method="decode")
+        mean, deviation = model(parameters, representation, x, method="decode")
+        return mean, deviation
 
     def objective(
-        self, model: BoundModel, theta: Theta, trajectory: Sequence[Any], task: Task, context: TaskContext
+        self, model: BoundModel, theta: Theta, trajectory: Sequence[Encoded], task: Task, context: TaskContext
     ) -> tuple[Tensor, Tensor]:
         mean, deviation = self._decode(model, trajectory[-1], task.query.x)
         nll = ((task.query.y - mean) / deviation).square() / 2 + deviation.log() + math.log(2 * math.pi) / 2

@@ -1,3 +1,5 @@
+"""MAML: model-agnostic meta-learning."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from metadist.core.task import Examples
 
 @dataclass(frozen=True)
 class MAML(InnerLoop):
-    """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017, algorithm 1): ∇θ L_query(φ_k), through the inner loop.
+    """MAML (Finn, Abbeel, Levine 2017, algorithm 1): contributes ∇θ L_query(φ_k), through the inner loop.
 
     ``first_order`` is FOMAML (section 5.2): the inner gradients count as constants.
     """
@@ -27,4 +29,5 @@ class MAML(InnerLoop):
         )
 
     def predict(self, model: BoundModel, phi: Parameters, x: Tensor) -> Tensor:
-        return model(phi, x)
+        prediction: Tensor = model(phi, x)
+        return prediction

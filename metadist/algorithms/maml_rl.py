@@ -1,3 +1,5 @@
+"""MAML for reinforcement learning: ProMP, and MAML with TRPO."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -10,34 +12,40 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
+from metadist.core.algorithm import Theta
 from metadist.core.model import Model
 from metadist.core.parameters import Parameters
 from metadist.core.state import Records
 from metadist.engine.meta_gradient import jvp, tree_sum, vjp
-from metadist.rl.algorithm import EPISODES_SHOWN, PolicySearch, Settings, Sums, Theta, TrialContext
+from metadist.rl.algorithm import EPISODES_SHOWN, PolicySearch, Settings, Sums, TrialContext
 from metadist.rl.baseline import linear_baseline, returns_to_go
 from metadist.rl.environment import MetaEnvironment
 from metadist.rl.policy import Policy, PolicyPerTask
 from metadist.rl.trial import VALID, Trials, advantages, rollout
 
 Data = dict[str, Tensor]
-"""Trajectories as gradients need them: observation [N, T, O], action [N, T] or [N, T, A], log_probability, advantage and valid
-[N, T]; of a whole shard with tasks before, of a whole trial with stages before that: [B, K + 1, N, T, …]."""
+"""Trajectories by column: observation [N, T, O], action [N, T] or [N, T, A], and log_probability, advantage, valid
+[N, T].
+
+For a shard, tasks are the first dimension, and for whole trials the stages are the second: [B, K + 1, N, T, …].
+"""
 
 
 @dataclass(frozen=True)
 class MAMLRL(PolicySearch):
     """MAML for reinforcement learning (Finn et al. 2017, algorithm 3) by ProMP (Rothfuss et al. 2019) or by TRPO.
 
-    A task's trial has ``inner_steps`` + 1 stages of ``rollouts_per_task`` episodes: the k-th under φ_k, and
-    φ_{k+1} = φ_k + ``inner_lr`` · ∇ mean_t [π_φ / π_φold · A] (ProMP, eq. 12; its Hessian is that of the low-variance curvature
-    estimator: the gradient is unbiased, the curvature lacks the terms H12 + H12ᵀ of section 5). How θ moves the *distribution* of
-    trajectories before adaptation is left out of the meta-gradient ("formulation I").
+    A task's trial has ``inner_steps`` + 1 stages of ``rollouts_per_task`` episodes. The policy of stage k has
+    parameters φ_k, and φ_{k+1} = φ_k + ``inner_lr`` · ∇ mean_t [π_φ / π_φold · A] (ProMP, eq. 12). This step has the
+    Hessian of the low-variance curvature estimator: its gradient is unbiased, and its curvature lacks the terms H12 +
+    H12ᵀ of section 5. The meta-gradient omits the effect of θ on the *distribution* of trajectories before adaptation
+    ("formulation I").
 
-    ``optimizer: ppo`` is ProMP: the clipped objective under φ_K, less ``kl_penalty`` times the KL divergences of the policies before
-    it. ``trpo`` is the original's outer step, bounded in the mean KL divergence of the adapted policies. Advantages come from a
-    linear baseline fitted to each task's own stage, and with ``normalize`` have mean 0 and deviation 1 within it. The policy's own
-    value isn't used. Episodes of the environment are those of a stage: ``environment.episodes`` doesn't count.
+    ``optimizer: ppo`` is ProMP: the clipped objective under φ_K, minus ``kl_penalty`` times the KL divergences of the
+    earlier policies. ``trpo`` is the outer step of MAML, with a bound on the mean KL divergence of the adapted
+    policies. Advantages use a linear baseline that is fitted to each stage of each task; with ``normalize`` they have
+    mean 0 and deviation 1 within the stage. The policy's own value is not used, and ``environment.episodes`` has no
+    effect.
     """
 
     gae_lambda: float = 1.0
@@ -61,7 +69,7 @@ class MAMLRL(PolicySearch):
     def compatible(self, environment: MetaEnvironment, model: Model) -> str | None:
         reason = super().compatible(environment, model)
         if reason is None and (model.module.memory_size or model.module.sees_history):
-            return "it adapts by gradient steps and wants a policy without memory (model: {name: reactive})"
+            return "it adapts by gradient steps and needs a policy without memory (model: {name: reactive})"
         return reason
 
     def episodes(self, environment: MetaEnvironment) -> int:
@@ -75,7 +83,7 @@ class MAMLRL(PolicySearch):
     def stages(
         self, theta: Theta, context: TrialContext, inner_steps: int, tasks: Mapping[str, Tensor]
     ) -> Iterator[tuple[Policy, Trials, Data]]:
-        """For k = 0 … ``inner_steps``: the policy under φ_k, its trajectories [B · N, …], and what is learned from them."""
+        """Yield the policy under φ_k, its trials [B · N, …] and their columns, for k = 0 … ``inner_steps``."""
         count, each = len(context.keys.tasks), self.rollouts_per_task
         repeated = {n: t.repeat_interleave(each, 0) for n, t in tasks.items()}
         keys = replace(context.keys, tasks=context.keys.tasks.repeat_interleave(each))
@@ -91,12 +99,12 @@ class MAMLRL(PolicySearch):
                 phi = vmap(lambda phi, data: self.adapted(bound, phi, data)[0])(phi, data)
 
     def examined(self, trials: Trials, horizon: int) -> Data:
-        """Trajectories [B · N, T', …] with advantages, padded to the horizon."""
+        """Return the trajectories of ``trials`` [B · N, T', …] with advantages, padded to the horizon: [B, N, T, …]."""
 
         def apart(t: Tensor) -> Tensor:
-            return F.pad(t, (0, 0) * (t.dim() - 2) + (0, horizon - t.shape[1])).unflatten(
-                0, (-1, self.rollouts_per_task)
-            )
+            padded = F.pad(t, (0, 0) * (t.dim() - 2) + (0, horizon - t.shape[1]))
+            by_task: Tensor = padded.unflatten(0, (-1, self.rollouts_per_task))
+            return by_task
 
         valid, observation = apart(trials.flag(VALID)), apart(trials.observation)
         target = returns_to_go(apart(trials.reward), valid, self.discount)
@@ -127,8 +135,10 @@ class MAMLRL(PolicySearch):
 
     @torch.no_grad()
     def evaluate(self, theta: Theta, context: TrialContext, inner_steps: int | None) -> dict[str, Tensor]:
-        """Before and after 1 … k gradient steps, each on a stage's drawn actions; ``sampled`` is the mean return of those,
-        ``greedy`` that of one episode under the same φ."""
+        """Return the returns [B, k + 1] after 0 … k gradient steps, each on the sampled actions of one stage.
+
+        ``sampled`` is the mean return of the stage; ``greedy`` is the return of one greedy episode under the same φ.
+        """
         tasks, columns = context.environment.sample(context.keys), dict[str, list[Tensor]](greedy=[], sampled=[])
         steps = self.inner_steps if inner_steps is None else inner_steps
         for stage, (policy, trials, _) in enumerate(self.stages(theta, context, steps, tasks)):
@@ -140,13 +150,13 @@ class MAMLRL(PolicySearch):
         return {n: torch.stack(c, 1) for n, c in columns.items()}
 
     def _mean(self, returns: Tensor) -> Tensor:
-        """[B · N, 1] → the mean of each task's [B]."""
+        """Average ``returns`` [B · N, 1] over the episodes of each task: [B]."""
         return returns.view(-1, self.rollouts_per_task).mean(1)
 
-    # One task's mathematics: everything here runs under vmap ----------------------------------------------------------
+    # One task, under vmap ---------------------------------------------------------------------------------------------
 
     def adapted(self, bound: Policy, phi: Parameters, data: Data) -> tuple[Parameters, Tensor]:
-        """φ after a step on one stage's trajectories, and KL(φ_old ‖ φ) before it (as ``ratio`` has it)."""
+        """Return φ after one step on a stage's trajectories, and the KL divergence before the step (see ``ratio``)."""
 
         def loss(phi: Parameters) -> tuple[Tensor, Tensor]:
             ratio, kl = self.ratio(bound, _head(replace(bound, parameters=phi), data), data)
@@ -157,7 +167,7 @@ class MAMLRL(PolicySearch):
         return phi - gradient * self.inner_lr, kl
 
     def adapt(self, bound: Policy, theta: Parameters, data: Data) -> tuple[Policy, Tensor]:
-        """The policy under φ_K, and the KL divergences of those before it, summed."""
+        """Return the policy under φ_K, and the sum of the KL divergences of the earlier policies."""
         phi, divergence = theta, data["advantage"].new_zeros(())
         for stage in range(self.inner_steps):
             phi, kl = self.adapted(bound, phi, _stage(data, stage))
@@ -165,13 +175,16 @@ class MAMLRL(PolicySearch):
         return replace(bound, parameters=phi), divergence
 
     def ratio(self, bound: Policy, head: Tensor, data: Data) -> tuple[Tensor, Tensor]:
-        """π / π_old [N, T], and the mean KL(π_old ‖ π), estimated without bias on π_old's actions (Schulman 2020)."""
+        """Return π / π_old [N, T], and an unbiased estimate of the mean KL(π_old ‖ π) on the actions of π_old.
+
+        The estimator is k3 of Schulman 2020, "Approximating KL divergence".
+        """
         difference = bound.distribution.log_probability(head, data["action"]) - data["log_probability"]
         difference = torch.where(data["valid"], difference, torch.zeros_like(difference))
         return difference.exp(), _mean(difference.exp() - 1 - difference, data)
 
     def objective(self, bound: Policy, theta: Parameters, data: Data) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is to be minimised (ProMP, eq. 13 and 14; TRPO's without bounds and penalty), and what it is made of."""
+        """Return the objective to minimise (ProMP, eq. 13, 14; for TRPO without bounds and penalty), and its terms."""
         policy, divergence = self.adapt(bound, theta, data)
         last = _stage(data, self.inner_steps)
         head = _head(policy, last)
@@ -204,7 +217,7 @@ class MAMLRL(PolicySearch):
     def fisher(
         self, theta: Theta, trials: Records, direction: Parameters, context: TrialContext
     ) -> tuple[Parameters, float]:
-        """Through the adaptation: Jᵀ M J, with J = ∂ head(φ_K) / ∂θ and M the divergence's Hessian in the head."""
+        """Return Σ Jᵀ M J ``direction``, with J = ∂ head(φ_K) / ∂θ and M the Hessian of the divergence in the head."""
         bound, data = context.policy(theta), _data(trials, context)
 
         def single(data: Data) -> Parameters:
@@ -217,7 +230,8 @@ class MAMLRL(PolicySearch):
                 return _mean(bound.distribution.divergence(now, after), last)
 
             now, tangent = jvp(head, (theta["model"],), (direction,))
-            return vjp(head, theta["model"])[1](jvp(grad(divergence), (now,), (tangent,))[1])[0]
+            product: Parameters = vjp(head, theta["model"])[1](jvp(grad(divergence), (now,), (tangent,))[1])[0]
+            return product
 
         return tree_map(tree_sum, vmap(single)(data)), float(trials.rows)
 
@@ -250,7 +264,7 @@ def _stage(data: Data, stage: int) -> Data:
 
 
 def _mean(values: Tensor, data: Data) -> Tensor:
-    """Over valid steps."""
+    """Return the mean of ``values`` over the valid steps."""
     valid = data["valid"]
     return torch.where(valid, values, torch.zeros_like(values)).sum() / valid.sum().clamp(min=1)
 
@@ -261,5 +275,5 @@ def _data(trials: Records, context: TrialContext) -> Data:
 
 
 def _floats(metrics: Mapping[str, Tensor]) -> Sums:
-    """Sums over tasks [B] in float64, by one transfer from the device."""
+    """Return the sums over tasks [B] in float64, with one transfer from the device."""
     return dict(zip(metrics, torch.stack([tree_sum(t.double()) for t in metrics.values()]).tolist()))

@@ -1,3 +1,5 @@
+"""Meta-SGD: MAML with learned inner rates."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -18,8 +20,8 @@ from metadist.core.task import Examples
 class MetaSGD(MAML):
     """Meta-SGD (Li et al. 2017, algorithm 1): a learned rate for every parameter, φ = θ − α ∘ ∇L(θ).
 
-    α lives in the slot ``inner_lr``, starts at ``inner_lr`` everywhere (the paper draws it at random) and goes through
-    the outer optimiser with the rate ``lr_of_inner_lr`` (null: the outer one). It may become negative, as in the paper.
+    α is the slot ``inner_lr``. Every rate starts at ``inner_lr`` (the paper draws them at random). The outer optimiser
+    updates α at the rate ``lr_of_inner_lr`` (null: ``outer.lr``). Rates can become negative, as in the paper.
     """
 
     lr_of_inner_lr: float | None = None
@@ -28,7 +30,7 @@ class MetaSGD(MAML):
         super().__post_init__()
         if self.inner_optimizer != "sgd":
             raise ConfigError(
-                f"algorithm.inner_optimizer: meta_sgd learns the rates of sgd, not of {self.inner_optimizer}"
+                f"algorithm.inner_optimizer: {self.inner_optimizer}, but meta_sgd learns the rates of sgd; use sgd"
             )
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:

@@ -1,3 +1,5 @@
+"""Prototypical networks."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,13 +13,13 @@ from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
 from metadist.core.task import Examples, TaskFamily
 
-Adapted = tuple[Parameters, Tensor, Tensor]
-"""(θ, prototypes [ways, D], which classes have one [ways, 1])."""
+Prototypes = tuple[Parameters, Tensor, Tensor]
+"""(θ, prototypes [ways, D], whether a class has support examples [ways, 1])."""
 
 
 @dataclass(frozen=True)
 class ProtoNet(Algorithm):
-    """Prototypical networks (Snell, Swersky, Zemel 2017, eq. 1–2): logits are −‖f(x) − c_k‖² to the class means."""
+    """Prototypical networks (Snell, Swersky, Zemel 2017, eq. 1–2): logits are −‖f(x) − c_k‖², with class means c_k."""
 
     def outputs(self, family: TaskFamily) -> int | None:
         return None
@@ -27,20 +29,20 @@ class ProtoNet(Algorithm):
             None if family.kind == "classification" else "prototypes are class means, and these tasks have no classes"
         )
 
-    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Adapted]:
+    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Prototypes]:
         embedded = model(theta["model"], support.x, step=0).flatten(1)
         ways = context.family.ways(context.key.split)
-        # Not one_hot: it looks at its values, which vmap forbids.
+        # Not one_hot: it reads the values of its argument, which vmap forbids.
         member = (support.y.unsqueeze(-1) == torch.arange(ways, device=support.y.device)).to(embedded.dtype)
         if support.mask is not None:
             member = member * support.mask.to(embedded.dtype).unsqueeze(-1)
         count = member.sum(0).unsqueeze(-1)
         return [(theta["model"], (member.T @ embedded) / count.clamp(min=1), count > 0)]
 
-    def predict(self, model: BoundModel, phi: Adapted, x: Tensor) -> Tensor:
+    def predict(self, model: BoundModel, phi: Prototypes, x: Tensor) -> Tensor:
         parameters, prototypes, present = phi
         embedded = model(parameters, x).flatten(1)
-        # ‖a − b‖² expanded: a matrix product in place of a [N, ways, D] difference.
+        # ‖a − b‖², expanded: a matrix product in place of a [N, ways, D] difference.
         logits = 2 * embedded @ prototypes.T - embedded.square().sum(1, keepdim=True) - prototypes.square().sum(1)
-        # A class without support (tasks of fewer ways) can't be chosen.
+        # A class without support examples, in a task of fewer ways, is never predicted.
         return torch.where(present.squeeze(-1), logits, -torch.inf)

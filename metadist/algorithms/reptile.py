@@ -1,3 +1,5 @@
+"""Reptile: first-order meta-learning by parameter differences."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,21 +9,19 @@ from torch import Tensor
 
 from metadist.core.algorithm import TaskContext, Theta
 from metadist.core.errors import ConfigError, one_of
-from metadist.core.inner_loop import Descent, InnerLoop, Moments
+from metadist.core.inner_loop import Descent, InnerLoop, InnerState, Moments
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.state import Slot
 from metadist.core.task import Examples
 
-Adapted = tuple[Parameters, Moments]
-
 
 @dataclass(frozen=True)
 class Reptile(InnerLoop):
-    """Reptile (Nichol, Achiam, Schulman 2018, algorithm 2): contributes θ − φ_k; the outer SGD's lr is the paper's ε.
+    """Reptile (Nichol, Achiam, Schulman 2018, algorithm 2): contributes θ − φ_k. The paper's ε is ``outer.lr`` of SGD.
 
-    ``moments: fresh`` starts the inner optimiser anew for every task. ``carried`` hands its moments on from meta-step to
-    meta-step, averaged over the tasks, as the reference code does along its single chain of tasks.
+    With ``moments: fresh``, the inner optimiser's moments start at zero for every task. With ``carried``, they start at
+    the mean over the tasks of the previous meta-step; the reference code carries them from task to task.
     """
 
     moments: str = "fresh"
@@ -31,16 +31,14 @@ class Reptile(InnerLoop):
         one_of("algorithm.moments", self.moments, ("fresh", "carried"))
         if self.moments == "carried" and self.inner_optimizer == "sgd" and not self.inner_momentum:
             raise ConfigError(
-                "algorithm.moments: plain sgd has none to carry; use inner_optimizer: adam or moments: fresh"
+                "algorithm.moments: carried, but plain sgd has no moments; use inner_optimizer: adam or moments: fresh"
             )
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         if self.moments == "fresh":
             return {}
-        zeros, count = (
-            parameters.zeros(),
-            Parameters({"count": torch.zeros((), dtype=next(iter(parameters.values())).dtype)}),
-        )
+        zeros, dtype = parameters.zeros(), next(iter(parameters.values())).dtype
+        count = Parameters({"count": torch.zeros((), dtype=dtype)})
         return {
             "inner_first": (Slot(Layout.of(zeros), "average"), zeros),
             "inner_second": (Slot(Layout.of(zeros), "average"), zeros),
@@ -55,10 +53,11 @@ class Reptile(InnerLoop):
         loss = self.support_loss(model, support, context)
         return Descent(loss, phi, self.inner_lr, moments, finish=lambda phi, moments: (phi, moments))
 
-    def predict(self, model: BoundModel, phi: Adapted, x: Tensor) -> Tensor:
-        return model(phi[0], x)
+    def predict(self, model: BoundModel, phi: InnerState, x: Tensor) -> Tensor:
+        prediction: Tensor = model(phi[0], x)
+        return prediction
 
-    def delta(self, theta: Theta, phi: Adapted) -> dict[str, Parameters]:
+    def delta(self, theta: Theta, phi: InnerState) -> dict[str, Parameters]:
         parameters, moments = phi
         delta = {"model": theta["model"] - parameters}
         if self.moments == "carried":

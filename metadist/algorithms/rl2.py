@@ -1,3 +1,5 @@
+"""RL²: learning to explore with a recurrent policy."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -7,17 +9,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from metadist.core.algorithm import Theta
 from metadist.core.errors import ConfigError
 from metadist.core.parameters import Parameters
 from metadist.core.state import Records
-from metadist.rl.algorithm import EPISODES_SHOWN, PolicySearch, Settings, Sums, Theta, TrialContext
+from metadist.rl.algorithm import EPISODES_SHOWN, PolicySearch, Settings, Sums, TrialContext
 from metadist.rl.policy import Policy, Seen
 from metadist.rl.trial import VALID, Trials, advantages, rollout
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some steps [B, W] of trials: what the policy says of them now, and what is known of them."""
+    """Some steps [B, W] of trials: the policy's outputs for them under θ, and the columns of the rollout."""
 
     head: Tensor
     value: Tensor
@@ -29,20 +32,22 @@ class Window:
     valid: Tensor
 
     def total(self, x: Tensor) -> Tensor:
-        """Σ over valid steps."""
+        """Return the sum of ``x`` over the valid steps."""
         return torch.where(self.valid, x, torch.zeros_like(x)).sum()
 
 
 @dataclass(frozen=True)
 class RL2(PolicySearch):
-    """RL²: a recurrent policy whose memory outlives episodes learns to explore (Duan et al. 2016).
+    """RL²: a recurrent policy learns to explore; its memory lasts for all episodes of a trial (Duan et al. 2016).
 
-    By PPO (Schulman et al. 2017), with which others have reproduced the paper's tables, or by the paper's own TRPO. Advantages
-    run across episode ends and are cut at a trial's end. ``reward_scale`` scales rewards in the loss only: the policy is shown
-    raw ones. ``value`` weighs the value's error, ``value_clip`` bounds the change of the value as ``clip`` does the ratio's.
-    With ``optimizer: trpo`` the value is fitted after the step, by ``epochs`` × ``minibatches`` updates of what the actions don't
-    depend on. ``bptt``: gradients reach back so many steps, through a memory that is carried on; with ``bptt_together`` these windows are
-    rows of one batch, which takes less time than one after the other, and memory for whole trials.
+    It learns by PPO (Schulman et al. 2017), with which others have reproduced the paper's tables, or by the paper's
+    TRPO. Advantages continue across the ends of episodes and stop at the end of a trial. ``reward_scale`` scales
+    rewards only in the loss: the policy sees raw rewards. ``value`` weighs the value's error; ``value_clip`` bounds
+    the change of the value, as ``clip`` bounds the change of the ratio. With ``optimizer: trpo``, the value is fitted
+    after the step, by ``epochs`` × ``minibatches`` updates of the parameters that actions do not depend on.
+
+    ``bptt``: gradients reach back over this number of steps; the memory continues from one such window to the next.
+    With ``bptt_together`` the windows are rows of one batch, which takes less time, and memory for whole trials.
     """
 
     entropy: float = 0.01
@@ -60,7 +65,7 @@ class RL2(PolicySearch):
         self._within("0 or more", lambda v: v >= 0, "value")
         self._within("1 or more", lambda v: v >= 1, "bptt")
         if self.bptt_together and self.bptt is None:
-            raise ConfigError("algorithm.bptt_together: true goes with algorithm.bptt, the length of the windows")
+            raise ConfigError("algorithm.bptt_together: true needs algorithm.bptt; set it to the length of the windows")
 
     # What shards compute ----------------------------------------------------------------------------------------------
 
@@ -114,7 +119,7 @@ class RL2(PolicySearch):
     ) -> tuple[Parameters, float]:
         policy, batch = self._leaves(theta, context), self._batch(trials, context)
         product = theta["model"].zeros()
-        # Backward twice, which cuDNN's recurrent kernels don't know; nor does CPU's LSTM know the forward derivative.
+        # Backward twice: cuDNN's recurrent kernels have no second derivative, and the CPU's LSTM no forward derivative.
         with torch.backends.cudnn.flags(enabled=False):
             for window in self.windows(policy, batch, {}):
                 kl = window.total(policy.distribution.divergence(window.head.detach(), window.head))
@@ -139,7 +144,7 @@ class RL2(PolicySearch):
     # The mathematics --------------------------------------------------------------------------------------------------
 
     def windows(self, policy: Policy, batch: Trials, settings: Settings) -> Iterator[Window]:
-        """The trials under ``policy``, ``bptt`` steps at a time; advantages are normalised by ``settings``."""
+        """Yield the trials under ``policy``, ``bptt`` steps at a time; ``settings`` normalise the advantages."""
         estimate = advantages(batch, self.discount, self.gae_lambda, self.reward_scale)
         advantage = (estimate - settings.get("mean", 0.0)) / settings.get("deviation", 1.0)
         columns: tuple[Tensor, ...] = (
@@ -163,21 +168,22 @@ class RL2(PolicySearch):
     def _as_rows(
         self, policy: Policy, features: Tensor, memory: Tensor, columns: tuple[Tensor, ...], width: int
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """Every window of ``width`` steps as a trial of its own, padded, with the memory that it begins with."""
+        """Return every window of ``width`` steps as a separate row, padded, with the memory at its start."""
         starts = [memory]
         with torch.no_grad():
             for start in range(0, features.shape[1] - width, width):
-                # A copy: without gradients a policy may write a step into the memory that it is given.
+                # A copy: without gradients, a policy may write into the memory that it receives.
                 starts.append(policy(features[:, start : start + width], starts[-1].clone())[2])
 
         def rows(t: Tensor) -> Tensor:
             padding = t.new_zeros(len(t), -t.shape[1] % width, *t.shape[2:])
-            return torch.cat([t, padding], 1).unflatten(1, (-1, width)).flatten(0, 1)
+            windows: Tensor = torch.cat([t, padding], 1).unflatten(1, (-1, width))
+            return windows.flatten(0, 1)
 
         return tuple(rows(column) for column in columns), rows(features), torch.stack(starts, 1).flatten(0, 1)
 
     def clipped(self, policy: Policy, window: Window) -> dict[str, Tensor]:
-        """Sums over valid steps: ``objective`` (to be minimised; Schulman et al. 2017, eq. 9) and what it is made of."""
+        """Return sums over valid steps: ``objective``, to minimise (Schulman et al. 2017, eq. 9), and its terms."""
         difference, ratio = self.ratio(policy, window)
         near = ratio.clamp(1 - self.clip, 1 + self.clip)
         policy_loss = -window.total(torch.minimum(ratio * window.advantage, near * window.advantage))
@@ -192,27 +198,25 @@ class RL2(PolicySearch):
         }
 
     def unclipped(self, policy: Policy, window: Window) -> dict[str, Tensor]:
-        """As ``clipped``, of the policy alone and without bounds (Schulman et al. 2015, eq. 14)."""
+        """Return the same sums without bounds and without the value's error (Schulman et al. 2015, eq. 14)."""
         difference, ratio = self.ratio(policy, window)
-        policy_loss, entropy = (
-            -window.total(ratio * window.advantage),
-            window.total(policy.distribution.entropy(window.head)),
-        )
-        objective = policy_loss - self.entropy * entropy
+        policy_loss = -window.total(ratio * window.advantage)
+        entropy = window.total(policy.distribution.entropy(window.head))
         return {
-            "objective": objective,
+            "objective": policy_loss - self.entropy * entropy,
             "policy_loss": policy_loss,
             "entropy": entropy,
             "kl": _k3(window, difference, ratio),
         }
 
     def ratio(self, policy: Policy, window: Window) -> tuple[Tensor, Tensor]:
-        """log π / π_old and π / π_old [B, W]; 0 and 1 where steps are padding."""
+        """Return log(π / π_old) and π / π_old [B, W]; 0 and 1 for padding."""
         difference = policy.distribution.log_probability(window.head, window.action) - window.log_probability
         difference = torch.where(window.valid, difference, torch.zeros_like(difference))
         return difference, difference.exp()
 
     def value_loss(self, window: Window) -> Tensor:
+        """Return half the squared error of the value, summed over the valid steps."""
         error = (window.value - window.target).square()
         if self.value_clip is not None:
             near = window.old_value + (window.value - window.old_value).clamp(-self.value_clip, self.value_clip)
@@ -240,7 +244,11 @@ class RL2(PolicySearch):
 
 
 def _gradient(loss: Tensor, policy: Policy, *, unused: bool = False, twice: bool = False) -> Parameters:
-    """∂ loss / ∂ parameters; ``unused``: zero where it doesn't depend on them, which is an error otherwise."""
+    """Return ∂ loss / ∂ parameters.
+
+    ``unused`` allows parameters that the loss does not depend on, with gradient zero; without it they are an error.
+    ``twice`` allows a second derivative.
+    """
     leaves = list(policy.parameters.values())
     found = torch.autograd.grad(loss, leaves, create_graph=twice, allow_unused=unused)
     return Parameters(
@@ -249,7 +257,7 @@ def _gradient(loss: Tensor, policy: Policy, *, unused: bool = False, twice: bool
 
 
 def _acting(policy: Policy, batch: Trials) -> list[str]:
-    """The parameters that actions depend on, by a step of one trial."""
+    """Return the names of the parameters that actions depend on, from one step of one trial."""
     device = batch.observation.device
     seen = Seen.nothing(1, policy.actions.size, device)
     head, _, _ = policy.step(batch.observation[:1, 0], seen, policy.start(1, device))
@@ -258,12 +266,15 @@ def _acting(policy: Policy, batch: Trials) -> list[str]:
 
 
 def _k3(window: Window, difference: Tensor, ratio: Tensor) -> Tensor:
-    """Σ KL(π_old ‖ π), estimated on π_old's own actions without bias and never negative (Schulman 2020, "Approximating KL divergence")."""
+    """Return an unbiased, non-negative estimate of Σ KL(π_old ‖ π) on the actions of π_old.
+
+    The estimator is k3 of Schulman 2020, "Approximating KL divergence".
+    """
     return window.total(ratio - 1 - difference)
 
 
 def _floats(sums: Mapping[str, Tensor]) -> Sums:
-    """In float64, by one transfer from the device."""
+    """Return ``sums`` in float64, with one transfer from the device."""
     return dict(zip(sums, torch.stack([t.double() for t in sums.values()]).tolist()))
 
 
@@ -272,7 +283,7 @@ def _sum(values: Tensor, where: Tensor) -> Tensor:
 
 
 def _moments(target: Tensor, value: Tensor, where: Tensor, name: str) -> dict[str, Tensor]:
-    """What explained variance is made of, summed over ``where``."""
+    """Return the sums over ``where`` that explained variance needs."""
     error = target.double() - value.double()
     return {
         f"target{name}": _sum(target, where),

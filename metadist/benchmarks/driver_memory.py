@@ -7,15 +7,15 @@ from typing import Any
 import psutil
 
 from metadist.benchmarks.meta_steps import MetaSteps, experiment_with, settings_of
-from metadist.config.build import supervised
 from metadist.config.schema import Document
-from metadist.experiment.fleet import fleet
+from metadist.experiment.fleet import start_workers
+from metadist.learners import supervised
 
 
 def run(document: Document, *, steps: int) -> dict[str, Any]:
     experiment = experiment_with(document, "1")
     process, resident = psutil.Process(), list[float]()
-    with fleet(experiment, "bench") as actors:
+    with start_workers(experiment, "bench") as actors:
         meta_step = MetaSteps(supervised(experiment.learner), experiment.seed, actors)
         for _ in range(min(100, steps)):
             meta_step()

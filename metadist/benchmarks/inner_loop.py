@@ -27,13 +27,13 @@ from metadist.benchmarks.contestants.jax import limit_threads
 from metadist.benchmarks.contestants.peers import Gradient
 from metadist.benchmarks.timing import GemmRate, compare, gemm_rate, interleaved
 from metadist.config.build import build as build_config
-from metadist.config.build import supervised
 from metadist.config.document import read_document
 from metadist.config.schema import Document
 from metadist.core.errors import ConfigError, MetadistError, one_of
 from metadist.core.random import TaskKey
 from metadist.core.state import State
-from metadist.learners.few_shot import Learner
+from metadist.learners import supervised
+from metadist.learners.few_shot import FewShotLearner
 from metadist.workers.worker import resolve_device
 
 #: what was shipped (and published) for each family of tasks
@@ -147,7 +147,7 @@ def document_of(
 def problem_of(document: Document, dtype: str, device: torch.device, offset: int = 0) -> Problem:
     """``offset`` seeds how far batch norm's biases are from their initial zeros."""
     config = build_config({**document, "engine": {"dtype": dtype}})
-    learner = supervised(config.learner())
+    learner = supervised(config.learner)
     learner.prepare(device)
     keys = TaskKey.of(config.seed, "train", 0, range(learner.outer.shard_size))
     algorithm: Any = config.algorithm
@@ -161,7 +161,7 @@ def problem_of(document: Document, dtype: str, device: torch.device, offset: int
     )
 
 
-def _off_the_kinks(learner: Learner, state: State, offset: int) -> State:
+def _off_the_kinks(learner: FewShotLearner, state: State, offset: int) -> State:
     """θ with batch norm's biases off their initial zeros. A channel that is constant over a batch has an output equal to its
     bias; at zero it stands on ReLU's kink, and one rounding error decides the gradient of all its positions: there float32
     gradients differ by up to a tenth while both are right.

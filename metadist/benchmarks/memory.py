@@ -19,7 +19,7 @@ import torch
 
 from metadist.benchmarks.inner_loop import DisagreementError, document_of
 from metadist.benchmarks.timing import compare, interleaved
-from metadist.config.build import build, supervised
+from metadist.config.build import build
 from metadist.config.schema import Document
 from metadist.core.algorithm import with_inner_steps
 from metadist.core.engine import DIFFERENTIATIONS, Engine
@@ -27,7 +27,8 @@ from metadist.core.errors import ConfigError, MetadistError, one_of
 from metadist.core.random import TaskKey
 from metadist.core.state import Contribution
 from metadist.engine.memory import footprint
-from metadist.learners.few_shot import Learner
+from metadist.learners import supervised
+from metadist.learners.few_shot import FewShotLearner
 from metadist.workers.worker import keep_freed_memory, resolve_device
 
 MODELS = ("conv4", "transformer")
@@ -126,8 +127,8 @@ def _engine(way: str, compiled: bool) -> Engine:
     return Engine(compile=compiled and way == MIXED, differentiation=way, hessian="forward" if compiled else "reverse")  # type: ignore[arg-type]
 
 
-def learner_of(document: Document, device: torch.device, dtype: str = "float32") -> Learner:
-    learner = supervised(build({**document, "engine": {"dtype": dtype}}).learner())
+def learner_of(document: Document, device: torch.device, dtype: str = "float32") -> FewShotLearner:
+    learner = supervised(build({**document, "engine": {"dtype": dtype}}).learner)
     learner.prepare(device)
     return learner
 
@@ -135,7 +136,7 @@ def learner_of(document: Document, device: torch.device, dtype: str = "float32")
 class Shard:
     """The first shard of a run, contributed again and again."""
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: FewShotLearner) -> None:
         self.learner = learner
         self.keys = TaskKey.of(0, "train", 0, range(learner.outer.shard_size))
         self.theta = {
@@ -215,7 +216,7 @@ def measure(document: Document, engine: dict[str, Any], device: str, threads: in
     }
 
 
-def _warm_up(learner: Learner, shard: Shard) -> None:
+def _warm_up(learner: FewShotLearner, shard: Shard) -> None:
     """A gradient of one step; of all where it is compiled, whose pieces must be there."""
     algorithm = learner.algorithm
     if not learner.engine.compile:

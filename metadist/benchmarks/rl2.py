@@ -23,7 +23,8 @@ from metadist.core.errors import ConfigError, MetadistError
 from metadist.core.random import TaskKey
 from metadist.core.state import Records
 from metadist.environments.gridworld import MOVES
-from metadist.learners.trials import TrialContext, TrialLearner
+from metadist.learners.trials import TrialLearner
+from metadist.rl.algorithm import TrialContext
 from metadist.rl.environment import Discrete
 from metadist.rl.policy import Policy, Seen
 from metadist.rl.trial import EPISODE_END, TERMINATED, TRIAL_END, VALID, Trials, rollout
@@ -82,7 +83,7 @@ def _learner(environment: dict[str, Any], hidden: int, device: str) -> TrialLear
         "model": {"name": "gru", "hidden": hidden},
         "algorithm": {"name": "rl2", "minibatches": 1},
     }
-    learner = build(document).learner()
+    learner = build(document).learner
     assert isinstance(learner, TrialLearner)
     learner.prepare(torch.device(device))
     return learner

@@ -21,15 +21,17 @@ import torch
 from metadist.benchmarks.meta_steps import MetaSteps, experiment_with
 from metadist.benchmarks.timing import compare, interleaved
 from metadist.benchmarks.transport import Echo
-from metadist.config.build import supervised
 from metadist.config.schema import Document
 from metadist.core.errors import ConfigError, WorkerError
-from metadist.core.round import Finished, Shard
+from metadist.core.round import Finished, MetaStepKey, Shard
 from metadist.core.state import Contribution
-from metadist.experiment.fleet import fleet
+from metadist.experiment.fleet import start_workers
+from metadist.learners import supervised
 from metadist.training.scheduler import Scheduler, fault_of
-from metadist.wire import decode_result, result_parts
+from metadist.wire import ResultHeader, decode_result, result_parts
 from metadist.workers.local import LocalExecutor
+from metadist.workers.numerics import Numerics
+from metadist.workers.settings import RunSettings
 
 #: meta-steps that a contestant computes before it is the other's turn
 TURN = 4
@@ -67,7 +69,7 @@ def _cases(document: Document, workers: Sequence[int], turns: int, sizes: Sequen
 def _efficiency(document: Document, count: int, turns: int) -> dict[str, Any]:
     experiment = experiment_with(document, str(count))
     tasks = TURN * experiment.learner.outer.meta_batch_size
-    with fleet(experiment, "bench") as scheduler:
+    with start_workers(experiment, "bench") as scheduler:
         actors = MetaSteps(supervised(experiment.learner), experiment.seed, scheduler)
         nice = _niceness(scheduler)
         with _processes(document, count, experiment.workers[0].threads, nice) as alone:
@@ -158,13 +160,13 @@ def _alone(connection: Any, document: Document, index: int, count: int, nice: in
     os.nice(nice - os.nice(0))
     experiment = experiment_with(document, "0")
     learner, state = experiment.learner, experiment.learner.initial(experiment.seed)
-    with fleet(experiment, "bench") as scheduler:
+    with start_workers(experiment, "bench") as scheduler:
         executor = scheduler.executor
         executor.publish(0, 0, state)
         connection.send(None)
         while (first := connection.recv()) is not None:
-            steps = (learner.rounds("bench", m, experiment.seed, state, {}) for m in range(first, first + TURN))
-            for shard in [s for rounds in steps for round in rounds for s in round.shards][index::count]:
+            keys = (MetaStepKey("bench", m, experiment.seed) for m in range(first, first + TURN))
+            for shard in [s for key in keys for s in next(learner.meta_step(key, state)).shards][index::count]:
                 executor.submit(shard, 1)
                 (event,) = executor.wait(0.0)
                 if not isinstance(event, Finished):
@@ -185,9 +187,10 @@ def _empty(document: Document, count: int, turns: int) -> dict[str, Any]:
     echo.copy = True
     ray = f"{count} Ray actor{'s' * (count > 1)}"
     with ExitStack() as stack:
-        actors = RayExecutor(echo, experiment.workers, run="bench", device="cpu")
+        groups, settings = experiment.workers, RunSettings("bench", device="cpu")
+        actors = RayExecutor(echo, groups, settings, Numerics(groups))
         stack.callback(actors.close)
-        local = LocalExecutor(echo, device="cpu")
+        local = LocalExecutor(echo, settings)
         stack.callback(local.close)
         through_ray = Scheduler(actors, echo)
         contestants = {
@@ -213,10 +216,10 @@ def _driver(size: float) -> dict[str, Any]:
     echo, shard = Echo.of(int(size * 250_000)), Shard("bench", 0, 0, 0, "gradient", 0, 1, seed=0)
     vector = echo.initial(0).slots["model"]
     target, total = torch.zeros_like(vector), Contribution({"model": torch.zeros_like(vector)}, 0.0, 0)
-    parts = result_parts(Contribution({"model": vector}, 1.0, 1), shard, echo.slots, attempt=1, worker="w")
+    parts = result_parts(Contribution({"model": vector}, 1.0, 1), echo.slots, ResultHeader(shard, 1, "w"))
 
     def take() -> None:
-        result, _ = decode_result(parts, shard, echo.slots, finite=False, partial=True, rows=1)
+        result, _ = decode_result(parts, shard, echo.slots)
         if not isinstance(result, Contribution) or (reason := fault_of(result, shard, echo, True)):
             raise WorkerError(f"what came is not what was sent: {reason}")
         total.absorb(result)

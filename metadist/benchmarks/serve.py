@@ -25,7 +25,7 @@ from metadist.config.schema import Document
 from metadist.core.errors import ConfigError
 from metadist.core.random import seeded
 from metadist.core.task import Examples
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 
 SETS = 256
 CONTESTANTS = {"one at a time": 1, "batched": 64}
@@ -62,16 +62,16 @@ def run(
     return {"settings": settings, "cases": cases}
 
 
-def _learner(document: Document) -> Learner:
-    learner = build(document).learner()
-    if not isinstance(learner, Learner) or learner.tasks.input_shape is None:
+def _learner(document: Document) -> FewShotLearner:
+    learner = build(document).learner
+    if not isinstance(learner, FewShotLearner) or learner.tasks.input_shape is None:
         raise ConfigError(
             "bench serve: takes a config of supervised tasks whose inputs have one shape, such as omniglot_maml_5w1s"
         )
     return learner
 
 
-def _support_sets(learner: Learner) -> list[tuple[Tensor, Tensor]]:
+def _support_sets(learner: FewShotLearner) -> list[tuple[Tensor, Tensor]]:
     """Random ones, all different, of the size that the tasks have: what a request costs doesn't depend on what it shows."""
     family, generator = learner.tasks, seeded(0, "bench serve")
     rows = (family.sizes("test") or (10, 0))[0]
@@ -118,20 +118,20 @@ def _serve(document: Document, largest: int, threads: int, device: str, pipe: An
     from metadist.rpc.endpoint import Endpoint
     from metadist.serving import load as serving
     from metadist.serving.model import ServedModel
-    from metadist.serving.service import Adaptation
+    from metadist.serving.service import AdaptationService
 
     torch.set_num_threads(threads)
     learner = _learner(document)
-    serving.move(learner, device)
+    serving.move_to_device(learner, device)
     model = ServedModel("model", learner, learner.initial(0))
     model.warm_up()
-    with serving.serve(Adaptation([model], budget=16 << 20, largest=largest), Endpoint()) as running:
+    with serving.serve(AdaptationService([model], budget=16 << 20, largest=largest), Endpoint()) as running:
         pipe.send(running.address)
         with contextlib.suppress(EOFError):
             pipe.recv()
 
 
-def _prove(server: _Server, learner: Learner, sets: Sequence[tuple[Tensor, Tensor]], name: str) -> None:
+def _prove(server: _Server, learner: FewShotLearner, sets: Sequence[tuple[Tensor, Tensor]], name: str) -> None:
     from metadist.serving.client import Client
 
     state = learner.initial(0)

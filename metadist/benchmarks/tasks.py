@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from metadist.benchmarks.timing import compare, interleaved, memcpy_rate
-from metadist.config.build import build, supervised
+from metadist.config.build import build
 from metadist.config.document import read_document
 from metadist.core.errors import ConfigError, MetadistError
 from metadist.core.random import TaskKey
 from metadist.core.task import Examples, Task, TaskFamily, stack
+from metadist.learners import supervised
 from metadist.tasks import ImageFolder, Omniglot, Sinusoid
 from metadist.tasks.episodes import Episodes
 
@@ -59,7 +60,7 @@ def run(
 @contextmanager
 def _families(config: str | None) -> Iterator[dict[str, TaskFamily]]:
     if config is not None:
-        yield {config: supervised(build(read_document(config)).learner()).tasks}
+        yield {config: supervised(build(read_document(config)).learner).tasks}
         return
     with tempfile.TemporaryDirectory() as folder, _environment(METADIST_CACHE=os.path.join(folder, "cache")):
         yield {

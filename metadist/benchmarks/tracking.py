@@ -13,9 +13,9 @@ from typing import Any
 
 from metadist.benchmarks.meta_steps import MetaSteps, experiment_with, settings_of
 from metadist.benchmarks.timing import compare, interleaved
-from metadist.config.build import supervised
 from metadist.config.schema import Document
-from metadist.experiment.fleet import fleet
+from metadist.experiment.fleet import start_workers
+from metadist.learners import supervised
 from metadist.tracking import MLflowTracker, NullTracker
 
 BLOCK = 5
@@ -23,7 +23,11 @@ BLOCK = 5
 
 def run(document: Document, *, steps: int) -> dict[str, Any]:
     experiment = experiment_with(document, "1")
-    with tempfile.TemporaryDirectory() as folder, fleet(experiment, "bench") as actors, _frozen_server() as frozen:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        start_workers(experiment, "bench") as actors,
+        _frozen_server() as frozen,
+    ):
         trackers: dict[str, Any] = {"no tracker": NullTracker()}
         for name, uri in (("dead server", f"http://127.0.0.1:{_free_port()}"), ("frozen server", frozen)):
             tracker = MLflowTracker(

@@ -17,15 +17,18 @@ import xxhash
 from torch import Tensor
 
 from metadist.benchmarks.timing import compare, interleaved
-from metadist.config.build import build, supervised
+from metadist.config.build import build
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError, one_of
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout
 from metadist.core.round import Executor, Finished, Result, Shard
 from metadist.core.state import Contribution, Records, Slot, State
-from metadist.learners.few_shot import Learner
+from metadist.learners import supervised
+from metadist.learners.few_shot import FewShotLearner
 from metadist.wire import WIRES
+from metadist.workers.numerics import Numerics
+from metadist.workers.settings import RunSettings
 
 BLOCK = 3
 #: tensors that the parameters consist of: as many as a transformer of twelve layers has
@@ -39,7 +42,7 @@ FLOOR_OUT = {
 FLOOR_BACK = {"hash": 1, "memcpy": 2, "finite check": 1, "add": 1}
 
 
-class Echo(Learner):
+class Echo(FewShotLearner):
     """Returns θ as its contribution, or one record per task. In this process it must ``copy``: a sum spends its terms."""
 
     copy = False
@@ -51,7 +54,7 @@ class Echo(Learner):
             "model": {"name": "mlp", "hidden": [1]},
             "algorithm": {"name": "maml"},
         }
-        base = supervised(build(document).learner())
+        base = supervised(build(document).learner)
         echo = cls(base.algorithm, base.model, base.tasks, outer or base.outer)
         sizes = [parameters // TENSORS] * (TENSORS - 1)
         sizes.append(parameters - sum(sizes))
@@ -62,7 +65,7 @@ class Echo(Learner):
         values = {"model": torch.randn(self.slots["model"].layout.numel, generator=torch.Generator().manual_seed(seed))}
         return State(values, self.outer.initial(self.slots, values))
 
-    def compute(self, shard: Shard, theta: Mapping[str, Tensor]) -> Result:
+    def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result:
         if shard.function == "gradient":
             return Contribution(
                 {n: v.clone() for n, v in theta.items()} if self.copy else theta, float(shard.count), shard.count
@@ -140,7 +143,9 @@ def _case(stack: ExitStack, size: float, wire: str, rounds: int) -> dict[str, An
     parameters = int(size * 250_000)
     # All stay until the end, since the first one owns the cluster; one that is idle costs nothing.
     group = WorkerGroup(cpus=0.1, gpus=0)
-    executor = RayExecutor(Echo.of(parameters), [group], run="bench", device="cpu", exact=wire == "exact", wire=wire)
+    settings = RunSettings("bench", device="cpu", wire=wire)
+    numerics = Numerics([group], exact=wire == "exact")
+    executor = RayExecutor(Echo.of(parameters), [group], settings, numerics)
     stack.callback(executor.close)
     line = Line(executor, parameters)
     line.out()

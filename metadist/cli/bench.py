@@ -41,9 +41,9 @@ def _measure_config(
     name: str, config: str, overrides: list[str] | None, steps: int, as_json: bool, **options: Any
 ) -> None:
     with clean_errors():
-        from metadist.config.document import asked
+        from metadist.config.document import requested
 
-        document = asked(config, overrides)
+        document = requested(config, overrides)
     measure(name, as_json, document=document, steps=steps, **options)
 
 
@@ -234,10 +234,10 @@ def serve(
 ) -> None:
     """Adaptations over gRPC by callers with different support sets: batched against one at a time."""
     with clean_errors():
-        from metadist.config.document import asked
+        from metadist.config.document import requested
 
         counts = numbers("--clients", clients)
-        document = asked(config, overrides)
+        document = requested(config, overrides)
     measure(
         "serve",
         as_json,

@@ -13,20 +13,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from metadist.experiment.description import Experiment
+from metadist.config.experiment import Experiment
+from metadist.engine.plan import size
 from metadist.experiment.result import Result
 from metadist.experiment.seeds import Group
 from metadist.jobs import links as run_page
-from metadist.learners.trials import EPISODES_SHOWN
-from metadist.training.evaluation import Evaluation, TrialEvaluation
-from metadist.training.observers import Display
-from metadist.workers.plan import size
+from metadist.learners.evaluation import Evaluation, TrialEvaluation
+from metadist.rl.algorithm import EPISODES_SHOWN
+from metadist.training.observers import Observer
 
 #: MAML on sinusoids, K = 10, α = .01 after 70,000 meta-steps: query MSE of an independent re-run of the reference
 PUBLISHED_SINUSOID = {0: 3.01, 1: 0.351, 5: 0.123, 10: 0.100}
 
 
-class Plain:
+class Plain(Observer):
     """Lines on stderr, one every few seconds, for logs."""
 
     def __init__(self, meta_steps: int | None = None, every: float = 10.0) -> None:
@@ -51,7 +51,7 @@ class Plain:
         print(message, file=sys.stderr, flush=True)
 
 
-class Bar:
+class Bar(Observer):
     """A progress bar on a terminal."""
 
     def __init__(self, progress: Progress, meta_steps: int) -> None:
@@ -70,12 +70,12 @@ class Bar:
         self._progress.console.print(message, markup=False, emoji=False, highlight=False)
 
 
-def plain() -> Display:
+def plain() -> Observer:
     return Plain()
 
 
 @contextmanager
-def live(experiment: Experiment) -> Iterator[Display]:
+def live(experiment: Experiment) -> Iterator[Observer]:
     """A bar where stderr is a terminal, lines elsewhere."""
     meta_steps = experiment.learner.outer.meta_steps
     console = Console(stderr=True)

@@ -39,7 +39,7 @@ def evaluate(
     with clean_errors():
         from metadist.cli.display import show_evaluation
         from metadist.core.errors import ConfigError, nearest
-        from metadist.experiment.evaluate import evaluate_run
+        from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
 
         for option, value, allowed in (
             ("--split", split, ("train", "validation", "test")),
@@ -48,15 +48,9 @@ def evaluate(
             if value is not None and value not in allowed:
                 raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}{nearest(value, allowed)}")
         with only_results_on_stdout():
-            result = evaluate_run(
-                run_dir,
-                tasks=tasks,
-                split=split,
-                inner_steps=inner_steps,
-                workers=workers,
-                normalization=normalization,
-                beside=[name.strip() for name in beside.split(",")] if beside else (),
-            )
+            methods = [name.strip() for name in beside.split(",")] if beside else []
+            options = EvaluationOptions(tasks, split, inner_steps, workers, normalization, methods)
+            result = evaluate_run(run_dir, options)
         show_evaluation(result.evaluations[0])
         if as_json:
             print(json.dumps(result.as_dict()))

@@ -1,4 +1,4 @@
-"""``metadist submit`` and ``metadist jobs``: runs as jobs of a Ray cluster."""
+"""``metadist submit`` and ``metadist jobs``: start runs as jobs of a Ray cluster, and manage them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import os
 import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from metadist.cli.terminal import AsJson, Overrides, Workers, clean_errors, say, set_up_logging
+
+if TYPE_CHECKING:
+    from metadist.jobs.submit import Submitted
 
 app = typer.Typer(
     help="The jobs of a Ray cluster: list, status, logs, stop.",
@@ -38,34 +41,36 @@ def submit(
     ] = False,
     run_dir: Annotated[
         str | None,
-        typer.Option(help="fsspec URL, or a folder that all nodes have; default: a new one in METADIST_RUNS."),
+        typer.Option(help="An fsspec URL, or a folder that all nodes have; default: a new one in METADIST_RUNS."),
     ] = None,
-    run_id: Annotated[str | None, typer.Option(help="Go on with this run, or give a new one its id.")] = None,
+    run_id: Annotated[str | None, typer.Option(help="Resume this run, or give a new run this id.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="METADIST_DATA on the nodes: URL or folder; default: as it is here.")
+        str | None, typer.Option(help="METADIST_DATA on the nodes: URL or folder; default: its value here.")
     ] = None,
     env: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME[=VALUE]", help="Give an environment variable on. Whoever has the cluster's token can read it."
+            metavar="NAME[=VALUE]", help="Set an environment variable. Everyone with the cluster's token can read it."
         ),
+    ] = None,
+    module: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Ship this module or package too, besides those that the config names."),
     ] = None,
     driver_cpus: Annotated[float, typer.Option(help="CPUs for the driver; with 0 it runs on the head.", min=0)] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Train on a Ray cluster. Submitting a run again goes on with it, on whichever node."""
+    """Train on a Ray cluster. Submitting a run again resumes it, on any node."""
     set_up_logging()
     with clean_errors():
-        from metadist.config.document import asked
+        from metadist.config.document import requested
         from metadist.jobs import submit as jobs
 
-        document = asked(config, overrides, workers)
-        request = jobs.Request(run_id, run_dir, data, _environment(env or []), driver_cpus)
+        document = requested(config, overrides, workers)
+        request = jobs.Request(run_id, run_dir, data, _environment(env or []), driver_cpus, module or [])
         cluster = _cluster(address)
         submitted = jobs.submit(cluster, document, request)
-        say(f"run      {submitted.run_id}" + (f" (attempt {submitted.attempt})" if submitted.attempt > 1 else ""))
-        say(f"run dir  {submitted.run_dir}")
-        say(f"Ray job  {submitted.job_url}")
+        _announce(submitted)
         status = "PENDING"
         if wait:
             status = _wait(cluster, submitted.job_id)
@@ -89,15 +94,15 @@ def default(context: typer.Context, address: Address = None, as_json: AsJson = F
 
 @app.command("list", epilog="Example:  metadist jobs list --address http://HEAD:8265")
 def list_(context: typer.Context, address: Address = None, as_json: AsJson = False) -> None:
-    """The jobs that were submitted to the cluster, the newest first."""
+    """List the jobs that were submitted to the cluster, the newest first."""
     set_up_logging()
     with clean_errors():
         jobs = _cluster(address or context.obj).all()
         width = max((len(job.id) for job in jobs), default=0)
         for job in jobs:
-            print(
-                f"{job.id:<{width}}  {job.status:<9}  {_when(job.started)}  {_lasted(job):>8}  {job.metadata.get('metadist.run_dir', '')}".rstrip()
-            )
+            run_dir = job.metadata.get("metadist.run_dir", "")
+            line = f"{job.id:<{width}}  {job.status:<9}  {_when(job.started)}  {_lasted(job):>8}  {run_dir}"
+            print(line.rstrip())
         if not jobs:
             say("no jobs")
         if as_json:
@@ -106,11 +111,11 @@ def list_(context: typer.Context, address: Address = None, as_json: AsJson = Fal
 
 @app.command(epilog="Example:  metadist jobs status sinusoid-maml-20260101-120000-ab12 --address http://HEAD:8265")
 def status(context: typer.Context, id: Name = None, address: Address = None, as_json: AsJson = False) -> None:
-    """What a job does, and where it can be looked at."""
+    """Show a job's state and the links to its pages."""
     set_up_logging()
     with clean_errors():
         from metadist.jobs.submit import find
-        from metadist.storage.run_directory import RunFolder
+        from metadist.storage.run_directory import RunDirectory
 
         cluster = _cluster(address or context.obj)
         job = find(cluster, id)
@@ -118,8 +123,8 @@ def status(context: typer.Context, id: Name = None, address: Address = None, as_
         links: dict[str, Any] = {}
         if run_dir := job.metadata.get("metadist.run_dir"):
             try:
-                links = RunFolder(run_dir).read_json("links.json") or {}
-            except Exception:  # the cluster may reach what this machine doesn't
+                links = RunDirectory(run_dir).read_json("links.json") or {}
+            except Exception:  # the cluster may reach stores that this machine does not
                 pass
         about["mlflow_url"] = links.get("mlflow")
         for key, value in about.items():
@@ -133,10 +138,10 @@ def status(context: typer.Context, id: Name = None, address: Address = None, as_
 def logs(
     context: typer.Context,
     id: Name = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the job ends.")] = False,
     address: Address = None,
 ) -> None:
-    """What a job's driver printed."""
+    """Show the log of a job's driver."""
     set_up_logging()
     with clean_errors():
         from metadist.jobs.submit import find
@@ -153,9 +158,9 @@ def stop(
     context: typer.Context,
     id: Annotated[str, typer.Argument(help="A job's id or a run's.")],
     address: Address = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for its end.", min=0)] = 150.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the job's end.", min=0)] = 150.0,
 ) -> None:
-    """End a job after its meta-step, with a checkpoint; submit goes on with the run."""
+    """Stop a job after its meta-step, with a checkpoint; submit resumes the run."""
     set_up_logging()
     with clean_errors():
         from metadist.core.errors import ConfigError, WorkerError
@@ -164,18 +169,25 @@ def stop(
         cluster = _cluster(address or context.obj)
         job = find(cluster, id)
         if job.over:
-            raise ConfigError(f"job {job.id} is over already ({job.status.lower()})")
+            raise ConfigError(f"job {job.id} has ended already ({job.status.lower()})")
         cluster.stop(job.id)
         deadline = time.monotonic() + timeout
         while not (job := cluster.job(job.id)).over:
             if time.monotonic() > deadline:
                 raise WorkerError(
-                    f"job {job.id} was told to stop and is still {job.status.lower()} after {timeout:.0f} s; metadist jobs status {job.id} tells more"
+                    f"job {job.id} is still {job.status.lower()} {timeout:.0f} s after the order to stop; see metadist "
+                    f"jobs status {job.id}"
                 )
             time.sleep(0.5)
         print(f"{job.id}  {job.status}")
         if job.status == "STOPPED" and RUN_ID in job.metadata:
-            say(f"go on with: metadist submit … --run-id {job.metadata[RUN_ID]} --address {cluster.address}")
+            say(f"resume: metadist submit … --run-id {job.metadata[RUN_ID]} --address {cluster.address}")
+
+
+def _announce(submitted: Submitted) -> None:
+    say(f"run      {submitted.run_id}" + (f" (attempt {submitted.attempt})" if submitted.attempt > 1 else ""))
+    say(f"run dir  {submitted.run_dir}")
+    say(f"Ray job  {submitted.job_url}")
 
 
 def _cluster(address: str | None) -> Any:
@@ -184,12 +196,13 @@ def _cluster(address: str | None) -> Any:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address:
         raise ConfigError(
-            "--address is missing; expected the URL of the cluster's dashboard, such as http://HEAD:8265 (or RAY_API_SERVER_ADDRESS)"
+            "--address is missing; expected the URL of the cluster's dashboard, such as http://HEAD:8265 (or "
+            "RAY_API_SERVER_ADDRESS)"
         )
     try:
         from metadist.jobs.ray_jobs import RayJobs
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed, which jobs need; pip install 'ray[default]'") from error
+        raise ConfigError(f"jobs need {error.name}, which is not installed; pip install 'ray[default]'") from error
     return RayJobs(address)
 
 
@@ -200,15 +213,15 @@ def _environment(given: list[str]) -> dict[str, str]:
     for item in given:
         name, equals, value = item.partition("=")
         if not name.isidentifier():
-            raise ConfigError(f"--env {item}: expected NAME=VALUE, or NAME of a variable that is set here")
+            raise ConfigError(f"--env {item}: expected NAME=VALUE, or the NAME of a variable that is set here")
         if not equals and name not in os.environ:
-            raise ConfigError(f"--env {name}: it is not set here; expected {name}=VALUE")
+            raise ConfigError(f"--env {name}: the variable is not set here; expected {name}=VALUE")
         found[name] = value if equals else os.environ[name]
     return found
 
 
 def _wait(cluster: Any, job_id: str) -> str:
-    """The log, then how it ended. Ctrl-C leaves the job alone."""
+    """Show the log and return the job's last status. Ctrl-C does not stop the job."""
     try:
         for text in cluster.follow(job_id):
             sys.stderr.write(text)
@@ -216,7 +229,8 @@ def _wait(cluster: Any, job_id: str) -> str:
         return cluster.job(job_id).status
     except KeyboardInterrupt:
         say(
-            f"\nthe job goes on; metadist jobs logs -f {job_id} --address {cluster.address} shows it, metadist jobs stop {job_id} ends it"
+            f"\nthe job continues; metadist jobs logs -f {job_id} --address {cluster.address} shows its log, metadist "
+            f"jobs stop {job_id} stops it"
         )
         raise typer.Exit(130) from None
 

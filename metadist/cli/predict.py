@@ -1,4 +1,4 @@
-"""``metadist predict``: classes of images, from folders."""
+"""``metadist predict``: classify folders of images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ def predict(
             metavar="ADDRESS_OR_RUN", help="HOST:PORT of metadist serve, a run directory, or an exported file."
         ),
     ],
-    support: Annotated[str, typer.Option(metavar="FOLDER", help="The examples: a folder per class.")],
-    query: Annotated[str, typer.Option(metavar="FOLDER", help="The images to classify, in class folders or not.")],
-    model: Annotated[str, typer.Option(help="Which of a server's models.")] = "",
+    support: Annotated[str, typer.Option(metavar="FOLDER", help="The labelled images: one folder per class.")],
+    query: Annotated[
+        str, typer.Option(metavar="FOLDER", help="The images to classify; class folders give an accuracy.")
+    ],
+    model: Annotated[str, typer.Option(help="The name of one of a server's models.")] = "",
     inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps; default: as in training.", min=0)] = None,
     normalization: Annotated[
-        str | None, typer.Option(help="Of a run: transductive or inductive batch norm; default: the run's.")
+        str | None, typer.Option(help="For a run: transductive or inductive batch norm; default: the run's.")
     ] = None,
     token_file: Annotated[str | None, typer.Option(metavar="FILE", help="The server's token.")] = None,
     tls_ca: Annotated[
@@ -30,23 +32,15 @@ def predict(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Adapt to a few labelled images per class, and classify others. Images are prepared as in training."""
+    """Adapt to a few labelled images per class, and classify other images. Images are converted as in training."""
     set_up_logging()
     with clean_errors():
         from metadist.cli.display import show_predictions
-        from metadist.serving.prediction import predict_folders
+        from metadist.serving.prediction import ModelSource, predict_folders
 
         with only_results_on_stdout():
-            report = predict_folders(
-                source,
-                support,
-                query,
-                model=model,
-                inner_steps=inner_steps,
-                normalization=normalization,
-                token_file=token_file,
-                tls_ca=tls_ca,
-            )
+            opened = ModelSource(source, model, normalization, token_file, tls_ca)
+            report = predict_folders(opened, support, query, inner_steps)
         show_predictions(report)
         if as_json:
             print(json.dumps(report))

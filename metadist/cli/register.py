@@ -1,4 +1,4 @@
-"""``metadist register``: a run's model in MLflow's registry."""
+"""``metadist register``: add a run's model to MLflow's registry."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from metadist.cli.terminal import clean_errors, only_results_on_stdout, say, set
 
 
 def register(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder that train printed.")],
-    name: Annotated[str, typer.Argument(help="The registered model that it becomes a version of.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory that train printed.")],
+    name: Annotated[str, typer.Argument(help="The registered model that receives a new version.")],
 ) -> None:
-    """Log a run's best parameters as an MLflow model and register them: candidate, and champion if nothing validated better."""
+    """Register a run's best parameters as an MLflow model: candidate, and champion unless another validated better."""
     set_up_logging()
     with clean_errors():
         from metadist.experiment.registration import register_run

@@ -1,4 +1,4 @@
-"""``metadist render``: the files that put a run on a cluster."""
+"""``metadist render``: write the files that run a config on a cluster."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ def render(
     target: Annotated[str, typer.Argument(help="kubernetes, slurm, aws or gcp.")],
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config.")],
     overrides: Overrides = None,
-    run_dir: Annotated[str, typer.Option(help="fsspec URL of the run, or a folder that all nodes have.")] = "",
-    run_id: Annotated[str | None, typer.Option(help="Of the run; default: name, time and chance.")] = None,
+    run_dir: Annotated[
+        str, typer.Option(help="The run's directory: an fsspec URL, or a folder that all nodes have.")
+    ] = "",
+    run_id: Annotated[
+        str | None, typer.Option(help="The run's id; default: name, time and four random digits.")
+    ] = None,
     workers: Workers = None,
     data: Annotated[str, typer.Option(help="METADIST_DATA on the nodes: URL or folder.")] = "",
-    image: Annotated[str, typer.Option(help="Of deploy/Dockerfile: REGISTRY/metadist:TAG.")] = "",
+    image: Annotated[str, typer.Option(help="The image of deploy/Dockerfile: REGISTRY/metadist:TAG.")] = "",
     mlflow: Annotated[str, typer.Option(metavar="URI", help="MLFLOW_TRACKING_URI on the nodes.")] = "",
     gpus: Annotated[
         float | None, typer.Option(help="GPUs of a learner where the config says auto; default: 1.", min=0)
@@ -28,9 +32,9 @@ def render(
         list[str] | None,
         typer.Option(metavar="ROLE=[TYPE:]CPUS[:GPUS]", help="A role's nodes: learner=g5.12xlarge:48:4."),
     ] = None,
-    namespace: Annotated[str, typer.Option(help="Of Kubernetes.")] = "default",
+    namespace: Annotated[str, typer.Option(help="Kubernetes: the namespace.")] = "default",
     auth_secret: Annotated[
-        str, typer.Option(help="Kubernetes: a Secret with Ray's token under auth_token; default: KubeRay makes one.")
+        str, typer.Option(help="Kubernetes: a Secret with Ray's token under auth_token; default: KubeRay creates one.")
     ] = "",
     credentials_secret: Annotated[
         str, typer.Option(help="Kubernetes: a Secret whose keys become environment variables.")
@@ -38,11 +42,11 @@ def render(
     output: Annotated[Path | None, typer.Option(help="Folder for the files; default: rendered/RUN.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write manifests or scripts for a run: its worker groups as groups of nodes, and where data and results lie."""
+    """Write the files that run a config on a cluster: its worker groups become groups of nodes."""
     set_up_logging()
     with clean_errors():
         from metadist.config.build import build
-        from metadist.config.document import asked
+        from metadist.config.document import requested
         from metadist.core.errors import ConfigError, one_of
         from metadist.jobs import render as rendering
         from metadist.storage.run_directory import new_run_id
@@ -50,26 +54,33 @@ def render(
         one_of("render", target, rendering.TARGETS)
         if not run_dir:
             raise ConfigError(
-                "--run-dir is missing; expected where checkpoints and results go: a URL such as s3://bucket/runs/a, or a folder that all nodes have"
+                "--run-dir is missing; expected the place of checkpoints and results: a URL such as "
+                "s3://bucket/runs/a, or a folder that all nodes have"
             )
-        document = asked(config, overrides, workers)
+        document = requested(config, overrides, workers)
         run_id = run_id or new_run_id(build(document).name)
         folder = output or Path("rendered") / run_id
         wanted = rendering.Rendering(
             run_dir, run_id, data, image, mlflow, _nodes(node or []), gpus, namespace, auth_secret, credentials_secret
         )
         files, commands = rendering.render(target, document, wanted, folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():
-                (folder / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--output {folder}: {error}") from error
+        _write(folder, files)
         for name in files:
             print(folder / name)
         say("next:" + "".join(f"\n  {command}" for command in commands))
         if as_json:
             print(json.dumps({"run_id": run_id, "files": [str(folder / name) for name in files], "next": commands}))
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    from metadist.core.errors import ConfigError
+
+    try:
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: {error}") from error
 
 
 def _nodes(given: list[str]) -> dict[str, Any]:
@@ -84,7 +95,8 @@ def _nodes(given: list[str]) -> dict[str, Any]:
         name = parts.pop(0) if not parts[0].isdecimal() else None
         if role not in ROLES or len(parts) not in (1, 2) or not all(p.isdecimal() for p in parts) or int(parts[0]) < 1:
             raise ConfigError(
-                f"--node {text}: expected ROLE=[TYPE:]CPUS[:GPUS] with a role of {', '.join(ROLES)}, such as learner=g5.12xlarge:48:4"
+                f"--node {text}: expected ROLE=[TYPE:]CPUS[:GPUS] with a role of {', '.join(ROLES)}, such as "
+                "learner=g5.12xlarge:48:4"
             )
         nodes[role] = Node(name or None, int(parts[0]), int(parts[1]) if len(parts) == 2 else 0)
     return nodes

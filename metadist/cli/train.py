@@ -75,16 +75,16 @@ def train(
     """Meta-train, with validation, checkpoints and tracking; test once at the end."""
     set_up_logging()
     with clean_errors():
-        from metadist.config.build import build, resolved
-        from metadist.config.document import asked, set_outside
+        from metadist.config.build import build
+        from metadist.config.document import requested, set_outside
 
-        document = asked(config, overrides, workers)
+        document = requested(config, overrides, workers)
         if outside is not None:
             document = set_outside(document, outside)
         if print_config:
             import yaml
 
-            print(yaml.safe_dump(resolved(build(document)), sort_keys=False, allow_unicode=True), end="")
+            print(yaml.safe_dump(build(document).document, sort_keys=False, allow_unicode=True), end="")
             return
         if seeds is not None:
             _train_seeds(document, numbers("--seeds", seeds), run_dir, resume, as_json)
@@ -97,27 +97,28 @@ def _train_one(
 ) -> None:
     from metadist.cli.display import live, show_result
     from metadist.config.build import build
-    from metadist.experiment.description import Experiment
+    from metadist.experiment.request import RunRequest
     from metadist.experiment.train import train as run_training
 
-    experiment = Experiment.of(build(document))
+    experiment = build(document)
     stop = _Stop()
     with only_results_on_stdout(), live(experiment) as display:
-        result = run_training(experiment, run_dir=run_dir, resume=resume, display=display, stop=stop, run_id=run_id)
-    interrupted = result.outcome.stopped == "interrupted"
-    if interrupted:
+        request = RunRequest(run_dir=run_dir, resume=resume, run_id=run_id, stop=stop)
+        result = run_training(experiment, request, display)
+    if result.interrupted:
         say(
             f"stopped at meta-step {result.outcome.progress.meta_step}; go on with: metadist train … --run-dir {result.run_dir} --resume"
         )
     show_result(result)
     if as_json:
         print(json.dumps(result.as_dict()))
-    if interrupted:
+    if result.interrupted:
         raise typer.Exit(130)
 
 
 def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None, resume: bool, as_json: bool) -> None:
     from metadist.cli.display import live, show_group, show_result
+    from metadist.experiment.request import RunRequest
     from metadist.experiment.seeds import train_seeds
 
     stop, stdout = _Stop(), sys.stdout
@@ -127,7 +128,7 @@ def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None
             show_result(result)
 
     with only_results_on_stdout():
-        group = train_seeds(document, seeds, run_dir=run_dir, resume=resume, live=live, stop=stop, show=show)
+        group = train_seeds(document, seeds, RunRequest(run_dir=run_dir, resume=resume, stop=stop), live, show)
     show_group(group)
     if as_json:
         print(json.dumps(group.as_dict()))

@@ -36,11 +36,11 @@ def verify(
     set_up_logging()
     with clean_errors():
         from metadist.cli.display import plain, show_verification
-        from metadist.config.document import asked
+        from metadist.config.document import requested
         from metadist.experiment.verify import counts
         from metadist.experiment.verify import verify as compare
 
-        document = asked(config, overrides)
+        document = requested(config, overrides)
         with only_results_on_stdout():
             report = compare(document, counts(workers), kill=kill, meta_steps=meta_steps, display=plain())
         show_verification(report)
@@ -61,13 +61,12 @@ def plan(
     with clean_errors():
         from metadist.cli.display import show_plan
         from metadist.config.build import build
-        from metadist.config.document import asked
-        from metadist.experiment.description import Experiment
+        from metadist.config.document import requested
         from metadist.experiment.fleet import local_plan
 
-        document = asked(config, overrides, workers)
+        document = requested(config, overrides, workers)
         with only_results_on_stdout():
-            report = local_plan(Experiment.of(build(document))).as_dict()
+            report = local_plan(build(document)).as_dict()
         show_plan(report)
         if as_json:
             print(json.dumps(report))

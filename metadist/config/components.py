@@ -11,13 +11,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from metadist.config.catalog import resolve
 from metadist.config.plugins import Kind
-from metadist.config.schema import explained, settings
+from metadist.config.schema import Document, explained, settings
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import TaskFamily
@@ -26,7 +26,7 @@ from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import Continuous, MetaEnvironment
 
 
-def named(key: str, value: Any) -> Mapping[str, Any]:
+def named(key: str, value: object) -> Document:
     """Return the mapping ``{name: …}`` that a component's section is; a bare name is short for it."""
     if isinstance(value, str):
         return {"name": value}
@@ -35,11 +35,11 @@ def named(key: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def component(key: str, value: Any, kind: Kind[type], deferred: bool = False) -> Any:
+def component(key: str, value: object, kind: Kind[type], deferred: bool = False) -> object:
     """Build the object that ``value`` names: by a name of metadist or of a plug-in, or by ``package.module:Class``.
 
     ``deferred``: a class that is no dataclass is not called; the result is a ``functools.partial`` of it. Raises
-    ConfigError that names ``key``, the value and the expected values.
+    ConfigError that names ``key``, the value and what is expected.
     """
     options = dict(named(key, value))
     name = options.pop("name", None)
@@ -49,7 +49,7 @@ def component(key: str, value: Any, kind: Kind[type], deferred: bool = False) ->
         )
     found = import_path(name, f"{key}.name") if ":" in name else resolve(f"{key}.name", name, kind)
     if is_dataclass(found):
-        return settings(key, options, found)
+        return settings(key, options, cast(type, found))
     if isinstance(found, (TaskFamily, MetaEnvironment, Algorithm, TrialAlgorithm, nn.Module)):
         if options:
             raise ConfigError(f"{key}: '{name}' is an object already and takes no {', '.join(options)}")
@@ -74,7 +74,7 @@ def _check_arguments(key: str, callable_: Callable[..., Any], options: Mapping[s
         raise ConfigError(f"{key}: {getattr(callable_, '__name__', callable_)}{signature}: {error}") from error
 
 
-def import_path(path: str, key: str) -> Any:
+def import_path(path: str, key: str) -> object:
     """Import ``package.module:name``, with the working directory importable. Raises ConfigError that names ``key``."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -101,8 +101,8 @@ def model_factory(
     """Return the function that builds the module for ``tasks``.
 
     ``model`` is an ``nn.Module`` (each call copies it), a ``ModelConfig``, a ``PolicyConfig`` (with a
-    meta-environment), or a function that builds a module. Raises ConfigError where ``model`` is of another type or does
-    not go with ``tasks``.
+    meta-environment), or a function that builds a module. Raises ConfigError where ``model`` is of another type or
+    does not go with ``tasks``.
     """
     if isinstance(model, nn.Module):
         return functools.partial(_copy, model)
@@ -130,8 +130,8 @@ def _policy_factory(model: object, environment: MetaEnvironment) -> Callable[[],
     if not isinstance(model, PolicyConfig):
         fits = [name for name, cls in MODELS.items() if issubclass(cls, PolicyConfig)]
         raise ConfigError(
-            f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}, or a "
-            "class of your own with build_policy()"
+            f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}, or a class "
+            "of your own with build_policy()"
         )
     actions = environment.actions
     return functools.partial(
@@ -143,7 +143,7 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module)
 
 
-def function(path: str, key: str) -> Callable[..., Any]:
+def user_function(path: str, key: str) -> Callable[..., object]:
     """Import the loss or metric at ``path``. Raises ConfigError that names ``key`` where it is no function."""
     found = import_path(path, key)
     if not callable(found):

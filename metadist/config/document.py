@@ -9,31 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from metadist.config.groups import ROLES
-from metadist.config.schema import Document, parse_yaml
+from metadist.config.schema import Document, parse_document, parse_yaml
 from metadist.core.errors import ConfigError, nearest
 
-#: how many workers of a role may come from outside where the config doesn't say
+#: the largest number of remote workers of a role, where the config does not say
 MOST_OUTSIDE = 16
 
 
 def config_folders() -> list[Path]:
+    """Return the folders of shipped configs: in the wheel inside the package, in a checkout next to it."""
     here = Path(__file__).parents[1]
     return [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Config name → file, of those that come with the package."""
+    """Return the shipped configs: name → file."""
     return {path.stem: path for folder in reversed(config_folders()) for path in sorted(folder.glob("*.yaml"))}
 
 
-def asked(config: str, overrides: Sequence[str] | None, workers: str | None = None) -> Document:
-    """What a command line asks for: a config with ``KEY=VALUE``s and ``--workers``."""
+def requested(config: str, overrides: Sequence[str] | None, workers: str | None = None) -> Document:
+    """Return the document of a command line: a config with ``KEY=VALUE`` overrides and ``--workers``."""
     document = override(read_document(config), overrides or [])
     return document if workers is None else set_workers(document, workers)
 
 
 def read_document(config: str) -> Document:
-    """The YAML file at a path, or the shipped one of that name."""
+    """Read the YAML file at a path, or the shipped config of that name."""
     path = Path(config)
     if not os.path.isfile(config):  # False where even the name is impossible
         shipped = shipped_configs()
@@ -45,21 +46,19 @@ def read_document(config: str) -> Document:
             )
         if config not in shipped:
             raise ConfigError(
-                f"config '{config}' is neither a file nor one of the shipped ones: {', '.join(sorted(shipped))}{nearest(config, shipped)}"
+                f"config '{config}' is neither a file nor a shipped config: "
+                f"{', '.join(sorted(shipped))}{nearest(config, shipped)}"
             )
         path = shipped[config]
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config '{config}' can't be read: {error}") from error
-    document = parse_yaml(text, str(config))
-    if not isinstance(document, dict):
-        raise ConfigError(f"config '{config}': expected keys and values, found {type(document).__name__}")
-    return document
+    return parse_document(text, str(config))
 
 
 def override(document: Document, assignments: Sequence[str]) -> Document:
-    """``a.b=value`` on a copy; values are YAML. Lists are indexed: ``workers.0.cpus=2``."""
+    """Apply ``a.b=value`` to a copy. Values are YAML; lists are indexed: ``workers.0.cpus=2``."""
     document = json.loads(json.dumps(document))
     for assignment in assignments:
         path, equals, text = assignment.partition("=")

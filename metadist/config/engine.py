@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from typing import Literal, Union
 
 from metadist.core.engine import Engine
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, at_least
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How shards are computed. ``compile``, ``differentiation`` and ``chunk`` (tasks of a shard in memory at once) say ``auto``
-    where metadist is to choose; `metadist plan` shows what and why. ``precision``: ``tf32`` for a GPU's matrix products,
-    ``bfloat16`` for autocast in the inner loop. ``deterministic: false`` lets a GPU use kernels whose bits vary, which
-    ``exact`` forbids. ``wire: bfloat16`` halves what workers send, with error feedback.
+    """The computation of shards.
 
-    ``exact`` refuses workers with another numerics fingerprint. ``shard_timeout``: seconds per shard before a worker counts as hung;
-    ``worker_patience``: seconds to wait for workers. ``non_finite``: what becomes of a task that gives NaN or Inf.
+    For ``compile``, ``differentiation`` and ``chunk`` (number of tasks in memory at a time), ``auto`` lets metadist
+    choose; `metadist plan` shows the choice and its reasons. ``precision``: ``tf32`` for the matrix products of a GPU,
+    ``bfloat16`` for autocast in the inner loop. ``deterministic: false`` allows GPU kernels whose bits vary, which
+    ``exact`` forbids. ``wire: bfloat16`` halves the bytes that workers send, with error feedback.
+
+    ``exact`` refuses workers with another numerics fingerprint. A worker counts as hung after ``shard_timeout``
+    seconds per shard; ``worker_patience`` is the number of seconds to wait for workers. ``non_finite`` is the
+    treatment of a task that gives NaN or Inf: ``error``, or ``skip`` (the sum leaves it out).
     """
 
     dtype: Literal["float32", "float64"] = "float32"
@@ -34,6 +37,7 @@ class EngineSettings:
     worker_patience: float = 120.0
 
     def __post_init__(self) -> None:
+        at_least(1, **{"engine.shard_timeout": self.shard_timeout, "engine.worker_patience": self.worker_patience})
         if isinstance(self.chunk, int):
             Engine(chunk=self.chunk)
         if self.dtype == "float64" and self.precision != "float32":

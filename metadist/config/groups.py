@@ -7,19 +7,20 @@ from typing import Literal, Union
 
 from metadist.core.errors import ConfigError, one_of
 
-#: ``learner``: contributions, and rollouts where there are no environments. ``environment``: rollouts of trials, on the CPU
-#: unless it was given GPUs
+#: ``learner`` computes contributions, and rollouts where no worker is an ``environment``; an ``environment`` computes
+#: rollouts, on the
+#: CPU unless its group has GPUs
 ROLES = ("learner", "environment")
 
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """``min`` must be there to begin, ``max`` are asked for. ``gpus`` may be a fraction; ``auto`` shares out what there is among
-    the learners.
+    """A group of workers of one ``role``. Training starts with ``min`` workers; ``max`` are requested.
 
-    ``max: 0`` computes in the driver's own process. ``threads`` is PyTorch's intra-op count in each worker. ``outside`` groups
-    are of workers that connect from elsewhere (``metadist worker``): they come and go, up to ``max`` at a time, bring their own
-    devices, and where no other group has the role, one must be there to begin.
+    ``gpus`` may be a fraction; ``auto`` divides the GPUs of the cluster among the learners. ``max: 0`` computes in the
+    driver's own process. ``threads`` is PyTorch's intra-op thread count of each worker. Groups with ``outside: true``
+    consist of remote workers (``metadist worker``): at most ``max`` at a time join and leave during the run, with
+    their own devices. Training starts with at least one of them where no other group has the role.
     """
 
     role: str = "learner"

@@ -52,7 +52,7 @@ class Plugin:
         """Import the object. Raises ConfigError, one line that names the distribution, where it is unusable."""
         remedy = f"update or uninstall {self.distribution.partition(' ')[0]}"
         try:
-            found = self.entry_point.load()
+            found: T = self.entry_point.load()
         except SystemExit as error:
             raise ConfigError(f"{self} can't be imported: it ends the process (SystemExit); {remedy}") from error
         except Exception as error:

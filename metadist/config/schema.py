@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import json
 import math
 import re
-import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, Literal, Union
+from typing import Any, TypeVar, Union
 
 import pydantic
 import yaml
+from typing_extensions import NotRequired, TypedDict
 
 from metadist.core.errors import ConfigError, MetadistError, nearest
 
 Document = dict[str, Any]
+"""The keys and values of a config or of a part of one."""
+
+Plain = Union[None, bool, int, float, str, "list[Plain]", "dict[str, Plain]"]
+T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (1e-3 is a number), and a key given twice is an error."""
+    """Reads floats as YAML 1.2 does (1e-3 is a number), and refuses a key that is given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
@@ -38,14 +42,15 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
-# A date would be the one scalar that JSON, and so the rest of the way, has not: it stays a text.
+# A date is the one scalar that JSON does not have: it stays a text.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> object:
+    """Parse YAML 1.2 strictly. ConfigError names ``where``, the line and the key."""
     try:
         value = yaml.load(text, _Loader)
         _check_plain(value, where)
@@ -58,7 +63,15 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
 
 
-def _check_plain(value: Any, where: str, key: str = "") -> None:
+def parse_document(text: str, where: str) -> Document:
+    """Parse the YAML of a whole config. ConfigError where it is no mapping."""
+    document = parse_yaml(text, where)
+    if not isinstance(document, dict):
+        raise ConfigError(f"{where}: expected keys and values, found {type(document).__name__}")
+    return document
+
+
+def _check_plain(value: object, where: str, key: str = "") -> None:
     if isinstance(value, (dict, list)):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             path = f"{key}.{name}" if key else str(name)
@@ -72,8 +85,8 @@ def _check_plain(value: Any, where: str, key: str = "") -> None:
 
 
 @contextmanager
-def explained(key: str, maker: Any) -> Iterator[None]:
-    """An error in a user's own constructor names the key that it was called for."""
+def explained(key: str, maker: object) -> Iterator[None]:
+    """Turn an error of a user's own constructor into a ConfigError that names the key."""
     try:
         yield
     except MetadistError:
@@ -83,69 +96,114 @@ def explained(key: str, maker: Any) -> Iterator[None]:
         raise ConfigError(f"{key}: {what} raised {type(error).__name__}: {error}") from error
 
 
-def settings(key: str, value: Any, cls: Any) -> Any:
-    """A dataclass from a mapping: unknown keys and wrong types are errors, defaults are the dataclass's."""
+def settings(key: str, value: object, cls: type[T]) -> T:
+    """Build a dataclass from a mapping, strictly: unknown keys, missing keys and wrong types are errors.
+
+    Lists serve as tuples, and whole numbers as floats. Defaults are those of the dataclass.
+    """
     value = {} if value is None else value
+    known = [f.name for f in _settable(cls)]
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"{key}: expected keys and values ({', '.join(f.name for f in fields(cls) if f.init)}), got {value!r}"
-        )
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in fields(cls) if f.init}
-    for name in value:
-        if name not in known:
-            raise ConfigError(f"unknown key '{key}.{name}'{nearest(str(name), known)}; allowed: {', '.join(known)}")
-    for name, f in known.items():
-        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"key '{key}.{name}' is missing; expected {_type_name(hints[name])}")
-    values = {name: typed(f"{key}.{name}", v, hints[name]) for name, v in value.items()}
-    with explained(key, cls):
-        return cls(**values)
-
-
-def typed(key: str, value: Any, hint: Any) -> Any:
-    """Strictly of the hinted type, except that lists serve as tuples and integers as floats."""
+        raise ConfigError(f"{key}: expected keys and values ({', '.join(known)}), got {value!r}")
     try:
-        return pydantic.TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+        checked = _validator(typing.cast(Any, cls)).validate_json(json.dumps(value))
     except pydantic.ValidationError as error:
-        choices = _choices(hint)
-        hint_text = _type_name(hint)
-        close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1) if choices else []
-        suggestion = f"; did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"{key}: {value!r} is not allowed; expected {hint_text}{suggestion}") from error
+        raise _explained_error(key, value, cls, error) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {value!r} is not a plain value: {error}") from error
+    with explained(key, cls):
+        return cls(**checked)
+
+
+def typed(key: str, value: object, hint: object) -> object:
+    """Return ``value`` as a ``hint``: a plain type, a dataclass, or a tuple of dataclasses. ConfigError where it is not one."""
+    if dataclasses.is_dataclass(hint):
+        return settings(key, value, typing.cast(type, hint))
+    (item, *_) = typing.get_args(hint) or (None,)
+    if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item):
+        if not isinstance(value, list):
+            raise ConfigError(f"{key}: expected a list of groups, such as [{{role: learner, max: 2}}], got {value!r}")
+        return tuple(settings(f"{key}.{i}", entry, typing.cast(type, item)) for i, entry in enumerate(value or [{}]))
+    try:
+        return pydantic.TypeAdapter(typing.cast(Any, hint)).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{key}: {value!r} is not allowed; expected {_expected(hint, value)}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {value!r} is not a plain value: {error}") from error
 
 
-def _choices(hint: Any) -> list[Any]:
-    if typing.get_origin(hint) is Literal:
-        return list(typing.get_args(hint))
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return [c for part in typing.get_args(hint) for c in _choices(part)]
-    return []
+def _settable(cls: Any) -> list[dataclasses.Field[Any]]:
+    return [f for f in fields(cls) if f.init]
 
 
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    if hint in names:
-        return names[hint]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type_name(a) for a in arguments)
-    if origin is tuple:
-        inner = [a for a in arguments if a is not Ellipsis]
-        return (
-            f"a list of {_type_name(inner[0])}"
-            if Ellipsis in arguments
-            else f"[{', '.join(_type_name(a) for a in inner)}]"
-        )
-    return str(hint)
+@functools.cache
+def _validator(cls: Any) -> pydantic.TypeAdapter[Any]:
+    """Return a validator of mappings with the fields of a dataclass: strict, extra keys forbidden.
+
+    pydantic takes no configuration for the standard library's dataclasses, and its own would be another class.
+    """
+    hints = typing.get_type_hints(cls)
+    definitions: dict[str, Any] = {}
+    for f in _settable(cls):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        definitions[f.name] = hints[f.name] if required else NotRequired[hints[f.name]]
+    mapping = typing.cast(Any, TypedDict)(cls.__name__, definitions)
+    strict = pydantic.ConfigDict(strict=True, extra="forbid")
+    return pydantic.TypeAdapter(pydantic.with_config(strict)(mapping))
 
 
-def flatten(document: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested keys → dotted keys."""
+#: type in a JSON schema → words
+WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+    "boolean": "true or false",
+    "null": "null",
+    "object": "keys and values",
+    "array": "a list",
+}
+
+
+def _explained_error(key: str, value: Document, cls: Any, error: pydantic.ValidationError) -> ConfigError:
+    """Translate pydantic's first error."""
+    known = [f.name for f in _settable(cls)]
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown key '{key}.{name}'{nearest(name, known)}; allowed: {', '.join(known)}")
+    expected = _expected(typing.get_type_hints(cls)[name], value.get(name))
+    if first["type"] == "missing" and len(first["loc"]) == 1:
+        return ConfigError(f"key '{key}.{name}' is missing; expected {expected}")
+    return ConfigError(f"{key}.{name}: {value[name]!r} is not allowed; expected {expected}")
+
+
+def _expected(hint: Any, value: Any) -> str:
+    """Describe the values of a type, from its JSON schema, and the allowed spelling that is nearest to ``value``."""
+    schema = pydantic.TypeAdapter(hint).json_schema()
+    return _words(schema) + nearest(str(value), _choices(schema))
+
+
+def _words(schema: Document) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_words(alternative) for alternative in schema["anyOf"])
+    if "enum" in schema:
+        return f"one of {', '.join(map(str, schema['enum']))}"
+    if "const" in schema:
+        return str(schema["const"])
+    if "prefixItems" in schema:
+        return f"[{', '.join(_words(item) for item in schema['prefixItems'])}]"
+    if "items" in schema:
+        return f"a list of {_words(schema['items'])}"
+    return WORDS.get(schema.get("type", ""), "another value")
+
+
+def _choices(schema: Document) -> list[str]:
+    alternatives = [choice for part in schema.get("anyOf", ()) for choice in _choices(part)]
+    return [*map(str, schema.get("enum", ())), *alternatives]
+
+
+def flatten(document: object, prefix: str = "") -> dict[str, object]:
+    """Turn nested keys into dotted ones. Lists of plain values stay values."""
     if isinstance(document, dict):
         items: Any = document.items()
     elif isinstance(document, list) and any(isinstance(v, (dict, list)) for v in document):
@@ -157,5 +215,8 @@ def flatten(document: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def as_plain(instance: Any) -> Document:
-    return json.loads(json.dumps({f.name: getattr(instance, f.name) for f in fields(instance) if f.init}, default=str))
+def as_plain(instance: object) -> Document:
+    """Return the fields of a dataclass as plain data."""
+    return typing.cast(
+        Document, json.loads(json.dumps({f.name: getattr(instance, f.name) for f in _settable(instance)}, default=str))
+    )

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, at_least
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """Validation every ``every`` meta-steps on ``tasks`` tasks after ``inner_steps`` (null: the algorithm's) adaptation
-    steps; the test split once at the end on ``test_tasks``. ``patience``: stop after so many validations without a better one.
+    """Validation and test.
+
+    Every ``every`` meta-steps ``tasks`` validation tasks judge θ, after ``inner_steps`` adaptation steps (null: the
+    algorithm's own number). ``test_tasks`` test tasks judge the best θ once, at the end. Training stops after
+    ``patience`` validations without a better one. ``policy`` is the choice of actions in a meta-environment.
     """
 
     every: int = 500
@@ -22,19 +25,30 @@ class EvaluateSettings:
     patience: int | None = None
     policy: Literal["greedy", "sampled"] = "greedy"
 
+    def __post_init__(self) -> None:
+        at_least(1, **{f"evaluate.{n}": getattr(self, n) for n in ("every", "tasks", "test_tasks", "patience")})
+        at_least(0, **{"evaluate.inner_steps": self.inner_steps})
+
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """Every ``every`` meta-steps; the newest ``keep`` and the best on validation stay."""
+    """A checkpoint every ``every`` meta-steps. The newest ``keep`` and the best on validation stay."""
 
     every: int = 500
     keep: int = 2
 
+    def __post_init__(self) -> None:
+        at_least(1, **{"checkpoint.every": self.every, "checkpoint.keep": self.keep})
+
 
 @dataclass(frozen=True)
 class TrackingSettings:
-    """``uri``: any MLflow tracking URI, ``auto`` (``MLFLOW_TRACKING_URI``, else a SQLite file beside the runs) or ``none``.
-    ``register``: the registered model that the best parameters become a version of, at the end."""
+    """Experiment tracking.
+
+    ``uri`` is any MLflow tracking URI, ``auto`` (``MLFLOW_TRACKING_URI``, else a SQLite file in the folder of the
+    runs), ``none``, or the URI of a tracker plug-in. At the end, the best parameters become a version of the
+    registered model ``register``.
+    """
 
     uri: str = "auto"
     experiment: str = "metadist"
@@ -42,9 +56,10 @@ class TrackingSettings:
     register: str | None = None
 
     def __post_init__(self) -> None:
+        at_least(1, **{"tracking.log_every": self.log_every})
         if self.register is not None and (not self.register.strip() or set("/:") & set(self.register)):
             raise ConfigError(
-                f"tracking.register: {self.register!r} is no name of a model; expected one without '/' and ':'"
+                f"tracking.register: {self.register!r} is not a valid model name; expected a name without '/' and ':'"
             )
         if self.register is not None and self.uri == "none":
             raise ConfigError(f"tracking.register: {self.register!r} needs MLflow, and tracking.uri is none")
@@ -52,8 +67,11 @@ class TrackingSettings:
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """Steering while it trains (``metadist control``). ``port`` 0 takes a free one; without ``token_file`` a token is made that this
-    user alone can read. Another ``host`` than loopback needs ``tls_cert`` and ``tls_key``; ``tls_ca`` is what clients trust."""
+    """The control plane of a run (``metadist control``).
+
+    ``port`` 0 takes a free port. Without ``token_file`` the driver writes a token that only this user can read. A
+    ``host`` other than loopback needs ``tls_cert`` and ``tls_key``; clients verify the server with ``tls_ca``.
+    """
 
     enabled: bool = True
     host: str = "127.0.0.1"
@@ -72,9 +90,11 @@ class ControlSettings:
 
 @dataclass(frozen=True)
 class OutsideSettings:
-    """Where workers from outside (groups with ``outside: true``) connect: ``listen`` is HOST:PORT, port 0 takes a free one. On
-    loopback the token is optional; anywhere else ``token_file``, ``tls_cert`` and ``tls_key`` are needed. A worker of which
-    nothing was heard for ``lease`` seconds has lost its shards to others.
+    """The server for remote workers (groups with ``outside: true``).
+
+    ``listen`` is HOST:PORT; port 0 takes a free port. On loopback the token is optional; other hosts need
+    ``token_file``, ``tls_cert`` and ``tls_key``. A worker that sends nothing for ``lease`` seconds loses its shards to
+    other workers.
     """
 
     listen: str | None = None
@@ -102,7 +122,7 @@ class OutsideSettings:
 
 @dataclass(frozen=True)
 class MetricSettings:
-    """A metric of the user's: an import path ``package.module:function`` and which way is better."""
+    """The user's own metric: its import path ``package.module:function``, and whether higher values are better."""
 
     name: str
     higher_is_better: bool = False

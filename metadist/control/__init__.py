@@ -1,8 +1,3 @@
-"""gRPC: the secure endpoint, and on it the control plane, outside workers and the adaptation service; the only importer of grpc."""
+"""Control of a run while it trains: commands, their log, status, a gRPC service and its client."""
 
-import os
-
-# Read when grpc is imported. Children are started by exec here, for which gRPC need not stop its threads; and a stranger's
-# failed handshake is no news for stderr.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+import metadist.rpc  # noqa: F401  (sets gRPC's environment variables before grpc is imported)

@@ -1,4 +1,4 @@
-"""Steering a run while it trains: commands as data, and what a control plane may ask of the run that obeys them."""
+"""Commands for a run while it trains, the status of the run, and the interface of a run that obeys commands."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ COMMANDS = {
     "set_workers": True,
     "stop": False,
 }
-#: those that change the parameters that a run ends with; a resumed run obeys them again
+#: the commands that change the final parameters of a run; a resumed run obeys them again
 CHANGES_PARAMETERS = ("set_meta_batch_size",)
-#: more than a run could want, and less than what overflows
-MOST = 1 << 24
+#: the largest value of a command; larger than any useful value, and small enough that products do not overflow
+MAX_VALUE = 1 << 24
 
 
-class RefusedError(MetadistError):
-    """A command that the run does not obey, and why. The run goes on as before."""
+class CommandRefusedError(MetadistError):
+    """The run refuses a command, with the reason, and trains as before."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """``id`` is the giver's: a command that is sent twice under one id is obeyed once. ``role`` goes with ``set_workers``."""
+    """A command for a run.
+
+    The sender chooses ``id``: a command that is sent twice under one id is obeyed once. ``role`` belongs to
+    ``set_workers``. Raises ``ConfigError`` for an unknown name, a missing or superfluous value, or a wrong id.
+    """
 
     name: str
     value: int | None = None
@@ -40,12 +44,12 @@ class Command:
 
     def __post_init__(self) -> None:
         one_of("command", self.name, COMMANDS)
-        if COMMANDS[self.name] != (self.value is not None):
-            raise ConfigError(
-                f"command {self.name}: {'a value is missing' if COMMANDS[self.name] else f'{self.value} where no value goes'}"
-            )
-        if self.value is not None and not 1 <= self.value <= MOST:
-            raise ConfigError(f"{self.name.removeprefix('set_')}: {self.value} is not between 1 and {MOST}")
+        if COMMANDS[self.name] and self.value is None:
+            raise ConfigError(f"command {self.name}: a value is missing; expected a whole number")
+        if not COMMANDS[self.name] and self.value is not None:
+            raise ConfigError(f"command {self.name}: the command takes no value, got {self.value}")
+        if self.value is not None and not 1 <= self.value <= MAX_VALUE:
+            raise ConfigError(f"{self.name.removeprefix('set_')}: {self.value} is not between 1 and {MAX_VALUE}")
         if not 1 <= len(self.id) <= 64 or not self.id.isascii() or not self.id.isprintable():
             raise ConfigError("command id: expected 1 to 64 printable ASCII characters")
 
@@ -55,16 +59,16 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What became of a command. ``meta_step``: before which one it took effect; None while it waits for the next."""
+class CommandResult:
+    """The result of a command. ``meta_step``: it took effect before this meta-step; None while the command waits."""
 
     meta_step: int | None
     message: str
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What a run did at one moment: a meta-step, a validation or a note, with its figures."""
+class Snapshot:
+    """One event of a run: ``kind`` is ``step``, ``validation`` or ``note``. ``values`` are the figures of the event."""
 
     kind: str
     meta_step: int
@@ -74,9 +78,13 @@ class Sight:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Where a run stands. ``phase``: starting, training, paused, finishing (the loop is over). ``asked`` and ``there``: workers
-    by role. ``commands``: the newest ones obeyed, as their log has them. ``waiting``: those for the next meta-step."""
+class Status:
+    """The state of a run.
+
+    ``phase``: starting, training, paused or finishing (the loop has ended). ``asked`` and ``there``: requested and
+    present workers by role. ``values``: the metrics of the newest meta-step. ``commands``: the newest obeyed commands,
+    as the command log records them. ``waiting``: the commands for the next meta-step.
+    """
 
     run_id: str
     run_dir: str
@@ -97,26 +105,33 @@ class Standing:
     started: float
 
 
-class Feed(Protocol):
-    """What one watcher hasn't seen yet. Bounded: of a reader that is too slow the oldest are dropped, and training never waits."""
+class Subscription(Protocol):
+    """The unread snapshots of one watcher. The queue is bounded: a slow watcher loses the oldest snapshots."""
 
     dropped: int
 
-    def next(self, timeout: float) -> list[Sight]:
-        """What came since the last call; empty after ``timeout`` seconds without any. Raises ``EOFError`` when the run is over."""
+    def next(self, timeout: float) -> list[Snapshot]:
+        """Return the snapshots since the last call, or an empty list after ``timeout`` seconds without one.
+
+        Raises ``EOFError`` when the run has ended.
+        """
         ...
 
 
 class Steerable(Protocol):
-    """A run that obeys commands. Every method may be called from any thread and none holds training up."""
+    """A run that obeys commands. Any thread may call the methods; no method delays training."""
 
-    def submit(self, command: Command, timeout: float) -> Answer:
-        """Hand a command over and wait for at most ``timeout`` seconds until it takes effect, at the next meta-step.
+    def submit(self, command: Command, timeout: float) -> CommandResult:
+        """Submit a command for the next meta-step and wait up to ``timeout`` seconds until it takes effect.
 
-        Raises ``RefusedError`` or ``ConfigError`` with the reason where it is not obeyed.
+        Raises ``CommandRefusedError`` or ``ConfigError`` with the reason if the run refuses the command.
         """
         ...
 
-    def standing(self) -> Standing: ...
+    def status(self) -> Status:
+        """Return the current state of the run."""
+        ...
 
-    def watch(self) -> AbstractContextManager[Feed]: ...
+    def watch(self) -> AbstractContextManager[Subscription]:
+        """Subscribe to the snapshots of the run for the duration of the block."""
+        ...

@@ -66,7 +66,7 @@ class ControlPlaneServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """What happens from now on, until the run is over. Of a reader that is too slow the oldest updates are dropped.
+        """Sends the events from now on, until the run ends. A reader that is too slow loses the oldest updates.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -103,7 +103,7 @@ class ControlPlaneServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Stop(self, request, context):
-        """Ends the run with a checkpoint, as Ctrl-C does.
+        """Writes a checkpoint and ends the run, as Ctrl-C does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

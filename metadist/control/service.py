@@ -1,4 +1,4 @@
-"""The control plane of a running driver: ``metadist.control.v1`` over whatever is ``Steerable``."""
+"""Serve ``metadist.control.v1`` for a ``Steerable`` run over gRPC."""
 
 from __future__ import annotations
 
@@ -10,48 +10,46 @@ import grpc
 
 from metadist.control import control_pb2 as pb
 from metadist.control import control_pb2_grpc as rpc
-from metadist.control.commands import Answer, Command, Sight, Standing, Steerable
-from metadist.rpc.endpoint import Add, Refused
+from metadist.control.commands import Command, CommandResult, Snapshot, Status, Steerable
+from metadist.rpc.endpoint import AddServicer, Refused
 
-#: an answer waits so long at most for its command to take effect; the same command may be sent again
+#: the longest wait of a reply for its command to take effect; the client may send the same command again
 WAIT_SECONDS = 20.0
-#: watchers at once: each holds a thread of the server
-WATCHERS = 8
-#: calls at once, and the bytes of a message: commands are small, and few give them
+#: simultaneous watchers; each occupies a thread of the server
+MAX_WATCHERS = 8
+#: simultaneous calls, and bytes of a message: commands are small and rare
 CONCURRENT, MESSAGE_BYTES = 24, 1 << 18
 
 
-def services(run: Steerable) -> dict[Add, Any]:
-    """What ``endpoint.serve`` is to serve for ``run``."""
-    return {rpc.add_ControlPlaneServicer_to_server: ControlPlane(run)}
+def services(run: Steerable) -> dict[AddServicer, Any]:
+    """Return the services of ``run`` for ``endpoint.serve``."""
+    return {rpc.add_ControlPlaneServicer_to_server: ControlService(run)}
 
 
-class ControlPlane(rpc.ControlPlaneServicer):
-    """Translates messages; what a command means is the run's affair."""
+class ControlService(rpc.ControlPlaneServicer):
+    """Translates protobuf messages; the run interprets the commands."""
 
     def __init__(self, run: Steerable) -> None:
         self._run = run
-        self._watchers = threading.BoundedSemaphore(WATCHERS)
+        self._watchers = threading.BoundedSemaphore(MAX_WATCHERS)
 
     def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:
-        return _status(self._run.standing())
+        return _status(self._run.status())
 
     def Watch(self, request: pb.WatchRequest, context: Any) -> Iterator[pb.Update]:
         if not self._watchers.acquire(blocking=False):
-            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{WATCHERS} watch this run already")
+            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHERS} clients watch this run already")
         try:
-            with self._run.watch() as feed:
+            with self._run.watch() as subscription:
                 while context.is_active():
                     if context.time_remaining() <= 0:
-                        raise Refused(
-                            grpc.StatusCode.DEADLINE_EXCEEDED, "watched for as long as one call may; open it again"
-                        )
+                        raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "the time of one call is over; open a new one")
                     try:
-                        sights = feed.next(0.5)
+                        snapshots = subscription.next(0.5)
                     except EOFError:
                         return
-                    for sight in sights:
-                        yield _update(sight, feed.dropped)
+                    for snapshot in snapshots:
+                        yield _update(snapshot, subscription.dropped)
         finally:
             self._watchers.release()
 
@@ -73,36 +71,38 @@ class ControlPlane(rpc.ControlPlaneServicer):
     def SetWorkers(self, request: pb.SetWorkersRequest, context: Any) -> pb.CommandReply:
         return self._obey("set_workers", request, context, value=request.count, role=request.role or "learner")
 
-    def _obey(self, name: str, request: Any, context: Any, **what: Any) -> pb.CommandReply:
+    def _obey(self, name: str, request: Any, context: Any, **arguments: Any) -> pb.CommandReply:
         order = request.order
-        command = Command(name, **what, **({"id": order.id} if order.id else {}))
+        command = Command(name, **arguments, **({"id": order.id} if order.id else {}))
         asked = order.wait_seconds if 0 < order.wait_seconds < WAIT_SECONDS else WAIT_SECONDS
-        answer = self._run.submit(command, max(0.0, min(asked, context.time_remaining() - 0.5)))
+        result = self._run.submit(command, max(0.0, min(asked, context.time_remaining() - 0.5)))
         return pb.CommandReply(
-            pending=answer.meta_step is None, meta_step=answer.meta_step or 0, message=answer.message
+            pending=result.meta_step is None, meta_step=result.meta_step or 0, message=result.message
         )
 
 
-def answer_of(reply: pb.CommandReply) -> Answer:
-    return Answer(None if reply.pending else reply.meta_step, reply.message)
+def result_of(reply: pb.CommandReply) -> CommandResult:
+    """Return a command's result from its message."""
+    return CommandResult(None if reply.pending else reply.meta_step, reply.message)
 
 
-def _update(sight: Sight, dropped: int) -> pb.Update:
+def _update(snapshot: Snapshot, dropped: int) -> pb.Update:
     return pb.Update(
-        kind=sight.kind,
-        meta_step=sight.meta_step,
-        values=sight.values,
-        message=sight.message,
-        time=sight.time,
+        kind=snapshot.kind,
+        meta_step=snapshot.meta_step,
+        values=snapshot.values,
+        message=snapshot.message,
+        time=snapshot.time,
         dropped=dropped,
     )
 
 
-def sight_of(update: pb.Update) -> Sight:
-    return Sight(update.kind, update.meta_step, dict(update.values), update.message, update.time)
+def snapshot_of(update: pb.Update) -> Snapshot:
+    """Return a snapshot from its message."""
+    return Snapshot(update.kind, update.meta_step, dict(update.values), update.message, update.time)
 
 
-def _status(s: Standing) -> pb.StatusReply:
+def _status(s: Status) -> pb.StatusReply:
     return pb.StatusReply(
         run_id=s.run_id,
         run_dir=s.run_dir,
@@ -134,7 +134,8 @@ def _status(s: Standing) -> pb.StatusReply:
     )
 
 
-def standing_of(reply: pb.StatusReply) -> Standing:
+def status_of(reply: pb.StatusReply) -> Status:
+    """Return a run's status from its message."""
     commands = [
         {
             "meta_step": c.meta_step,
@@ -145,7 +146,7 @@ def standing_of(reply: pb.StatusReply) -> Standing:
         }
         for c in reply.commands
     ]
-    return Standing(
+    return Status(
         reply.run_id,
         reply.run_dir,
         reply.phase,

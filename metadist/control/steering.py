@@ -1,8 +1,9 @@
-"""A run that obeys commands, at the boundaries of its meta-steps.
+"""Obey commands at the boundaries of a run's meta-steps.
 
-Commands arrive in any thread and wait. At a boundary the loop's own thread checks each, writes it to the command log with the number
-of the meta-step before which it takes effect, and only then lets it. What changes the parameters is read back from the log, at
-every boundary: so a resumed run repeats it, and the parameters are those of a run that was never interrupted.
+Commands arrive in any thread and wait. At a boundary the loop's own thread checks each command, records it in the
+command log with the number of the meta-step before which it takes effect, and then applies it. At every boundary the
+values that change the parameters are read from the log: a resumed run repeats them, and its parameters equal those of
+a run without interruption.
 """
 
 from __future__ import annotations
@@ -20,150 +21,164 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from metadist.control.command_log import CommandLog
-from metadist.control.commands import Answer, Command, Feed, RefusedError, Standing
-from metadist.control.feed import Board
+from metadist.control.commands import Command, CommandRefusedError, CommandResult, Status, Subscription
+from metadist.control.feed import Feed
 from metadist.core.errors import MetadistError
 from metadist.core.round import Executor
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.learners.base import Learner
 from metadist.training.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-#: commands that wait for a boundary at once, and settled ones that are remembered by their id
-WAITING, REMEMBERED = 64, 256
-#: how often a paused run looks around
+#: commands that may wait for one boundary, and finished commands that are remembered by their id
+MAX_WAITING, MAX_REMEMBERED = 64, 256
+#: seconds between two checks of a paused run
 PAUSE_SECONDS = 0.1
-#: how often the workers are counted for those who ask
+#: seconds between two counts of the workers for the status
 COUNT_SECONDS = 1.0
-OVER = "the run's training is over; there is nothing left to steer"
-
-AnyLearner = Learner | TrialLearner
+ENDED = "the run's training is over; no command can take effect any more"
 
 
 class Recorder(Protocol):
-    """What steering needs of experiment tracking."""
+    """The methods of experiment tracking that steering calls."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def artifact(self, path: str | Path, folder: str = "") -> None: ...
 
 
+@dataclass(frozen=True)
+class RunInfo:
+    """The identity of a run, and the workers that it asks for, by role."""
+
+    run_id: str
+    run_dir: str
+    asked: Mapping[str, int]
+
+
 @dataclass
-class _Order:
-    """A command on its way: ``settled`` once it took effect or was refused."""
+class _PendingCommand:
+    """A command that was submitted; ``settled`` is set once it took effect or was refused."""
 
     command: Command
     settled: threading.Event = field(default_factory=threading.Event)
-    answer: Answer | None = None
+    result: CommandResult | None = None
     refusal: MetadistError | None = None
 
-    def settle(self, answer: Answer | None = None, refusal: MetadistError | None = None) -> None:
-        self.answer, self.refusal = answer, refusal
+    def settle(self, result: CommandResult | None = None, refusal: MetadistError | None = None) -> None:
+        self.result, self.refusal = result, refusal
         self.settled.set()
 
 
-def resized(learner: AnyLearner, size: int) -> AnyLearner:
-    """The same learner for the driver's side of the loop, whose meta-steps have ``size`` tasks. ConfigError where that can't be."""
-    steered, outer = learner.with_meta_batch_size(size), learner.outer
+def resize_meta_batch(learner: Learner, size: int) -> Learner:
+    """Return ``learner`` for the driver's loop with ``size`` tasks in a meta-step.
+
+    Raises ``ConfigError`` if the algorithm cannot use that size, ``CommandRefusedError`` if the workers lack memory.
+    """
+    resized, outer = learner.with_meta_batch_size(size), learner.outer
     planned, shard = min(outer.shard_size, outer.meta_batch_size), min(outer.shard_size, size)
     if shard > planned:
-        raise RefusedError(
-            f"outer.meta_batch_size: {size} would make shards of {shard} tasks, and the workers' memory was planned for {planned} "
-            f"(outer.meta_batch_size {outer.meta_batch_size}, outer.shard_size {outer.shard_size} in the config); stay at {planned} or less, "
-            "or begin a run with a smaller shard_size"
+        raise CommandRefusedError(
+            f"outer.meta_batch_size: {size} would make shards of {shard} tasks, and the workers' memory was planned "
+            f"for {planned} (outer.meta_batch_size {outer.meta_batch_size}, outer.shard_size {outer.shard_size} in the "
+            f"config); use {planned} or less, or start a run with a smaller shard_size"
         )
-    return steered
+    return resized
 
 
-def _same(known: _Order, command: Command) -> _Order:
+def _same(known: _PendingCommand, command: Command) -> _PendingCommand:
     if known.command != command:
-        raise RefusedError(
-            f"command id '{command.id}' was given to '{known.command}' before; use a new one for '{command}'"
+        raise CommandRefusedError(
+            f"command id '{command.id}' belongs to '{known.command}' already; use a new id for '{command}'"
         )
-    if known.answer is not None:
+    if known.result is not None:
         known.settled.set()
     return known
 
 
-class Steering:
-    """``stop`` asks for the end as Ctrl-C does. ``asked``: workers by role, as the run began. ``learner`` is the config's."""
+class RunControl:
+    """Steers one run: the server's threads submit commands, and the loop obeys them.
+
+    ``learner`` is the learner of the config. ``stop`` returns whether the user pressed Ctrl-C.
+    """
 
     def __init__(
         self,
         log: CommandLog,
-        board: Board,
-        learner: AnyLearner,
+        feed: Feed,
+        learner: Learner,
         recorder: Recorder,
-        *,
-        run_id: str,
-        run_dir: str,
-        asked: Mapping[str, int],
+        info: RunInfo,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._log, self._board, self._recorder, self._stop = log, board, recorder, stop
-        self._learner = self._steered = learner
-        self._run_id, self._run_dir, self._asked, self._there = run_id, run_dir, dict(asked), dict[str, int]()
+        self._log, self._feed, self._recorder, self._stop = log, feed, recorder, stop
+        self._learner = self._current = learner
+        self._info, self._asked, self._there = info, dict(info.asked), dict[str, int]()
         self._changed = threading.Condition()
-        self._waiting: list[_Order] = []
-        self._orders: OrderedDict[str, _Order] = OrderedDict()
+        self._waiting: list[_PendingCommand] = []
+        self._remembered: OrderedDict[str, _PendingCommand] = OrderedDict()
         self._phase, self._paused, self._stopping = "starting", False, False
         self._meta_step = 0
         self._checkpoint: int | None = None
         self._counted, self._started = 0.0, time.time()
         self._executor: Executor | None = None
 
-    # From any thread --------------------------------------------------------------------------------------------------
+    # Called from any thread -------------------------------------------------------------------------------------------
 
-    def submit(self, command: Command, timeout: float) -> Answer:
-        order = self._order(command)
-        order.settled.wait(timeout)
-        if order.refusal is not None:
-            raise order.refusal
-        return order.answer or Answer(None, f"{command} waits for the next meta-step")
+    def submit(self, command: Command, timeout: float) -> CommandResult:
+        """Submit a command for the next meta-step and wait up to ``timeout`` seconds until it takes effect.
 
-    def _order(self, command: Command) -> _Order:
+        Raises ``CommandRefusedError`` or ``ConfigError`` with the reason if the run refuses the command.
+        """
+        pending = self._pending(command)
+        pending.settled.wait(timeout)
+        if pending.refusal is not None:
+            raise pending.refusal
+        return pending.result or CommandResult(None, f"{command} waits for the next meta-step")
+
+    def _pending(self, command: Command) -> _PendingCommand:
         with self._changed:
-            if (known := self._orders.get(command.id)) is not None:
+            if (known := self._remembered.get(command.id)) is not None:
                 return _same(known, command)
             if (entry := self._log.obeyed(command.id)) is not None:
-                return _same(
-                    _Order(entry.command, answer=Answer(entry.meta_step, f"{command} took effect before already")),
-                    command,
-                )
+                result = CommandResult(entry.meta_step, f"{command} took effect before already")
+                return _same(_PendingCommand(entry.command, result=result), command)
         self._check(command)
         with self._changed:
-            if (known := self._orders.get(command.id)) is not None:  # sent twice at once
+            if (known := self._remembered.get(command.id)) is not None:  # sent twice simultaneously
                 return _same(known, command)
             if self._phase == "finishing":
-                raise RefusedError(OVER)
-            if len(self._waiting) >= WAITING:
-                raise RefusedError(f"{WAITING} commands wait for the next meta-step already; wait for it")
-            order = self._orders[command.id] = _Order(command)
-            self._waiting.append(order)
-            while len(self._orders) > REMEMBERED:
-                self._orders.popitem(last=False)
+                raise CommandRefusedError(ENDED)
+            if len(self._waiting) >= MAX_WAITING:
+                raise CommandRefusedError(
+                    f"{MAX_WAITING} commands wait for the next meta-step already; try again later"
+                )
+            pending = self._remembered[command.id] = _PendingCommand(command)
+            self._waiting.append(pending)
+            while len(self._remembered) > MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
             self._changed.notify()
-        return order
+        return pending
 
-    def standing(self) -> Standing:
-        newest = self._board.newest
+    def status(self) -> Status:
+        """Return the current state of the run."""
+        newest = self._feed.newest
         meta_step = max(self._meta_step, newest.meta_step if newest else 0)
         with self._changed:
-            waiting = [str(o.command) for o in self._waiting]
-        return Standing(
-            self._run_id,
-            self._run_dir,
+            waiting = [str(pending.command) for pending in self._waiting]
+        return Status(
+            self._info.run_id,
+            self._info.run_dir,
             self._phase,
             meta_step,
             self._learner.outer.meta_steps,
-            self._steered.outer.meta_batch_size,
+            self._current.outer.meta_batch_size,
             self._checkpoint,
             dict(self._asked),
             self._there,
-            self._board.tasks_per_second,
+            self._feed.tasks_per_second,
             {k: v for k, v in (newest.values if newest else {}).items() if k != "tasks_per_second"},
-            self._board.validation,
+            self._feed.validation,
             [e.as_dict() for e in self._log.entries[-20:]],
             waiting,
             os.getpid(),
@@ -171,127 +186,137 @@ class Steering:
             self._started,
         )
 
-    def watch(self) -> AbstractContextManager[Feed]:
-        return self._board.watch()
+    def watch(self) -> AbstractContextManager[Subscription]:
+        """Subscribe to the snapshots of the run for the duration of the block."""
+        return self._feed.watch()
 
-    # From the loop ----------------------------------------------------------------------------------------------------
+    # Called by the loop -----------------------------------------------------------------------------------------------
 
-    def boundary(self, meta_step: int, fleet: Scheduler, save: Callable[[], bool]) -> tuple[AnyLearner, str | None]:
-        """Obey what waits, and return once the run isn't paused: the learner for the next meta-step, and why to stop, if at all."""
-        self._executor, self._meta_step = fleet.executor, meta_step
+    def boundary(self, meta_step: int, workers: Scheduler, save: Callable[[], bool]) -> tuple[Learner, str | None]:
+        """Obey the waiting commands; block while the run is paused.
+
+        Returns the learner for the next meta-step, and the reason to stop (None to continue). ``save`` writes a
+        checkpoint and returns whether that succeeded.
+        """
+        self._executor, self._meta_step = workers.executor, meta_step
         obeyed = 0
         while True:
-            for order in self._taken():
-                obeyed += self._obey(order, save)
-            if self._replay():  # said to an earlier attempt of the run
+            for pending in self._taken():
+                obeyed += self._obey(pending, save)
+            if self._apply_log():  # a command to an earlier attempt of the run
                 obeyed += 1
-                self._board.note(
-                    f"meta-step {meta_step}: meta_batch_size {self._steered.outer.meta_batch_size} from here on, as the command log says"
-                )
+                size = self._current.outer.meta_batch_size
+                self._feed.note(f"meta-step {meta_step}: meta_batch_size is {size} from now on, by the command log")
             self._count()
             interrupted = self._stop() or self._stopping
             if interrupted or not self._paused:
                 break
             self._phase = "paused"
-            fleet.idle()
+            workers.idle()
             with self._changed:
                 if not self._waiting:
                     self._changed.wait(PAUSE_SECONDS)
         self._phase = "training"
         if obeyed:
             self._record(meta_step)
-        return self._steered, "interrupted" if interrupted else None
+        return self._current, "interrupted" if interrupted else None
 
     def saved(self, meta_step: int) -> None:
+        """Take note of a checkpoint."""
         self._checkpoint = self._meta_step = meta_step
 
     def history(self, before: int) -> list[dict[str, Any]]:
-        """What the parameters after ``before`` meta-steps were trained under."""
+        """Return the commands that entered the parameters after ``before`` meta-steps."""
         return self._log.history(before)
 
     def over(self) -> None:
-        """The loop has ended: what still waits is refused, and so is what comes."""
+        """Refuse the waiting commands and every later one: the loop has ended."""
         with self._changed:
             self._phase = "finishing"
-            waiting, self._waiting = self._waiting, []
-        for order in waiting:
-            order.settle(refusal=RefusedError(OVER))
+        for pending in self._taken():
+            pending.settle(refusal=CommandRefusedError(ENDED))
 
-    def _taken(self) -> list[_Order]:
+    def _taken(self) -> list[_PendingCommand]:
         with self._changed:
             taken, self._waiting = self._waiting, []
             return taken
 
     def _check(self, command: Command) -> None:
-        """Raises where the run can't obey; whether it can does not depend on the meta-step."""
+        """Raise the reason if the run cannot obey ``command``. The answer does not depend on the meta-step."""
         if command.name == "set_meta_batch_size":
             assert command.value is not None
-            resized(self._learner, command.value)
+            resize_meta_batch(self._learner, command.value)
         if command.name == "set_workers" and self._executor is not None:
             assert command.value is not None
             if reason := self._executor.cannot_resize(command.role, command.value):
-                raise RefusedError(f"workers: {reason}")
+                raise CommandRefusedError(f"workers: {reason}")
 
-    def _obey(self, order: _Order, save: Callable[[], bool]) -> bool:
-        """Whether the command took effect. Whatever goes wrong with it, the run goes on."""
-        command = order.command
+    def _obey(self, pending: _PendingCommand, save: Callable[[], bool]) -> bool:
+        """Return whether the command took effect. A command that fails never stops the run."""
+        command = pending.command
         try:
             self._check(command)
             if done := self._done_already(command):
-                order.settle(Answer(self._meta_step, done))
+                pending.settle(CommandResult(self._meta_step, done))
                 return False
             self._log.append(command, self._meta_step)
             message = self._apply(command, save)
         except MetadistError as error:
             log.warning("command %s refused: %s", command, error)
-            order.settle(refusal=error)
+            pending.settle(refusal=error)
             return False
-        except Exception as error:  # a cluster that breaks at this moment is the loop's affair, not the command's
+        except Exception as error:  # for example a cluster that fails at this moment; the loop handles that
             log.exception("command %s failed", command)
-            order.settle(refusal=RefusedError(f"{command} failed: {type(error).__name__}; the driver's log says more"))
+            refusal = CommandRefusedError(f"{command} failed: {type(error).__name__}; the driver's log has the details")
+            pending.settle(refusal=refusal)
             return False
-        self._board.note(f"meta-step {self._meta_step}: {message}")
-        order.settle(Answer(self._meta_step, message))
+        self._feed.note(f"meta-step {self._meta_step}: {message}")
+        pending.settle(CommandResult(self._meta_step, message))
         return True
 
     def _done_already(self, command: Command) -> str:
         if command.name == "pause" and self._paused:
             return "paused already"
         if command.name == "resume" and not self._paused:
-            return "it isn't paused"
+            return "the run is not paused"
         return ""
 
     def _apply(self, command: Command, save: Callable[[], bool]) -> str:
         value = command.value or 0
         if command.name == "pause":
             self._paused, self._phase = True, "paused"
-            return f"paused; go on with 'metadist control {self._run_dir} resume', or stop with a checkpoint by Ctrl-C"
+            return f"paused; resume it with 'metadist control {self._info.run_dir} resume'; Ctrl-C saves and stops it"
         if command.name == "resume":
             self._paused, self._phase = False, "training"
-            return "goes on"
+            return "resumed"
         if command.name == "checkpoint":
             if not save():
-                raise RefusedError("the checkpoint could not be written; the driver's log says why. Older ones stay")
+                raise CommandRefusedError(
+                    "the checkpoint could not be written; the driver's log says why, older checkpoints remain"
+                )
             return "checkpoint written"
         if command.name == "set_meta_batch_size":
-            self._replay()
-            return f"meta_batch_size {value} from here on"
+            self._apply_log()
+            return f"meta_batch_size is {value} from now on"
         if command.name == "set_workers":
             before = self._asked.get(command.role, 0)
             assert self._executor is not None
             self._executor.resize(command.role, value)
             self._asked[command.role] = value
             return f"{command.role}s {before} → {value}" + (
-                "; the new ones join when they are ready" if value > before else ""
+                "; the new workers join when they are ready" if value > before else ""
             )
         self._stopping = True
-        return "stops with a checkpoint, by command"
+        return "saves a checkpoint and stops, by command"
 
-    def _replay(self) -> bool:
-        """What the log says of this meta-step holds, whether it was said just now or to an earlier attempt of the run."""
+    def _apply_log(self) -> bool:
+        """Apply the meta-batch size that the log has for this meta-step; return whether it changed.
+
+        The log's entry may come from this attempt of the run or from an earlier one.
+        """
         size = self._log.value_at("set_meta_batch_size", self._meta_step) or self._learner.outer.meta_batch_size
-        if size != self._steered.outer.meta_batch_size:
-            self._steered = resized(self._learner, size)
+        if size != self._current.outer.meta_batch_size:
+            self._current = resize_meta_batch(self._learner, size)
             return True
         return False
 
@@ -304,9 +329,9 @@ class Steering:
             self._there = there
 
     def _record(self, meta_step: int) -> None:
-        """In MLflow: what holds from here on, as metrics over meta-steps, and the whole log as an artifact."""
+        """Record the values from this meta-step on as metrics, and the command log as an artifact."""
         self._recorder.metrics(0, {"steering/meta_batch_size": float(self._learner.outer.meta_batch_size)})
-        values = {"steering/meta_batch_size": float(self._steered.outer.meta_batch_size)}
+        values = {"steering/meta_batch_size": float(self._current.outer.meta_batch_size)}
         values |= {f"steering/{role}s": float(count) for role, count in self._asked.items()}
         self._recorder.metrics(meta_step, values)
         if self._log.path is not None:

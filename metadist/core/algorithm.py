@@ -1,10 +1,10 @@
-"""What an algorithm is: how it adapts, how it predicts, and what it contributes to the outer update."""
+"""The interface of an algorithm: how it adapts to a task, how it predicts, and its contribution to the outer update."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar, Literal, Union
 
 from torch import Tensor
 
@@ -16,11 +16,17 @@ from metadist.core.task import Examples, Task, TaskFamily
 
 Theta = Mapping[str, Parameters]
 """θ by slot. ``theta["model"]`` holds the learned parameters of the model; algorithms may declare more slots."""
+Phi = Any
+"""φ: a pytree of tensors. ``adapt`` makes it, and ``predict`` of the same algorithm reads it; other code only passes it
+on. Every algorithm narrows the type."""
 
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What an algorithm may know besides θ and the support set. ``meta_step`` is a 0-d tensor in compiled shards."""
+    """Everything that an algorithm may know besides θ and the support set.
+
+    In compiled shards ``meta_step`` is a 0-d tensor.
+    """
 
     key: TaskKey
     meta_step: Union[int, Tensor]
@@ -28,60 +34,76 @@ class TaskContext:
     family: TaskFamily
 
     def loss(self, prediction: Tensor, examples: Examples) -> Tensor:
-        """The family's loss, averaged over the real examples: a scalar."""
+        """Return the family's loss, averaged over the real examples: a scalar."""
         return examples.mean(self.family.loss(prediction, examples.y))
 
     def metric(self, prediction: Tensor, examples: Examples) -> Tensor:
+        """Return the family's metric, averaged over the real examples: a scalar."""
         return examples.mean(self.family.metric(prediction, examples.y))
 
 
 class Algorithm:
     """Subclass as a frozen dataclass (its fields are its config) and write ``adapt`` and ``predict``, for one task.
 
-    Everything here runs under ``torch.func.vmap`` over the tasks of a shard: no data-dependent Python branches.
-    An algorithm that defines ``delta(theta, phi) -> {slot: Parameters}`` contributes that (Reptile: θ − φ); any other
-    contributes the gradient of ``objective`` with respect to every slot whose rule is ``gradient``.
+    All methods run under ``torch.func.vmap`` over the tasks of a shard, and must not branch in Python on values of
+    tensors. The contribution of a task is the gradient of ``objective`` with respect to every slot with rule
+    ``gradient``, or, where the algorithm overrides ``delta``, the result of ``delta``.
     """
 
-    #: whether ``objective`` needs φ_0 … φ_{k-1} too (their cotangents are then kept in memory)
+    #: whether ``objective`` reads φ_0 … φ_{k-1} too; the derivatives with respect to them then stay in memory
     whole_trajectory: ClassVar[bool] = False
+    #: gradient steps of the inner loop; 0 where there is no such loop
+    inner_steps: int = 0
+    #: whether the meta-gradient treats the gradients of the inner loop as constants
+    first_order: bool = False
+
+    @property
+    def contribution(self) -> Literal["gradient", "delta"]:
+        """The kind of a task's contribution: ``delta`` where the algorithm overrides the method ``delta``."""
+        return "gradient" if type(self).delta is Algorithm.delta else "delta"
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
-        """Slots beyond ``model``: name → (slot, initial values)."""
+        """Return the slots besides ``model``: name → (slot, initial values)."""
         return {}
 
     def outputs(self, family: TaskFamily) -> int | None:
-        """What the model must put out: this many values, or None for an embedding."""
+        """Return the number of outputs that the model needs, or None for an embedding of any size."""
         return family.outputs
 
     def compatible(self, family: TaskFamily, model: Model) -> str | None:
-        """Why this algorithm can't learn these tasks with this model, or None."""
+        """Return the reason why this algorithm cannot learn these tasks with this model, or None."""
         return None if model.has_forward else "the model has no forward(x)"
 
-    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Any]:
-        """φ_0 … φ_k, each a pytree that ``predict`` understands; φ_0 is before adaptation where that has a meaning."""
+    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Phi]:
+        """Return φ_0 … φ_k; φ_0 is the state before adaptation, where the algorithm has one."""
         raise NotImplementedError
 
-    def predict(self, model: BoundModel, phi: Any, x: Tensor) -> Tensor:
+    def predict(self, model: BoundModel, phi: Phi, x: Tensor) -> Tensor:
+        """Return the predictions [N, …] for the inputs ``x`` [N, …]."""
         raise NotImplementedError
 
     def objective(
-        self, model: BoundModel, theta: Theta, trajectory: Sequence[Any], task: Task, context: TaskContext
+        self, model: BoundModel, theta: Theta, trajectory: Sequence[Phi], task: Task, context: TaskContext
     ) -> tuple[Tensor, Tensor]:
-        """(scalar meta-loss, prediction on the query set): by default the loss on the query set at φ_k.
+        """Return the scalar meta-loss and the prediction on the query set; by default, the query loss at φ_k.
 
-        ``trajectory`` is φ_0 … φ_k; whoever looks at more of it than its end says so by ``whole_trajectory``.
+        ``trajectory`` is φ_0 … φ_k. An algorithm that reads more than its last element sets ``whole_trajectory``.
         """
         prediction = self.predict(model, trajectory[-1], task.query.x)
         return context.loss(prediction, task.query), prediction
 
+    def delta(self, theta: Theta, phi: Phi) -> dict[str, Parameters]:
+        """Return the contribution by slot in place of a gradient (Reptile: θ − φ_k). ``phi`` is φ_k."""
+        raise NotImplementedError
+
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int | None) -> Algorithm:
-    """The same algorithm with another number of inner steps, where it has inner steps at all."""
+    """Return ``algorithm`` with another number of inner steps; unchanged for None, or where it has no such field."""
     if inner_steps is None or not is_dataclass(algorithm) or "inner_steps" not in {f.name for f in fields(algorithm)}:
         return algorithm
     return replace(algorithm, inner_steps=inner_steps)
 
 
 def at_most_one_step(algorithm: Algorithm) -> Algorithm:
-    return with_inner_steps(algorithm, min(1, getattr(algorithm, "inner_steps", 0)))
+    """Return ``algorithm`` with one inner step, or with none where it has none."""
+    return with_inner_steps(algorithm, min(1, algorithm.inner_steps))

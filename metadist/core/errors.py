@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend (one line, exit code 2) and errors that name a worker and a task."""
+"""The exceptions of the package, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 
 class MetadistError(Exception):
-    """Something the user can mend. The message names the key, the value, what was expected and what to do."""
+    """An error that the user can fix (exit code 2). The message names the key, the value, the expected values and the
+    remedy."""
 
 
 class ConfigError(MetadistError):
@@ -15,39 +16,48 @@ class ConfigError(MetadistError):
 
 
 class DataError(MetadistError):
-    """A data set is missing, incomplete or not what its hash says."""
+    """A data set is missing, incomplete, or does not match its hash."""
 
 
 class CheckpointError(MetadistError):
-    """A checkpoint is missing, damaged, or of another model or format."""
+    """A checkpoint is missing or damaged, or belongs to another model or format."""
 
 
 class WorkerError(MetadistError):
-    """No workers are to be had, or a shard can't be computed."""
+    """No worker is available, or a shard cannot be computed."""
 
 
 class NonFiniteError(MetadistError):
-    """A task produced NaN or Inf. ``tasks`` are the indices of the offending tasks in the meta-batch."""
+    """A task produced NaN or Inf. ``tasks`` are the indices of these tasks in the meta-batch."""
 
     def __init__(self, message: str, tasks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.tasks = tasks
 
-    def __reduce__(self):  # keeps ``tasks`` when the error crosses a process boundary
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, tuple[int, ...]]]:
+        # Exception's own __reduce__ would lose ``tasks`` when the error crosses a process boundary.
         return (type(self), (str(self), self.tasks))
 
 
 def one_of(key: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise ConfigError where ``value`` is none of ``allowed``: what YAML checks by type, for those who write Python."""
+    """Raise ConfigError unless ``value`` is in ``allowed``. For Python callers: YAML is also checked by type."""
     if value not in (choices := tuple(allowed)):
         raise ConfigError(f"{key}: '{value}' is not one of {', '.join(choices)}{nearest(str(value), choices)}")
 
 
+def at_least(lowest: int, **values: float | None) -> None:
+    """Raise ConfigError where a value, named by its key, is below ``lowest``. None is allowed."""
+    for key, value in values.items():
+        if value is not None and value < lowest:
+            raise ConfigError(f"{key}: {value} is below {lowest}")
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest spelling in ``allowed``, or an empty string."""
+    """Return ``"; did you mean 'x'?"`` for the most similar word in ``allowed``, or an empty string."""
     match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
 def first_line(error: Exception) -> str:
+    """Return the type and the first line of the message of ``error``."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]

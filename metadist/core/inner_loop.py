@@ -10,21 +10,27 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from metadist.core.algorithm import Algorithm, TaskContext, Theta
+from metadist.core.algorithm import Algorithm, Phi, TaskContext, Theta
 from metadist.core.errors import ConfigError, one_of
-from metadist.core.model import BoundModel
+from metadist.core.model import BoundModel, InnerStep
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
 from metadist.core.task import Examples
 
-InnerLoss = Callable[[Parameters, Any], Tensor]
-"""(φ, inner step) → scalar loss. The step is an int, or a 0-d int64 tensor where one graph serves every step."""
+InnerLoss = Callable[[Parameters, InnerStep], Tensor]
+"""(φ, inner step) → scalar loss."""
+Rate = Union[float, Tensor, Parameters]
+"""An inner learning rate: one for all parameters, or one for each."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Inner-optimiser state: first and second moments like φ (empty where the optimiser keeps none), and the steps behind
-    them. ``counted``: the count is a tensor, and part of the tree; a number is the same for all tasks and is not."""
+    """The state of an inner optimiser: first and second moments with the shapes of φ (empty where the optimiser keeps
+    none), and the number of steps so far.
+
+    With ``counted``, the count is a tensor and a leaf of the pytree. Otherwise it is a number, which is the same for
+    all tasks and not a leaf.
+    """
 
     first: Parameters
     second: Parameters
@@ -49,30 +55,33 @@ InnerState = tuple[Parameters, Moments]
 
 @dataclass(frozen=True)
 class Descent:
-    """One task's inner loop, stated and not yet run: minimise ``loss`` from ``phi`` at ``rate``.
+    """The description of one task's inner loop: minimise ``loss`` from ``phi`` at ``rate``.
 
-    ``first_order`` takes the inner gradients as constants. ``finish`` makes of (φ, moments) what ``predict`` takes.
+    ``first_order`` treats the inner gradients as constants. ``finish`` converts (φ, moments) to the φ that ``predict``
+    reads.
     """
 
     loss: InnerLoss
     phi: Parameters
-    rate: float | Tensor | Parameters
+    rate: Rate
     moments: Moments
     first_order: bool = False
-    finish: Callable[[Parameters, Moments], Any] = lambda phi, moments: phi
+    finish: Callable[[Parameters, Moments], Phi] = lambda phi, moments: phi
 
     @property
     def start(self) -> InnerState:
+        """The state before the first step."""
         return self.phi, self.moments
 
 
 @dataclass(frozen=True)
 class InnerLoop(Algorithm):
-    """Fields and descent shared by every algorithm that adapts by gradient steps. Subclasses state their ``descent``.
+    """The base of all algorithms that adapt by gradient steps. A subclass defines ``descent``.
 
-    ``inner_lr`` multiplies the gradient of the *mean* loss over the support set. Adam's ε stands inside the root,
+    ``inner_lr`` multiplies the gradient of the *mean* loss over the support set. Adam's ε is inside the root,
     φ ← φ − α m̂ / √(v̂ + ε), so that the step is differentiable at zero.
-    ``inner_batch_size`` smaller than the support set draws minibatches, epoch after epoch, keyed by the task.
+    An ``inner_batch_size`` below the size of the support set draws minibatches, one epoch after another, keyed by the
+    task.
     """
 
     inner_lr: float = 0.01
@@ -90,33 +99,36 @@ class InnerLoop(Algorithm):
         if not 0 <= self.inner_momentum < 1:
             raise ConfigError(f"algorithm.inner_momentum: {self.inner_momentum} is not in [0, 1)")
         if self.inner_momentum and self.inner_optimizer == "adam":
-            raise ConfigError("algorithm.inner_momentum goes with inner_optimizer: sgd; Adam's is inner_betas")
+            raise ConfigError(
+                f"algorithm.inner_momentum: {self.inner_momentum} goes with inner_optimizer: sgd; adam has inner_betas"
+            )
         if self.inner_batch_size is not None and self.inner_batch_size < 1:
             raise ConfigError(
                 f"algorithm.inner_batch_size: {self.inner_batch_size} is below 1; use null for the whole set"
             )
 
     def descent(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Descent:
+        """Return the inner loop of one task."""
         raise NotImplementedError
 
-    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Any]:
-        """φ_0 … φ_k as ``predict`` takes them."""
+    def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Phi]:
+        """Return φ_0 … φ_k, each after ``finish``."""
         descent = self.descent(model, theta, support, context)
         states = [descent.start]
         for step in range(self.inner_steps):
             states.append(self.step(descent, states[-1], step))
         return [descent.finish(*state) for state in states]
 
-    def step(self, descent: Descent, state: InnerState, step: Any) -> InnerState:
-        """One optimiser step from ``state``."""
+    def step(self, descent: Descent, state: InnerState, step: InnerStep) -> InnerState:
+        """Return the state after one optimiser step from ``state``."""
         phi, moments = state
         gradient: Any = torch.func.grad(descent.loss)(phi.detach() if descent.first_order else phi, step)
-        if descent.first_order:  # the loss may hold on to θ besides φ: ANIL's body
+        if descent.first_order:  # the loss may depend on θ besides φ, such as on ANIL's body
             gradient = gradient.detach()
         return self.update(phi, gradient, descent.rate, moments)
 
-    def update(self, phi: Parameters, gradient: Parameters, rate: Any, moments: Moments) -> InnerState:
-        """The optimiser's own arithmetic."""
+    def update(self, phi: Parameters, gradient: Parameters, rate: Rate, moments: Moments) -> InnerState:
+        """Apply the inner optimiser's formula to ``gradient``; return the new state."""
         if self.inner_optimizer == "adam":
             beta1, beta2 = self.inner_betas
             count = moments.count + 1
@@ -130,7 +142,7 @@ class InnerLoop(Algorithm):
         return phi - gradient * rate, moments
 
     def fresh(self, phi: Parameters) -> Moments:
-        """The moments before the first step."""
+        """Return the moments before the first step from ``phi``."""
         none = Parameters({})
         first = phi.zeros() if self.inner_optimizer == "adam" or self.inner_momentum else none
         return Moments(first, phi.zeros() if self.inner_optimizer == "adam" else none)
@@ -142,23 +154,25 @@ class InnerLoop(Algorithm):
         context: TaskContext,
         whole: Callable[[Parameters], Parameters] = lambda phi: phi,
     ) -> InnerLoss:
-        """The task's loss on the support set, or on its minibatches; ``whole`` completes φ to all that the model needs."""
+        """Return the task's loss on the support set, or on its minibatches.
 
-        def loss(phi: Parameters, step: Any) -> Tensor:
+        ``whole`` adds the parameters that do not adapt to φ, to give all parameters of the model.
+        """
+
+        def loss(phi: Parameters, step: InnerStep) -> Tensor:
             batch = self.minibatch(support, context.key, step)
             return context.loss(model(whole(phi), batch.x, step=step), batch)
 
         return loss
 
-    def minibatch(self, support: Examples, key: TaskKey, step: Any) -> Examples:
-        """The examples of inner step ``step``: all, or the next ``inner_batch_size`` of an endless shuffled sequence."""
+    def minibatch(self, support: Examples, key: TaskKey, step: InnerStep) -> Examples:
+        """Return the examples of inner step ``step``: all, or the next ``inner_batch_size`` of an endless sequence of
+        shuffled epochs."""
         rows, size = support.x.shape[0], self.inner_batch_size
         if size is None or size >= rows:
             return support
         if support.mask is not None:
-            raise ConfigError(
-                "algorithm.inner_batch_size: tasks of unequal size can't be cut into minibatches; set it to null"
-            )
+            raise ConfigError(f"algorithm.inner_batch_size: {size}, but minibatches need tasks of equal size; use null")
         epoch, first = step * size // rows, step * size % rows
         epochs = (epoch, epoch + 1) if isinstance(step, Tensor) or first + size > rows else (epoch,)
         order = torch.cat([key.stream("minibatch", e).bits(rows).argsort(dim=-1, stable=True) for e in epochs])

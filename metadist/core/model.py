@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Union
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,13 @@ from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey, seeded
-from metadist.engine.convolution import conv2d
+
+InnerStep = Union[int, Tensor]
+"""The number of an inner step from 0: an int, or a 0-d int64 tensor where one graph serves all steps."""
+Output = Any
+"""The result of a module: a tensor for ordinary models, a tuple of tensors for policies and neural processes."""
+Replacements = Mapping[Callable[..., Any], Callable[..., Tensor]]
+"""Function of torch → the function with the same parameters that is called in its place."""
 
 #: the "inner step" that keys the query set's forward pass
 QUERY = (1 << 14) - 1
@@ -28,7 +34,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
 
 def use_batch_statistics(module: nn.Module) -> nn.Module:
-    """Make every batch and instance norm in ``module`` normalise by its own batch, in place; returns the module."""
+    """Make every batch and instance norm in ``module`` normalise by its own batch, in place; return the module."""
     for norm in module.modules():
         if isinstance(norm, _NORMS):
             norm.track_running_stats = False
@@ -36,13 +42,12 @@ def use_batch_statistics(module: nn.Module) -> nn.Module:
     return module
 
 
-class _Replaced(TorchFunctionMode):
-    """Replaces the masks of ``F.dropout`` & co. by ones drawn from the task's key, and convolutions by those of
-    ``core/convolution.py`` where shards are compiled; everything else passes."""
+class _ReplacedFunctions(TorchFunctionMode):
+    """Call ``replacements`` in place of functions of torch, and key the masks of ``F.dropout`` and its variants."""
 
-    def __init__(self, key: TaskKey | None, step: Any, convolutions: bool) -> None:
+    def __init__(self, key: TaskKey | None, step: InnerStep, replacements: Replacements) -> None:
         super().__init__()
-        self.key, self.step, self.calls, self.convolutions = key, step, 0, convolutions
+        self.key, self.step, self.calls, self.replacements = key, step, 0, replacements
 
     def _mask(self, like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
         self.calls += 1
@@ -53,11 +58,7 @@ class _Replaced(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.key is not None and func in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout):
             return self._dropout(func, *args, **(kwargs or {}))
-        if self.convolutions and func is F.conv2d:
-            return conv2d(*args, **(kwargs or {}))
-        if self.convolutions and func is F.group_norm:  # whose derivatives take its input's memory to be contiguous
-            return func(args[0].contiguous(), *args[1:], **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return self.replacements.get(func, func)(*args, **(kwargs or {}))
 
     def _dropout(
         self, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -73,31 +74,32 @@ class _Replaced(TorchFunctionMode):
         mask = self._mask(input, shape, p)
         if func is F.alpha_dropout:  # Klambauer et al. 2017, eq. 6: keeps mean 0 and variance 1 of SELU networks
             saturation = -1.7580993408473766
-            scale = ((1 - p) * (1 + p * saturation**2)) ** -0.5
+            scale: float = ((1 - p) * (1 + p * saturation**2)) ** -0.5
             return scale * (input * mask + saturation * (1 - mask)) + scale * -p * saturation
         return input * mask / (1 - p)
 
 
 class _Call(nn.Module):
-    """Lets ``functional_call`` reach any method of a module, not only ``forward``."""
+    """Lets ``functional_call`` call any method of a module, not only ``forward``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, method: str | None, *args: Any) -> Any:
+    def forward(self, method: str | None, *args: object) -> Output:
         return self.module(*args) if method is None else getattr(self.module, method)(*args)
 
 
 class Model:
-    """``factory`` builds the module; every call builds it from the same seeded state, so all workers hold the same one.
+    """A module that ``factory`` builds from a seeded state: all workers hold the same module.
 
-    Running statistics are refused: under ``vmap`` tasks can't share them, and they would leak between tasks.
+    ``freeze`` lists patterns of parameter names that are not learned. Raises ConfigError for a module that keeps
+    running statistics: tasks cannot share them under ``vmap``, and they would carry information between tasks.
     """
 
     def __init__(
         self, factory: Callable[[], nn.Module], *, dtype: torch.dtype = torch.float32, freeze: tuple[str, ...] = ()
-    ):
+    ) -> None:
         self.factory, self.dtype, self.freeze = factory, dtype, freeze
         self._call = _Call(self._build(0))
         self.device = torch.device("cpu")
@@ -113,15 +115,22 @@ class Model:
 
     @property
     def module(self) -> nn.Module:
+        """The module itself, with the parameters of seed 0."""
         return self._call.module
 
     @property
     def has_forward(self) -> bool:
+        """Whether the module's class defines ``forward``."""
         return type(self.module).forward is not nn.Module.forward
 
     @property
     def normalises_over_batch(self) -> bool:
+        """Whether the module has a batch norm."""
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.module.modules())
+
+    def missing(self, *attributes: str) -> list[str]:
+        """Return those of ``attributes`` that the module does not have."""
+        return [name for name in attributes if not hasattr(self.module, name)]
 
     def _build(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -140,21 +149,21 @@ class Model:
         for name, norm in self.module.named_modules():
             if isinstance(norm, _NORMS) and norm.track_running_stats:
                 raise ConfigError(
-                    f"model: '{name}' is a {type(norm).__name__} with running statistics, which tasks can't share; build it "
-                    "with track_running_stats=False, or pass the model through metadist.use_batch_statistics(model)"
+                    f"model: '{name}' is a {type(norm).__name__} with running statistics, which tasks cannot share; "
+                    "build it with track_running_stats=False, or call metadist.use_batch_statistics(model)"
                 )
 
     def _refuse_unkeyed_dropout(self) -> None:
         for name, attention in self.module.named_modules():
             if isinstance(attention, nn.MultiheadAttention) and attention.dropout > 0:
                 raise ConfigError(
-                    f"model: '{name or type(attention).__name__}' is a MultiheadAttention with dropout = {attention.dropout}, which is "
-                    "drawn inside torch, where the task can't key it; set its dropout to 0 and put torch.nn.Dropout modules around "
-                    "it, or use model 'transformer'"
+                    f"model: '{name or type(attention).__name__}' is a MultiheadAttention with dropout = "
+                    f"{attention.dropout}; torch draws this dropout internally, not from the task's key; set its "
+                    "dropout to 0 and put torch.nn.Dropout modules around it, or use model 'transformer'"
                 )
 
     def initial(self, seed: int) -> tuple[Parameters, Parameters, Parameters]:
-        """(learned parameters, frozen parameters, buffers) of a freshly seeded module."""
+        """Return (learned parameters, frozen parameters, buffers) of a module that is built from ``seed``."""
         module = self._build(seed)
         parameters = {n: p.detach().clone() for n, p in module.named_parameters()}
         buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
@@ -163,12 +172,13 @@ class Model:
         return learned, frozen, Parameters(buffers)
 
     def to(self, device: torch.device) -> Model:
+        """Move the module to ``device``, in place; return the model."""
         self._call.to(device)
         self.device = device
         return self
 
     def head(self) -> tuple[str, ...]:
-        """Names of the parameters of the last module that has any of its own: the classifier of ordinary networks."""
+        """Return the parameter names of the last module that has parameters of its own: usually the classifier."""
         owners = [n for n, m in self.module.named_modules() if any(True for _ in m.parameters(recurse=False))]
         prefix = f"{owners[-1]}." if owners[-1] else ""
         return tuple(
@@ -176,17 +186,23 @@ class Model:
         )
 
     def bind(
-        self, fixed: Mapping[str, Tensor], key: TaskKey | None, training: bool, engine: Engine = Engine()
+        self,
+        fixed: Mapping[str, Tensor],
+        key: TaskKey | None,
+        training: bool,
+        engine: Engine = Engine(),
+        replacements: Replacements | None = None,
     ) -> BoundModel:
-        return BoundModel(self, dict(fixed), key, training, engine)
+        """Return the model for one task, with ``fixed`` (frozen parameters and buffers) filled in."""
+        return BoundModel(self, dict(fixed), key, training, engine, replacements or {})
 
 
 @dataclass(frozen=True)
 class BoundModel:
-    """The model as an algorithm sees it: ``model(phi, x)``, for one task.
+    """The model for one task, as algorithms call it: ``model(phi, x)``.
 
-    ``fixed`` holds frozen parameters and buffers. ``step`` (the inner step; the query set by default) keys dropout.
-    ``method`` calls another method of the module than ``forward``.
+    ``fixed`` holds frozen parameters and buffers. ``key`` keys dropout; None leaves dropout to torch. In training,
+    ``replacements`` are called in place of functions of torch.
     """
 
     model: Model
@@ -194,42 +210,51 @@ class BoundModel:
     key: TaskKey | None
     training: bool
     engine: Engine = Engine()
+    replacements: Replacements = field(default_factory=dict)
 
     def __call__(
-        self, parameters: Mapping[str, Tensor], *args: Any, method: str | None = None, step: Any = QUERY
-    ) -> Any:
+        self, parameters: Mapping[str, Tensor], *args: object, method: str | None = None, step: InnerStep = QUERY
+    ) -> Output:
+        """Call ``forward``, or ``method``, of the module with ``parameters`` on ``args``.
+
+        ``step`` is the inner step; it keys dropout, and its default stands for the query set.
+        """
         call = self.model._call
         if call.training != self.training:
             call.train(self.training)
         tensors = {f"module.{n}": t for n, t in self.fixed.items()}
         tensors.update((f"module.{n}", t) for n, t in parameters.items())
         with ExitStack() as stack:
-            if self.training and (self.key is not None or self.engine.compile):
-                stack.enter_context(_Replaced(self.key, step, self.engine.compile))
+            if self.training and (self.key is not None or self.replacements):
+                stack.enter_context(_ReplacedFunctions(self.key, step, self.replacements))
             if self.engine.precision == "bfloat16" and step is not QUERY:
                 stack.enter_context(torch.autocast(self.model.device.type, torch.bfloat16, cache_enabled=False))
             return functional_call(call, tensors, (method, *args))
 
     def holding(self, parameters: Mapping[str, Tensor]) -> BoundModel:
-        """The model under ``parameters``, those of later calls ignored: for many calls without gradients and without keyed dropout."""
+        """Return a model that always uses ``parameters`` and ignores those of its calls.
+
+        It is faster for many calls, but has no gradients and no keyed dropout.
+        """
         call = copy.deepcopy(self.model._call).train(self.training).requires_grad_(False)
         own = {**dict(call.module.named_parameters()), **dict(call.module.named_buffers())}
         for name, tensor in {**self.fixed, **parameters}.items():
             own[name].copy_(tensor)
-        return HeldModel(self.model, self.fixed, self.key, self.training, self.engine, call=call)
+        return HeldModel(self.model, self.fixed, self.key, self.training, self.engine, self.replacements, call=call)
 
     @property
     def head(self) -> tuple[str, ...]:
+        """The names of the head's parameters, as ``Model.head``."""
         return self.model.head()
 
 
 @dataclass(frozen=True)
 class HeldModel(BoundModel):
-    """A model with a module of its own for its parameters: handing them over at every call costs more than a small network's step."""
+    """A model with its own copy of the module. ``functional_call`` takes longer than one step of a small network."""
 
     call: nn.Module = field(kw_only=True)
 
     def __call__(
-        self, parameters: Mapping[str, Tensor], *args: Any, method: str | None = None, step: Any = QUERY
-    ) -> Any:
+        self, parameters: Mapping[str, Tensor], *args: object, method: str | None = None, step: InnerStep = QUERY
+    ) -> Output:
         return self.call(method, *args)

@@ -1,4 +1,4 @@
-"""Parameters and their arithmetic, so that an algorithm contains algebra and no loops over tensors."""
+"""Named tensors with arithmetic, and their layout in a flat vector."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ Scalar = Union[float, Tensor]
 
 
 class Parameters(Mapping[str, Tensor]):
-    """Named tensors that add, subtract and scale: ``phi = theta - lr * gradient``. A pytree node for ``torch.func``."""
+    """Named tensors that add, subtract and scale: ``phi = theta - lr * gradient``. A pytree node for ``torch.func``.
+
+    ``flat`` is the vector that all the tensors are views of, where there is one.
+    """
 
     __slots__ = ("_tensors", "flat")
 
     def __init__(self, tensors: Mapping[str, Tensor], flat: Tensor | None = None) -> None:
         self._tensors = dict(tensors)
-        #: the vector that the tensors are views of, where there is one
         self.flat = flat
 
     def __getitem__(self, name: str) -> Tensor:
@@ -39,7 +41,7 @@ class Parameters(Mapping[str, Tensor]):
         return f"Parameters({ {n: tuple(t.shape) for n, t in self.items()} })"
 
     def map(self, function: Callable[..., Tensor], *others: Parameters | Scalar) -> Parameters:
-        """``function`` on every tensor, with the same-named tensors of ``others`` (scalars are repeated)."""
+        """Apply ``function`` to the tensors of each name in ``self`` and ``others``; scalars go to every name."""
         return Parameters(
             {n: function(t, *(o[n] if isinstance(o, Parameters) else o for o in others)) for n, t in self.items()}
         )
@@ -63,23 +65,27 @@ class Parameters(Mapping[str, Tensor]):
         return self.map(torch.neg)
 
     def sqrt(self) -> Parameters:
+        """Return the element-wise square root."""
         return self.map(torch.sqrt)
 
     def square(self) -> Parameters:
+        """Return the element-wise square."""
         return self.map(torch.square)
 
     def detach(self) -> Parameters:
+        """Return the same values as constants of automatic differentiation."""
         return self.map(torch.Tensor.detach)
 
     def zeros(self) -> Parameters:
+        """Return zeros with the same names and shapes."""
         return self.map(torch.zeros_like)
 
     def select(self, predicate: Callable[[str], bool]) -> Parameters:
-        """The tensors whose name satisfies ``predicate``."""
+        """Return the tensors with a name that satisfies ``predicate``."""
         return Parameters({n: t for n, t in self.items() if predicate(n)})
 
     def replace(self, other: Mapping[str, Tensor]) -> Parameters:
-        """These parameters with those of ``other`` in place of (or added to) the same names."""
+        """Return these parameters and those of ``other``; for names that both have, those of ``other``."""
         return Parameters({**self._tensors, **other})
 
 
@@ -93,7 +99,7 @@ pytree.register_pytree_node(
 
 @dataclass(frozen=True)
 class Layout:
-    """How named tensors of one dtype lie in a flat vector: names and shapes, in order."""
+    """The order, names and shapes of tensors of one dtype in a flat vector."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -101,6 +107,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """Return the layout of ``tensors`` in their order. Raise ValueError where their dtypes differ."""
         dtypes = {t.dtype for t in tensors.values()}
         if len(dtypes) > 1:
             raise ValueError(f"one layout holds one dtype, got {sorted(map(str, dtypes))}")
@@ -110,21 +117,25 @@ class Layout:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
+        """The number of elements of each tensor."""
         return tuple(int(torch.Size(s).numel()) for s in self.shapes)
 
     @cached_property
     def numel(self) -> int:
+        """The number of elements of the vector."""
         return sum(self.sizes)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that two layouts share only if names, shapes, order and dtype agree."""
+        """16 hex digits of a hash of names, shapes, order and dtype."""
         text = json.dumps([str(self.dtype), list(zip(self.names, self.shapes))])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Tensors → vector [numel], the same one where they are views of it. A missing tensor is an error: a missing gradient
-        must never pass as zero."""
+        """Return ``tensors`` as a vector [numel], without a copy where they are the views of such a vector.
+
+        Raises KeyError for a missing tensor: a missing gradient must never count as zero.
+        """
         if isinstance(tensors, Parameters) and tensors.flat is not None and tuple(tensors) == self.names:
             return tensors.flat
         if not self.names:
@@ -132,7 +143,7 @@ class Layout:
         return torch.cat([tensors[n].reshape(-1) for n in self.names])
 
     def unflatten(self, vector: Tensor) -> Parameters:
-        """Vector [numel] → named views of it."""
+        """Return named views of ``vector`` [numel]. Raise ValueError for another length."""
         if vector.numel() != self.numel:
             raise ValueError(f"expected a vector of {self.numel} elements, got {tuple(vector.shape)}")
         parts = vector.split(self.sizes)

@@ -1,8 +1,8 @@
-"""Counter-based random numbers: every draw is a pure function of (seed, name, split, meta-step, task, position).
+"""CounterWord-based random numbers: every draw is a pure function of (seed, name, split, meta-step, task, position).
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) on int64 tensors that hold
-32-bit words. It runs on any device, under ``torch.func.vmap`` and while a graph is traced, and a task's numbers never
-depend on which worker, shard or meta-batch it belongs to.
+32-bit words. It runs on any device, under ``torch.func.vmap`` and during the tracing of a graph. The numbers of a task
+do not depend on the worker, shard or meta-batch that it belongs to.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ Key = tuple[int, int]
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox-4x32. Four words in, four words out; each word is an int64 tensor with values in [0, 2³²)."""
+    """Apply ten rounds of Philox-4x32 to four words; each word is an int64 tensor with values in [0, 2³²)."""
     c0, c1, c2, c3 = counter
     for k0, k1 in _round_keys(key):
-        # A product wraps in int64, but its 64 bits are those of the unsigned one. Its low word is masked where it is used.
+        # A product wraps in int64, but has the 64 bits of the unsigned product. Its low word is masked at its use.
         p0, p1 = c0 * _M0, c2 * _M1
         c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, p1, ((p0 >> 32) ^ c3 ^ k1) & _MASK, p0
     return c0, c1 & _MASK, c2, c3 & _MASK
@@ -41,13 +41,15 @@ def _round_keys(key: Key) -> list[Key]:
 
 
 Wanted = tuple[tuple[Key, int], ...]
-"""(key, how many words) of each of several streams."""
+"""(key, number of words) of each of several streams."""
+CounterWord = Union[int, Tensor]
+"""A word of the counter: a number, or a 0-d int64 tensor in a traced graph."""
 
 
-def _words(wanted: Wanted, tasks: Tensor, meta_step: int | Tensor, high_word: int | Tensor) -> list[Tensor]:
-    """The first words of each stream: int64, tasks.shape + [count]."""
-    if _computed_at_once(meta_step, high_word):
-        return _words_at_once(wanted, tasks, meta_step, high_word)
+def _words(wanted: Wanted, tasks: Tensor, meta_step: CounterWord, high_word: CounterWord) -> list[Tensor]:
+    """Return the first words of each stream: int64, tasks.shape + [count]."""
+    if not isinstance(meta_step, Tensor) and not isinstance(high_word, Tensor) and _runs_eagerly():
+        return _words_fast(wanted, tasks, meta_step, high_word)
     found = []
     for key, count in wanted:
         block, task = torch.arange((count + 3) // 4, device=tasks.device), tasks.unsqueeze(-1)
@@ -57,12 +59,13 @@ def _words(wanted: Wanted, tasks: Tensor, meta_step: int | Tensor, high_word: in
     return found
 
 
-def _words_at_once(wanted: Wanted, tasks: Tensor, meta_step: Any, high_word: Any) -> list[Tensor]:
-    """The same words, made for speed.
+def _words_fast(wanted: Wanted, tasks: Tensor, meta_step: int, high_word: int) -> list[Tensor]:
+    """Return the same words as ``_words``, in less time.
 
-    A shard's tasks take a few hundred words, so that drawing them costs what launching the operations costs: here five a
-    round, in place, for all streams together. The two words that a round multiplies are the rows of ``even`` (c0, c2);
-    the rows of ``product`` are p0, p1, p0, p1, whose middle two are in the order in which c1 and c3 want them.
+    The tasks of a shard need a few hundred words, so that launching the operations takes most of the time: this
+    function launches five operations for each round, in place, for all streams together. The rows of ``even`` are the
+    two words that a round multiplies (c0, c2). The rows of ``product`` are p0, p1, p0, p1: its middle two rows have
+    the order that c1 and c3 need.
     """
     blocks, starts, keys, multipliers, shift, mask = _constants(wanted, tasks.device)
     shape = (tasks.numel(), len(blocks))
@@ -87,8 +90,8 @@ def _words_at_once(wanted: Wanted, tasks: Tensor, meta_step: Any, high_word: Any
 def _constants(
     wanted: Wanted, device: torch.device
 ) -> tuple[Tensor, list[int], tuple[Tensor, ...], Tensor, Tensor, Tensor]:
-    """Block numbers [B] and each stream's first word among all; the ten rounds' keys [2, 1, B or 1], the multipliers
-    [2, 1, 1], and two numbers that are quicker as tensors."""
+    """Return the block numbers [B], the position of each stream's first word, the keys of the ten rounds [2, 1, B or
+    1], the multipliers [2, 1, 1], and two constants that are faster as tensors."""
     counts = [(count + 3) // 4 for _, count in wanted]
     keys = torch.tensor([list(zip(*(_round_keys(key)[i] for key, _ in wanted))) for i in range(10)])
     if len(wanted) > 1:
@@ -103,13 +106,12 @@ def _constants(
     )
 
 
-def _computed_at_once(*values: Any) -> bool:
-    """Whether operations on tensors take place as they are called: neither under ``vmap`` nor while a graph is traced."""
+def _runs_eagerly() -> bool:
+    """Return whether operations on tensors run at their call: not under ``vmap``, and not in a traced graph."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
-        or any(isinstance(value, Tensor) for value in values)
     )
 
 
@@ -120,23 +122,27 @@ def _philox_key(seed: int, name: str) -> Key:
 
 
 def uniform(words: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Words → float32, 24 random bits each, in [low, high); where the range is narrow beside ``low``, rounding may reach ``high``."""
+    """Convert words to float32 in [low, high), with 24 random bits each.
+
+    Rounding can give ``high`` itself where the range is small compared with ``low``.
+    """
     return (words >> 8).to(torch.float32) * ((high - low) * 2.0**-24) + low
 
 
 def integers(words: Tensor, high: int) -> Tensor:
-    """Words → int64 in [0, high), high ≤ 2³²; the bias of the multiply-shift is below high / 2³²."""
+    """Convert words to int64 in [0, high), high ≤ 2³²; the bias of the multiply-shift is below high / 2³²."""
     if not 0 < high <= 1 << 32:
         raise ValueError(f"high is {high}; expected 1 to 2**32")
     return ((words * high) >> 32) & _MASK
 
 
 def choose(words: Tensor, population: Tensor | int) -> Tensor:
-    """Words […, k] → ordered draws of k out of ``population`` (an int, or […]) without replacement: int64 […, k].
+    """Convert words […, k] to k ordered draws without replacement from range(``population``): int64 […, k].
 
-    A partial Fisher–Yates shuffle without the decks: draw j takes the card in place pick_j ≥ j, and the card in place j
-    is put there. What lay in a place before draw j was put there by the last earlier draw that picked it, so that whoever
-    follows those draws back comes to a place that none had disturbed. O(k²), however large the population.
+    ``population`` is an int or a tensor […]. A partial Fisher–Yates shuffle without the array that is shuffled. Draw
+    j takes the item at place pick_j ≥ j, and moves the item at place j to pick_j. The item at a place before draw j
+    was moved there by the last earlier draw that picked this place; following these draws back ends at a place that
+    no draw has changed. O(k²) for every size of population.
     """
     k = words.shape[-1]
     turn = torch.arange(k, device=words.device)
@@ -144,49 +150,53 @@ def choose(words: Tensor, population: Tensor | int) -> Tensor:
     picks = ((words * left) >> 32) + turn
     if k < 2:
         return picks
-    # For each turn j, the last draw i < j that picked place j, and the last one that picked place pick_j; or -1.
+    # For each turn j: the last draw i < j that picked place j, and the last draw that picked place pick_j; -1 for none.
     places = torch.stack((turn.expand_as(picks), picks), dim=-2).unsqueeze(-1)
     numbered = (turn + 1) * (turn < turn.unsqueeze(1))
     own, picked = (((places == picks[..., None, None, :]) * numbered).amax(-1) - 1).unbind(-2)
-    card = torch.where(own < 0, turn, own)
-    for _ in range((k - 2).bit_length()):  # follows twice as many draws back each time
-        card = card.gather(-1, card)
-    return torch.where(picked < 0, picks, card.gather(-1, picked.clamp(min=0)))
+    item = torch.where(own < 0, turn, own)
+    for _ in range((k - 2).bit_length()):  # each pass follows twice as many draws back
+        item = item.gather(-1, item)
+    return torch.where(picked < 0, picks, item.gather(-1, picked.clamp(min=0)))
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One named sequence of random words per task. Use a stream once: every method reads it from its beginning.
+    """One named sequence of random words per task. Use a stream only once: every method reads it from its start.
 
     ``tasks`` has shape [T] (or is a scalar under ``vmap``); results have the shape ``tasks.shape + shape``.
     """
 
     key: Key
     tasks: Tensor
-    meta_step: int | Tensor
-    high_word: int | Tensor
+    meta_step: CounterWord
+    high_word: CounterWord
 
     def bits(self, *shape: int) -> Tensor:
-        """32-bit words as int64."""
+        """Return 32-bit words as int64."""
         (words,) = _words(((self.key, math.prod(shape)),), self.tasks, self.meta_step, self.high_word)
         return words.reshape((*self.tasks.shape, *shape))
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """float32 in [low, high): ``uniform``."""
+        """Return float32 in [low, high), as the function ``uniform``."""
         return uniform(self.bits(*shape), low, high)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal float32 by the Box–Muller transform."""
+        """Return standard normal float32 by the Box–Muller transform."""
         u1, u2 = ((self.bits(2, *shape) >> 8).double() * 2.0**-24).unbind(self.tasks.dim())
-        # Rounded from float64: a float32 logarithm's last bit depends on where in the vector (so in which shard) it stands.
+        # Rounded from float64: the last bit of a float32 logarithm depends on its position in the vector, and so on
+        # the shard.
         return ((-2.0 * torch.log1p(-u1)).sqrt() * torch.cos(2.0 * math.pi * u2)).to(torch.float32)
 
     def integers(self, high: int, *shape: int) -> Tensor:
-        """int64 in [0, high): ``integers``."""
+        """Return int64 in [0, high), as the function ``integers``."""
         return integers(self.bits(*shape), high)
 
     def choose(self, population: int, k: int, rows: int = 1) -> Tensor:
-        """``rows`` independent ordered draws of ``k`` out of ``population`` without replacement: tasks.shape + [rows, k]."""
+        """Return ``rows`` independent ordered draws of ``k`` out of ``population`` without replacement.
+
+        The shape is tasks.shape + [rows, k]. Raises ValueError where ``k`` is above ``population``.
+        """
         if k > population:
             raise ValueError(f"cannot choose {k} of {population} without replacement")
         return choose(self.bits(rows, k), population)
@@ -194,54 +204,57 @@ class Stream:
 
 @dataclass(frozen=True)
 class TaskKey:
-    """What a task is a function of: (run seed, split, meta-step, task index), for one task or a whole shard at once.
+    """(run seed, split, meta-step, task index), which determine a task; for one task, or for all tasks of a shard.
 
-    A traced graph may take the meta-step (and a stream's ``step`` and ``call``) as int64 scalars.
+    In a traced graph, the meta-step (and a stream's ``step`` and ``call``) can be int64 scalars.
     """
 
     seed: int
     split: str
-    meta_step: int | Tensor
+    meta_step: CounterWord
     tasks: Tensor
 
     @classmethod
     def of(cls, seed: int, split: str, meta_step: int, tasks: range | list[int]) -> TaskKey:
+        """Return the key of ``tasks``, a range or list of task indices."""
         if isinstance(tasks, range):
             return cls(seed, split, meta_step, torch.arange(tasks.start, max(tasks.start, tasks.stop), tasks.step))
         return cls(seed, split, meta_step, torch.tensor(tasks, dtype=torch.int64))
 
-    def stream(self, name: str, step: int | Tensor = 0, call: int | Tensor = 0) -> Stream:
-        """The stream called ``name``; ``step`` is the inner step and ``call`` a serial number within it."""
+    def stream(self, name: str, step: CounterWord = 0, call: CounterWord = 0) -> Stream:
+        """Return the stream called ``name``; ``step`` is the inner step and ``call`` a serial number within it."""
         for number in (step, call):
             if not isinstance(number, Tensor) and not 0 <= number < 1 << 14:
-                raise ValueError(f"step {step} and call {call} must each be below {1 << 14}")
+                raise ValueError(f"step {step} and call {call} must each be 0 or more and below {1 << 14}")
         high_word = SPLITS.index(self.split) << 28 | step << 14 | call
         return Stream(_philox_key(self.seed, name), self.tasks, self.meta_step, high_word)
 
     def words(self, **counts: int) -> list[Tensor]:
-        """The first words of several streams, name → how many, drawn at once: each int64, tasks.shape + [count].
+        """Return the first ``count`` words of several streams by name: each int64, tasks.shape + [count].
 
-        ``uniform``, ``integers`` and ``choose`` make numbers of them. The bits are those of stream after stream.
+        ``uniform``, ``integers`` and ``choose`` convert words to numbers. One call takes less time than one call for
+        each stream, and gives the same bits.
         """
         wanted = tuple((_philox_key(self.seed, name), count) for name, count in counts.items())
         return _words(wanted, self.tasks, self.meta_step, SPLITS.index(self.split) << 28)
 
     def each(self) -> list[TaskKey]:
-        """The keys of the single tasks of a shard."""
+        """Return the keys of the single tasks of a shard."""
         return [replace(self, tasks=self.tasks[i]) for i in range(len(self.tasks))]
 
     def to(self, device: torch.device) -> TaskKey:
+        """Return the key with its tasks on ``device``."""
         return self if self.tasks.device == device else replace(self, tasks=self.tasks.to(device))
 
     def generator(self, name: str = "task") -> torch.Generator:
-        """A CPU ``torch.Generator`` seeded by this (single) task's key, for task code that samples sequentially.
+        """Return a CPU generator that this (single) task's key seeds, for code that samples sequentially.
 
-        It takes 32 bits of a seed, so one in 2³² pairs of tasks shares its numbers; streams have no such limit.
+        The seed has 32 bits: one in 2³² pairs of tasks shares its numbers. Streams have no such limit.
         """
         return torch.Generator().manual_seed(int(self.stream(name).bits()))
 
 
 def seeded(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for what is drawn once a run (initial parameters), keyed by (seed, name)."""
+    """Return a CPU generator keyed by (seed, name), for numbers that a run draws once, such as initial parameters."""
     low, high = _philox_key(seed, name)
     return torch.Generator().manual_seed(low | (high & 0x7FFFFFFF) << 32)

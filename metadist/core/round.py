@@ -1,21 +1,24 @@
-"""The protocol between the scheduler and whatever computes shards. The loop can't tell executors apart."""
+"""Shards, rounds, and the protocol of executors. The loop cannot tell executors apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Union
 
+from metadist.core.engine import Engine
 from metadist.core.state import Contribution, Records, State
 
 Result = Union[Contribution, Records]
+Setting = Union[None, bool, int, float, str]
+"""A value that the shards of a round receive by name."""
 OutputKey = tuple[int, int, int]
 """(meta-step, round, shard): names the cached output of a shard that a later round needs."""
 
 
 @dataclass(frozen=True)
 class WithOutput:
-    """What a shard that ``keeps`` comes to: its result, and an output that stays with the workers."""
+    """The result of a shard that ``keeps`` an output, and the output, which stays with the workers."""
 
     result: Contribution
     output: Records
@@ -25,7 +28,8 @@ class WithOutput:
 class Shard:
     """The unit of work, of retry and of reduction: tasks [start, start + count) of one split under one θ.
 
-    Or a block: the sum of several shards from ``index`` on, a node of the canonical tree, that one worker computes one after the other.
+    A block is the sum of several shards from ``index`` on, a node of the canonical tree. One worker computes its
+    shards in turn.
     """
 
     run: str
@@ -41,19 +45,19 @@ class Shard:
     key_step: int = 0
     role: str = "learner"
     needs: tuple[OutputKey, ...] = ()
-    settings: tuple[tuple[str, Any], ...] = ()
-    #: whether it has an output besides its result, that later rounds need
+    settings: tuple[tuple[str, Setting], ...] = ()
+    #: whether later rounds need an output of this shard besides its result
     keeps: bool = False
-    #: how many tasks each shard of a block has (the last may have fewer); 0 where it is one shard
+    #: tasks in each shard of a block (the last shard may have fewer); 0 for a single shard
     leaf: int = 0
 
     @property
     def leaves(self) -> int:
-        """How many shards it is the sum of."""
+        """The number of shards in a block; 1 for a single shard."""
         return -(-self.count // self.leaf) if self.leaf else 1
 
     def each(self) -> tuple[Shard, ...]:
-        """The shards of a block, as they were before; itself where it is none."""
+        """Return the shards of a block; a single shard returns itself."""
         if not self.leaf:
             return (self,)
         end = self.start + self.count
@@ -65,7 +69,7 @@ class Shard:
 
     @property
     def key(self) -> OutputKey:
-        """What its output is called."""
+        """The name of the shard's output."""
         return self.meta_step, self.round, self.index
 
     def __str__(self) -> str:
@@ -77,22 +81,61 @@ class Shard:
 
 @dataclass(frozen=True)
 class Round:
-    """Shards to be computed under one θ, and what to do with their results.
+    """Shards that are computed under one θ.
 
-    ``reduce`` shards return contributions that are summed; otherwise records, concatenated in shard order.
+    Where ``reduce`` is true, the shards return contributions, and the result of the round is their canonical sum.
+    Otherwise the shards return records, and the result is their concatenation in shard order.
     """
 
     index: int
     parameters: State
     shards: Sequence[Shard]
-    apply: Callable[[State, Any], State]
     reduce: bool = True
+
+
+Report = dict[str, float]
+"""Metrics of one meta-step by name, for plots."""
+
+Rounds = Generator[Round, Contribution, "tuple[State, Report]"]
+"""The rounds of one meta-step. The generator is sent the sum of each round, and returns the new state and the report."""
+
+
+def run_rounds(rounds: Rounds, run: Callable[[Round], Contribution]) -> tuple[State, Report]:
+    """Run each round of a meta-step with ``run``, send its sum back, and return the new state and the report."""
+    try:
+        round = next(rounds)
+        while True:
+            round = rounds.send(run(round))
+    except StopIteration as done:
+        state, report = done.value
+        return state, report
+
+
+@dataclass(frozen=True)
+class MetaStepKey:
+    """Names one meta-step: the run's id and seed, and the number of meta-steps before it."""
+
+    run: str
+    meta_step: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """Which tasks judge the θ of ``key``: ``tasks`` tasks of ``split``, after ``inner_steps`` adaptation steps.
+
+    Where ``inner_steps`` is None, the algorithm's own number applies.
+    """
+
+    key: MetaStepKey
+    split: str
+    tasks: int
+    inner_steps: int | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard's result, as it arrived, in memory that is the receiver's to spend. ``stats`` are the worker's own measurements
-    (seconds, bytes, memory)."""
+    """A shard's result. Its memory belongs to the receiver. ``stats`` are the worker's measurements (seconds, bytes, memory)."""
 
     shard: Shard
     attempt: int
@@ -103,8 +146,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A shard that came to nothing: ``lost`` with its worker, ``rejected`` at the border, an ``error`` in the task code, or
-    ``missing`` outputs that it needs (``missing`` names those to be computed anew; none where asking again is enough)."""
+    """A shard without a result: ``lost`` with its worker, ``rejected`` by a check, an ``error`` in the task code, or ``missing`` outputs.
+
+    ``missing`` names the outputs to compute again; it is empty where another attempt is enough.
+    """
 
     shard: Shard
     attempt: int
@@ -112,9 +157,9 @@ class Failed:
     kind: Literal["lost", "rejected", "error", "missing"]
     message: str
     tasks: tuple[int, ...] = ()
-    #: False where the shard was merely queued behind the one that its worker died of
+    #: False where the worker died of another shard and this one only waited in its queue
     guilty: bool = True
-    #: the traceback, for a file; ``message`` is for people
+    #: the traceback, for a file; ``message`` is for the user
     detail: str = ""
     missing: tuple[OutputKey, ...] = ()
 
@@ -122,52 +167,71 @@ class Failed:
 Event = Union[Finished, Failed]
 
 
+WorkerFacts = dict[str, Any]
+"""Facts about a worker: name, role, device, host, pid, fingerprint, compile_seconds, data_sha256."""
+
+
+class HasEngine(Protocol):
+    """A plan of a run."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+
 class Executor(Protocol):
     """Runs shards. Never blocks for longer than ``wait``'s timeout, and never raises for a worker's failure.
 
-    ``plan.engine`` is the engine that every worker computes with. ``blocks``: whether results travel, so that the one sum of
-    several shards is worth asking for.
+    ``plan.engine`` is the engine of every worker. ``blocks``: whether results cross a process border, so that one sum
+    of several shards saves messages.
     """
 
-    plan: Any
+    plan: HasEngine | None
     blocks: bool
 
     def publish(self, meta_step: int, round: int, state: State) -> int:
-        """Make θ available to every worker, for shards of this round; returns the bytes published.
+        """Make θ available to every worker for the shards of this round, and return the number of bytes published.
 
-        Round 0 begins anew: outputs and θs of what came before are dropped. Until then outputs are kept, and with them the θ
-        of the rounds that they come from, so that shards of such a round may be submitted again.
+        Round 0 drops the outputs and the θs of earlier meta-steps. Until then outputs are kept together with the θ of
+        their rounds, so that shards of those rounds can be submitted again.
         """
         ...
 
     def capacity(self, role: str) -> int:
-        """How many more shards of ``role`` can be submitted now."""
+        """Return the number of further shards of ``role`` that can be submitted now."""
         ...
 
-    def submit(self, shard: Shard, attempt: int) -> None: ...
+    def submit(self, shard: Shard, attempt: int) -> None:
+        """Start an attempt at a shard."""
+        ...
 
     def cancel(self, shard: Shard, attempt: int) -> None:
-        """Forget an attempt; if it is hanging, its worker is recycled."""
+        """Forget an attempt, and recycle its worker where the attempt hangs."""
         ...
 
     def wait(self, timeout: float) -> list[Event]:
-        """Events since the last call; empty after ``timeout`` seconds without one."""
+        """Return the events since the last call; an empty list after ``timeout`` seconds without one."""
         ...
 
     def shortage(self) -> str:
-        """What was asked for and what there is, for a message when no worker is to be had."""
+        """Describe the requested and the available workers, for the message that no worker is available."""
         ...
 
-    def workers(self) -> dict[str, dict[str, Any]]:
-        """Alive workers: name → {role, device, fingerprint, pid, …}."""
+    def workers(self) -> dict[str, WorkerFacts]:
+        """Return the facts about every living worker by name."""
         ...
 
     def cannot_resize(self, role: str, count: int) -> str | None:
-        """Why there can't be ``count`` workers of ``role``, if there can't. May be called from any thread."""
+        """Return why ``count`` workers of ``role`` are impossible, or None. Any thread may call it."""
         ...
 
     def resize(self, role: str, count: int) -> None:
-        """Go on with ``count`` workers of ``role``. Nothing waits for new ones; what those that go had in flight is lost."""
+        """Continue with ``count`` workers of ``role``. New ones start in the background; removed ones lose their shards."""
         ...
 
-    def close(self) -> None: ...
+    def kill_busy(self) -> str | None:
+        """Kill a worker that has a shard in flight and return its name; None where there is none to kill."""
+        ...
+
+    def close(self) -> None:
+        """End all workers."""
+        ...

@@ -1,4 +1,4 @@
-"""The driver's state, the currency of contributions, and the canonical sum."""
+"""The state of a run, the contributions of tasks, and their sum over a canonical tree."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Slot:
-    """A named part of the state. ``rule`` says what becomes of the contributions to it:
+    """A named part of the state. ``rule`` determines how contributions change it.
 
-    ``gradient`` goes through the outer optimiser, with this slot's own ``lr``, ``bounds`` and ``weight_decay`` where
-    given; ``average`` is replaced by the weighted mean; ``constant`` never changes.
+    ``gradient``: the outer optimiser applies their mean, with this slot's own ``lr``, ``bounds`` and ``weight_decay``
+    where given. ``average``: their weighted mean replaces the value. ``constant``: the value never changes.
     """
 
     layout: Layout
@@ -33,17 +33,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class State:
-    """Everything a run needs to go on: slot vectors and the outer optimiser's own vectors, by name."""
+    """The slot vectors and the vectors of the outer optimiser, by name: all that a run needs to resume."""
 
     slots: Mapping[str, Tensor]
     outer: Mapping[str, Tensor] = field(default_factory=dict)
 
     def theta(self, slots: Mapping[str, Slot]) -> dict[str, Parameters]:
-        """θ as algorithms see it: slot → named tensors (views)."""
+        """Return θ in the form that algorithms use: slot → named tensors (views)."""
         return {name: slots[name].layout.unflatten(vector) for name, vector in self.slots.items()}
 
     def sha256(self) -> str:
-        """SHA-256 over every slot's name, dtype and bytes, in name order. The outer state doesn't enter."""
+        """Return the SHA-256 of every slot's name, dtype and bytes, in the order of names; without the outer state."""
         digest = hashlib.sha256()
         for name in sorted(self.slots):
             vector = self.slots[name].detach().cpu().contiguous()
@@ -53,7 +53,10 @@ class State:
 
 
 def is_finite(vector: Tensor) -> bool:
-    """One pass: NaN and Inf survive a sum, so a finite sum proves finite terms. An overflowing one proves nothing."""
+    """Return whether ``vector`` has neither NaN nor Inf.
+
+    A finite sum proves finite terms, in one pass. A sum that is not finite can be an overflow, and needs a second pass.
+    """
     if not vector.is_floating_point():
         return True
     return bool(torch.isfinite(vector.sum())) or bool(torch.isfinite(vector).all())
@@ -61,9 +64,9 @@ def is_finite(vector: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Contribution:
-    """Sums over the tasks of one or more shards: Σ slot vectors, Σ weight, number of tasks, Σ metrics.
+    """Sums over the tasks of one or more shards: Σ slot vectors, Σ weight, number of tasks, Σ metrics in float64.
 
-    ``metrics`` are float64 sums that are divided by ``weight`` once, at the end, like the slots.
+    Slots and metrics are divided by ``weight`` once, after the last addition.
     """
 
     slots: Mapping[str, Tensor]
@@ -75,7 +78,7 @@ class Contribution:
         return self._plus(other, torch.add)
 
     def absorb(self, other: Contribution) -> Contribution:
-        """``self + other``, the same bits, in the memory of ``self``, which is spent: for a sum that owns its terms."""
+        """Return ``self + other``, with the same bits, in the memory of ``self``, which loses its value."""
         return self._plus(other, Tensor.add_)
 
     def _plus(self, other: Contribution, add: Callable[[Tensor, Tensor], Tensor]) -> Contribution:
@@ -91,34 +94,38 @@ class Contribution:
         )
 
     def is_finite(self) -> bool:
+        """Return whether all slot vectors are free of NaN and Inf."""
         return all(map(is_finite, self.slots.values()))
 
 
 @dataclass(frozen=True)
 class Records:
-    """Fixed-width columns with one row per task (or step): name → [rows, …]. Concatenated in shard order, never summed."""
+    """Columns with one row per task (or step): name → [rows, …]. Shards are concatenated in order, never summed."""
 
     columns: Mapping[str, Tensor]
 
     @property
     def rows(self) -> int:
+        """The number of rows."""
         return next(iter(self.columns.values())).shape[0] if self.columns else 0
 
     def part(self, rows: slice | Tensor) -> Records:
-        """The rows that a slice, or a mask [rows], picks."""
+        """Return the rows that a slice, or a mask [rows], selects."""
         return Records({name: column[rows] for name, column in self.columns.items()})
 
     @staticmethod
     def concatenate(parts: Sequence[Records]) -> Records:
+        """Return the rows of all ``parts``, in order."""
         return Records({n: torch.cat([p.columns[n] for p in parts]) for n in parts[0].columns})
 
 
 class TreeSum(Generic[T]):
-    """The balanced binary tree over indices 0 … count−1, summed as its leaves arrive, in whatever order.
+    """A sum over the balanced binary tree with leaves 0 … count−1, which may arrive in any order.
 
-    Neighbours (0,1), (2,3), … are added, then their sums, level by level; an odd one moves up as it is. The shape
-    depends on ``count`` alone, so the floating-point result doesn't depend on who computed a leaf, or when. Nor on who
-    added some up: 2^k leaves from a multiple of 2^k on (fewer at the end) are a node, and a tree of their own gives its sum.
+    Neighbours (0,1), (2,3), … are added, then their sums, level by level; an odd last node moves up unchanged. The
+    shape depends only on ``count``, so the floating-point result does not depend on the worker that computed a leaf,
+    or on the order of arrival. A node covers 2^k leaves from a multiple of 2^k on (fewer at the end); a separate
+    ``TreeSum`` over these leaves gives the same sum for the node.
     """
 
     def __init__(self, count: int, add: Callable[[T, T], T] = lambda a, b: a + b) -> None:  # type: ignore[operator]
@@ -132,7 +139,10 @@ class TreeSum(Generic[T]):
         self._seen: set[int] = set()
 
     def add(self, index: int, value: T, leaves: int = 1) -> None:
-        """Leaf ``index``, or the sum of so many from there on."""
+        """Add leaf ``index``, or the sum ``value`` of the ``leaves`` leaves that start there.
+
+        Raises ValueError for a leaf that is out of range or arrived before, and for leaves that are not one node.
+        """
         level, end = (leaves - 1).bit_length(), index + leaves
         for leaf in range(index, end):
             if not 0 <= leaf < self.count:
@@ -140,7 +150,7 @@ class TreeSum(Generic[T]):
             if leaf in self._seen:
                 raise ValueError(f"leaf {leaf} arrived twice")
         if leaves < 1 or index % (1 << level) or (leaves != 1 << level and end != self.count):
-            raise ValueError(f"{leaves} leaves from {index} on are no node of a tree over {self.count}")
+            raise ValueError(f"{leaves} leaves from {index} on are not a node of the tree over {self.count} leaves")
         self._seen.update(range(index, end))
         index >>= level
         while level < len(self._widths) - 1:
@@ -154,6 +164,7 @@ class TreeSum(Generic[T]):
         self._waiting[level, index] = value
 
     def result(self) -> T:
+        """Return the sum. Raise ValueError where leaves are missing."""
         if len(self._seen) < self.count:
             missing = sorted(set(range(self.count)) - self._seen)
             raise ValueError(f"{len(missing)} of {self.count} leaves are missing: {missing[:8]}")

@@ -1,4 +1,4 @@
-"""Where a worker's seconds go, by name, without every function between handing a clock on."""
+"""Measure a worker's seconds by name, without a clock among the parameters of every function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _running: ContextVar[defaultdict[str, float] | None] = ContextVar("stopwatch", d
 
 @contextmanager
 def timing() -> Iterator[defaultdict[str, float]]:
-    """Name → seconds that ``spent`` measures meanwhile. On a GPU: of the calls, which may return before the work is done."""
+    """Collect the seconds that ``spent`` measures during this block: name → seconds.
+
+    On a GPU they are the seconds of the calls, which can return before the work is done.
+    """
     seconds: defaultdict[str, float] = defaultdict(float)
     token = _running.set(seconds)
     try:
@@ -24,7 +27,7 @@ def timing() -> Iterator[defaultdict[str, float]]:
 
 @contextmanager
 def spent(name: str) -> Iterator[None]:
-    """The seconds of this block are ``name``'s; nothing where nobody is timing."""
+    """Add the seconds of this block to ``name``; do nothing outside of ``timing``."""
     seconds = _running.get()
     if seconds is None:
         yield

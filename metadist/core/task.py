@@ -1,10 +1,10 @@
-"""Tasks: a support set to adapt on and a query set to be judged by."""
+"""Tasks: a support set for adaptation, and a query set for the loss after it; and distributions over tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,20 +27,23 @@ class Examples:
     mask: Tensor | None = None
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of per-example ``values`` [N] over the real examples."""
+        """Return the mean of per-example ``values`` [N] over the real examples.
+
+        Raises ConfigError for another shape: a loss or metric that averages over examples itself.
+        """
         if values.shape[:1] != self.y.shape[:1] or values.dim() != 1:
             raise ConfigError(
-                f"a loss or metric must return one value per example, shape [{self.y.shape[0]}], got {list(values.shape)}; "
-                "use reduction='none' and average over everything but the first dimension"
+                f"a loss or metric must return one value per example, shape [{self.y.shape[0]}], "
+                f"got {list(values.shape)}; use reduction='none' and average over everything but the first dimension"
             )
         if self.mask is None:
             return values.mean()
         mask = self.mask.to(values.dtype)
-        # A padded row's value may be anything, NaN included: select, don't multiply.
+        # The value of a padded row can be NaN: select, do not multiply.
         return torch.where(self.mask.bool(), values, torch.zeros_like(values)).sum() / mask.sum()
 
     def cleared(self) -> Examples:
-        """The padded rows as zeros, whatever they held: selecting among losses stops a NaN, but not its gradient."""
+        """Return the examples with zeros in padded rows: ``mean`` drops a NaN of such a row, but not its gradient."""
         if self.mask is None:
             return self
         real = self.mask.bool()
@@ -59,13 +62,15 @@ class Task:
     query: Examples
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Task:
-        """On ``device``, with floating-point tensors as ``dtype``."""
-        return pytree.tree_map(
-            lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype, non_blocking=True), self
-        )
+        """Return the task on ``device``, with floating-point tensors as ``dtype``."""
+
+        def moved(t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype, non_blocking=True)
+
+        return cast(Task, pytree.tree_map(moved, self))
 
 
-# ``None`` counts as a leaf in torch's pytrees, and vmap refuses it: an absent mask is left out.
+# ``None`` is a leaf in torch's pytrees, and vmap refuses it: an absent mask is not part of the tree.
 pytree.register_pytree_node(
     Examples,
     lambda e: ([e.x, e.y] if e.mask is None else [e.x, e.y, e.mask], None),
@@ -98,64 +103,94 @@ def _stack_examples(parts: Sequence[Examples]) -> Examples:
 
 
 def stack(tasks: Sequence[Task]) -> Task:
-    """Tasks → one stacked task; shorter support or query sets are padded with zeros and masked."""
+    """Return ``tasks`` as one stacked task; shorter support or query sets are padded with zeros and masked."""
     return Task(_stack_examples([t.support for t in tasks]), _stack_examples([t.query for t in tasks]))
 
 
+class ImageFormat(Protocol):
+    """The conversion of an encoded image to the input of a model: [channels, size, size], inverted or not."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def invert(self) -> bool: ...
+
+
 class TaskFamily:
-    """A distribution over tasks. Subclass it and write ``sample_task`` (simple) or ``sample`` (a whole shard at once).
+    """A distribution over tasks. Subclass it and write ``sample_task``, or ``sample`` for a whole shard in one call.
 
     Both must be pure functions of the key. ``loss`` and ``metric`` map (prediction [N, …], target [N, …]) to one value
-    per example. A family is sent to workers without its data: load what is large in ``prepare``.
+    per example. Workers receive a family without its data: load large data in ``prepare``.
     """
 
+    #: ``regression`` or ``classification``
     kind: ClassVar[str] = "regression"
     metric_name: str = "mse"
     #: smaller is better for errors, larger for accuracies
     higher_is_better: bool = False
 
-    #: shape of one input, without the batch dimension; None where it is known only from the data
+    #: shape of one input, without the batch dimension; None where only the data tells it
     input_shape: tuple[int, ...] | None = None
     #: number of model outputs in training and in evaluation (n_way, or the target's dimension)
     outputs: int = 1
+    if TYPE_CHECKING:
+        # Attributes at run time. Type checkers allow subclasses to override them by a property only if they are one.
+        @property
+        def data_sha256(self) -> str | None:
+            """SHA-256 of the data, which every worker and a resumed run must share; None for families without data."""
+            raise NotImplementedError
+
+        @property
+        def decode(self) -> ImageFormat | None:
+            """The conversion of images to inputs, for a server; None where inputs are not images."""
+            raise NotImplementedError
+    else:
+        data_sha256 = None
+        decode = None
+    #: ``skip`` where shards may leave out failed tasks; None for families whose tasks cannot fail
+    on_error: str | None = None
 
     def prepare(self, device: torch.device) -> None:
-        """Load the data onto ``device``. Called once in every process that samples."""
+        """Load the data onto ``device``. Every process that samples calls this method once."""
 
     def sample_task(self, key: TaskKey, split: str) -> Task:
-        """One task; ``key`` is a single task's key."""
+        """Return one task of ``split``; ``key`` is the key of a single task."""
         raise NotImplementedError(f"{type(self).__name__} needs sample_task(key, split) or sample(keys, split)")
 
     def sample(self, keys: TaskKey, split: str) -> Task:
-        """A shard of tasks, stacked; ``keys.tasks`` has shape [T]."""
+        """Return the stacked tasks of a shard; ``keys.tasks`` has shape [T]."""
         return stack([self.sample_task(key, split) for key in keys.each()])
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of each example [N]; by default, the squared error."""
         return _squared_error(prediction, target)
 
     def metric(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the metric ``metric_name`` of each example [N]; by default, the squared error."""
         return _squared_error(prediction, target)
 
-    def protocol(self, split: str) -> dict[str, Any]:
-        """What a score on ``split`` must be read with (ways, shots, queries, …)."""
+    def protocol(self, split: str) -> dict[str, object]:
+        """Return the conditions of a score on ``split`` (ways, shots, queries, …), as plain values for a report."""
         return {}
 
     def ways(self, split: str) -> int:
-        """Classes of a classification task of ``split``; families that train with more ways than they are judged by override it."""
+        """Return the number of classes of a task of ``split``; override it where training tasks have more classes."""
         return self.outputs
 
     def sizes(self, split: str) -> tuple[int, int] | None:
-        """(support, query) rows of a task where all tasks are alike; None where they differ and are padded."""
+        """Return the (support, query) rows of a task, or None where tasks differ in size and are padded."""
         return None
 
 
 def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Per example [N], averaged over whatever dimensions a target has."""
+    """Return the squared error of each example [N], averaged over the dimensions of its target."""
     return (prediction - target).square().reshape(target.shape[0], -1).mean(1)
 
 
 class Classification(TaskFamily):
-    """n-way classification: integer targets [N] in [0, outputs)."""
+    """n-way classification: integer targets [N] in [0, outputs), cross-entropy and accuracy."""
 
     kind: ClassVar[str] = "classification"
     metric_name: str = "accuracy"

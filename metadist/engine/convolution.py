@@ -9,6 +9,7 @@ contractions is to take another, so that derivatives of every order are calls th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -86,6 +87,15 @@ def conv2d(
         _Contraction.apply(input, weight, "input", "kernel", geometry) if library else _patches(input, weight, geometry)
     )
     return result if bias is None else result + bias.view(-1, 1, 1)
+
+
+def group_norm(input: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    """``torch.nn.functional.group_norm``, whose derivatives need an input that is contiguous in memory."""
+    return F.group_norm(input.contiguous(), *arguments, **named)
+
+
+#: the functions of torch that compiled shards replace
+REPLACEMENTS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {F.conv2d: conv2d, F.group_norm: group_norm}
 
 
 def _patches(input: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:

@@ -22,7 +22,7 @@ from metadist.core.engine import Engine
 from metadist.core.random import TaskKey
 from metadist.engine.compiled import trace
 from metadist.engine.meta_gradient import MetaGradient, directly
-from metadist.learners.few_shot import Learner
+from metadist.engine.subject import Subject, initial_theta
 
 
 @dataclass(frozen=True)
@@ -41,36 +41,40 @@ class Footprint:
         return self.shared + tasks * (self.first + self.further * max(0, self.inner_steps - 1))
 
 
-def footprint(learner: Learner, engine: Engine) -> Footprint:
+def footprint(subject: Subject, engine: Engine) -> Footprint:
     """Of one task's contribution under ``engine``. An upper bound where shards are compiled: a fused operator keeps in
     registers what is counted here. Not counted is what a library takes besides (the workspaces of convolutions)."""
-    steps = getattr(learner.algorithm, "inner_steps", 0)
+    steps = subject.algorithm.inner_steps
     peak = _traced_peak if engine.compile else _measured_peak
-    one, two = (peak(learner, engine, min(k, steps)) for k in (1, 2))
-    shared = sum(_bytes(v) for n, v in learner.initial(0).slots.items() if n in learner.meta_gradient.learned)
-    return Footprint(shared, one, max(0, two - one), steps, _state_bytes(learner))
+    one, two = (peak(subject, engine, min(k, steps)) for k in (1, 2))
+    shared = sum(_bytes(v) for n, v in subject.initial(0).slots.items() if n in subject.meta_gradient.learned)
+    return Footprint(shared, one, max(0, two - one), steps, _state_bytes(subject))
 
 
-def allocated_bytes(learner: Learner) -> int:
+def allocated_bytes(subject: Subject) -> int:
     """All that one task's unrolled contribution ever allocates: more than its peak."""
-    return _measured(learner, Engine(), getattr(learner.algorithm, "inner_steps", 0)).total
+    return _measured(subject, Engine(), subject.algorithm.inner_steps).total
 
 
-def _one_task(learner: Learner) -> tuple[Any, Any, TaskKey, Tensor]:
+def _one_task(subject: Subject) -> tuple[Any, Any, TaskKey, Tensor]:
     keys = TaskKey.of(0, "train", 0, [0])
-    theta = {n: p.map(lambda t: t.to(learner.device)) for n, p in learner.initial(0).theta(learner.slots).items()}
-    return theta, learner.sample(keys), keys.to(learner.device), torch.ones(1, dtype=torch.bool, device=learner.device)
+    return (
+        initial_theta(subject, 0),
+        subject.sample(keys),
+        keys.to(subject.device),
+        torch.ones(1, dtype=torch.bool, device=subject.device),
+    )
 
 
-def _with_steps(learner: Learner, engine: Engine, steps: int) -> MetaGradient:
-    return replace(learner.meta_gradient_under(engine), algorithm=with_inner_steps(learner.algorithm, steps))
+def _with_steps(subject: Subject, engine: Engine, steps: int) -> MetaGradient:
+    return replace(subject.meta_gradient_under(engine), algorithm=with_inner_steps(subject.algorithm, steps))
 
 
-def _state_bytes(learner: Learner) -> int:
-    gradient = learner.meta_gradient
+def _state_bytes(subject: Subject) -> int:
+    gradient = subject.meta_gradient
     if gradient.cannot_walk_back:
         return 0
-    theta, tasks, keys, _ = _one_task(learner)
+    theta, tasks, keys, _ = _one_task(subject)
     task = pytree.tree_map(lambda t: t[0], tasks)
     start = gradient.descent(gradient.context(keys, keys.tasks[0], 0), theta, task).start
     return sum(_bytes(t) for t in pytree.tree_leaves(start) if isinstance(t, Tensor))
@@ -104,16 +108,16 @@ class _Alive(TorchDispatchMode):
         del self._known[name]
 
 
-def _measured(learner: Learner, engine: Engine, steps: int) -> _Alive:
-    gradient = _with_steps(learner, engine, steps)
-    theta, tasks, keys, keep = _one_task(learner)
+def _measured(subject: Subject, engine: Engine, steps: int) -> _Alive:
+    gradient = _with_steps(subject, engine, steps)
+    theta, tasks, keys, keep = _one_task(subject)
     with _Alive(pytree.tree_leaves((theta, tasks, keep))) as alive:
         gradient.sums(directly, theta, tasks, keys, 0, keep)
     return alive
 
 
-def _measured_peak(learner: Learner, engine: Engine, steps: int) -> int:
-    return _measured(learner, engine, steps).most
+def _measured_peak(subject: Subject, engine: Engine, steps: int) -> int:
+    return _measured(subject, engine, steps).most
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -123,9 +127,9 @@ def _bytes(tensor: Tensor) -> int:
 # Of graphs ------------------------------------------------------------------------------------------------------------
 
 
-def _traced_peak(learner: Learner, engine: Engine, steps: int) -> int:
-    gradient = _with_steps(learner, engine, steps)
-    theta, tasks, keys, keep = _one_task(learner)
+def _traced_peak(subject: Subject, engine: Engine, steps: int) -> int:
+    gradient = _with_steps(subject, engine, steps)
+    theta, tasks, keys, keep = _one_task(subject)
     most = 0
     held: list[tuple[weakref.ref[Tensor], int]] = []
 
@@ -133,7 +137,7 @@ def _traced_peak(learner: Learner, engine: Engine, steps: int) -> int:
         """Called piece by piece: what lies between the pieces is alive while one of them runs."""
         nonlocal most
         leaves, spec = pytree.tree_flatten(arguments)
-        tensors = [t if isinstance(t, Tensor) else torch.tensor(t, device=learner.device) for t in leaves]
+        tensors = [t if isinstance(t, Tensor) else torch.tensor(t, device=subject.device) for t in leaves]
         given = set(map(id, tensors))
         graph, returned = trace(function, spec, tensors)
         between = sum(size for ref, size in held if (t := ref()) is not None and id(t) not in given)

@@ -22,6 +22,7 @@ from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import TaskKey
 from metadist.core.task import Task, TaskFamily
+from metadist.engine.convolution import REPLACEMENTS
 
 Values = dict[str, Parameters]
 """Slot → gradient or delta."""
@@ -80,7 +81,7 @@ class MetaGradient:
     held: Names = frozenset()
 
     def bind(self, theta: Theta, key: TaskKey | None, training: bool) -> BoundModel:
-        return self.model.bind(fixed(theta), key, training, self.engine)
+        return self.model.bind(fixed(theta), key, training, self.engine, REPLACEMENTS if self.engine.compile else None)
 
     def values(self, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
         """Every task's gradient (or delta), and its loss and metric on the query set, stacked [T, …]; never compiled."""
@@ -112,7 +113,7 @@ class MetaGradient:
     @property
     def cannot_walk_back(self) -> str | None:
         """Why there are no inner steps to walk back over, or None."""
-        if hasattr(self.algorithm, "delta"):
+        if self.algorithm.contribution == "delta":
             return "the algorithm contributes a delta, and differentiates through nothing"
         if not isinstance(self.algorithm, InnerLoop) or type(self.algorithm).adapt is not InnerLoop.adapt:
             return f"{type(self.algorithm).__name__} has no inner loop stated by descent()"
@@ -144,11 +145,11 @@ class MetaGradient:
         def single(task: Task, index: Tensor) -> tuple[Values, Metrics]:
             context = self.context(keys, index, meta_step)
             model = self.bind(theta, context.key, True)
-            delta = getattr(self.algorithm, "delta", None)
-            if delta is not None:
+            if self.algorithm.contribution == "delta":
                 phi = self.algorithm.adapt(model, theta, task.support, context)[-1]
                 prediction = self.algorithm.predict(model, phi, task.query.x)
-                return delta(theta, phi), self._metrics(context, context.loss(prediction, task.query), prediction, task)
+                delta = self.algorithm.delta(theta, phi)
+                return delta, self._metrics(context, context.loss(prediction, task.query), prediction, task)
 
             def objective(learned: Values) -> tuple[Tensor, tuple[Tensor, Tensor]]:
                 given = {**theta, **learned}

@@ -1,4 +1,4 @@
-"""A driver that can be steered: its claim on the run's folder, its command log, its control plane and the record by which that is found."""
+"""The surroundings of a driver: the lock of the run directory, steering, and the control plane with its record."""
 
 from __future__ import annotations
 
@@ -11,21 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from metadist.config.settings import ControlSettings
 from metadist.control.command_log import CommandLog
 from metadist.control.driver_record import LOCK, RECORD
-from metadist.control.feed import Board
-from metadist.control.steering import Recorder, Steering
+from metadist.control.feed import Feed
+from metadist.control.steering import Recorder, RunControl, RunInfo
 from metadist.core.errors import ConfigError, MetadistError
-from metadist.storage.checkpoints import Loaded
-from metadist.storage.run_directory import RunFolder
-
-if TYPE_CHECKING:
-    from metadist.experiment.description import Experiment
+from metadist.experiment.attempt import Attempt
+from metadist.storage.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +30,12 @@ TOKEN = "control.token"
 
 
 @contextmanager
-def claimed(folder: RunFolder) -> Iterator[None]:
-    """One driver trains a run at a time. The lock ends with the process, however that ends; it holds on this machine (where the
-    folder is local, on all that share it and its locks)."""
+def locked(folder: RunDirectory) -> Iterator[None]:
+    """Hold the lock of a run directory: one driver trains a run at a time.
+
+    The lock ends with the process, and holds on this machine; where the directory is local, on all that share it and
+    its locks.
+    """
     lock = FileLock(str(folder.scratch / LOCK), thread_local=False)
     try:
         folder.scratch.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def claimed(folder: RunFolder) -> Iterator[None]:
         record = folder.read_json(RECORD) or {}
         who = f"process {record['pid']} on {record['host']}" if "pid" in record else "another process"
         raise ConfigError(
-            f"run_dir '{folder.url}' is being trained by {who}; stop that first (metadist control {folder.url} stop), or choose another --run-dir"
+            f"run_dir '{folder.url}' is being trained by {who}; stop that process first (metadist control {folder.url} stop), or choose another --run-dir"
         ) from None
     except (OSError, NotImplementedError) as error:
         log.warning("%s can't be locked (%s): nothing keeps a second driver from this run", folder.url, error)
@@ -56,33 +56,28 @@ def claimed(folder: RunFolder) -> Iterator[None]:
         lock.release()
 
 
-def steering_of(
-    experiment: Experiment,
-    folder: RunFolder,
-    run_id: str,
-    earlier: Loaded | None,
-    board: Board,
-    tracker: Recorder,
-    stop: Callable[[], bool],
-) -> Steering:
-    """What steers the run, with the commands that earlier attempts were given. CheckpointError where they contradict ``earlier``."""
-    commands = CommandLog(folder.url, copy=folder.scratch / "commands.jsonl")
+def steering_of(attempt: Attempt, feed: Feed, tracker: Recorder, stop: Callable[[], bool]) -> RunControl:
+    """Return the steering of a run, with the commands of earlier attempts.
+
+    CheckpointError where they contradict the checkpoint that the attempt resumes.
+    """
+    experiment, directory, earlier = attempt.experiment, attempt.directory, attempt.earlier
+    commands = CommandLog(directory.url, copy=directory.scratch / "commands.jsonl")
     if earlier is not None and (note := commands.reconcile(earlier.manifest.get("commands", ()), earlier.meta_step)):
-        board.note(note)
+        feed.note(note)
     asked: dict[str, int] = {}
     for group in experiment.workers:
-        if not group.outside:  # those come and go by themselves
+        if not group.outside:  # remote workers come and go by themselves
             asked[group.role] = asked.get(group.role, 0) + group.max
-    steering = Steering(
-        commands, board, experiment.learner, tracker, run_id=run_id, run_dir=folder.url, asked=asked, stop=stop
-    )
+    info = RunInfo(attempt.run_id, directory.url, asked)
+    steering = RunControl(commands, feed, experiment.learner, tracker, info, stop)
     if earlier is not None:
         steering.saved(earlier.meta_step)
     return steering
 
 
-def checked(settings: ControlSettings) -> None:
-    """A mistake in the config is told before anything begins. What isn't the config's fault never keeps a run from training."""
+def check_control(settings: ControlSettings) -> None:
+    """Refuse a mistake in the ``control`` section before anything begins. Other obstacles never keep a run from training."""
     if not settings.enabled:
         return
     try:
@@ -92,8 +87,8 @@ def checked(settings: ControlSettings) -> None:
         return
     if not is_loopback(settings.host) and settings.tls_cert is None:
         raise ConfigError(
-            f"control.host: {settings.host}: other machines could steer this run in the clear; give control.tls_cert and control.tls_key, or "
-            "stay on 127.0.0.1"
+            f"control.host: {settings.host}: other machines could steer this run without encryption; give control.tls_cert and "
+            "control.tls_key, or stay on 127.0.0.1"
         )
     if settings.token_file is not None:
         with _named("control.token_file"):
@@ -105,10 +100,9 @@ def checked(settings: ControlSettings) -> None:
 
 
 @contextmanager
-def served(
-    steering: Steering, board: Board, settings: ControlSettings, folder: RunFolder, run_id: str
-) -> Iterator[None]:
-    """Serve the control plane while the run trains, and leave word of it in ``control.json``. Where that can't be, the run goes on."""
+def serve_control(steering: RunControl, feed: Feed, attempt: Attempt) -> Iterator[None]:
+    """Serve the control plane while the run trains, and write its address to control.json. On failure, warn and continue."""
+    settings, folder, run_id = attempt.experiment.control, attempt.directory, attempt.run_id
     record: dict[str, Any] = {
         "run_id": run_id,
         "pid": os.getpid(),
@@ -129,26 +123,26 @@ def served(
         except (MetadistError, OSError, RuntimeError) as error:
             record["off"] = str(error)
         if record["off"] and settings.enabled:
-            board.note(f"this run can't be steered while it trains: {record['off']}")
+            feed.note(f"this run can't be steered while it trains: {record['off']}")
         _write(folder, record)
-        stack.callback(board.close)
+        stack.callback(feed.close)
         try:
             yield
         finally:
-            standing = steering.standing()
+            status = steering.status()
             _write(
                 folder,
                 {
                     **record,
-                    "ended": {"time": time.time(), "meta_step": standing.meta_step, "meta_steps": standing.meta_steps},
+                    "ended": {"time": time.time(), "meta_step": status.meta_step, "meta_steps": status.meta_steps},
                 },
             )
 
 
-def _serve(stack: ExitStack, steering: Steering, settings: ControlSettings, folder: RunFolder) -> dict[str, Any]:
+def _serve(stack: ExitStack, steering: RunControl, settings: ControlSettings, folder: RunDirectory) -> dict[str, Any]:
     if not settings.enabled:
         return {"off": "control.enabled is false"}
-    from metadist.control import service as plane
+    from metadist.control import service
     from metadist.rpc.endpoint import Endpoint, serve
 
     token_file = settings.token_file or str(_new_token(folder.scratch / TOKEN))
@@ -158,15 +152,15 @@ def _serve(stack: ExitStack, steering: Steering, settings: ControlSettings, fold
         settings.tls_cert,
         settings.tls_key,
         token_file,
-        message_bytes=plane.MESSAGE_BYTES,
-        concurrent=plane.CONCURRENT,
+        message_bytes=service.MESSAGE_BYTES,
+        concurrent=service.CONCURRENT,
     )
-    running = stack.enter_context(serve(endpoint, plane.services(steering), grace=2.0))
+    running = stack.enter_context(serve(endpoint, service.services(steering), grace=2.0))
     return {"address": running.address, "token_file": os.path.abspath(token_file)}
 
 
 def _new_token(path: Path) -> Path:
-    """For this driver alone: another one of the same run makes another token."""
+    """Write a new token for this driver; every driver of a run makes its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -174,7 +168,7 @@ def _new_token(path: Path) -> Path:
     return path
 
 
-def _write(folder: RunFolder, record: dict[str, Any]) -> None:
+def _write(folder: RunDirectory, record: dict[str, Any]) -> None:
     try:
         folder.write(RECORD, json.dumps(record, indent=1))
     except (MetadistError, OSError) as error:  # not worth a run

@@ -8,44 +8,45 @@ from pathlib import Path
 from torch import Tensor
 
 from metadist.config.build import build
-from metadist.config.schema import parse_yaml
+from metadist.config.experiment import Experiment
+from metadist.config.schema import parse_document
 from metadist.core.errors import CheckpointError, ConfigError
-from metadist.experiment.description import Experiment
-from metadist.experiment.result import BEYOND, Result
+from metadist.experiment.result import SLOTS, Result
 from metadist.storage.checkpoints import Checkpoints, load_parameters
-from metadist.storage.run_directory import RunFolder, runs_root
+from metadist.storage.run_directory import RunDirectory, runs_root
 from metadist.training.progress import Outcome, Progress
 
 
-def _initial(experiment: Experiment) -> Mapping[str, Tensor] | None:
-    """Parameters to begin with: a safetensors file, or an earlier run's best."""
-    source = experiment.init_from
+def initial_parameters(source: str | None) -> Mapping[str, Tensor] | None:
+    """Return the model parameters of a safetensors file, or the best ones of an earlier run; None without a source."""
     if source is None:
         return None
     if source.endswith(".safetensors"):
-        return {name: tensor for name, tensor in load_parameters(source).items() if not name.startswith(BEYOND)}
-    folder = RunFolder(source)
-    if folder.read("run.json") is None:
+        return {name: tensor for name, tensor in load_parameters(source).items() if not name.startswith(SLOTS)}
+    if RunDirectory(source).read("run.json") is None:
         raise ConfigError(f"init_from: '{source}' is neither a .safetensors file nor a run directory")
     earlier = load_run(source)
     return earlier.experiment.learner.parameters(earlier.state)
 
 
-def tracking_root(folder: RunFolder) -> Path:
-    """Where the default SQLite store lies: METADIST_RUNS, or a local folder where that is remote."""
-    return folder.scratch.parent if "://" in runs_root() else Path(runs_root()).resolve()
+def tracking_root(directory: RunDirectory) -> Path:
+    """Return the folder of the default SQLite store: METADIST_RUNS, or a local folder where that is remote."""
+    return directory.scratch.parent if "://" in runs_root() else Path(runs_root()).resolve()
 
 
 def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
-    """A run's best parameters, ready to ``adapt`` and ``predict``; built from the run's own config unless ``experiment`` is given."""
-    folder = RunFolder(run_dir)
+    """Load the best parameters of a run, ready to ``adapt`` and ``predict``.
+
+    The run's own config describes the experiment, unless ``experiment`` is given.
+    """
+    folder = RunDirectory(run_dir)
     text, about = folder.read("config.yaml"), folder.read_json("run.json")
     if text is None or about is None:
         raise ConfigError(
             f"run directory '{run_dir}' has no config.yaml and run.json; is it the folder that train printed?"
         )
     if experiment is None:
-        experiment = Experiment.of(build(parse_yaml(text, f"{run_dir}/config.yaml")))
+        experiment = build(parse_document(text, f"{run_dir}/config.yaml"))
     learner = experiment.learner
     checkpoints = Checkpoints(folder.url, higher_is_better=learner.tasks.higher_is_better)
     loaded = checkpoints.best(learner.slots) or checkpoints.latest(learner.slots)

@@ -15,12 +15,11 @@ from metadist.config.build import build_environment
 from metadist.config.document import override, read_document, shipped_configs
 from metadist.core.errors import ConfigError, nearest, one_of
 from metadist.core.random import TaskKey
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.core.task import TaskFamily
+from metadist.learners.evaluation import Evaluation, TrialEvaluation
 from metadist.oracles import compare, methods, play, possible, score
 from metadist.rl.algorithm import EPISODES_SHOWN
 from metadist.rl.environment import MetaEnvironment
-from metadist.training.evaluation import Evaluation, TrialEvaluation
 
 #: trials at a time
 BATCH = 2000
@@ -72,21 +71,20 @@ def paired(
 class Regret:
     """What the oracle gets more than a policy on the same trials; nothing where there is no oracle to compare with."""
 
-    def __init__(self, learner: Learner | TrialLearner, seed: int, *, trials: int = 1000) -> None:
-        self._learner, self._seed, self._trials = learner, seed, trials
+    def __init__(self, tasks: TaskFamily | MetaEnvironment, seed: int, *, trials: int = 1000) -> None:
+        self._tasks, self._seed, self._trials = tasks, seed, trials
         #: the oracle's returns by episode, by split
         self._best: dict[str, Tensor | None] = {}
 
     def __call__(self, judged: Evaluation) -> dict[str, float]:
-        if (
-            not isinstance(self._learner, TrialLearner)
-            or not isinstance(judged, TrialEvaluation)
-            or judged.by_gradient_steps
-        ):
+        environment = self._tasks
+        if not (isinstance(environment, MetaEnvironment) and isinstance(judged, TrialEvaluation)):
+            return {}
+        if judged.by_gradient_steps:
             return {}
         ours = judged.trials[judged.policy][: self._trials]
         if judged.split not in self._best:
-            self._best[judged.split] = self._oracle(self._learner.tasks, judged.split, len(ours))
+            self._best[judged.split] = self._oracle(environment, judged.split, len(ours))
         best = self._best[judged.split]
         if best is None or best.shape != ours.shape:
             return {}
@@ -95,7 +93,7 @@ class Regret:
         by_episode = {f"{prefix}/episode_{n}": float(lost[n - 1]) for n in shown}
         return {
             prefix: float(lost.sum()),
-            f"{prefix}/per_step": float(lost.mean()) / self._learner.tasks.horizon,
+            f"{prefix}/per_step": float(lost.mean()) / environment.horizon,
             **by_episode,
         }
 

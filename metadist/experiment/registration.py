@@ -17,20 +17,16 @@ from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
 from metadist.experiment.load import load_run, tracking_root
 from metadist.experiment.result import Result
-from metadist.learners.few_shot import Learner
-from metadist.storage.run_directory import RunFolder
+from metadist.learners import supervised
+from metadist.storage.run_directory import RunDirectory, runs_root
 
 log = logging.getLogger(__name__)
 
 
-def log_models(tracker: Any, folder: RunFolder, result: Result, register: str) -> None:
+def log_models(tracker: Any, folder: RunDirectory, result: Result, register: str) -> None:
     """The parameters that validated best become a version of the model ``register``; the last ones are logged beside them."""
-    learner = result.experiment.learner
-    if not isinstance(learner, Learner):
-        log.warning(
-            "tracking.register: a policy of %s adapts by acting, not to a support set; it is not registered",
-            type(learner.tasks).__name__,
-        )
+    if reason := result.experiment.learner.servable():
+        log.warning("tracking.register: not registered: %s", reason)
         return
     outcome = result.outcome
     place = folder.scratch / "mlflow_model"
@@ -54,8 +50,7 @@ def _write(place: Path, result: Result) -> list[Path]:
 
 def _example(result: Result) -> dict[str, Any]:
     """The first validation task."""
-    learner = result.experiment.learner
-    assert isinstance(learner, Learner)
+    learner = supervised(result.experiment.learner)
     task = learner.sample(TaskKey.of(result.experiment.seed, "validation", 0, [0]))
     return {
         "support_x": task.support.x[0].numpy(),
@@ -66,8 +61,7 @@ def _example(result: Result) -> dict[str, Any]:
 
 def _about(result: Result, meta_step: int) -> dict[str, Any]:
     experiment = result.experiment
-    learner, settings = experiment.learner, experiment.evaluate
-    assert isinstance(learner, Learner)
+    learner, settings = supervised(experiment.learner), experiment.evaluate
     judged = [v for v in result.outcome.progress.validation if v["meta_step"] == meta_step]
     if not judged:
         raise ConfigError(
@@ -99,11 +93,9 @@ def register_run(run_dir: str, name: str) -> str:
     """Log a finished run's best parameters as an MLflow model and make them a version of ``name``; returns the version."""
     from metadist.tracking.model_registry import register_now
 
-    result, folder = load_run(run_dir), RunFolder(run_dir)
-    if not isinstance(result.experiment.learner, Learner):
-        raise ConfigError(
-            f"register: {run_dir} is a run in a meta-environment; its policy adapts by acting, not to a support set"
-        )
+    result, folder = load_run(run_dir), RunDirectory(run_dir)
+    if reason := result.experiment.learner.servable():
+        raise ConfigError(f"register: {run_dir}: {reason}")
     result.experiment.learner.prepare(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as place:
         _write(Path(place), result)
@@ -111,3 +103,10 @@ def register_run(run_dir: str, name: str) -> str:
         return register_now(
             folder.scratch / "tracking", result.experiment.tracking.uri, tracking_root(folder), Path(place), about
         )
+
+
+def fetch_registered(uri: str) -> str:
+    """Download the model ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/…``; return its weights' path."""
+    from metadist.tracking.model_registry import fetch
+
+    return str(fetch(uri, Path(runs_root()).resolve()))

@@ -1,14 +1,15 @@
-"""Workers from outside, wired: the desk of a driver behind its gRPC endpoint, and the process that joins one."""
+"""Remote workers: the gRPC endpoint of a driver that takes them, and the process that joins a driver."""
 
 from __future__ import annotations
 
-import logging
+import os
 import platform
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,155 +18,148 @@ import yaml
 import metadist
 from metadist.config.build import build as build_config
 from metadist.config.groups import ROLES
-from metadist.config.schema import parse_yaml
+from metadist.config.schema import parse_document
 from metadist.core.errors import ConfigError, WorkerError, nearest
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.learners.base import Learner
 from metadist.workers.numerics import Numerics
-from metadist.workers.remote.executor import OutsideExecutor
-from metadist.workers.remote.messages import Dismissal
+from metadist.workers.remote.executor import RemoteExecutor
+from metadist.workers.remote.messages import Applicant, Dismissal
+from metadist.workers.remote.server import Offer
+from metadist.workers.settings import RunSettings
 
 if TYPE_CHECKING:
-    from metadist.experiment.description import Experiment
+    from metadist.config.experiment import Experiment
+    from metadist.rpc.endpoint import Endpoint
+    from metadist.workers.remote.client import Shell
 
-log = logging.getLogger(__name__)
-
-#: what a worker needs nothing of: it is the driver's own
-DRIVERS_OWN = ("workers", "outside", "control", "checkpoint", "tracking", "init_from")
-#: a worker's call lasts as long as the run: the most that gRPC can be told
+#: keys that workers do not need
+DRIVER_KEYS = ("workers", "outside", "control", "checkpoint", "tracking", "init_from")
+#: a worker's call lasts as long as the run: this is the longest deadline that gRPC takes
 LONGEST_SECONDS = 24 * 24 * 3600.0
-#: calls beside those of workers: health, reflection, workers that are about to be refused
+#: calls besides those of workers: health, reflection, workers that are about to be refused
 OTHER_CALLS = 16
-#: for every worker to be told that it is over, on a busy machine; one that was not told waits for a driver in vain
+#: seconds to dismiss every worker on a busy machine; a worker that is not dismissed waits for a driver in vain
 GRACE_SECONDS = 10.0
 
 
 def versions() -> dict[str, str]:
+    """Return the versions that a worker and its driver compare."""
     return {"metadist": metadist.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 @contextmanager
-def desk(
-    experiment: Experiment,
-    run_id: str,
-    numerics: Numerics,
-    note: Callable[[str], None],
-    farewell: Callable[[], Dismissal],
-) -> Iterator[OutsideExecutor]:
-    """An executor whose workers can connect; they are told ``farewell`` at the end."""
+def remote_executor(
+    experiment: Experiment, settings: RunSettings, numerics: Numerics, farewell: Callable[[], Dismissal]
+) -> Iterator[RemoteExecutor]:
+    """Serve an executor to which workers can connect. At the end all of them are dismissed with ``farewell()``."""
     try:
-        from metadist.rpc.endpoint import Endpoint, serve
-        from metadist.workers.remote.server import Leases, add_to_server
+        from metadist.rpc.endpoint import serve
+        from metadist.workers.remote.service import Leases, add_to_server
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"outside: {error.name} is not installed; pip install 'grpcio grpcio-health-checking grpcio-reflection'"
         ) from error
     if not experiment.document:
         raise ConfigError(
-            "outside: workers from outside build their learner from a config; this experiment was made in Python and has none"
+            "outside: remote workers build their learner from a config; this experiment was made in Python and has none"
         )
-    settings = experiment.outside
     groups = [g for g in experiment.workers if g.outside and g.max]
-    endpoint = Endpoint(
-        settings.host,
-        settings.port,
-        settings.tls_cert,
-        settings.tls_key,
-        settings.token_file,
-        concurrent=sum(g.max for g in groups) + OTHER_CALLS,
-        stream_seconds=LONGEST_SECONDS,
-        connection_seconds=LONGEST_SECONDS,
-    )
-    document = {k: v for k, v in experiment.document.items() if k not in DRIVERS_OWN}
-    executor = OutsideExecutor(
-        experiment.learner,
-        groups,
-        run=run_id,
-        config=yaml.safe_dump(document, sort_keys=False, allow_unicode=True),
-        versions=versions(),
-        numerics=numerics,
-        device=experiment.engine.device,
-        seed=experiment.seed,
-        lease_seconds=settings.lease,
-        note=note,
-    )
-    with serve(endpoint, {add_to_server: Leases(executor)}, grace=GRACE_SECONDS) as served:
-        host = platform.node() if settings.host in ("0.0.0.0", "::") else settings.host
-        executor.how = f"metadist worker --connect {host}:{served.port}"
-        executor.how += " --token-file FILE" if settings.token_file else ""
-        executor.how += " --tls-ca FILE" if settings.tls_cert else ""
-        note(f"workers from outside may join: {executor.how}")
+    document = {k: v for k, v in experiment.document.items() if k not in DRIVER_KEYS}
+    config = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    offer = Offer(config, versions(), experiment.outside.lease)
+    executor = RemoteExecutor(experiment.learner, groups, settings, offer, numerics)
+    endpoint = _endpoint(experiment, workers=sum(g.max for g in groups))
+    with serve(endpoint, {add_to_server: Leases(executor.server)}, grace=GRACE_SECONDS) as served:
+        executor.how = _command(experiment, served.port)
+        settings.note(f"workers from outside may join: {executor.how}")
         try:
             yield executor
         finally:
             executor.close(farewell())
 
 
+def _endpoint(experiment: Experiment, workers: int) -> Endpoint:
+    from metadist.rpc.endpoint import Endpoint
+
+    settings = experiment.outside
+    return Endpoint(
+        settings.host,
+        settings.port,
+        settings.tls_cert,
+        settings.tls_key,
+        settings.token_file,
+        concurrent=workers + OTHER_CALLS,
+        stream_seconds=LONGEST_SECONDS,
+        connection_seconds=LONGEST_SECONDS,
+    )
+
+
+def _command(experiment: Experiment, port: int) -> str:
+    """Return the command that starts a worker for this run."""
+    settings = experiment.outside
+    host = platform.node() if settings.host in ("0.0.0.0", "::") else settings.host
+    command = f"metadist worker --connect {host}:{port}"
+    command += " --token-file FILE" if settings.token_file else ""
+    return command + (" --tls-ca FILE" if settings.tls_cert else "")
+
+
 # The worker -----------------------------------------------------------------------------------------------------------
 
 
-def build(config: str) -> Learner | TrialLearner:
-    """The learner of a run, from the document that its driver sent."""
-    document = parse_yaml(config, "the run's config")
-    if not isinstance(document, dict):
-        raise ConfigError("the run's config: expected keys and values")
-    return build_config(document).learner()
+@dataclass(frozen=True)
+class WorkerOptions:
+    """The options of ``metadist worker``.
+
+    ``patience`` is the time in seconds to wait for a driver that can't be reached; with ``stay`` the worker waits for
+    the next run when one is over.
+    """
+
+    token_file: str | None = None
+    tls_ca: str | None = None
+    role: str = "learner"
+    name: str | None = None
+    device: str | None = None
+    patience: float = 600.0
+    stay: bool = False
 
 
-def work(
-    address: str,
-    *,
-    token_file: str | None,
-    tls_ca: str | None,
-    role: str,
-    name: str | None,
-    device: str | None,
-    patience: float,
-    stay: bool,
-    say: Callable[[str], None],
-    stopped: Callable[[], bool],
-) -> str:
-    """Work for the driver at ``address`` until its run is over (with ``stay``: for the runs that come after, too); returns why it ended.
+def build(config: str) -> Learner:
+    """Build the learner of a run from the document that its driver sent."""
+    document = parse_document(config, "the run's config")
+    return build_config(document).learner
 
-    A driver that can't be reached, or that went away in the middle of a run, is waited for, ``patience`` seconds at a time.
-    Raises MetadistError where waiting can't help.
+
+def work(address: str, options: WorkerOptions, shell: Shell) -> str:
+    """Work for the driver at ``address`` until its run is over, and return why it ended.
+
+    With ``options.stay`` it continues with later runs. The worker waits for a driver that can't be reached or that
+    disappears during a run, ``options.patience`` seconds at a time. Raises MetadistError where waiting can't help.
     """
     from metadist.workers.remote.client import ServiceError, connect, converse, passing, wait_until_ready
-    from metadist.workers.remote.runner import ActorBench
+    from metadist.workers.remote.runner import Runner
 
-    if role not in ROLES:
-        raise ConfigError(f"--role: '{role}' is not one of {', '.join(ROLES)}{nearest(role, ROLES)}")
-    bench = ActorBench(build, device, gpus=1.0 if role == "learner" and torch.cuda.is_available() else 0.0)
-    name = name or re.sub(r"[^A-Za-z0-9_.-]", "-", platform.node()).strip("-._")[:48] or "worker"
-    waiting_for, pause, process = "", 1.0, secrets.token_hex(16)
-    while not stopped():
-        channel, began = connect(address, token_file, tls_ca), time.monotonic()
+    applicant = _applicant(options)
+    gpus = 1.0 if options.role == "learner" and torch.cuda.is_available() else 0.0
+    runner = Runner(build, options.device, gpus)
+    waiting_for, pause = "", 1.0
+    while not shell.stopped():
+        channel = connect(address, options.token_file, options.tls_ca)
         try:
             if waiting_for:
-                say(f"{waiting_for}; waiting up to {patience:g} s for a driver")
-                if not wait_until_ready(channel, patience, stopped):
+                shell.say(f"{waiting_for}; waiting up to {options.patience:g} s for a driver")
+                if not wait_until_ready(channel, options.patience, shell.stopped):
                     break
                 waiting_for = ""
             began = time.monotonic()
-            ended = converse(
-                channel,
-                address,
-                name=name,
-                role=role,
-                process=process,
-                versions=versions(),
-                bench=bench,
-                say=say,
-                stopped=stopped,
-            )
+            ended = converse(channel, address, applicant, runner, shell)
             if ended is None:
                 break
             if ended.then == "refused":
                 raise WorkerError(f"the driver at {address} refused this worker: {ended.reason}")
-            if ended.then == "over" and not stay:
+            if ended.then == "over" and not options.stay:
                 return ended.reason
             waiting_for = ended.reason
-            # A driver that is there, and has no place or no use for this worker: gRPC's own pauses are for one that is not.
+            # For a driver that answers but has no place for this worker: gRPC's own pauses are for unreachable drivers.
             pause = 1.0 if time.monotonic() - began > 30 else min(2 * pause, 15.0)
             time.sleep(pause)
         except ServiceError as error:
@@ -174,6 +168,14 @@ def work(
             waiting_for = str(error)
         finally:
             channel.close()
-    if stopped():
+    if shell.stopped():
         return "stopped by its user"
-    raise WorkerError(f"{waiting_for}; gave up after {patience:g} s (--patience)")
+    raise WorkerError(f"{waiting_for}; gave up after {options.patience:g} s (--patience)")
+
+
+def _applicant(options: WorkerOptions) -> Applicant:
+    """Return this process as an applicant. Raises ConfigError for a role that does not exist."""
+    if options.role not in ROLES:
+        raise ConfigError(f"--role: '{options.role}' is not one of {', '.join(ROLES)}{nearest(options.role, ROLES)}")
+    name = options.name or re.sub(r"[^A-Za-z0-9_.-]", "-", platform.node()).strip("-._")[:48] or "worker"
+    return Applicant(name, options.role, platform.node(), os.getpid(), versions(), secrets.token_hex(16))

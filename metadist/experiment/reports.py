@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from metadist.config.build import supervised
 from metadist.core.algorithm import TaskContext, with_inner_steps
 from metadist.core.random import TaskKey
 from metadist.core.task import Task
-from metadist.experiment.result import Adapted, Result
+from metadist.experiment.result import AdaptedParameters, Result
 from metadist.experiment.trial_reports import draw_trials
-from metadist.learners.trials import TrialLearner
+from metadist.learners import supervised
+from metadist.rl.environment import MetaEnvironment
 from metadist.tasks.sinusoid import Sinusoid
 from metadist.tracking import plots
 
@@ -31,8 +31,8 @@ def draw(result: Result, folder: Path) -> list[Path]:
         plots.learning_curve(
             drawn[-1], [int(p["meta_step"]) for p in curve], [p[metric] for p in curve], validation, metric
         )
-    if isinstance(learner, TrialLearner):
-        return drawn + draw_trials(result, learner, folder)
+    if isinstance(learner.tasks, MetaEnvironment):
+        return drawn + draw_trials(result, folder)
     for judged in result.evaluations:
         if len(judged.mean) > 1:
             drawn.append(folder / f"adaptation_{judged.split}.png")
@@ -43,7 +43,7 @@ def draw(result: Result, folder: Path) -> list[Path]:
     elif learner.tasks.kind == "classification" and learner.tasks.input_shape and len(learner.tasks.input_shape) == 3:
         drawn.append(folder / "episode.png")
         task, trajectory = _adapted(result, 0)
-        predicted = result.predict(Adapted(trajectory[-1], task.support), task.query.x).argmax(-1)
+        predicted = result.predict(AdaptedParameters(trajectory[-1], task.support), task.query.x).argmax(-1)
         episode = {
             "support": task.support.x,
             "support_labels": task.support.y,
@@ -76,5 +76,7 @@ def _sinusoid(result: Result, family: Sinusoid, index: int) -> dict[str, Any]:
         "y_support": task.support.y[:, 0],
         "x_curve": x[:, 0],
         "y_true": family.curve(keys, x[:, 0])[0],
-        "predictions": {step: result.predict(Adapted(trajectory[step], task.support), x)[:, 0] for step in steps},
+        "predictions": {
+            step: result.predict(AdaptedParameters(trajectory[step], task.support), x)[:, 0] for step in steps
+        },
     }

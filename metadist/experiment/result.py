@@ -9,22 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from metadist.core.errors import ConfigError
+from metadist.config.experiment import Experiment
 from metadist.core.state import State
 from metadist.core.task import Examples
-from metadist.experiment.description import Experiment
-from metadist.learners.few_shot import Learner
+from metadist.learners.evaluation import Evaluation, as_json
 from metadist.storage.checkpoints import export_parameters
-from metadist.training.evaluation import Evaluation, as_json
 from metadist.training.progress import Outcome
 
-#: in an exported file: the names of what isn't the model's
-BEYOND = "slots/"
+#: prefix of the names in an exported file that are not the model's
+SLOTS = "slots/"
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """φ and the support set that it was adapted to."""
+class AdaptedParameters:
+    """φ and its support set."""
 
     phi: Any
     support: Examples
@@ -43,7 +41,7 @@ class Result:
     retried: dict[str, int]
     wall_seconds: float
     undelivered: int = 0
-    #: who computed other bits than the run began with, where it may not be exact
+    #: the workers whose numerics differ from those that the run began with
     inexact: list[str] = field(default_factory=list)
     tracking_url: str | None = None
 
@@ -52,39 +50,40 @@ class Result:
         """The parameters that validated best."""
         return self.outcome.best
 
-    def adapt(self, x: Tensor, y: Tensor, inner_steps: int | None = None) -> Adapted:
-        """Adapt to a support set x [N, …], y [N, …]; hand the result to ``predict``."""
-        learner = self._supervised("adapt")
+    @property
+    def interrupted(self) -> bool:
+        """Whether a user stopped the run before its end."""
+        return self.outcome.stopped == "interrupted"
+
+    def adapt(self, x: Tensor, y: Tensor, inner_steps: int | None = None) -> AdaptedParameters:
+        """Adapt to a support set x [N, …], y [N, …], and return the argument of ``predict``."""
+        learner = self.experiment.learner
         dtype = learner.model.dtype
         support = Examples(x.to(dtype), y.to(dtype) if y.is_floating_point() else y)
-        return Adapted(learner.adapt(self.state, support, inner_steps), support)
+        return AdaptedParameters(learner.adapt(self.state, support, inner_steps), support)
 
-    def predict(self, adapted: Adapted, x: Tensor) -> Tensor:
-        """Predictions for x [N, …]: logits or values [N, …]."""
-        learner = self._supervised("predict")
+    def predict(self, adapted: AdaptedParameters, x: Tensor) -> Tensor:
+        """Return predictions for x [N, …]: logits or values [N, …]."""
+        learner = self.experiment.learner
         return learner.predict(self.state, adapted.phi, x.to(learner.model.dtype), adapted.support)
 
-    def _supervised(self, method: str) -> Learner:
-        learner = self.experiment.learner
-        if not isinstance(learner, Learner):
-            raise ConfigError(
-                f"{method}: {type(learner.tasks).__name__} is a meta-environment; its policy adapts by acting (evaluate)"
-            )
-        return learner
-
     def export(self, path: str | Path) -> None:
-        """The model's parameters under their own names, as one safetensors file; beside them what else the algorithm learned
-        (Meta-SGD's rates), and the config in the metadata, so that the file can be served."""
+        """Write a safetensors file that can be served.
+
+        It holds the model's parameters under their own names, all other learned slots (the rates of Meta-SGD), and the
+        config as metadata.
+        """
         learner = self.experiment.learner
-        beyond = {
-            f"{BEYOND}{slot}/{name}": tensor
+        others = {
+            f"{SLOTS}{slot}/{name}": tensor
             for slot in learner.algorithm.slots(learner.model, learner.model.initial(0)[0])
             for name, tensor in self.state.theta(learner.slots)[slot].items()
         }
         metadata = {"run_id": self.run_id, "format": "metadist", "config": json.dumps(self.experiment.document)}
-        export_parameters(path, {**learner.parameters(self.state), **beyond}, metadata)
+        export_parameters(path, {**learner.parameters(self.state), **others}, metadata)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
         about = {
             "run_id": self.run_id,
             "run_dir": self.run_dir,

@@ -1,17 +1,30 @@
-"""Compare a run with the one that it resumes."""
+"""Start a run, or resume one after a comparison with what it began with."""
 
 from __future__ import annotations
 
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
 
+from metadist.config.experiment import Experiment
 from metadist.config.schema import flatten, parse_yaml
 from metadist.core.errors import CheckpointError, ConfigError
-from metadist.experiment.description import Experiment
-from metadist.storage.run_directory import RunFolder
+from metadist.experiment.attempt import Attempt
+from metadist.experiment.lifecycle import locked
+from metadist.experiment.load import initial_parameters
+from metadist.experiment.request import RunRequest
+from metadist.storage.checkpoints import Checkpoints
+from metadist.storage.run_directory import RunDirectory, new_run_id, newest_run, runs_root
+from metadist.training.progress import Progress
 
-#: what may differ between a run and its resumption: nothing of it enters θ
+log = logging.getLogger(__name__)
+
+#: keys that may differ between a run and its resumption: none of them enters θ
 FREE_ON_RESUME = (
     "workers",
     "outside",
@@ -25,28 +38,80 @@ FREE_ON_RESUME = (
 )
 
 
-def _refuse_other_config(folder: RunFolder, experiment: Experiment, meta_step: int) -> None:
-    """A resumed run must be the run that was begun, in everything that enters θ."""
-    text = folder.read("config.yaml")
+@contextmanager
+def claimed(experiment: Experiment, request: RunRequest) -> Iterator[tuple[RunDirectory, str]]:
+    """Lock the run directory and yield it with the run's id. ConfigError where the directory belongs to another run or process."""
+    run_dir = request.run_dir
+    if request.resume and run_dir is None:
+        run_dir = newest_run(experiment.name)
+    run_id = request.run_id or new_run_id(experiment.name)
+    directory = RunDirectory(run_dir or f"{runs_root()}/{run_id}")
+    with locked(directory):
+        yield directory, _run_id(directory, experiment, run_id, request.resume)
+
+
+def _run_id(directory: RunDirectory, experiment: Experiment, run_id: str, resume: bool) -> str:
+    """Write the id and the config of a new run, or read the id of the run to resume."""
+    about = directory.read_json("run.json")
+    if about is not None:
+        if not resume:
+            raise ConfigError(
+                f"run_dir '{directory.url}' holds a run already; go on with it by --resume, or choose another --run-dir"
+            )
+        return str(about["run_id"])
+    if directory.read("group.json") is not None:
+        raise ConfigError(
+            f"run_dir '{directory.url}' holds a group of seeds; go on with it by --seeds, or choose another --run-dir"
+        )
+    if resume:
+        log.warning("run_dir %s holds no run yet; a new one starts", directory.url)
+    _write_config(directory, experiment)
+    directory.write("run.json", json.dumps({"run_id": run_id, "name": experiment.name, "created": time.time()}))
+    return run_id
+
+
+def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str) -> Attempt:
+    """Load the newest checkpoint, or make the initial state.
+
+    ConfigError where the config enters θ and differs from that of the run; CheckpointError where seed or data differ.
+    """
+    learner = experiment.learner
+    higher_is_better = learner.tasks.higher_is_better
+    checkpoints = Checkpoints(directory.url, keep=experiment.checkpoint.keep, higher_is_better=higher_is_better)
+    earlier = checkpoints.latest(learner.slots)
+    if earlier is None:
+        progress = Progress(0, learner.initial(experiment.seed, initial_parameters(experiment.init_from)))
+    else:
+        progress = Progress.of(earlier)
+        _refuse_other_data(experiment, earlier.manifest)
+    if progress.meta_step:
+        _refuse_other_config(directory, experiment)
+    _write_config(directory, experiment)
+    inexact = list(earlier.manifest.get("inexact", ())) if earlier else []
+    return Attempt(experiment, directory, run_id, checkpoints, earlier, progress, inexact)
+
+
+def _write_config(directory: RunDirectory, experiment: Experiment) -> None:
+    directory.write("config.yaml", yaml.safe_dump(experiment.document, sort_keys=False, allow_unicode=True))
+
+
+def _refuse_other_config(directory: RunDirectory, experiment: Experiment) -> None:
+    text = directory.read("config.yaml")
     before = flatten(parse_yaml(text or "{}", "config.yaml") or {})
     now = flatten(experiment.document)
-    if meta_step:
-        longer = experiment.learner.outer.schedule == "constant"
-        for key in sorted(before.keys() | now.keys()):
-            free = key.startswith(FREE_ON_RESUME) or (key == "outer.meta_steps" and longer)
-            if not free and before.get(key) != now.get(key):
-                raise ConfigError(
-                    f"--resume: {key} is {now.get(key)!r}, the run began with {before.get(key)!r}; only "
-                    f"{', '.join(FREE_ON_RESUME)} (and outer.meta_steps of a constant schedule) may change"
-                )
-    folder.write("config.yaml", yaml.safe_dump(experiment.document, sort_keys=False, allow_unicode=True))
+    longer = experiment.learner.outer.schedule == "constant"
+    for key in sorted(before.keys() | now.keys()):
+        free = key.startswith(FREE_ON_RESUME) or (key == "outer.meta_steps" and longer)
+        if not free and before.get(key) != now.get(key):
+            raise ConfigError(
+                f"--resume: {key} is {now.get(key)!r}, the run began with {before.get(key)!r}; only "
+                f"{', '.join(FREE_ON_RESUME)} (and outer.meta_steps of a constant schedule) may change"
+            )
 
 
-def _checked_manifest(experiment: Experiment, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The numerics fingerprint that the run began with, after a look at seed and data."""
+def _refuse_other_data(experiment: Experiment, manifest: dict[str, Any]) -> None:
     if manifest["seed"] != experiment.seed:
         raise CheckpointError(f"--resume: the run's seed is {manifest['seed']}, not {experiment.seed}")
-    data = getattr(experiment.learner.tasks, "data_sha256", None)
+    data = experiment.learner.data_sha256
     if manifest["data_sha256"] != data:
         raise CheckpointError(f"--resume: the run began on other data (sha256 {manifest['data_sha256']}, here {data})")
-    return manifest["fingerprint"]

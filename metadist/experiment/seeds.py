@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from metadist.config.build import build
+from metadist.config.experiment import Experiment
+from metadist.config.schema import Document
 from metadist.core.errors import ConfigError
-from metadist.experiment.description import Experiment
 from metadist.experiment.load import tracking_root
+from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
 from metadist.experiment.train import train
-from metadist.storage.run_directory import RunFolder, new_run_id, newest_run, runs_root
-from metadist.training.evaluation import as_json
-from metadist.training.loop import evaluation_metrics
+from metadist.learners.evaluation import as_json
+from metadist.storage.run_directory import RunDirectory, new_run_id, newest_run, runs_root
+from metadist.tracking import log_group, make_tracker, mean_sd
+from metadist.training.observers import Observer
 
 
 @dataclass
 class Group:
-    """Several seeds of one experiment, with mean and standard deviation of what they reached."""
+    """Several seeds of one experiment, with the mean and the standard deviation of their scores."""
 
     group_id: str
     run_dir: str
@@ -30,65 +34,73 @@ class Group:
     interrupted: bool = False
 
     def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
         seeds = [{"seed": r.experiment.seed, **r.as_dict()} for r in self.results]
         return {"group_id": self.group_id, "run_dir": self.run_dir, "summary": as_json(self.summary), "seeds": seeds}
 
 
 def train_seeds(
-    document: dict[str, Any],
-    seeds: list[int],
-    *,
-    run_dir: str | None,
-    resume: bool,
-    live: Callable[[Experiment], Any],
-    stop: Callable[[], bool],
+    document: Document,
+    seeds: Sequence[int],
+    request: RunRequest,
+    live: Callable[[Experiment], AbstractContextManager[Observer]],
     show: Callable[[Result], None] = lambda _: None,
 ) -> Group:
-    """One run per seed, in ``run_dir/seed-N``, as child runs of one parent that gets mean and SD."""
-    from metadist import tracking
+    """Train one run per seed, in ``run_dir/seed-N``, as child runs of one parent that gets mean and standard deviation.
 
-    base = Experiment.of(build(document))
-    group_id = new_run_id(base.name)
-    if resume and run_dir is None:
-        run_dir = newest_run(base.name, "group.json")
-    folder = RunFolder(run_dir or f"{runs_root()}/{group_id}")
-    known = folder.read_json("group.json")
-    if folder.read("run.json") is not None:
-        raise ConfigError(
-            f"run_dir '{folder.url}' holds a run already, a single run; choose another --run-dir for {len(seeds)} seeds"
-        )
-    if known is not None:
-        if not resume:
-            raise ConfigError(
-                f"run_dir '{folder.url}' holds runs already; go on with them by --resume, or choose another --run-dir"
-            )
-        if sorted(known["seeds"]) != sorted(seeds):
-            raise ConfigError(
-                f"--resume: the group has the seeds {known['seeds']}, not {seeds}; their mean stands for just these"
-            )
-        group_id = known["group_id"]
-    else:
-        folder.write(
-            "group.json", json.dumps({"group_id": group_id, "name": base.name, "created": time.time(), "seeds": seeds})
-        )
+    ``live(experiment)`` gives the display of a run, and ``show(result)`` is called after each.
+    """
+    base = build(document)
+    directory, group_id = _claim(base.name, seeds, request)
     results: list[Result] = []
     for seed in seeds:
-        experiment = Experiment.of(build({**document, "seed": seed}))
-        child = f"{folder.url}/seed-{seed}"
-        again = resume and RunFolder(child).read("run.json") is not None
+        experiment = build({**document, "seed": seed})
+        child = f"{directory.url}/seed-{seed}"
+        again = request.resume and RunDirectory(child).read("run.json") is not None
         with live(experiment) as display:
-            results.append(train(experiment, run_dir=child, resume=again, display=display, stop=stop, parent=group_id))
+            mine = replace(request, run_dir=child, resume=again, run_id=None, parent=group_id)
+            results.append(train(experiment, mine, display))
         show(results[-1])
-        if stop():
+        if request.stop():
             break
-    final = [evaluation_metrics(r.evaluations[0]) for r in results if r.evaluations]
-    summary = tracking.mean_sd(final)
-    if len(final) == len(seeds):  # what is recorded once stays: no mean of half the seeds
-        tracker = tracking.make_tracker(
-            base.tracking.uri,
-            spool=folder.scratch / "tracking",
-            experiment=base.tracking.experiment,
-            runs_root=tracking_root(folder),
+    final = [r.evaluations[0].metrics() for r in results if r.evaluations]
+    if len(final) == len(seeds):  # a point is recorded once: never the mean of a part of the seeds
+        _record(base, directory, group_id, final)
+    return Group(group_id, directory.url, results, mean_sd(final), interrupted=len(final) < len(seeds))
+
+
+def _claim(name: str, seeds: Sequence[int], request: RunRequest) -> tuple[RunDirectory, str]:
+    """Return the directory of the group and its id. ConfigError where the directory belongs to something else."""
+    run_dir = request.run_dir
+    if request.resume and run_dir is None:
+        run_dir = newest_run(name, "group.json")
+    group_id = new_run_id(name)
+    directory = RunDirectory(run_dir or f"{runs_root()}/{group_id}")
+    known = directory.read_json("group.json")
+    if directory.read("run.json") is not None:
+        raise ConfigError(
+            f"run_dir '{directory.url}' holds a run already, a single run; choose another --run-dir for {len(seeds)} seeds"
         )
-        tracking.log_group(tracker, run_id=group_id, name=group_id, results={base.learner.outer.meta_steps: final})
-    return Group(group_id, folder.url, results, summary, interrupted=len(final) < len(seeds))
+    if known is None:
+        about = {"group_id": group_id, "name": name, "created": time.time(), "seeds": list(seeds)}
+        directory.write("group.json", json.dumps(about))
+        return directory, group_id
+    if not request.resume:
+        raise ConfigError(
+            f"run_dir '{directory.url}' holds runs already; go on with them by --resume, or choose another --run-dir"
+        )
+    if sorted(known["seeds"]) != sorted(seeds):
+        raise ConfigError(
+            f"--resume: the group has the seeds {known['seeds']}, not {list(seeds)}; its mean is that of exactly these"
+        )
+    return directory, str(known["group_id"])
+
+
+def _record(base: Experiment, directory: RunDirectory, group_id: str, final: list[dict[str, float]]) -> None:
+    tracker = make_tracker(
+        base.tracking.uri,
+        spool=directory.scratch / "tracking",
+        experiment=base.tracking.experiment,
+        runs_root=tracking_root(directory),
+    )
+    log_group(tracker, run_id=group_id, name=group_id, results={base.learner.outer.meta_steps: final})

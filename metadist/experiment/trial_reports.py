@@ -12,11 +12,13 @@ from metadist.core.random import TaskKey
 from metadist.core.state import State
 from metadist.environments import Gridworld, HalfCheetahVel, Navigation
 from metadist.experiment.result import Result
-from metadist.learners.trials import TrialContext, TrialLearner
+from metadist.learners import of_trials
+from metadist.learners.evaluation import TrialEvaluation
+from metadist.learners.trials import TrialLearner
 from metadist.oracles import Row, compare, possible
+from metadist.rl.algorithm import TrialContext
 from metadist.rl.trial import EPISODE_END, VALID, Trials, rollout
 from metadist.tracking import trial_plots as plots
-from metadist.training.evaluation import TrialEvaluation
 
 #: trials of which known methods' curves are means
 TRIALS = 1000
@@ -26,9 +28,9 @@ RUNS = 32
 SLOW = ("psrl", "opsrl", "ucrl2", "beb")
 
 
-def draw_trials(result: Result, learner: TrialLearner, folder: Path) -> list[Path]:
+def draw_trials(result: Result, folder: Path) -> list[Path]:
     """Every plot that suits the run, as PNG files in ``folder``."""
-    drawn = []
+    learner, drawn = of_trials(result.experiment.learner), []
     for judged in result.evaluations:
         assert isinstance(judged, TrialEvaluation)
         rows = _known(learner, result.experiment.seed, judged.split, max(2, min(TRIALS, judged.tasks)))

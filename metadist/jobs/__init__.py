@@ -1,1 +1,1 @@
-"""Runs as Ray jobs, and cluster definitions."""
+"""Run a config as a Ray job, and render cluster definitions."""

@@ -1,4 +1,4 @@
-"""Where a run can be looked at: the pages of its job in the Ray dashboard and of its run in MLflow."""
+"""Link a run to its pages: its job in the Ray dashboard, its run in MLflow."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import logging
 import os
 
 from metadist.core.errors import MetadistError
-from metadist.storage.run_directory import RunFolder
+from metadist.storage.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
-#: what a job's driver is told of itself, in its environment
+#: environment variables of a job's driver: its own id and page
 JOB_ID, JOB_URL = "METADIST_JOB_ID", "METADIST_JOB_URL"
 FILE = "links.json"
 
 
 def job_url() -> str | None:
-    """The Ray dashboard's page of the job that this process drives, if it drives one."""
+    """Return the Ray dashboard's page of the job that this process drives, if it drives one."""
     return os.environ.get(JOB_URL) or None
 
 
 def tags() -> dict[str, str]:
-    """For the MLflow run; MLflow shows the note at the head of the run's page, as Markdown."""
+    """Return the MLflow run's tags. MLflow shows the note as Markdown at the top of the run's page."""
     if not (url := job_url()):
         return {}
     return {
@@ -32,14 +32,13 @@ def tags() -> dict[str, str]:
     }
 
 
-def record(folder: RunFolder, mlflow_url: str | None) -> None:
-    """``links.json`` in the run's folder, where there is a link."""
+def record(folder: RunDirectory, mlflow_url: str | None) -> None:
+    """Write the known links to ``links.json`` in the run's directory; on failure, warn and continue."""
     links = {"ray_job": job_url(), "mlflow": mlflow_url}
     if not any(links.values()):
         return
     try:
-        folder.write(
-            FILE, json.dumps({**(folder.read_json(FILE) or {}), **{k: v for k, v in links.items() if v}}, indent=1)
-        )
-    except MetadistError as error:  # not worth a run
+        known = {**(folder.read_json(FILE) or {}), **{k: v for k, v in links.items() if v}}
+        folder.write(FILE, json.dumps(known, indent=1))
+    except MetadistError as error:
         log.warning("%s", error)

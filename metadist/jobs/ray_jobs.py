@@ -1,4 +1,4 @@
-"""Ray's Jobs API, as far as metadist uses it: submit, list, follow, stop. Every failure is one line that says what to do."""
+"""Call Ray's Jobs API: submit, list, follow, stop. Every failure is one line with a remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metadist.workers.ray import environment as ray_environment  # isort: skip  (must precede ray, which reads its environment on import)
+# Before ray, which reads its environment on import:
+from metadist.workers.ray import environment as ray_environment  # isort: skip
 
 import ray.exceptions
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
@@ -21,16 +22,16 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from metadist.core.errors import ConfigError, WorkerError
 
-#: what Ray takes as a working directory, compressed
+#: bytes that Ray accepts as a compressed working directory
 WORKING_DIRECTORY_LIMIT = GCS_STORAGE_MAX_SIZE
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-#: seconds for a connection, and for an answer
+#: seconds for a connection and for an answer
 TIMEOUT = (10.0, 120.0)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job, as the cluster knows it."""
+    """A submitted job, as the cluster describes it. ``started``, ``ended``: seconds since the epoch."""
 
     id: str
     status: str
@@ -43,10 +44,12 @@ class Job:
 
     @property
     def over(self) -> bool:
+        """Whether the job has ended."""
         return self.status in ENDED
 
     @classmethod
     def of(cls, details: JobDetails) -> Job:
+        """Translate Ray's description."""
         started, ended = ((t / 1000 if t else None) for t in (details.start_time, details.end_time))
         environment = (details.runtime_env or {}).get("env_vars") or {}
         return cls(
@@ -61,21 +64,39 @@ class Job:
         )
 
 
+@dataclass(frozen=True)
+class JobRequest:
+    """A job to submit: its id, the driver's command, the folder that Ray copies for the driver, and the driver's CPUs.
+
+    With 0 CPUs Ray starts the driver on the head.
+    """
+
+    id: str
+    entrypoint: str
+    folder: Path
+    environment: Mapping[str, str]
+    metadata: Mapping[str, str]
+    cpus: float = 0.0
+
+
 class _Client(JobSubmissionClient):
-    """Ray's, which would wait for ever on a server that doesn't answer."""
+    """Ray's client with time-outs: without them it waits for ever for a server that does not answer."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         return super()._do_request(method, endpoint, timeout=TIMEOUT, **options)
 
 
 class RayJobs:
-    """The jobs of the cluster whose dashboard is at ``address``."""
+    """The jobs of the cluster whose dashboard is at ``address`` (a URL).
+
+    Every method raises ``ConfigError`` for a missing or wrong token, ``WorkerError`` if the cluster cannot be reached.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = _checked(address)
         for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-            logging.getLogger(name).setLevel(logging.ERROR)  # they report every upload, and a missing token twice
-        # Ray lets these override the address that it is given.
+            logging.getLogger(name).setLevel(logging.ERROR)  # they log every upload, and a missing token twice
+        # Ray prefers these to the address of the call.
         others = {
             name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ
         }
@@ -85,46 +106,40 @@ class RayJobs:
         finally:
             os.environ.update(others)
 
-    def submit(
-        self,
-        submission_id: str,
-        entrypoint: str,
-        *,
-        folder: Path,
-        environment: Mapping[str, str],
-        metadata: Mapping[str, str],
-        cpus: float = 0.0,
-    ) -> None:
-        """Begin ``entrypoint`` in a copy of ``folder``: on the head, or where ``cpus`` are to be had."""
+    def submit(self, request: JobRequest) -> None:
+        """Start a job in a copy of its folder."""
         with self._explained("submit to"):
             self._client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=submission_id,
-                metadata=dict(metadata),
-                runtime_env={"working_dir": str(folder), "env_vars": dict(environment)},
-                entrypoint_num_cpus=cpus or None,
+                entrypoint=request.entrypoint,
+                submission_id=request.id,
+                metadata=dict(request.metadata),
+                runtime_env={"working_dir": str(request.folder), "env_vars": dict(request.environment)},
+                entrypoint_num_cpus=request.cpus or None,
             )
 
     def all(self) -> list[Job]:
-        """Submitted ones, the newest first; what drivers began without the Jobs API is none of them."""
+        """Return the submitted jobs, the newest first, without drivers that were started without the Jobs API."""
         with self._explained("list the jobs of"):
             jobs = [Job.of(details) for details in self._client.list_jobs() if details.submission_id]
         return sorted(jobs, key=lambda job: job.started or 0.0, reverse=True)
 
     def job(self, id: str) -> Job:
+        """Return one job."""
         with self._explained("ask about a job at"):
             return Job.of(self._client.get_job_info(id))
 
     def logs(self, id: str) -> str:
+        """Return the log of a job's driver."""
         with self._explained("read logs from"):
             return self._client.get_job_logs(id)
 
     def stop(self, id: str) -> bool:
+        """Ask a job to stop; return whether it was running."""
         with self._explained("stop a job at"):
             return bool(self._client.stop_job(id))
 
     def follow(self, id: str) -> Iterator[str]:
-        """The log from its beginning, as it grows, until the job is over. A connection that breaks is taken up where it broke."""
+        """Yield the log from its beginning until the job ends; after a broken connection, continue where it broke."""
         shown, failures = 0, 0
         while True:
             seen = 0
@@ -138,7 +153,7 @@ class RayJobs:
                 failures += 1
                 if failures > 5:
                     raise WorkerError(
-                        f"the log of {id} broke off ({_short(error)}); metadist jobs logs -f {id} goes on"
+                        f"the connection to the log of {id} failed ({_short(error)}); try metadist jobs logs -f {id}"
                     ) from error
             if self.job(id).over:
                 return
@@ -152,15 +167,16 @@ class RayJobs:
         except ray.exceptions.AuthenticationError as error:
             missing = "Authentication required" in str(error)
             raise ConfigError(
-                f"{where}: it {'asks for a token' if missing else 'does not accept this token'}; set RAY_AUTH_MODE=token and "
-                f"RAY_AUTH_TOKEN_PATH to a file with {'it' if missing else 'the right one'} (on its head: ray get-auth-token)"
+                f"{where}: it {'needs a token' if missing else 'does not accept this token'}; set RAY_AUTH_MODE=token "
+                "and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (on its head: ray get-auth-token)"
             ) from error
         except (OSError, RuntimeError, ValueError, TypeError, KeyError, ray.exceptions.RayError) as error:
             raise WorkerError(f"{where}: {_short(error)}") from error
 
 
 def _checked(address: str) -> str:
-    """The address, if it can be one and something listens there; Ray's token file, if it can be read."""
+    """Return the address without a final slash. Raise an error if it is no URL, if nothing listens there, or if Ray's
+    token file cannot be read."""
     url = urllib.parse.urlsplit(address)
     try:
         port = url.port or (443 if url.scheme == "https" else 80)
@@ -168,7 +184,7 @@ def _checked(address: str) -> str:
         raise ConfigError(f"--address {address}: {error}") from error
     if url.scheme not in ("http", "https") or not url.hostname:
         raise ConfigError(f"--address {address}: expected the URL of the cluster's dashboard, such as http://HEAD:8265")
-    if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):  # of a path that it can't read Ray dies without a word
+    if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):  # Ray exits without a message if it cannot read the file
         try:
             empty = not Path(path).read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -181,12 +197,14 @@ def _checked(address: str) -> str:
         ray_environment.reach(f"{url.hostname}:{port}")
     except OSError as error:
         raise WorkerError(
-            f"can't reach the Ray cluster at {address}: {error}; is it up, and is its dashboard's port open to this machine?"
+            f"can't reach the Ray cluster at {address}: {error}; is it running, and is its dashboard's port open to "
+            "this machine?"
         ) from error
     return address.rstrip("/")
 
 
 def _synchronously(stream: AsyncIterator[str]) -> Iterator[str]:
+    """Iterate over an asynchronous stream in this thread."""
     loop = asyncio.new_event_loop()
     try:
         while True:
@@ -201,6 +219,6 @@ def _synchronously(stream: AsyncIterator[str]) -> Iterator[str]:
 
 
 def _short(error: BaseException) -> str:
-    """Of what the server quotes, the last line that says something."""
+    """Return the last line with text of an error, which may quote a server's traceback."""
     lines = [line.strip(" .") for line in str(error).replace("\\n", "\n").splitlines() if line.strip(" .")]
     return (lines[-1] if lines else type(error).__name__)[:300]

@@ -1,8 +1,13 @@
-"""The files of ``deploy/`` and ``cluster/``, filled in for one run: its worker groups become groups of nodes."""
+"""Render the files of ``deploy/`` and ``cluster/`` for one run: its worker groups become groups of nodes.
+
+Kubernetes: values for the Helm chart. Slurm: a batch script from a Jinja2 template. AWS and Google Cloud: a Ray cluster
+definition. Each target also gets the run's config, with every value decided that depends on the cluster.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 import shlex
@@ -11,27 +16,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 
-from metadist.config.build import build, resolved
+from metadist.config.build import build
 from metadist.config.groups import ROLES, WorkerGroup
 from metadist.core.errors import ConfigError
-from metadist.jobs.charts import Chart
+from metadist.jobs.modules import own_names
 from metadist.storage.run_directory import new_run_id
 
+log = logging.getLogger(__name__)
+
 TARGETS = ("kubernetes", "slurm", "aws", "gcp")
-#: seconds for an autoscaler to start nodes, images and drivers included
+#: seconds for an autoscaler to start nodes, including images and drivers
 PATIENCE = 1800.0
-#: nodes where a target names none of its own
+#: (CPUs, GPUs) of a node where neither the target nor the user names a node type
 NODES = {"learner": (4, 1), "environment": (8, 0)}
-#: beside the workers of a node of Kubernetes, for Ray itself
+#: CPUs of a pod that Ray itself needs; GiB of memory for each CPU
 SPARE_CPUS, MEMORY_PER_CPU = 1, 4
 HEADER = "# Made by `metadist render {target}` from {source}, which explains every line.\n"
+#: where the rendered folder holds the copy of the chart
+CHART = "chart"
 
 
 @dataclass(frozen=True)
 class Node:
-    """A kind of node: its type's name (None: whatever there is), its cores and its GPUs."""
+    """A type of node: the type's name (None: any), its CPUs and its GPUs."""
 
     type: str | None
     cpus: int
@@ -40,7 +50,7 @@ class Node:
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Nodes for one group of workers: ``each`` hold ``fit`` of them, ``most`` hold them all."""
+    """Nodes for one group of workers: each node holds ``fit`` workers, ``most`` nodes hold all of them."""
 
     name: str
     each: Node
@@ -50,7 +60,7 @@ class NodeGroup:
 
 @dataclass(frozen=True)
 class Rendering:
-    """What is asked for beside the config."""
+    """The options of ``metadist render``, without the config."""
 
     run_dir: str
     run_id: str | None = None
@@ -64,10 +74,24 @@ class Rendering:
     credentials_secret: str = ""
 
 
+@dataclass(frozen=True)
+class _Run:
+    """The input of each target: the config as YAML, its groups with workers, the options, the output folder."""
+
+    run_id: str
+    config: str
+    groups: Sequence[WorkerGroup]
+    wanted: Rendering
+    folder: Path
+
+
 def render(target: str, document: dict[str, Any], wanted: Rendering, folder: Path) -> tuple[dict[str, str], list[str]]:
-    """(file → text, the commands that come next) of ``target``, where the files will lie in ``folder``."""
+    """Return (file → text, the next commands) for ``target``; file names are relative to ``folder``.
+
+    Raises ``ConfigError`` for options that the target cannot use and for workers that fit no node.
+    """
     config = build(document)
-    document = resolved(config)
+    document = dict(config.document)
     run_id = wanted.run_id or new_run_id(config.name)
     for key, value in (
         ("--run-id", run_id),
@@ -76,34 +100,36 @@ def render(target: str, document: dict[str, Any], wanted: Rendering, folder: Pat
         ("--image", wanted.image),
         ("--mlflow", wanted.mlflow),
     ):
-        if re.search(r"[\s\"'`$\\;&|<>]", value):
-            raise ConfigError(f"{key} '{value}': has a character that shells take for another")
-    groups = [g for g in config.workers if g.max]
+        if found := re.search(r"[\s\"'`$\\;&|<>]", value):
+            raise ConfigError(f"{key} '{value}': the character {found[0]!r} has a meaning in shells; leave it out")
+    groups = [_decided(g, wanted.gpus) for g in config.workers if g.max]
     if not groups:
-        raise ConfigError("workers: all compute in the driver's process; a cluster needs workers, such as --workers 2")
-    groups = [_decided(g, wanted.gpus) for g in groups]
+        raise ConfigError(
+            "workers: every group has 0 workers, so the driver's process computes everything; a cluster needs workers, "
+            "such as --workers 2"
+        )
     document["workers"] = [dataclasses.asdict(g) for g in groups]
     if target != "slurm":
-        document["engine"] = {
-            **document["engine"],
-            "worker_patience": max(PATIENCE, document["engine"]["worker_patience"]),
-        }
+        patience = max(PATIENCE, document["engine"]["worker_patience"])
+        document["engine"] = {**document["engine"], "worker_patience": patience}
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    run = _Run(run_id, text, groups, wanted, folder)
     if target == "kubernetes":
-        return _kubernetes(text, groups, wanted, run_id, folder)
-    if target == "slurm":
-        return _slurm(text, groups, wanted, run_id, folder)
-    return _cloud(target, text, groups, wanted, run_id, folder)
+        if names := own_names(document):
+            log.warning("the config names %s, which are not in the files: add them to the image", ", ".join(names))
+        return _kubernetes(run)
+    return _slurm(run) if target == "slurm" else _cloud(target, run)
 
 
 def shipped(name: str) -> Path:
-    """A file or folder of ``cluster/`` or ``deploy/``: in the wheel inside of the package, in a checkout beside it."""
-    here = Path(__file__).parents[1]
-    return next((p for p in (here / name, here.parent / name) if p.exists()), here / name)
+    """Return a path in ``cluster/`` or ``deploy/``: inside the package in a wheel, next to it in a checkout."""
+    package = Path(__file__).parents[1]
+    return next((p for p in (package / name, package.parent / name) if p.exists()), package / name)
 
 
 def _decided(group: WorkerGroup, gpus: float | None) -> WorkerGroup:
-    """``auto`` shares out the GPUs that a cluster has when a run begins: of a cluster that grows on demand none, so here it's a number."""
+    """Replace ``gpus: auto`` by a number: ``auto`` divides the GPUs that a cluster has when the run starts, and a
+    cluster that grows on demand has none then."""
     if group.gpus != "auto":
         return group
     chosen = (NODES["learner"][1] if gpus is None else gpus) if group.role == "learner" else 0.0
@@ -111,7 +137,10 @@ def _decided(group: WorkerGroup, gpus: float | None) -> WorkerGroup:
 
 
 def node_groups(groups: Sequence[WorkerGroup], nodes: Mapping[str, Node], spare: int = 0) -> list[NodeGroup]:
-    """For each group nodes of its role's kind; a group without GPUs takes none that has some unless it was asked to."""
+    """Return one group of nodes for each group of workers, of the node type of the workers' role.
+
+    ``spare``: CPUs of each node that take no workers. Raises ``ConfigError`` if a worker does not fit into its node.
+    """
     made = []
     for i, group in enumerate(groups):
         gpus = 0.0 if group.gpus == "auto" else float(group.gpus)
@@ -121,8 +150,9 @@ def node_groups(groups: Sequence[WorkerGroup], nodes: Mapping[str, Node], spare:
         fit = min([group.max, *fits])
         if fit < 1:
             raise ConfigError(
-                f"workers.{i}: a {group.role} of {group.cpus:g} CPUs and {gpus:g} GPUs doesn't fit into a node of {node.cpus} CPUs"
-                f"{f' (of which {spare} for Ray)' if spare else ''} and {node.gpus} GPUs; give --node {group.role}=TYPE:CPUS:GPUS"
+                f"workers.{i}: a {group.role} of {group.cpus:g} CPUs and {gpus:g} GPUs doesn't fit into a node of "
+                f"{node.cpus} CPUs{f' (of which {spare} for Ray)' if spare else ''} and {node.gpus} GPUs; give "
+                f"--node {group.role}=TYPE:CPUS:GPUS"
             )
         same = sum(g.role == group.role for g in groups[:i])
         made.append(NodeGroup(f"{group.role}{f'-{same + 1}' if same else ''}", node, fit, math.ceil(group.max / fit)))
@@ -132,49 +162,44 @@ def node_groups(groups: Sequence[WorkerGroup], nodes: Mapping[str, Node], spare:
 # Kubernetes -----------------------------------------------------------------------------------------------------------
 
 
-def _kubernetes(
-    text: str, groups: Sequence[WorkerGroup], wanted: Rendering, run_id: str, folder: Path
-) -> tuple[dict[str, str], list[str]]:
-    needs = any(g.gpus for g in groups if g.role == "learner")
-    defaults = {role: Node(None, cpus, gpus if needs else 0) for role, (cpus, gpus) in NODES.items()}
-    repository, _, tag = (
-        wanted.image.rpartition(":") if ":" in wanted.image.rpartition("/")[2] else (wanted.image, "", "latest")
-    )
+def _kubernetes(run: _Run) -> tuple[dict[str, str], list[str]]:
+    wanted = run.wanted
+    name = wanted.image.rpartition("/")[2]
+    repository, _, tag = wanted.image.rpartition(":") if ":" in name else (wanted.image, "", "latest")
     if not repository:
         raise ConfigError(
-            "--image is missing; expected the image of deploy/Dockerfile in a registry that the cluster reaches, REGISTRY/metadist:TAG"
+            "--image is missing; expected the image of deploy/Dockerfile in a registry that the cluster reaches, "
+            "REGISTRY/metadist:TAG"
         )
     if "://" not in wanted.run_dir:
         raise ConfigError(
             f"--run-dir '{wanted.run_dir}': no pod has a lasting disk; expected a URL, such as s3://bucket/runs/a"
         )
+    needs_gpus = any(g.gpus for g in run.groups if g.role == "learner")
+    defaults = {role: Node(None, cpus, gpus if needs_gpus else 0) for role, (cpus, gpus) in NODES.items()}
     values = {
         "image": {"repository": repository, "tag": tag},
         "auth": {"secretName": wanted.auth_secret},
         "credentials": {"secretName": wanted.credentials_secret},
         "data": wanted.data,
         "mlflow": {"trackingUri": wanted.mlflow},
-        "run": {"id": run_id, "dir": wanted.run_dir.rstrip("/"), "config": text},
-        "workers": [_pods(g) for g in node_groups(groups, {**defaults, **wanted.nodes}, SPARE_CPUS)],
+        "run": {"id": run.run_id, "dir": wanted.run_dir.rstrip("/"), "config": run.config},
+        "workers": [_pods(g) for g in node_groups(run.groups, {**defaults, **wanted.nodes}, SPARE_CPUS)],
     }
-    release = (
-        re.sub(r"[^a-z0-9-]+", "-", run_id.lower()).strip("-")[:40].rstrip("-")
-    )  # KubeRay appends to it, and 63 is the limit
-    rendered = Chart(shipped("deploy/helm/metadist")).render(values, release=release, namespace=wanted.namespace)
-    manifests = HEADER.format(target="kubernetes", source="deploy/helm/metadist") + "".join(
-        f"---\n{manifest}" for manifest in rendered.values()
-    )
-    return (
-        {
-            "manifests.yaml": manifests,
-            "values.yaml": HEADER.format(target="kubernetes", source="deploy/helm/metadist/values.yaml")
-            + _yaml(values),
-        },
-        [
-            f"kubectl apply -f {folder}/manifests.yaml",
-            f"kubectl get rayjob {release} --namespace {wanted.namespace} --watch",
-        ],
-    )
+    chart = shipped("deploy/helm/metadist")
+    source = f"{CHART}/values.yaml"
+    files = {"values.yaml": HEADER.format(target="kubernetes", source=source) + _yaml(values)}
+    for path in sorted(p for p in chart.rglob("*") if p.is_file()):
+        files[f"{CHART}/{path.relative_to(chart).as_posix()}"] = path.read_text(encoding="utf-8")
+    release = _name(run.run_id)
+    where = ["--namespace", wanted.namespace]
+    helm = ["helm", "install", release, f"{run.folder}/{CHART}", "--values", f"{run.folder}/values.yaml", *where]
+    return files, [shlex.join(helm), shlex.join(["kubectl", "get", "rayjob", release, *where, "--watch"])]
+
+
+def _name(run_id: str) -> str:
+    """Return the run id as a name in Kubernetes and clouds: at most 40 characters, since KubeRay adds up to 23."""
+    return re.sub(r"[^a-z0-9-]+", "-", run_id.lower()).strip("-")[:40].rstrip("-")
 
 
 def _pods(group: NodeGroup) -> dict[str, Any]:
@@ -194,108 +219,104 @@ def _pods(group: NodeGroup) -> dict[str, Any]:
 # Clouds ---------------------------------------------------------------------------------------------------------------
 
 
-def _cloud(
-    target: str, text: str, groups: Sequence[WorkerGroup], wanted: Rendering, run_id: str, folder: Path
-) -> tuple[dict[str, str], list[str]]:
+def _cloud(target: str, run: _Run) -> tuple[dict[str, str], list[str]]:
     cluster = yaml.safe_load(shipped(f"cluster/{target}.yaml").read_text(encoding="utf-8"))
+    kinds = _node_types(target, cluster["available_node_types"], run)
+    cluster["available_node_types"] = kinds
+    cluster["max_workers"] = sum(kind.get("max_workers", 0) for kind in kinds.values())
+    cluster["cluster_name"] = _name(run.run_id)
+    if run.wanted.image:
+        cluster["docker"]["image"] = run.wanted.image
+    definition = f"{run.folder}/cluster.yaml"
+    header = HEADER.format(target=target, source=f"cluster/{target}.yaml")
+    return (
+        {"cluster.yaml": header + _yaml(cluster), "config.yaml": run.config},
+        [
+            shlex.join(["ray", "up", definition]),
+            shlex.join(["ray", "dashboard", definition]),
+            shlex.join(_submit(run)),
+            shlex.join(["ray", "down", definition]),
+        ],
+    )
+
+
+def _node_types(target: str, kinds: dict[str, Any], run: _Run) -> dict[str, Any]:
+    """Return Ray's node types: the head, and one type for each group of workers."""
     key = "InstanceType" if target == "aws" else "machineType"
-    kinds = cluster["available_node_types"]
-    for role in ROLES:  # learners without GPUs need none of their dear nodes
-        gpus = max((float(g.gpus) for g in groups if g.role == role and g.gpus != "auto"), default=0.0)
-        if role not in wanted.nodes and not gpus:
+    nodes = run.wanted.nodes
+    for role in ROLES:  # learners without GPUs need no nodes with GPUs, which cost more
+        gpus = max((float(g.gpus) for g in run.groups if g.role == role and g.gpus != "auto"), default=0.0)
+        if role not in nodes and not gpus:
             kinds[role] = {**kinds["environment"]}
-    known = {
-        role: Node(None, kinds[role]["resources"]["CPU"], kinds[role]["resources"].get("GPU", 0)) for role in ROLES
-    }
+    resources = {role: kinds[role]["resources"] for role in ROLES}
+    known = {role: Node(None, has["CPU"], has.get("GPU", 0)) for role, has in resources.items()}
     made = {"head": kinds["head"]}
-    for group, asked in zip(node_groups(groups, {**known, **wanted.nodes}), groups):
-        kind = dict(kinds[asked.role])
-        resources = {"CPU": group.each.cpus, **({"GPU": group.each.gpus} if group.each.gpus else {})}
-        config = {**kind["node_config"], **({key: group.each.type} if group.each.type else {})}
+    for group, asked in zip(node_groups(run.groups, {**known, **nodes}), run.groups):
+        kind, node = kinds[asked.role], group.each
         made[group.name] = {
             **kind,
             "min_workers": 0,
             "max_workers": group.most,
-            "resources": resources,
-            "node_config": config,
+            "resources": {"CPU": node.cpus, **({"GPU": node.gpus} if node.gpus else {})},
+            "node_config": {**kind["node_config"], **({key: node.type} if node.type else {})},
         }
-    cluster["available_node_types"] = made
-    cluster["max_workers"] = sum(kind.get("max_workers", 0) for kind in made.values())
-    cluster["cluster_name"] = re.sub(r"[^a-z0-9-]+", "-", run_id.lower())[:40].strip("-")
-    if wanted.image:
-        cluster["docker"]["image"] = wanted.image
-    submit = [
-        "metadist",
-        "submit",
-        f"{folder}/config.yaml",
-        "--address",
-        "http://localhost:8265",
-        "--run-dir",
-        wanted.run_dir,
-        "--run-id",
-        run_id,
-    ]
-    submit += (["--data", wanted.data] if wanted.data else []) + (
-        ["--env", f"MLFLOW_TRACKING_URI={wanted.mlflow}"] if wanted.mlflow else []
-    )
-    return (
-        {
-            "cluster.yaml": HEADER.format(target=target, source=f"cluster/{target}.yaml") + _yaml(cluster),
-            "config.yaml": text,
-        },
-        [
-            f"ray up {folder}/cluster.yaml",
-            f"ray dashboard {folder}/cluster.yaml",
-            shlex.join(submit),
-            f"ray down {folder}/cluster.yaml",
-        ],
-    )
+    return made
+
+
+def _submit(run: _Run) -> list[str]:
+    words = ["metadist", "submit", f"{run.folder}/config.yaml", "--address", "http://localhost:8265"]
+    words += ["--run-dir", run.wanted.run_dir, "--run-id", run.run_id]
+    words += ["--data", run.wanted.data] if run.wanted.data else []
+    return words + (["--env", f"MLFLOW_TRACKING_URI={run.wanted.mlflow}"] if run.wanted.mlflow else [])
 
 
 # Slurm ----------------------------------------------------------------------------------------------------------------
 
 
-def _slurm(
-    text: str, groups: Sequence[WorkerGroup], wanted: Rendering, run_id: str, folder: Path
-) -> tuple[dict[str, str], list[str]]:
-    """Nodes of an allocation are alike: each takes its part of every group, and a core for Ray and the driver."""
+def _slurm(run: _Run) -> tuple[dict[str, str], list[str]]:
+    """Render a batch script. The nodes of an allocation are equal: each takes its part of every group, and one core for
+    Ray and the driver."""
+    wanted = run.wanted
+    config = f"{run.folder.resolve()}/config.yaml"
+    if found := re.search(r"[\"`$\\]", config):
+        raise ConfigError(f"--output {run.folder}: the character {found[0]!r} has a meaning in shells; leave it out")
     if wanted.nodes.keys() - {"learner"}:
-        raise ConfigError("--node: the nodes of a Slurm job are alike; expected one, such as --node learner=8:2")
-    needs = max((float(g.gpus) for g in groups if g.gpus != "auto"), default=0.0)
+        raise ConfigError("--node: the nodes of a Slurm job are equal; expected one, such as --node learner=8:2")
+    needs = max((float(g.gpus) for g in run.groups if g.gpus != "auto"), default=0.0)
     node = wanted.nodes.get("learner", Node(None, 8, max(1, math.ceil(needs)) if needs else 0))
+    nodes, cpus, gpus = _allocation(run.groups, node)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    script = environment.from_string(shipped("cluster/slurm.sh.j2").read_text(encoding="utf-8")).render(
+        job_name=run.run_id,
+        nodes=nodes,
+        constraint=node.type,
+        cpus=cpus,
+        gpus=gpus,
+        config=config,
+        run_dir=wanted.run_dir,
+        data=wanted.data,
+        mlflow=wanted.mlflow,
+    )
+    return {"job.sh": script, "config.yaml": run.config}, [shlex.join(["sbatch", f"{run.folder}/job.sh"])]
+
+
+def _allocation(groups: Sequence[WorkerGroup], node: Node) -> tuple[int, int, int]:
+    """Return (nodes, CPUs of each, GPUs of each) for all workers, with the fewest nodes."""
     nodes = 1
     while True:
         share = [(math.ceil(g.max / nodes), g) for g in groups]
-        cpus, gpus = (
-            1 + math.ceil(sum(n * g.cpus for n, g in share)),
-            math.ceil(sum(n * float(g.gpus) for n, g in share)),
-        )
+        cpus = 1 + math.ceil(sum(n * g.cpus for n, g in share))
+        gpus = math.ceil(sum(n * float(g.gpus) for n, g in share))
         if cpus <= node.cpus and gpus <= node.gpus:
-            break
+            return nodes, cpus, gpus
         if all(n == 1 for n, _ in share):
             raise ConfigError(
-                f"workers: one of each group takes {cpus} CPUs (one for Ray) and {gpus} GPUs, a node has {node.cpus} and {node.gpus}; give --node learner=CPUS:GPUS"
+                f"workers: one worker of each group takes {cpus} CPUs (one for Ray) and {gpus} GPUs, a node has "
+                f"{node.cpus} and {node.gpus}; give --node learner=CPUS:GPUS"
             )
         nodes += 1
-    script = shipped("cluster/slurm.sh").read_text(encoding="utf-8")
-    lines = {
-        r"#SBATCH --job-name=.*": f"#SBATCH --job-name={run_id}",
-        r"#SBATCH --nodes=.*": f"#SBATCH --nodes={nodes}"
-        + (f"\n#SBATCH --constraint={node.type}" if node.type else ""),
-        r"#SBATCH --cpus-per-task=.*": f"#SBATCH --cpus-per-task={cpus}",
-        r"#SBATCH --gpus-per-node=.*": f"#SBATCH --gpus-per-node={gpus}",
-        r'CONFIG="\$\{CONFIG:\?.*': f'CONFIG="${{CONFIG:-{folder.resolve()}/config.yaml}}"',
-        r'RUN_DIR="\$\{RUN_DIR:\?.*': f'RUN_DIR="${{RUN_DIR:-{wanted.run_dir}}}"'
-        + "".join(
-            f'\nexport {n}="${{{n}:-{v}}}"'
-            for n, v in (("METADIST_DATA", wanted.data), ("MLFLOW_TRACKING_URI", wanted.mlflow))
-            if v
-        ),
-    }
-    for pattern, line in lines.items():
-        script, found = re.subn(rf"^{pattern}$", lambda _, line=line: line, script, flags=re.MULTILINE)  # type: ignore[misc]
-        assert found == 1, pattern
-    return {"job.sh": script, "config.yaml": text}, [f"sbatch {folder}/job.sh"]
 
 
 def _yaml(document: Any) -> str:
@@ -303,7 +324,7 @@ def _yaml(document: Any) -> str:
 
 
 class _Readable(yaml.SafeDumper):
-    """Texts of several lines as such, and no anchors."""
+    """Write texts of several lines as blocks, and repeated values without anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,15 +1,14 @@
-"""A training run as a job of a Ray cluster: what travels there, under which name, and how a run that was there before goes on."""
+"""Submit a training run as a job of a Ray cluster, resume an earlier run, find a job and explain its failure."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
+import logging
 import os
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,26 +20,26 @@ from typing import Any
 import yaml
 
 import metadist
-from metadist.config.build import build, resolved
-from metadist.config.schema import flatten
+from metadist.config.build import build
 from metadist.core.errors import ConfigError, MetadistError, WorkerError
 from metadist.jobs.links import JOB_ID, JOB_URL
-from metadist.jobs.ray_jobs import WORKING_DIRECTORY_LIMIT, Job, RayJobs
-from metadist.storage.run_directory import RunFolder, new_run_id, runs_root
+from metadist.jobs.modules import shipment
+from metadist.jobs.ray_jobs import WORKING_DIRECTORY_LIMIT, Job, JobRequest, RayJobs
+from metadist.storage.run_directory import RunDirectory, new_run_id, runs_root
 
 #: keys of a job's metadata
 RUN_ID, RUN_DIR, CONFIG, ATTEMPT = "metadist.run_id", "metadist.run_dir", "metadist.config_sha256", "metadist.attempt"
-#: given on by name where they are set here; all else by --env
-GIVEN_ON = ("METADIST_DATA", "MLFLOW_TRACKING_URI")
-#: seconds for a stopped driver to end its meta-step and write a checkpoint; Ray's own 3 don't do
+#: environment variables that the job gets where they are set here; --env gives it others
+FORWARDED = ("METADIST_DATA", "MLFLOW_TRACKING_URI")
+#: seconds for a stopped driver to finish its meta-step and write a checkpoint; Ray's default of 3 is too short
 STOPPING = 120
-#: beside the modules that a config names
-NOT_SHIPPED = {"__pycache__", ".git", ".venv", "node_modules", "runs", "data"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A run under way as a job."""
+    """A run that was submitted as a job."""
 
     run_id: str
     run_dir: str
@@ -55,64 +54,67 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the cluster, beside the config."""
+    """The options of ``metadist submit``, without the config. ``modules``: modules to ship besides the config's."""
 
     run_id: str | None = None
     run_dir: str | None = None
     data: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     driver_cpus: float = 0.0
+    modules: Sequence[str] = ()
 
 
 # Submitting -----------------------------------------------------------------------------------------------------------
 
 
 def submit(cluster: RayJobs, document: dict[str, Any], request: Request) -> Submitted:
-    """Begin a run as a job, or go on with one: the driver resumes from what it finds at the run's directory."""
+    """Start a run as a job, or resume one: the driver resumes from the newest checkpoint in the run's directory.
+
+    Raises ``ConfigError`` for a run that is running already, and for a config that cannot run on other machines.
+    """
     config = build(document)
-    document = resolved(config)
+    document = config.document
     jobs = cluster.all()
     run_id, run_dir = _which_run(request, config.name, jobs)
     earlier = [job for job in jobs if job.metadata.get(RUN_ID) == run_id]
     for job in earlier:
         if not job.over:
             raise ConfigError(
-                f"run {run_id} is {job.status.lower()} as job {job.id}; two drivers would write into one run: stop it first (metadist jobs stop {job.id})"
+                f"run {run_id} is {job.status.lower()} as job {job.id}; two drivers would write into one run: stop the "
+                f"job first (metadist jobs stop {job.id})"
             )
     attempt = 1 + max((int(job.metadata.get(ATTEMPT, 0)) for job in earlier), default=0)
     job_id = f"{run_id}-{attempt}"
     url = f"{cluster.address}/#/jobs/{job_id}"
     digest = config_sha256(document)
-    with working_directory(document) as folder:
+    metadata = {
+        RUN_ID: run_id,
+        RUN_DIR: run_dir,
+        CONFIG: digest,
+        ATTEMPT: str(attempt),
+        "metadist.name": config.name,
+        "metadist.version": metadist.__version__,
+    }
+    environment = {**_environment(request, run_dir), JOB_ID: job_id, JOB_URL: url}
+    with working_directory(document, request.modules) as folder:
         cluster.submit(
-            job_id,
-            entrypoint(run_id, run_dir),
-            folder=folder,
-            environment={**_environment(request, run_dir), JOB_ID: job_id, JOB_URL: url},
-            metadata={
-                RUN_ID: run_id,
-                RUN_DIR: run_dir,
-                CONFIG: digest,
-                ATTEMPT: str(attempt),
-                "metadist.name": config.name,
-                "metadist.version": metadist.__version__,
-            },
-            cpus=request.driver_cpus,
+            JobRequest(job_id, entrypoint(run_id, run_dir), folder, environment, metadata, request.driver_cpus)
         )
     return Submitted(run_id, run_dir, job_id, attempt, url, digest)
 
 
 def entrypoint(run_id: str, run_dir: str) -> str:
-    """The driver's command. With ``--resume`` from the first attempt on: whoever starts it again goes on with the run."""
+    """Return the driver's command. Every attempt has ``--resume``, so that a restart resumes the run."""
     return shlex.join(["metadist", "train", "config.yaml", "--run-dir", run_dir, "--run-id", run_id, "--resume"])
 
 
 def config_sha256(document: Mapping[str, Any]) -> str:
+    """Return the hash of a resolved config, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _which_run(request: Request, name: str, jobs: Sequence[Job]) -> tuple[str, str]:
-    """(run id, run directory): of the run that was asked for by either, else of a new one."""
+    """Return (run id, run directory) of the run that the request names by either, else of a new run."""
     known = [
         (job.metadata[RUN_ID], job.metadata[RUN_DIR])
         for job in jobs
@@ -129,7 +131,7 @@ def _which_run(request: Request, name: str, jobs: Sequence[Job]) -> tuple[str, s
     run_id = run_id or new_run_id(name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,119}", run_id):
         raise ConfigError(
-            f"--run-id '{run_id}' must be 1 to 120 letters, digits, '.', '_' or '-', since it names a folder and a job"
+            f"--run-id '{run_id}' must be 1 to 120 letters, digits, '.', '_' or '-': it names a folder and a job"
         )
     return run_id, _reachable(run_dir or f"{runs_root()}/{run_id}")
 
@@ -137,25 +139,25 @@ def _which_run(request: Request, name: str, jobs: Sequence[Job]) -> tuple[str, s
 def _reachable(run_dir: str) -> str:
     if "://" not in run_dir and not os.path.isabs(run_dir):
         raise ConfigError(
-            f"run_dir '{run_dir}' is relative, and a job has no lasting working directory; give --run-dir (or METADIST_RUNS) a URL such "
-            "as s3://bucket/runs/a, or an absolute path on a disk that every node has"
+            f"run_dir '{run_dir}' is relative, and a job has no lasting working directory; give --run-dir (or "
+            "METADIST_RUNS) a URL such as s3://bucket/runs/a, or an absolute path on a disk that every node has"
         )
     return run_dir
 
 
 def _run_id_at(run_dir: str) -> str | None:
-    """Whose folder it is, if that can be seen from here: the cluster may reach what this machine doesn't."""
+    """Return the id of the run in a directory; None if this machine cannot read it (the cluster may)."""
     if "://" not in run_dir and not os.path.isabs(run_dir):
         return None
     try:
-        about = RunFolder(run_dir).read_json("run.json")
-    except Exception:  # whatever a store's library raises for a lack of keys, network or itself
+        about = RunDirectory(run_dir).read_json("run.json")
+    except Exception:  # each store's library raises its own errors for missing keys, network or packages
         return None
     return str(about["run_id"]) if about else None
 
 
 def _environment(request: Request, run_dir: str) -> dict[str, str]:
-    given = {name: os.environ[name] for name in GIVEN_ON if os.environ.get(name)}
+    given = {name: os.environ[name] for name in FORWARDED if os.environ.get(name)}
     if request.data:
         given["METADIST_DATA"] = request.data
     data = given.get("METADIST_DATA", "")
@@ -165,17 +167,24 @@ def _environment(request: Request, run_dir: str) -> dict[str, str]:
     return {"METADIST_RUNS": root, "RAY_JOB_STOP_WAIT_TIME_S": str(STOPPING), **given, **request.environment}
 
 
-# What travels ---------------------------------------------------------------------------------------------------------
+# The job's files ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def working_directory(document: dict[str, Any]) -> Iterator[Path]:
-    """A folder with what a driver needs and nothing else: the resolved config, the user's modules that it names, initial parameters."""
+def working_directory(document: dict[str, Any], modules: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield a folder with the driver's files: the resolved config, the user's modules, initial parameters.
+
+    ``modules``: names of modules to ship with those that the config names. Logs a note for each module that the nodes
+    must have by themselves.
+    """
     with tempfile.TemporaryDirectory(prefix="metadist-job-") as temporary:
         folder = Path(temporary)
         document = dict(document)
         document["init_from"] = _initial(document.get("init_from"), folder)
-        for source, target in own_modules(document).items():
+        chosen = shipment(document, modules)
+        for note in chosen.notes:
+            log.warning("%s", note)
+        for source, target in chosen.files.items():
             (folder / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / target)
         (folder / "config.yaml").write_text(
@@ -190,7 +199,8 @@ def _initial(source: str | None, folder: Path) -> str | None:
         return source
     if not source.endswith(".safetensors"):
         raise ConfigError(
-            f"init_from: '{source}' is a folder of this machine; give the run's URL, or a .safetensors file (metadist export), which goes along"
+            f"init_from: '{source}' is a folder of this machine; give the run's URL, or a .safetensors file (metadist "
+            "export), which is shipped with the job"
         )
     try:
         shutil.copyfile(source, folder / "init.safetensors")
@@ -199,61 +209,8 @@ def _initial(source: str | None, folder: Path) -> str | None:
     return "init.safetensors"
 
 
-def own_modules(document: Mapping[str, Any]) -> dict[Path, str]:
-    """File → its place below the working directory, of modules that the config names by import path and of those beside them that
-    they import. Of a package all its Python files. What is installed stays: the nodes must have it."""
-    named = {
-        v.partition(":")[0] for k, v in flatten(dict(document)).items() if isinstance(v, str) and _is_import_path(k, v)
-    }
-    files: dict[Path, str] = {}
-    roots = set()
-    for name in sorted(named):
-        top = _origin(name.partition(".")[0])
-        if top is not None:
-            roots.add(top.parent.parent if top.name == "__init__.py" else top.parent)
-    for name in {n.partition(".")[0] for n in [*sys.modules, *named]}:
-        top = _origin(name)
-        if top is None:
-            continue
-        root = top.parent.parent if top.name == "__init__.py" else top.parent
-        if root in roots:
-            found = top.parent.rglob("*.py") if top.name == "__init__.py" else [top]
-            files.update(
-                {f: str(f.relative_to(root)) for f in found if not NOT_SHIPPED & set(f.relative_to(root).parts)}
-            )
-    return files
-
-
-def _is_import_path(key: str, value: str) -> bool:
-    module, colon, name = value.partition(":")
-    return (
-        bool(colon)
-        and (key.endswith("name") or key in ("loss", "metric"))
-        and all(p.isidentifier() for p in [*module.split("."), *name.split(".")])
-    )
-
-
-def _origin(module: str) -> Path | None:
-    """Where a top-level module's file is, if it is the user's own: neither installed nor Python's nor metadist."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
-        return None
-    if spec is None or not spec.origin or not spec.origin.endswith(".py") or module in ("metadist", "__main__"):
-        return None
-    origin = Path(spec.origin).resolve()
-    installed = {Path(p).resolve() for p in (sys.prefix, sys.base_prefix)}
-    if (
-        any(p in origin.parents for p in installed)
-        or "site-packages" in origin.parts
-        or Path(metadist.__file__).resolve().parent in origin.parents
-    ):
-        return None
-    return origin
-
-
 def _check_size(folder: Path) -> None:
-    """Against Ray's limit, on what it would send."""
+    """Raise ``ConfigError`` if the files, compressed as Ray compresses them, exceed Ray's limit."""
     files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: -p.stat().st_size)
     with tempfile.TemporaryFile() as archive:
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
@@ -263,16 +220,16 @@ def _check_size(folder: Path) -> None:
     if size >= WORKING_DIRECTORY_LIMIT:
         largest = ", ".join(f"{p.relative_to(folder)} {p.stat().st_size / 2**20:.0f} MiB" for p in files[:3])
         raise ConfigError(
-            f"the job's files come to {size / 2**20:.0f} MiB, Ray takes {WORKING_DIRECTORY_LIMIT / 2**20:.0f} MiB; the largest: {largest}. "
-            "Give init_from a URL, and install large modules on the nodes"
+            f"the job's files have {size / 2**20:.0f} MiB, Ray accepts {WORKING_DIRECTORY_LIMIT / 2**20:.0f} MiB; the "
+            f"largest: {largest}. Give init_from a URL, and install large modules on the nodes"
         )
 
 
-# Afterwards -----------------------------------------------------------------------------------------------------------
+# Submitted jobs -------------------------------------------------------------------------------------------------------
 
 
 def find(cluster: RayJobs, name: str | None) -> Job:
-    """The job of that id, or the newest of the run of that id; without a name the newest of all."""
+    """Return the job of that id, or the newest job of the run of that id; without a name the newest of all."""
     jobs = cluster.all()
     if not jobs:
         raise ConfigError(f"the Ray cluster at {cluster.address} has no jobs")
@@ -280,12 +237,12 @@ def find(cluster: RayJobs, name: str | None) -> Job:
         if name is None or name in (job.id, job.metadata.get(RUN_ID)):
             return job
     raise ConfigError(
-        f"'{name}' is neither a job nor a run of the cluster at {cluster.address}; metadist jobs list names them"
+        f"'{name}' is neither a job nor a run of the cluster at {cluster.address}; metadist jobs list shows all"
     )
 
 
 def reason(job: Job) -> str:
-    """What a job says of its end, in one line: of the log that Ray quotes, the error, or else the last line."""
+    """Return the reason for a job's end in one line: from the log that Ray quotes, the error, else the last line."""
     what, quoted, log = job.message.partition(", last available logs")
     lines = [line.strip() for line in log.splitlines()[1:] if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
@@ -293,17 +250,18 @@ def reason(job: Job) -> str:
 
 
 def why_it_failed(job: Job) -> MetadistError:
-    """One line on a job that ended badly, with what to do."""
-    again = (
-        f"metadist submit … --run-id {job.metadata[RUN_ID]} goes on with it"
-        if RUN_ID in job.metadata
-        else "submit it again"
-    )
+    """Return one line about a job that failed, with a remedy."""
+    again = "submit it again"
+    if RUN_ID in job.metadata:
+        again = f"metadist submit … --run-id {job.metadata[RUN_ID]} resumes the run"
     if job.exit_code == 127:
         return WorkerError(
-            f"job {job.id}: the cluster's nodes have no metadist; install it where Ray runs (pip install metadist), or start Ray with "
-            "its environment first on PATH"
+            f"job {job.id}: the cluster's nodes have no metadist; install it where Ray runs (pip install metadist), or "
+            "start Ray with its environment first on PATH"
         )
     if job.exit_code is not None and job.exit_code < 0 or job.exit_code in (137, 139):
         return WorkerError(f"job {job.id}: its driver was killed (exit code {job.exit_code}); {again}")
-    return WorkerError(f"job {job.id} {job.status.lower()}: {reason(job) or 'no reason given'}; {again}")
+    ended = reason(job)
+    if module := re.search(r"No module named '(\w+)", ended):
+        again += f"; add --module {module[1]}, or install {module[1]} on the nodes"
+    return WorkerError(f"job {job.id} {job.status.lower()}: {ended or 'no reason given'}; {again}")

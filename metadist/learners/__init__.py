@@ -1,1 +1,29 @@
-"""The mathematics of one experiment: few-shot learning and meta-reinforcement learning."""
+"""The mathematics of one experiment: few-shot learning and meta-reinforcement learning.
+
+``Learner`` is the public name of the few-shot learner. The interface of all learners is ``learners.base.Learner``.
+"""
+
+from metadist.core.errors import ConfigError
+from metadist.learners.base import Learner as AnyLearner
+from metadist.learners.few_shot import FewShotLearner
+from metadist.learners.few_shot import FewShotLearner as Learner
+from metadist.learners.trials import TrialLearner
+
+
+def supervised(learner: AnyLearner) -> FewShotLearner:
+    """Return ``learner`` as a few-shot learner. ConfigError where it learns in a meta-environment."""
+    if not isinstance(learner, FewShotLearner):
+        name = type(learner.tasks).__name__
+        raise ConfigError(f"environment: {name} is a meta-environment; this is for supervised tasks")
+    return learner
+
+
+def of_trials(learner: AnyLearner) -> TrialLearner:
+    """Return ``learner`` as a trial learner. ConfigError where it learns from supervised tasks, as ``--beside`` reports it."""
+    if not isinstance(learner, TrialLearner):
+        name = type(learner.tasks).__name__
+        raise ConfigError(f"--beside: {name} is no meta-environment; there are no known methods to compare with")
+    return learner
+
+
+__all__ = ["FewShotLearner", "Learner", "TrialLearner", "of_trials", "supervised"]

@@ -1,44 +1,134 @@
-"""What every learner has: a state with named slots, a place to compute on, and shards."""
+"""The interface of a learner, and what few-shot and trial learners share: state, device, shards."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from metadist.core.algorithm import Algorithm, Phi
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
-from metadist.core.round import Shard
-from metadist.core.state import Slot, State
+from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Setting, Shard, WithOutput
+from metadist.core.state import Records, Slot, State
+from metadist.core.task import Examples, TaskFamily
 from metadist.engine.meta_gradient import BUFFERS
+from metadist.engine.plan import Device, EngineRequest, Plan
+from metadist.learners.evaluation import Evaluation
+from metadist.rl.algorithm import TrialAlgorithm
+from metadist.rl.environment import MetaEnvironment
 
 log = logging.getLogger(__name__)
-AnyLearner = TypeVar("AnyLearner", bound="BaseLearner")
+AnyLearner = TypeVar("AnyLearner", bound="Learner")
+
+Surround = Callable[[str], AbstractContextManager[None]]
+"""Given the name of a graph, a context around its compilation."""
 
 
-class BaseLearner:
-    """The half of a learner that knows nothing of what is learned: state, device, shards."""
+class Learner(ABC):
+    """The mathematics of one experiment: algorithm, model, tasks and outer loop.
 
-    #: functions of shards whose sums have slots: gradients and what is laid out like them
+    A learner knows nothing of workers, files or time. ``compute`` is a pure function of a shard and θ; ``meta_step``
+    says which shards a meta-step consists of and updates the state with their sums.
+    """
+
+    #: functions of shards whose sums have slots: gradients and sums of the same layout
     gradients: ClassVar[tuple[str, ...]] = ("gradient",)
 
-    algorithm: Any
+    algorithm: Algorithm | TrialAlgorithm
     model: Model
-    tasks: Any
+    tasks: TaskFamily | MetaEnvironment
     outer: OuterLoop
     engine: Engine
     non_finite: str
     slots: dict[str, Slot]
     device: torch.device
     _prepared: bool
+
+    # Before a run -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def dry_run(self, seed: int) -> None:
+        """Compute one small task of each split. ConfigError where tasks, model and algorithm do not fit together."""
+
+    @abstractmethod
+    def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
+        """Choose the engine for workers that compute on ``device``, whose memory ``sharing`` workers share.
+
+        ConfigError where the request cannot be met.
+        """
+
+    @property
+    def data_sha256(self) -> str | None:
+        """SHA-256 of the data that the tasks are made of; None where they are made of random numbers alone."""
+        return self.tasks.data_sha256
+
+    # The rounds of a meta-step ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def meta_step(self, key: MetaStepKey, state: State) -> Rounds:
+        """Yield the rounds of one meta-step, receive the sum of each, and return the new state and a report."""
+
+    @abstractmethod
+    def evaluation(self, request: EvaluationRequest, state: State) -> Round:
+        """Return the round that judges ``state``. Its records have one row per task."""
+
+    @abstractmethod
+    def summarise(self, request: EvaluationRequest, records: Records) -> Evaluation:
+        """Reduce the records of an evaluation round to scores."""
+
+    # What a worker does -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result | WithOutput:
+        """Compute one shard under the slot vectors ``theta``, with the kept outputs that the shard needs. A pure function."""
+
+    def set_engine(self, engine: Engine, around: Surround | None = None) -> None:
+        """Compute shards with ``engine``. ``around(name)`` is a context that surrounds each compilation."""
+        self.engine = engine
+
+    def warm_up(self, seed: int) -> float:
+        """Compile everything that a shard needs, and return the seconds that compilation took."""
+        return 0.0
+
+    def miscompiled(self, seed: int) -> str | None:
+        """Return how a compiled shard differs from the mathematics by more than rounding, or None."""
+        return None
+
+    @property
+    def leaves_out_tasks(self) -> bool:
+        """Whether a contribution may lack tasks that failed."""
+        return "skip" in (self.non_finite, self.tasks.on_error)
+
+    # After a run ------------------------------------------------------------------------------------------------------
+
+    def servable(self) -> str | None:
+        """Return why this learner cannot be served, or None where it can."""
+        return f"{type(self.tasks).__name__} is a meta-environment; its policy adapts by acting (metadist evaluate)"
+
+    def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Phi:
+        """Return φ_k for one support set. ConfigError where the learner is not ``servable``."""
+        raise ConfigError(f"adapt: {self.servable()}")
+
+    def predict(self, state: State, phi: Phi, x: Tensor, support: Examples) -> Tensor:
+        """Return predictions for x [N, …] with φ. ConfigError where the learner is not ``servable``."""
+        raise ConfigError(f"predict: {self.servable()}")
+
+    def normalize(self, normalization: str) -> None:
+        """Normalise query sets in evaluation as ``normalization`` says. ConfigError where there are none."""
+        raise ConfigError(f"--normalization: {self.servable()}; it goes with supervised tasks")
+
+    # State ------------------------------------------------------------------------------------------------------------
 
     def _declare(self, seed: int) -> dict[str, tuple[Slot, Parameters]]:
         learned, frozen, buffers = self.model.initial(seed)
@@ -52,7 +142,7 @@ class BaseLearner:
         return declared
 
     def initial(self, seed: int, start_from: Mapping[str, Tensor] | None = None) -> State:
-        """The state before meta-step 0; ``start_from`` replaces initial model parameters by name."""
+        """Return the state before meta-step 0. ``start_from`` replaces initial model parameters by name."""
         declared = self._declare(seed)
         if start_from is not None:
             self._start_from(declared, start_from)
@@ -76,14 +166,16 @@ class BaseLearner:
                 f"init_from: none of its parameters ({', '.join(sorted(given)[:4])}, …) is one of this model's"
             )
         if known - set(given):
-            log.warning("init_from has no %s; they start anew", ", ".join(sorted(known - set(given))))
+            log.warning(
+                "init_from has no %s; they start from their initial values", ", ".join(sorted(known - set(given)))
+            )
         if set(given) - known:
             log.warning(
                 "init_from: %s are not parameters of this model and are left out", ", ".join(sorted(set(given) - known))
             )
 
     def parameters(self, state: State) -> dict[str, Tensor]:
-        """The model's parameters and buffers under their own names, for export and for prediction."""
+        """Return the model's parameters and buffers under their own names, for export and prediction."""
         theta = state.theta(self.slots)
         return {
             n: t
@@ -93,53 +185,60 @@ class BaseLearner:
         }
 
     def with_meta_batch_size(self: AnyLearner, size: int) -> AnyLearner:
-        """The same learner with meta-steps of ``size`` tasks, to make rounds with; it computes nothing itself. ConfigError where
-        the algorithm can't do with so many."""
+        """Return a copy that makes rounds of ``size`` tasks. It computes nothing itself.
+
+        ConfigError where the algorithm does not go with this size.
+        """
         outer = replace(self.outer, meta_batch_size=size)
         self._check_outer(outer)
         other = copy.copy(self)
         other.outer = outer
         return other
 
-    def _check_outer(self, outer: OuterLoop) -> None:
-        """ConfigError where the algorithm doesn't go with ``outer``."""
+    def _check_outer(self, outer: OuterLoop) -> None:  # noqa: B027  most learners accept every outer loop
+        """ConfigError where the algorithm does not go with ``outer``."""
 
     # Where it runs ----------------------------------------------------------------------------------------------------
 
     def prepare(self, device: torch.device) -> None:
-        """Load the tasks' data and move the model to ``device``; once in every process that computes."""
+        """Load the data of the tasks and move the model to ``device``. Every process that computes calls it once."""
         if not self._prepared or device != self.device:
             self.tasks.prepare(device)
             self.model.to(device)
             self.device, self._prepared = device, True
             self.set_engine(self.engine)
 
-    def prepared_like(self, other: BaseLearner) -> None:
-        """Compute where ``other`` does, with the data that it has loaded."""
+    def prepared_like(self, other: Learner) -> None:
+        """Compute on the device of ``other``, with the data that it has loaded."""
         self.model.to(other.device)
         self.device, self._prepared = other.device, True
 
-    def set_engine(self, engine: Engine, around: Any = None) -> None:
-        """Compute shards as ``engine`` says from now on."""
-        self.engine = engine
+    def evaluation_shards(self, request: EvaluationRequest) -> list[Shard]:
+        """Return the shards of an evaluation."""
+        return self.shards(
+            request.key, "evaluate", split=request.split, tasks=request.tasks, inner_steps=request.inner_steps
+        )
 
     def shards(
-        self, run: str, meta_step: int, seed: int, *, function: str, split: str, tasks: int, **settings: Any
+        self, key: MetaStepKey, function: str, *, tasks: int, split: str = "train", **settings: Setting
     ) -> list[Shard]:
+        """Cut ``tasks`` tasks of ``split`` into shards of ``outer.shard_size``; the last one may be shorter.
+
+        Validation and test tasks are the same at every meta-step.
+        """
         size = self.outer.shard_size
-        key_step = meta_step if split == "train" else 0
         return [
             Shard(
-                run,
-                meta_step,
+                key.run,
+                key.meta_step,
                 0,
                 index,
                 function,
                 start,
                 min(size, tasks - start),
-                seed,
+                key.seed,
                 split,
-                key_step,
+                key.meta_step if split == "train" else 0,
                 settings=tuple(sorted(settings.items())),
             )
             for index, start in enumerate(range(0, tasks, size))

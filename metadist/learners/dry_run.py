@@ -13,16 +13,16 @@ from metadist.core.random import TaskKey
 from metadist.core.round import Shard, WithOutput
 from metadist.core.state import State
 from metadist.core.task import Task
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.engine.meta_gradient import fixed
+from metadist.engine.subject import Subject
+from metadist.learners.base import Learner
 
 
-def check(learner: Learner | TrialLearner, seed: int) -> None:
-    """Adapt to one task and compare the prediction's shape with the targets'; see that every learned parameter takes
-    part; before anything long starts."""
-    if isinstance(learner, TrialLearner):
-        _check_trial(learner, seed)
-        return
+def try_tasks(learner: Subject, seed: int) -> None:
+    """Adapt to one task of each split before a long run starts.
+
+    ConfigError where the shape of the prediction is not that of the targets, or a learned parameter does not take part.
+    """
     state = learner.initial(seed)
     for split in ("train", "validation"):
         # As many as in a shard: one task alone is never padded.
@@ -49,7 +49,7 @@ def check(learner: Learner | TrialLearner, seed: int) -> None:
             ) from error
 
 
-def _check_trial(learner: TrialLearner, seed: int) -> None:
+def try_trials(learner: Learner, seed: int) -> None:
     """Roll out the first trials of a shard and compute their gradient: shapes, finiteness, every parameter."""
     vectors = learner.initial(seed).slots
     count = min(2, learner.outer.shard_size, learner.outer.meta_batch_size)
@@ -71,9 +71,9 @@ def _check_trial(learner: TrialLearner, seed: int) -> None:
     )
 
 
-def _check_participation(learner: Learner, state: State, task: Task) -> None:
+def _check_participation(learner: Subject, state: State, task: Task) -> None:
     """A missing gradient is an error. Ordinary autograd tells None from zero; torch.func does not."""
-    if hasattr(learner.algorithm, "delta"):
+    if learner.algorithm.contribution == "delta":
         return
     theta = {slot: p.map(torch.clone) for slot, p in state.theta(learner.slots).items()}
     learned = {
@@ -83,7 +83,7 @@ def _check_participation(learner: Learner, state: State, task: Task) -> None:
         for n, t in p.items()
     }
     key = TaskKey.of(0, "train", 0, [0]).each()[0].to(learner.device)
-    model, context = learner.bind(theta, key, True), TaskContext(key, 0, True, learner.tasks)
+    model, context = learner.model.bind(fixed(theta), key, True), TaskContext(key, 0, True, learner.tasks)
     trajectory = learner.algorithm.adapt(model, theta, task.support, context)
     loss, _ = learner.algorithm.objective(model, theta, trajectory, task, context)
     found = (
@@ -99,10 +99,10 @@ def _check_participation(learner: Learner, state: State, task: Task) -> None:
         )
 
 
-def _check_output(learner: Learner, state: State, task: Task, split: str) -> None:
+def _check_output(learner: Subject, state: State, task: Task, split: str) -> None:
     needed = learner.algorithm.outputs(learner.tasks)
     theta = state.theta(learner.slots)
-    bound = learner.bind(theta, None, False)
+    bound = learner.model.bind(fixed(theta), None, False)
     classes = learner.tasks.kind == "classification"
     ways = learner.tasks.ways(split)
     if needed is not None and classes and ways != needed:

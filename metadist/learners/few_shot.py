@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from metadist.core.algorithm import Algorithm, TaskContext, with_inner_steps
+from metadist.core.algorithm import Algorithm, Phi, TaskContext, with_inner_steps
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError, one_of
 from metadist.core.model import BoundModel, Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
-from metadist.core.round import Result, Round, Shard
+from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard
 from metadist.core.state import Contribution, Records, State, TreeSum
 from metadist.core.task import Examples, Task, TaskFamily
+from metadist.engine.agreement import compiled_disagrees
 from metadist.engine.compiled import Compiled
 from metadist.engine.meta_gradient import MetaGradient, Run, directly, fixed, held_by_steps
-from metadist.learners.base import BaseLearner
+from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
+from metadist.learners.base import Learner, Surround
+from metadist.learners.dry_run import try_tasks
+from metadist.learners.evaluation import Evaluation, score_tasks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 @dataclass
-class Learner(BaseLearner):
+class FewShotLearner(Learner):
     """One experiment's mathematics: algorithm, model, tasks and outer loop. Knows nothing of workers or files.
 
     ``normalization`` is how batch norm treats the query set in evaluation: ``transductive`` (by the query set's own
-    statistics) or ``inductive`` (each query in one batch with the support set). ``non_finite`` says what becomes of a task
-    whose contribution has NaN or Inf: ``error``, or ``skip`` (it is left out of the sum and of the weight).
+    statistics) or ``inductive`` (each query in one batch with the support set). ``non_finite`` says what becomes of a
+    task whose contribution has NaN or Inf: ``error``, or ``skip`` (it is left out of the sum and of the weight).
     """
 
     algorithm: Algorithm
@@ -64,9 +68,8 @@ class Learner(BaseLearner):
 
     # Where it runs ----------------------------------------------------------------------------------------------------
 
-    def set_engine(self, engine: Engine, around: Callable[[str], Any] | None = None) -> None:
-        """Compute shards as ``engine`` says from now on; ``around(name)`` surrounds each compilation."""
-        self.engine = engine
+    def set_engine(self, engine: Engine, around: Surround | None = None) -> None:
+        super().set_engine(engine)
         self._meta: MetaGradient | None = None
         self._compiled = Compiled(self.device, around or (lambda name: nullcontext()))
 
@@ -75,28 +78,60 @@ class Learner(BaseLearner):
 
     # What a shard is --------------------------------------------------------------------------------------------------
 
-    def rounds(self, run: str, meta_step: int, seed: int, state: State, report: dict[str, float]) -> Iterator[Round]:
-        """The rounds of one meta-step: for supervised learning a single one. ``report`` receives metrics as they are known."""
-        shards = self.shards(run, meta_step, seed, function="gradient", split="train", tasks=self.outer.meta_batch_size)
+    def meta_step(self, key: MetaStepKey, state: State) -> Rounds:
+        """θ ← outer(θ, Σ contributions / Σ weights), in a single round of gradient (or delta) shards."""
+        total = yield Round(0, state, self.shards(key, "gradient", tasks=self.outer.meta_batch_size))
+        new, norms = self.outer.update(self.slots, state, total, key.meta_step)
+        return new, {**{n: v / total.weight for n, v in total.metrics.items()}, **norms}
 
-        def apply(state: State, total: Contribution) -> State:
-            new, extra = self.outer.update(self.slots, state, total, meta_step)
-            report.update({n: v / total.weight for n, v in total.metrics.items()}, **extra)
-            return new
+    def evaluation(self, request: EvaluationRequest, state: State) -> Round:
+        """Return the round that judges θ. Its records have one row per task."""
+        return Round(0, state, self.evaluation_shards(request), reduce=False)
 
-        yield Round(0, state, shards, apply)
+    def summarise(self, request: EvaluationRequest, records: Records) -> Evaluation:
+        algorithm = with_inner_steps(self.algorithm, request.inner_steps)
+        protocol = {
+            "split": request.split,
+            "seed": request.key.seed,
+            "tasks": records.rows,
+            "normalization": self.normalization,
+            "inner_steps": algorithm.inner_steps,
+            "family": type(self.tasks).__name__,
+            **self.tasks.protocol(request.split),
+        }
+        return score_tasks(records, self.tasks.metric_name, request.split, protocol)
 
-    def evaluation(
-        self, run: str, meta_step: int, seed: int, state: State, *, split: str, tasks: int, inner_steps: int | None
-    ) -> Round:
-        """A round that judges θ on ``tasks`` tasks of ``split``; its records are one row per task."""
-        shards = self.shards(
-            run, meta_step, seed, function="evaluate", split=split, tasks=tasks, inner_steps=inner_steps
+    def dry_run(self, seed: int) -> None:
+        try_tasks(self, seed)
+
+    def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
+        return plan_shards(self, request, device, sharing)
+
+    def miscompiled(self, seed: int) -> str | None:
+        return compiled_disagrees(self, seed)
+
+    def servable(self) -> str | None:
+        return None
+
+    def normalize(self, normalization: str) -> None:
+        self.normalization = normalization
+
+    def eager(self) -> FewShotLearner:
+        """Return a copy that does not compile, on the same device and data."""
+        other = FewShotLearner(
+            self.algorithm, self.model, self.tasks, self.outer, engine=replace(self.engine, compile=False)
         )
-        return Round(0, state, shards, lambda state, _: state, reduce=False)
+        other.prepared_like(self)
+        return other
+
+    def in_float64(self, algorithm: Algorithm) -> FewShotLearner:
+        """Return a copy with a float64 model, ``algorithm`` and the default engine, on the same device and data."""
+        model = Model(self.model.factory, dtype=torch.float64, freeze=self.model.freeze)
+        other = FewShotLearner(algorithm, model, self.tasks, self.outer)
+        other.prepared_like(self)
+        return other
 
     def warm_up(self, seed: int) -> float:
-        """Compile what a shard needs, by computing one; the seconds that compiling took."""
         theta = {n: p.map(lambda t: t.to(self.device)) for n, p in self.initial(seed).theta(self.slots).items()}
         with suppress(NonFiniteError):
             self.contribute(theta, TaskKey.of(seed, "train", 0, range(self.outer.shard_size)), 0)
@@ -119,14 +154,14 @@ class Learner(BaseLearner):
             )
         return Task(task.support.cleared(), task.query.cleared())
 
-    def compute(self, shard: Shard, theta: Mapping[str, Tensor]) -> Result:
-        """What a worker does: slot vectors and a shard in, its result out. A pure function."""
+    def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result:
         keys = TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count))
         named = {name: self.slots[name].layout.unflatten(vector) for name, vector in theta.items()}
         if shard.function == "gradient":
             return self.contribute(named, keys, shard.meta_step)
         if shard.function == "evaluate":
-            return self.evaluate(named, keys, shard.meta_step, **dict(shard.settings))
+            inner_steps = cast("int | None", dict(shard.settings).get("inner_steps"))
+            return self.evaluate(named, keys, shard.meta_step, inner_steps)
         raise ValueError(f"unknown function '{shard.function}'; expected gradient or evaluate")
 
     # The mathematics --------------------------------------------------------------------------------------------------
@@ -257,7 +292,7 @@ class Learner(BaseLearner):
             {"task": keys.tasks, "loss": losses.double().cpu(), self.tasks.metric_name: metrics.double().cpu()}
         )
 
-    def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Any, support: Tensor, x: Tensor) -> Tensor:
+    def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Phi, support: Tensor, x: Tensor) -> Tensor:
         """Predictions for x [N, …], normalised as ``normalization`` says; ``support`` holds the support set's inputs."""
         if self.normalization == "transductive":
             return algorithm.predict(model, phi, x)
@@ -269,7 +304,7 @@ class Learner(BaseLearner):
 
     # For one task, outside a fleet ------------------------------------------------------------------------------------
 
-    def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Any:
+    def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Phi:
         """φ_k for one support set: what ``predict`` takes."""
         algorithm = with_inner_steps(self.algorithm, inner_steps)
         key = TaskKey.of(0, "test", 0, [0]).each()[0]
@@ -278,7 +313,7 @@ class Learner(BaseLearner):
         with torch.no_grad():
             return algorithm.adapt(self.bind(theta, None, False), theta, support, context)[-1]
 
-    def predict(self, state: State, phi: Any, x: Tensor, support: Examples) -> Tensor:
+    def predict(self, state: State, phi: Phi, x: Tensor, support: Examples) -> Tensor:
         """Predictions for x [N, …] with φ adapted to ``support``, beside which inductive normalisation sees each of them."""
         with torch.no_grad():
             return self._judge(self.algorithm, self.bind(state.theta(self.slots), None, False), phi, support.x, x)

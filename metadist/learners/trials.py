@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,20 +16,23 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
-from metadist.core.round import Result, Round, Shard, WithOutput
+from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard, WithOutput
 from metadist.core.state import Contribution, Records, State
-from metadist.learners.base import BaseLearner
-from metadist.learners.updates import UPDATES, MetaStep
+from metadist.engine.plan import Device, EngineRequest, Plan, plan_eager
+from metadist.learners.base import Learner
+from metadist.learners.dry_run import try_trials
+from metadist.learners.evaluation import TrialEvaluation, counted_trials, summary_of, with_task_list
 from metadist.rl.algorithm import EPISODES_SHOWN, Theta, TrialAlgorithm, TrialContext
 from metadist.rl.environment import MetaEnvironment
 from metadist.rl.trust_region import DIRECTION, trust_region_rounds
+from metadist.rl.updates import UPDATES, MetaStep
 
 #: what stands for a surrogate's sums that are not finite
 FAR = {"improvement": -1e100, "kl": 1e100}
 
 
 @dataclass
-class TrialLearner(BaseLearner):
+class TrialLearner(Learner):
     """One experiment's mathematics: algorithm, policy, meta-environment and outer loop. Knows nothing of workers or files.
 
     ``outer.meta_batch_size`` counts trials. ``rollout_role`` is the role of the workers that roll out.
@@ -77,24 +80,18 @@ class TrialLearner(BaseLearner):
         state = super().initial(seed, start_from)
         return State(state.slots, {**state.outer, UPDATES: torch.zeros(1, dtype=torch.float64)})
 
-    def rounds(self, run: str, meta_step: int, seed: int, state: State, report: dict[str, float]) -> Iterator[Round]:
-        """Roll out under θ; then update it on those trials: by minibatches, or by one step within a trust region."""
-        rolled = self.shards(run, meta_step, seed, function="rollout", split="train", tasks=self.outer.meta_batch_size)
+    def meta_step(self, key: MetaStepKey, state: State) -> Rounds:
+        """Roll out under θ, then update θ on those trials: by minibatches, or by one step within a trust region."""
+        rolled = self.shards(key, "rollout", tasks=self.outer.meta_batch_size)
         rolled = [replace(s, role=self.rollout_role, keeps=True) for s in rolled]
-        statistics: dict[str, float] = {}
-
-        def collected(state: State, total: Contribution) -> State:
-            if not total.weight:
-                raise WorkerError(f"meta-step {meta_step}: every trial was left out (environment.on_error: skip)")
-            statistics.update(
-                {n: v / total.weight for n, v in total.metrics.items()}, steps=total.weight, trials=total.tasks
-            )
-            return state
-
-        yield Round(0, state, rolled, collected)
+        total = yield Round(0, state, rolled)
+        if not total.weight:
+            raise WorkerError(f"meta-step {key.meta_step}: every trial was left out (environment.on_error: skip)")
+        statistics = {n: v / total.weight for n, v in total.metrics.items()}
+        statistics.update(steps=total.weight, trials=total.tasks)
         algorithm, settings = self.algorithm, self.algorithm.settings_of(statistics)
-        step = MetaStep(meta_step, seed, rolled, settings, state, self.slots, self.outer, report)
-        report.update(self._described(statistics), steps=statistics["steps"])
+        report = {**self._described(statistics), "steps": statistics["steps"]}
+        step = MetaStep(key.meta_step, key.seed, rolled, settings, state, self.slots, self.outer, report)
         if left_out := statistics.get("left_out"):
             report["left_out"] = left_out * statistics["steps"]
         if algorithm.trust_region is None:
@@ -104,6 +101,7 @@ class TrialLearner(BaseLearner):
             if algorithm.fits_value:
                 yield from step.minibatch_rounds("value_gradient", algorithm.epochs, algorithm.minibatches)
         report.update(updates=float(step.updates))
+        return step.state, report
 
     def _described(self, statistics: Mapping[str, float]) -> dict[str, float]:
         """What a person wants to see of the rollouts: returns and explained variances, per trial and by episode."""
@@ -124,16 +122,50 @@ class TrialLearner(BaseLearner):
                 )
         return found
 
-    def evaluation(
-        self, run: str, meta_step: int, seed: int, state: State, *, split: str, tasks: int, inner_steps: int | None
-    ) -> Round:
-        """A round that judges θ on ``tasks`` trials of ``split``; its records are one row per trial."""
-        shards = self.shards(
-            run, meta_step, seed, function="evaluate", split=split, tasks=tasks, inner_steps=inner_steps
+    def evaluation(self, request: EvaluationRequest, state: State) -> Round:
+        """Return the round that judges θ on trials. Its records have one row per trial."""
+        shards = self.evaluation_shards(request)
+        return Round(0, state, [replace(s, role=self.rollout_role) for s in shards], reduce=False)
+
+    def summarise(self, request: EvaluationRequest, records: Records) -> TrialEvaluation:
+        counted = counted_trials(records, request.split)
+        trials = {name: counted.columns[name] for name in ("greedy", "sampled")}
+        chosen, suffix = trials[self.policy], f"/{self.policy}"
+        measured = {n.removesuffix(suffix): c.nanmean(0) for n, c in counted.columns.items() if n.endswith(suffix)}
+        deviation = chosen.std(0) if len(chosen) > 1 else torch.full_like(chosen[0], math.nan)
+        more = chosen - chosen[:, :1]
+        errors = more.std(0) / math.sqrt(len(more)) if len(more) > 1 else more[:0]
+        protocol = {
+            "split": request.split,
+            "seed": request.key.seed,
+            "tasks": counted.rows,
+            "policy": self.policy,
+            "family": type(self.tasks).__name__,
+            **self.tasks.protocol(request.split),
+        }
+        return TrialEvaluation(
+            split=request.split,
+            metric=self.tasks.metric_name,
+            tasks=counted.rows,
+            mean=chosen.mean(0).tolist(),
+            ci95=(1.96 * deviation / math.sqrt(len(chosen))).tolist(),
+            median=chosen.quantile(0.5, dim=0).tolist(),
+            loss=(-chosen.mean(0)).tolist(),
+            divergence_rate=0.0,
+            protocol=with_task_list(protocol, records, ("policy",)),
+            totals={name: summary_of(self.algorithm.total(returns)) for name, returns in trials.items()},
+            measured={name: means.tolist() for name, means in measured.items()},
+            gained=list(zip(more.mean(0).tolist(), errors.tolist())),
+            policy=self.policy,
+            by_gradient_steps=self.algorithm.by_gradient_steps,
+            trials=trials,
         )
-        return Round(
-            0, state, [replace(s, role=self.rollout_role) for s in shards], lambda state, _: state, reduce=False
-        )
+
+    def dry_run(self, seed: int) -> None:
+        try_trials(self, seed)
+
+    def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
+        return plan_eager(request, device)
 
     # What a worker does -----------------------------------------------------------------------------------------------
 
@@ -150,7 +182,8 @@ class TrialLearner(BaseLearner):
             return WithOutput(Contribution({}, weight, shard.count - int(sums.get("left_out", 0)), sums), trials)
         if shard.function == "evaluate":
             with torch.no_grad():
-                returns = self.algorithm.evaluate(named, context, settings["inner_steps"])
+                inner_steps = cast("int | None", settings["inner_steps"])
+                returns = self.algorithm.evaluate(named, context, inner_steps)
             return Records({"task": keys.tasks.cpu(), **{n: v.cpu() for n, v in returns.items()}})
         return self._learn(shard, named, inputs[0], settings, context)
 
@@ -170,7 +203,8 @@ class TrialLearner(BaseLearner):
             sums, weight = algorithm.surrogate(
                 theta, trials, theta[DIRECTION] * settings["fraction"], settings, context
             )
-            # A step too far may overflow: that is for the line search to refuse, where the scheduler takes NaN for a fault.
+            # A step too far may overflow: that is for the line search to refuse, where the scheduler takes NaN for a
+            # fault.
             sums = {n: v if math.isfinite(v) else FAR[n] for n, v in sums.items()}
         else:
             raise ValueError(

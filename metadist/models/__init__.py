@@ -1,6 +1,7 @@
 """The models by name. Each is a frozen dataclass that builds modules: a ``ModelConfig`` or a ``PolicyConfig``.
 
-A new one is one file and one line in ``MODELS``; a package of its own declares an entry point (``docs/extend.md``).
+To add one, write a file and add a line to ``MODELS``. Configs can also name a model by its import path, or by an entry
+point of an installed package (``docs/extend.md``).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class ModelConfig(Protocol):
     """The settings of a model for supervised tasks. A class with this method needs no base class."""
 
     def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
-        """Build a module for inputs [N, *input_shape] that returns [N, outputs]; an embedding where ``outputs`` is None."""
+        """Build a module: inputs [N, *input_shape] → [N, outputs], or embeddings of any size where ``outputs`` is
+        None."""
         ...
 
 

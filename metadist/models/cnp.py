@@ -1,3 +1,5 @@
+"""The networks of conditional neural processes."""
+
 from __future__ import annotations
 
 import math
@@ -12,7 +14,7 @@ from metadist.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class ConditionalNeuralProcess:
-    """Encoder and decoder of a conditional neural process (Garnelo et al. 2018): real-valued in, Gaussian out."""
+    """Encoder and decoder of a conditional neural process (Garnelo et al. 2018): real values to Gaussians."""
 
     width: int = 128
     representation: int = 128
@@ -20,7 +22,7 @@ class ConditionalNeuralProcess:
 
     def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
         if outputs is None:
-            raise ConfigError("model 'cnp' has no embedding to give; use it with algorithm 'cnp'")
+            raise ConfigError("model 'cnp' has no embedding; use it with algorithm 'cnp'")
         return _CNP(math.prod(input_shape), outputs, self)
 
 
@@ -44,14 +46,14 @@ class _CNP(nn.Module):
         )
 
     def encode(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean over the real examples of their encodings: [representation]."""
-        each = self.encoder(torch.cat([x.flatten(1), y.flatten(1)], dim=1))
+        """Return the mean of the encodings of the real examples: [representation]."""
+        each: Tensor = self.encoder(torch.cat([x.flatten(1), y.flatten(1)], dim=1))
         if mask is None:
             return each.mean(0)
         return torch.where(mask.bool().unsqueeze(1), each, torch.zeros_like(each)).sum(0) / mask.to(each.dtype).sum()
 
     def decode(self, representation: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, standard deviation), each [N, outputs]."""
+        """Return (mean, standard deviation), each [N, outputs]."""
         flat = x.flatten(1)
         both = self.decoder(torch.cat([flat, representation.expand(flat.shape[0], -1)], dim=1))
         mean, raw = both.chunk(2, dim=1)

@@ -1,3 +1,5 @@
+"""Four convolutional blocks."""
+
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -7,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metadist.core.errors import ConfigError, one_of
+from metadist.core.errors import ConfigError, at_least, one_of
 
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation by the batch's own statistics, from ``var_mean``.
 
-    The same values as ``nn.BatchNorm2d``; its own second derivative takes a fifth more of a second-order step's time.
+    It has the values of ``nn.BatchNorm2d``, with which a second-order step takes a fifth more time (measured).
     """
 
     def __init__(self, channels: int) -> None:
@@ -26,7 +28,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class SpatialMean(nn.Module):
-    """[N, C, H, W] → [N, C]. ``nn.AdaptiveAvgPool2d`` has neither a rule for ``vmap`` nor a deterministic derivative on GPUs."""
+    """[N, C, H, W] → [N, C]. ``nn.AdaptiveAvgPool2d`` has no ``vmap`` rule and no deterministic derivative on GPUs."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input.mean((2, 3))
@@ -38,7 +40,7 @@ class Conv4:
 
     ``pooling: stride`` halves the image by strided convolutions (MAML's Omniglot network), ``max`` by 2×2 max-pooling.
     ``features: mean`` averages the last block over space, as MAML's reference code does on Omniglot; ``flatten`` keeps
-    every position. Without outputs it ends in the features.
+    every position. Without ``outputs`` there is no head.
     """
 
     filters: int = 64
@@ -52,8 +54,7 @@ class Conv4:
         one_of("model.pooling", self.pooling, ("stride", "max"))
         one_of("model.norm", self.norm, ("batch", "group", "none"))
         one_of("model.features", self.features, ("flatten", "mean"))
-        if min(self.filters, self.blocks) < 1:
-            raise ConfigError(f"model.filters, model.blocks: {self.filters} and {self.blocks} must each be at least 1")
+        at_least(1, **{"model.filters": self.filters, "model.blocks": self.blocks})
 
     def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
         if len(input_shape) != 3:
@@ -82,7 +83,8 @@ class Conv4:
             features = nn.Sequential(layers)(torch.zeros(2, *input_shape)).shape[1]
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"model.blocks: {self.blocks} blocks shrink an image of {input_shape[1]}×{input_shape[2]} to nothing"
+                f"model.blocks: {self.blocks} blocks leave no pixel of an image of {input_shape[1]}×{input_shape[2]}; "
+                "use fewer"
             ) from error
         if outputs is not None:
             layers["head"] = nn.Linear(features, outputs)

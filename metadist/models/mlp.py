@@ -1,3 +1,5 @@
+"""Multilayer perceptrons."""
+
 from __future__ import annotations
 
 import math
@@ -11,10 +13,10 @@ from metadist.core.errors import ConfigError, one_of
 
 @dataclass(frozen=True)
 class MLP:
-    """A multilayer perceptron; inputs of any shape are flattened. Without outputs it ends in the last hidden layer.
+    """A multilayer perceptron; it flattens inputs of any shape. Without ``outputs`` it ends with the last hidden layer.
 
-    ``init: maml`` is the reference code's: weights from a normal of σ = .01 truncated at 2σ, biases zero; ``torch`` is
-    PyTorch's default.
+    ``init: maml`` is that of MAML's reference code: weights from a normal distribution with σ = 0.01, truncated at 2σ,
+    and biases of zero. ``torch`` is PyTorch's default.
     """
 
     hidden: tuple[int, ...] = (40, 40)

@@ -1,4 +1,4 @@
-"""Feed-forward policies: what MAML-RL adapts, and the control without memory."""
+"""Feed-forward policies: for MAML-RL, and as a control without memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metadist.core.errors import ConfigError, one_of
 
 
 class ReactivePolicy(nn.Module):
-    """observation [B, T, O] → head [B, T, A], value [B, T]; the memory has no elements. Separate networks for head and value."""
+    """observation [B, T, O] → head [B, T, A], value [B, T], by separate networks; the memory has no elements."""
 
     sees_history = False
     memory_size = 0
@@ -35,7 +35,7 @@ class ReactivePolicy(nn.Module):
 def network(
     inputs: int, hidden: tuple[int, ...], outputs: int, activation: type[nn.Module], gain: float
 ) -> nn.Sequential:
-    """Layers of ``hidden`` widths and a linear one, which starts orthogonal with ``gain``."""
+    """Return layers of ``hidden`` widths and a linear layer; its initial weights are orthogonal, times ``gain``."""
     layers: list[nn.Module] = []
     for size in hidden:
         layers += [nn.Linear(inputs, size), activation()]
@@ -48,7 +48,7 @@ def network(
 
 @dataclass(frozen=True)
 class Reactive:
-    """A feed-forward policy that sees the observation alone; for MAML-RL, and as the memoryless control of RL²."""
+    """A feed-forward policy that sees only the observation; for MAML-RL, and as the control without memory for RL²."""
 
     hidden: tuple[int, ...] = (64, 64)
     activation: Literal["tanh", "relu"] = "tanh"

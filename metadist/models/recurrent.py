@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, at_least
 from metadist.models.reactive import network
 
 
@@ -37,6 +37,7 @@ class RecurrentPolicy(nn.Module):
 
     @property
     def memory_size(self) -> int:
+        """The number of elements of a trial's memory."""
         return 2 * self.hidden if self.lstm else self.hidden
 
     def forward(self, features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,8 +57,9 @@ class RecurrentPolicy(nn.Module):
 class GRU:
     """A gated recurrent unit with a policy head and a value head (RL²'s policy, Duan et al. 2016).
 
-    The heads are linear in the memory; with ``heads`` they are tanh networks of these widths that see the step's features beside it:
-    a body wants to be controlled by what it does now. ``log_std`` is that of continuous actions to begin with.
+    The heads are linear in the memory. With ``heads``, they are tanh networks of these widths that also see the
+    features of the step: the control of a simulated body depends on its present state. ``log_std`` is the initial log
+    standard deviation of continuous actions.
     """
 
     hidden: int = 64
@@ -65,8 +67,7 @@ class GRU:
     log_std: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.hidden < 1:
-            raise ConfigError(f"model.hidden: {self.hidden} is below 1")
+        at_least(1, **{"model.hidden": self.hidden})
         if any(width < 1 for width in self.heads):
             raise ConfigError(f"model.heads: {list(self.heads)}: every width must be at least 1")
 

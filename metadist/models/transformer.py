@@ -1,3 +1,5 @@
+"""A transformer encoder over image patches or numbers."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metadist.core.errors import ConfigError, one_of
+from metadist.core.errors import ConfigError, at_least, one_of
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,8 @@ class Transformer:
     """A pre-norm transformer encoder over the patches of an image (Dosovitskiy et al. 2021), then a linear head.
 
     Tokens are the ``patch`` × ``patch`` squares of an image [channels, height, width], or the numbers of a vector, with
-    learned positions. ``pooling: mean`` averages the last block's tokens, ``cls`` reads off a learned token of its own.
-    Without outputs it ends in what is pooled. ``dropout`` is for attention weights and for the output of every branch.
+    learned positions. ``pooling: mean`` averages the last block's tokens; ``cls`` reads an extra, learned token.
+    Without ``outputs`` it returns the pooled token. ``dropout`` applies to attention weights and to every branch.
     """
 
     patch: int = 7
@@ -28,27 +30,26 @@ class Transformer:
 
     def __post_init__(self) -> None:
         one_of("model.pooling", self.pooling, ("mean", "cls"))
-        for name in ("patch", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+        at_least(1, **{f"model.{n}": getattr(self, n) for n in ("patch", "width", "depth", "heads")})
         if self.width % self.heads:
-            raise ConfigError(f"model.width = {self.width}: must be a multiple of model.heads = {self.heads}")
+            raise ConfigError(f"model.width: {self.width} is not a multiple of model.heads = {self.heads}")
         if int(self.width * self.mlp_ratio) < 1:
             raise ConfigError(
-                f"model.mlp_ratio = {self.mlp_ratio}: leaves no hidden unit of model.width = {self.width}"
+                f"model.mlp_ratio: {self.mlp_ratio} times model.width = {self.width} is below 1; use a larger ratio"
             )
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model.dropout = {self.dropout}: must be at least 0 and below 1")
+            raise ConfigError(f"model.dropout: {self.dropout} is not in [0, 1)")
 
     def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
         if len(input_shape) not in (1, 3):
             raise ConfigError(
-                f"model 'transformer' needs images [channels, height, width] or vectors [size]; these tasks' inputs are {list(input_shape)}"
+                "model 'transformer' needs images [channels, height, width] or vectors [size]; "
+                f"these tasks' inputs are {list(input_shape)}"
             )
         if len(input_shape) == 3 and (input_shape[1] % self.patch or input_shape[2] % self.patch):
             raise ConfigError(
-                f"model.patch = {self.patch}: an image of {input_shape[1]}×{input_shape[2]} can't be cut into "
-                f"{self.patch}×{self.patch} squares; it must divide height and width"
+                f"model.patch: {self.patch} does not divide height and width of an image of "
+                f"{input_shape[1]}×{input_shape[2]}"
             )
         return _Transformer(input_shape, outputs, self)
 
@@ -74,14 +75,15 @@ class _Transformer(nn.Module):
         if self.cls is not None:
             tokens = torch.cat([self.cls.expand(x.shape[0], 1, -1), tokens], dim=1)
         tokens = self.norm(self.blocks(tokens))
-        return self.head(tokens.mean(1) if self.cls is None else tokens[:, 0])
+        outputs: Tensor = self.head(tokens.mean(1) if self.cls is None else tokens[:, 0])
+        return outputs
 
     def cut(self, x: Tensor) -> Tensor:
-        """[N, channels, height, width] → [N, patches, channels · patch²], or [N, D] → [N, D, 1]."""
+        """Cut [N, channels, height, width] to [N, patches, channels · patch²], or vectors [N, D] to [N, D, 1]."""
         if x.dim() == 2:
             return x.unsqueeze(-1)
         p = self.patch
-        squares = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [N, channels, rows, p, columns, p]
+        squares: Tensor = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [N, channels, rows, p, columns, p]
         return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
@@ -96,12 +98,15 @@ class _Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.dropout(self.attention(self.attention_norm(tokens)))
-        return tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
+        branch: Tensor = self.dropout(self.mlp(self.mlp_norm(tokens)))
+        return tokens + branch
 
 
 class _Attention(nn.Module):
-    """Multi-head self-attention of products and a softmax alone: torch's fused kernels know no second derivative, and the
-    dropout inside ``nn.MultiheadAttention`` can't be keyed by the task."""
+    """Multi-head self-attention from products and a softmax.
+
+    Torch's fused kernels have no second derivative, and the dropout of ``nn.MultiheadAttention`` has no key.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -110,8 +115,8 @@ class _Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each [N, heads, tokens, width / heads]
+        # each [N, heads, tokens, width / heads]
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         weights = self.dropout((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
+        outputs: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
+        return outputs

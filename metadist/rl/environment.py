@@ -67,6 +67,10 @@ class MetaEnvironment:
     #: how many uniform numbers ``reset`` and ``step`` take for each environment
     reset_noise: int = 0
     step_noise: int = 0
+    #: SHA-256 of the data, which every worker and a resumed run must share; None for environments without data
+    data_sha256: str | None = None
+    #: ``skip`` where shards may leave out trials of an environment that fails; None where it cannot fail
+    on_error: str | None = None
 
     @property
     def observation_size(self) -> int:

@@ -5,23 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from metadist.core.round import Round
 from metadist.core.state import Contribution, State
-
-if TYPE_CHECKING:
-    from metadist.learners.updates import MetaStep
+from metadist.rl.updates import MetaStep
 
 #: the slot by which workers are told a direction in parameter space
 DIRECTION = "direction"
 #: each step of the line search is so much of the one before
 BACKTRACK = 0.8
-
-Rounds = Generator[Round, None, Contribution]
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,7 @@ class TrustRegion:
     backtracks: int
 
 
-def trust_region_rounds(step: MetaStep, region: TrustRegion) -> Generator[Round, None, None]:
+def trust_region_rounds(step: MetaStep, region: TrustRegion) -> Generator[Round, Contribution, None]:
     """A gradient round; a round of Fisher-vector products for each conjugate-gradient step; rounds of the line search.
 
     Every sum is the canonical one, and the driver's own arithmetic is float64 by blocks: the same bits for any number of workers.
@@ -44,7 +39,7 @@ def trust_region_rounds(step: MetaStep, region: TrustRegion) -> Generator[Round,
     step.describe(total)
     ascent = -total.slots["model"].double() / total.weight
 
-    def fisher(direction: Tensor) -> Generator[Round, None, Tensor]:
+    def fisher(direction: Tensor) -> Generator[Round, Contribution, Tensor]:
         product = yield from step.ask("fisher", step.rolled, published=_with(step.state, direction))
         return product.slots["model"].double() / product.weight
 
@@ -57,8 +52,8 @@ def trust_region_rounds(step: MetaStep, region: TrustRegion) -> Generator[Round,
 
 
 def conjugate_gradient(
-    b: Tensor, product: Callable[[Tensor], Generator[Round, None, Tensor]], region: TrustRegion
-) -> Generator[Round, None, tuple[Tensor, Tensor]]:
+    b: Tensor, product: Callable[[Tensor], Generator[Round, Contribution, Tensor]], region: TrustRegion
+) -> Generator[Round, Contribution, tuple[Tensor, Tensor]]:
     """x and A x, where A = F + damping · I and x solves A x = b as well as ``cg_steps`` products F p can (Hestenes & Stiefel 1952)."""
     x, residual = torch.zeros_like(b), b
     p, square = b, dot(b, b)
@@ -75,31 +70,25 @@ def conjugate_gradient(
     return x, b - residual
 
 
-def _line_search(step: MetaStep, region: TrustRegion, whole: Tensor) -> Generator[Round, None, None]:
+def _line_search(step: MetaStep, region: TrustRegion, whole: Tensor) -> Generator[Round, Contribution, None]:
     """θ ← θ + fraction · ``whole`` for the first fraction that improves the surrogate within the bound; or θ stays (appendix C).
 
     θ and ``whole`` are published once more each time; workers add them up, since the divergence is measured from θ.
     """
-    published, accepted = _with(step.state, whole), False
+    published = _with(step.state, whole)
     for number in range(region.backtracks):
         fraction = BACKTRACK**number
-
-        def judge(total: Contribution, fraction: float = fraction) -> State:
-            nonlocal accepted
-            improvement, kl = total.metrics["improvement"] / total.weight, total.metrics["kl"] / total.weight
-            accepted = improvement > 0 and kl <= region.kl
-            step.report.update(
-                improvement=improvement if accepted else 0.0,
-                kl=kl if accepted else 0.0,
-                step_fraction=fraction * accepted,
-            )
-            if not accepted:
-                return step.state
-            moved = published.slots["model"] + fraction * published.slots[DIRECTION]
-            return replace(step.state, slots={**step.state.slots, "model": moved})
-
-        yield from step.ask("surrogate", step.rolled, judge, published=published, fraction=fraction)
+        total = yield from step.ask("surrogate", step.rolled, published=published, fraction=fraction)
+        improvement, kl = total.metrics["improvement"] / total.weight, total.metrics["kl"] / total.weight
+        accepted = improvement > 0 and kl <= region.kl
+        step.report.update(
+            improvement=improvement if accepted else 0.0,
+            kl=kl if accepted else 0.0,
+            step_fraction=fraction * accepted,
+        )
         if accepted:
+            moved = published.slots["model"] + fraction * published.slots[DIRECTION]
+            step.state = replace(step.state, slots={**step.state.slots, "model": moved})
             return
 
 

@@ -1,4 +1,4 @@
-"""The client's side of the endpoint: channels with its limits, and its errors in a person's words."""
+"""Open gRPC channels with the limits of ``endpoint``, and translate failed calls into one line for users."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNARY_SECONDS = 60.0
 
 
 class ServiceError(MetadistError):
-    """A server said no, or isn't there. ``code`` is gRPC's status."""
+    """A server refused a call, or no server answered. ``code`` is gRPC's status."""
 
     def __init__(self, message: str, code: grpc.StatusCode = grpc.StatusCode.UNKNOWN) -> None:
         super().__init__(message)
@@ -34,15 +34,21 @@ def connect(
     message_bytes: int = MESSAGE_BYTES,
     seconds: float = UNARY_SECONDS,
 ) -> grpc.Channel:
-    """A channel to ``HOST:PORT``; nothing is sent yet. TLS where ``tls_ca`` (PEM) is given or the address begins with ``grpcs://``
-    (the system's authorities). A token goes over TLS or to loopback, nowhere else. Calls without a timeout get ``seconds``."""
+    """Return a channel to ``HOST:PORT``. The channel connects at its first call.
+
+    The channel uses TLS if ``tls_ca`` (a PEM file) is given, or if the address begins with ``grpcs://`` (then with the
+    system's certificate authorities). A token is sent over TLS or to loopback only. Unary calls without a timeout get
+    ``seconds``.
+
+    Raises ``ConfigError`` for a wrong address, an unreadable file, or a token without TLS to another machine.
+    """
     target, secure = _target(address)
     secure = secure or tls_ca is not None
     host = target.rpartition(":")[0]
     if token_file is not None and not secure and not is_loopback(host):
         raise ConfigError(
-            f"{address}: the token would travel in the clear; give the server's certificate authority (--tls-ca FILE), or grpcs:// for a "
-            "certificate that this machine trusts already"
+            f"{address}: the token would be sent without encryption; give the server's certificate authority "
+            "(--tls-ca FILE), or use grpcs:// if this machine trusts the server's certificate already"
         )
     options = [
         ("grpc.max_receive_message_length", message_bytes),
@@ -56,47 +62,48 @@ def connect(
         channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(_authority(tls_ca)), options)
     else:
         channel = grpc.insecure_channel(target, options)
-    return grpc.intercept_channel(channel, _Caller(read_token(token_file) if token_file else None, seconds))
+    return grpc.intercept_channel(channel, _CallOptions(read_token(token_file) if token_file else None, seconds))
 
 
 @contextmanager
 def calling(address: str) -> Iterator[None]:
-    """Turns a failed call into a ServiceError of one line."""
+    """Convert a failed call inside the block into a ``ServiceError`` of one line."""
     try:
         yield
     except grpc.RpcError as error:
-        code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
+        code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
         raise ServiceError(f"{address}: {explain(error)}", code) from None
 
 
 _MEANINGS = {
     grpc.StatusCode.UNAUTHENTICATED: "the server refused the token; give the file with its token (--token-file)",
-    grpc.StatusCode.PERMISSION_DENIED: "the server does not allow this",
+    grpc.StatusCode.PERMISSION_DENIED: "the server does not allow this call",
     grpc.StatusCode.DEADLINE_EXCEEDED: "the server did not answer in time",
-    grpc.StatusCode.UNIMPLEMENTED: "the server there does not offer this service; is it the right port?",
+    grpc.StatusCode.UNIMPLEMENTED: "the server at this address does not offer this service; is the port right?",
     grpc.StatusCode.CANCELLED: "the call was cancelled",
 }
 
 
 def explain(error: grpc.RpcError) -> str:
-    """A failed call as one line for people."""
-    if not hasattr(error, "code"):
+    """Describe a failed call in one line for users."""
+    if not isinstance(error, grpc.Call):
         return "the call failed"
     code, details = error.code(), " ".join((error.details() or "").split())[:400]
     if code == grpc.StatusCode.UNAVAILABLE:
         if "SSL" in details or "handshake" in details.lower() or "certificate" in details.lower():
-            return f"the TLS handshake failed; does the server speak TLS, and is --tls-ca its authority? ({details})"
+            return f"the TLS handshake failed; does the server use TLS, and is --tls-ca its authority? ({details})"
         if "refused" in details.lower() or "resolution" in details.lower() or "DNS" in details:
-            return "no server answers there; is it running, and is this its host and port?"
-        return f"the connection failed; is the server running, and does it want TLS (--tls-ca)? ({details})"
+            return "no server answers there; is the server running, and are host and port right?"
+        return f"the connection failed; is the server running, and does it use TLS (--tls-ca)? ({details})"
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return f"a limit is exceeded: {details or 'too many calls at once'}"
+        return f"a limit is exceeded: {details or 'too many calls run simultaneously'}"
     if code in _MEANINGS:
         return _MEANINGS[code] + (f" ({details})" if details and code != grpc.StatusCode.UNAUTHENTICATED else "")
     return details or code.name.lower().replace("_", " ")
 
 
 def _target(address: str) -> tuple[str, bool]:
+    """Return HOST:PORT, and whether the address asks for TLS."""
     secure = address.startswith("grpcs://")
     target = address.removeprefix("grpcs://").removeprefix("grpc://")
     host, _, port = target.rpartition(":")
@@ -127,13 +134,13 @@ class _Details(_Fields, grpc.ClientCallDetails):
     pass
 
 
-class _Caller(
+class _CallOptions(
     grpc.UnaryUnaryClientInterceptor,
     grpc.UnaryStreamClientInterceptor,
     grpc.StreamUnaryClientInterceptor,
     grpc.StreamStreamClientInterceptor,
 ):
-    """Adds the token to every call, and a timeout to those of one answer that have none."""
+    """Adds the token to every call, and a timeout to unary calls that have none."""
 
     def __init__(self, token: str | None, seconds: float) -> None:
         self._token, self._seconds = token, seconds
@@ -143,15 +150,8 @@ class _Caller(
         if self._token is not None:
             metadata.append(("authorization", f"Bearer {self._token}"))
         timeout = details.timeout if details.timeout is not None or streams else self._seconds
-        changed = _Details(
-            details.method,
-            timeout,
-            metadata,
-            details.credentials,
-            getattr(details, "wait_for_ready", None),
-            getattr(details, "compression", None),
-        )
-        return continuation(changed, request)
+        options = details.credentials, details.wait_for_ready, details.compression
+        return continuation(_Details(details.method, timeout, metadata, *options), request)
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         return self._call(continuation, client_call_details, request, False)

@@ -1,4 +1,4 @@
-"""The one gRPC server that every service uses: loopback by default, TLS and a token anywhere else, limits on everything."""
+"""Start gRPC servers with limits: on loopback by default, with TLS and a token for other machines."""
 
 from __future__ import annotations
 
@@ -16,22 +16,36 @@ from grpc_reflection.v1alpha import reflection
 from metadist.core.errors import ConfigError
 from metadist.rpc.channel import ServiceError, calling, connect, explain
 from metadist.rpc.credentials import is_loopback, read_file, read_token
-from metadist.rpc.grpc_guard import Guard, Observe, Refused
+from metadist.rpc.grpc_guard import GrpcGuard, Observe, Refused
 
-__all__ = ["Endpoint", "Refused", "Served", "ServiceError", "calling", "connect", "explain", "is_loopback", "serve"]
+__all__ = [
+    "AddServicer",
+    "Endpoint",
+    "Refused",
+    "RunningEndpoint",
+    "ServiceError",
+    "calling",
+    "connect",
+    "explain",
+    "is_loopback",
+    "serve",
+]
 
 log = logging.getLogger(__name__)
 
-Add = Callable[[Any, Any], None]
-"""``add_XServicer_to_server`` as generated."""
+AddServicer = Callable[[Any, Any], None]
+"""A generated function ``add_XServicer_to_server``."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server listens, who may call it, and what a call may cost.
+    """The address, the credentials and the limits of a server.
 
-    Without TLS *and* a token it listens on loopback only. ``port`` 0 takes a free one. ``seconds`` bounds a call, the arrival of its
-    request included, whatever deadline its client set; ``stream_seconds`` bounds one with a stream, whose client then reopens it.
+    Without TLS *and* a token a server listens on loopback only. ``port`` 0 takes a free port. ``seconds`` bounds every
+    unary call, including the arrival of its request, regardless of the client's deadline. ``stream_seconds`` bounds a
+    streaming call; its client then opens a new one.
+
+    Raises ``ConfigError`` for contradictory or unsafe values.
     """
 
     host: str = "127.0.0.1"
@@ -50,28 +64,31 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port {self.port}: expected 0 (any free one) to 65535")
+            raise ConfigError(f"port {self.port}: expected 0 (any free port) to 65535")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError(
-                "TLS takes two files: give both the certificate (--tls-cert) and its private key (--tls-key)"
+                "TLS needs two files: give both the certificate (--tls-cert) and its private key (--tls-key)"
             )
         if not is_loopback(self.host) and not (self.secure and self.token_file):
             missing = " and ".join(
-                what for what, there in (("TLS", self.secure), ("a token", self.token_file)) if not there
+                name for name, given in (("TLS", self.secure), ("a token", self.token_file)) if not given
             )
             raise ConfigError(
-                f"host {self.host}: any other machine could connect, and there is no {missing}; give --tls-cert, --tls-key and "
-                "--token-file, or stay on 127.0.0.1"
+                f"host {self.host}: other machines could connect without {missing}; give --tls-cert, --tls-key and "
+                "--token-file, or use 127.0.0.1"
             )
 
     @property
     def secure(self) -> bool:
+        """Whether the server uses TLS."""
         return self.tls_cert is not None and self.tls_key is not None
 
     def token(self) -> str | None:
+        """Read the token; None without a token file. Raises ``ConfigError`` if the file holds none."""
         return None if self.token_file is None else read_token(self.token_file)
 
     def credentials(self) -> grpc.ServerCredentials | None:
+        """Read certificate and key; None without TLS. Raises ``ConfigError`` if a file is unreadable or not PEM."""
         if not self.secure:
             return None
         assert self.tls_cert is not None
@@ -79,24 +96,25 @@ class Endpoint:
         certificate, key = read_file("tls-cert", self.tls_cert), read_file("tls-key", self.tls_key)
         if b"BEGIN CERTIFICATE" not in certificate or b"PRIVATE KEY" not in key:
             raise ConfigError(
-                f"tls-cert {self.tls_cert}, tls-key {self.tls_key}: expected PEM files: a certificate and its private key"
+                f"tls-cert {self.tls_cert}, tls-key {self.tls_key}: expected PEM files with a certificate and its "
+                "private key"
             )
         return grpc.ssl_server_credentials([(key, certificate)])
 
     def options(self) -> list[tuple[str, int]]:
+        """Return the limits as gRPC channel arguments."""
+
         def milliseconds(seconds: float) -> int:
             return int(seconds * 1000)
 
         return [
-            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent share of its calls
+            ("grpc.so_reuseport", 0),  # otherwise a second server on the port would silently receive some of the calls
             ("grpc.max_receive_message_length", self.message_bytes),
             ("grpc.max_send_message_length", self.message_bytes),
             ("grpc.max_metadata_size", self.metadata_bytes),
             ("grpc.absolute_max_metadata_size", self.metadata_bytes),
-            (
-                "grpc.max_concurrent_streams",
-                2 * self.concurrent,
-            ),  # more than are served: a caller is told, and does not wait
+            # More than ``concurrent``: a caller above that limit is refused immediately instead of queued.
+            ("grpc.max_concurrent_streams", 2 * self.concurrent),
             ("grpc.max_connection_idle_ms", milliseconds(self.idle_seconds)),
             ("grpc.max_connection_age_ms", milliseconds(self.connection_seconds)),
             ("grpc.max_connection_age_grace_ms", milliseconds(self.seconds)),
@@ -109,8 +127,8 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
-class Served:
-    """A running server."""
+class RunningEndpoint:
+    """A running server, with the full names of its services."""
 
     endpoint: Endpoint
     port: int
@@ -119,31 +137,34 @@ class Served:
 
     @property
     def address(self) -> str:
+        """HOST:PORT for clients."""
         host = f"[{self.endpoint.host}]" if ":" in self.endpoint.host else self.endpoint.host
         return f"{host}:{self.port}"
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Until the server has stopped; True where it still runs when ``timeout`` seconds have passed."""
+        """Wait for the server's end. Return True if it still runs after ``timeout`` seconds."""
         return self.server.wait_for_termination(timeout)
 
 
 @contextmanager
 def serve(
-    endpoint: Endpoint, services: Mapping[Add, Any], *, grace: float = 5.0, observe: Observe | None = None
-) -> Iterator[Served]:
-    """Serve ``{add_XServicer_to_server: servicer}`` until the block is left; running calls then get ``grace`` seconds.
+    endpoint: Endpoint, services: Mapping[AddServicer, Any], *, grace: float = 5.0, observe: Observe | None = None
+) -> Iterator[RunningEndpoint]:
+    """Serve ``{add_XServicer_to_server: servicer}`` during the block; running calls then get ``grace`` more seconds.
 
-    Servicers refuse a call by raising ``Refused(code, message)``; a ConfigError becomes INVALID_ARGUMENT, another MetadistError
-    FAILED_PRECONDITION, both with their message; anything else INTERNAL, with a number under which the log has it.
-    ``observe(method, status, seconds)`` hears of every call.
+    A servicer refuses a call by raising ``Refused(code, message)``. A ``ConfigError`` becomes INVALID_ARGUMENT, another
+    ``MetadistError`` FAILED_PRECONDITION, both with their message. Any other exception becomes INTERNAL, with a number
+    that identifies its traceback in the log. ``observe(method, status, seconds)`` is called at the end of every call.
+
+    Raises ``ConfigError`` if the address cannot be bound or a file of the endpoint is wrong.
     """
     token, credentials = endpoint.token(), endpoint.credentials()
-    guard = Guard(token, endpoint.seconds, endpoint.stream_seconds, observe)
+    guard = GrpcGuard(token, endpoint.seconds, endpoint.stream_seconds, observe)
     pool = ThreadPoolExecutor(endpoint.concurrent, thread_name_prefix="rpc")
     server = grpc.server(
         pool, interceptors=[guard], options=endpoint.options(), maximum_concurrent_rpcs=endpoint.concurrent
     )
-    names = _Names()
+    names = _ServiceNames()
     for add, servicer in services.items():
         add(servicer, names)
         add(servicer, server)
@@ -151,7 +172,7 @@ def serve(
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     if endpoint.reflection:
         reflection.enable_server_reflection([*names.found, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    served = Served(endpoint, _bind(server, endpoint, credentials), server, tuple(names.found))
+    served = RunningEndpoint(endpoint, _bind(server, endpoint, credentials), server, tuple(names.found))
     server.start()
     for name in ("", *names.found):
         healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -171,8 +192,8 @@ def serve(
         pool.shutdown(wait=False)
 
 
-class _Names:
-    """Stands in for a server, to learn the full names of the services that are added to it."""
+class _ServiceNames:
+    """Has the methods of a server that generated code calls, and collects the full names of the services."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
@@ -192,6 +213,7 @@ def _bind(server: grpc.Server, endpoint: Endpoint, credentials: grpc.ServerCrede
         port = 0
     if not port:
         raise ConfigError(
-            f"can't listen on {address}: the port is taken, or the address is not this machine's; choose another --port"
+            f"can't listen on {address}: the port is in use, or the address is not one of this machine; "
+            "choose another --port"
         )
     return port

@@ -1,4 +1,4 @@
-"""What stands before every servicer: the token, the deadline, the parsing of requests, and the errors that callers may see."""
+"""Check every gRPC call before its servicer: token, deadline, parsing of requests, and the errors that callers see."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from metadist.core.errors import ConfigError, MetadistError
 
 log = logging.getLogger(__name__)
 
-#: answered without a token: a load balancer's probe has none, and learns nothing but SERVING
-OPEN = ("/grpc.health.v1.Health/Check",)
-LONGEST_MESSAGE = 400
+#: methods that need no token: the probe of a load balancer has none, and learns only that the server is SERVING
+WITHOUT_TOKEN = ("/grpc.health.v1.Health/Check",)
+MAX_ERROR_CHARACTERS = 400
 
 
 Observe = Callable[[str, str, float], None]
@@ -28,18 +28,19 @@ Observe = Callable[[str, str, float], None]
 
 
 class Refused(Exception):
-    """A servicer's no: a status code and one line for the caller."""
+    """A servicer refuses a call: a status code, and one line for the caller."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
         self.code = code
 
 
-class Guard(grpc.ServerInterceptor):
-    """Wraps every method. Requests arrive as bytes and are parsed here, so that a malformed one is the caller's error.
+class GrpcGuard(grpc.ServerInterceptor):
+    """Wraps every method of a server.
 
-    Even a single request is read as a stream of one: a call without the token, or whose request never arrives, then takes no
-    thread for longer than it must.
+    Requests arrive as bytes and are parsed here, so that a malformed request is the caller's error. A unary method is
+    registered as a stream of one request: the handler of a unary call waits in a thread until its request has arrived,
+    and calls that send nothing could occupy every thread.
     """
 
     def __init__(
@@ -47,53 +48,52 @@ class Guard(grpc.ServerInterceptor):
     ) -> None:
         self.token = token.encode() if token is not None else None
         self.seconds, self.stream_seconds = seconds, stream_seconds
-        self.clock = _Clock()
+        self.timer = _CallTimer()
         self.observe: Observe = observe or (lambda method, code, seconds: None)
 
     def close(self) -> None:
-        self.clock.close()
+        """Stop the timer's thread."""
+        self.timer.close()
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
+        """Return the guarded handler of one call; None (UNIMPLEMENTED) for an unknown method."""
         handler = continuation(details)
         if handler is None:
             if self._allowed(details):
-                return None  # UNIMPLEMENTED
+                return None
             handler = grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
-        allowed = details.method in OPEN or self._allowed(details)
-        inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        allowed = details.method in WITHOUT_TOKEN or self._allowed(details)
+        servicer_method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         streams = handler.request_streaming or handler.response_streaming
         limit = self.stream_seconds if streams else self.seconds
 
-        def begin(requests: Iterator[bytes], context: Any) -> tuple[Any, _Context]:
+        def begin(requests: Iterator[bytes], context: Any) -> tuple[Any, _BoundedContext]:
             if not allowed:
                 raise Refused(
-                    grpc.StatusCode.UNAUTHENTICATED, "this server wants a token, and the call has none or a wrong one"
+                    grpc.StatusCode.UNAUTHENTICATED, "this server requires a token; the call has none or a wrong one"
                 )
-            own = _Context(context, limit)
+            bounded = _BoundedContext(context, limit)
             parsed = self._parsed(requests, handler.request_deserializer, context, None if streams else limit)
-            return (parsed if handler.request_streaming else self._only(parsed)), own
+            return (parsed if handler.request_streaming else self._only(parsed)), bounded
 
         def unary(requests: Iterator[bytes], context: Any) -> Any:
             with self._answered(context, details.method):
-                return inner(*begin(requests, context))
+                return servicer_method(*begin(requests, context))
 
         def stream(requests: Iterator[bytes], context: Any) -> Iterator[Any]:
             with self._answered(context, details.method):
-                request, own = begin(requests, context)
-                for item in inner(request, own):
-                    if own.time_remaining() <= 0:
+                request, bounded = begin(requests, context)
+                for item in servicer_method(request, bounded):
+                    if bounded.time_remaining() <= 0:
                         raise Refused(
-                            grpc.StatusCode.DEADLINE_EXCEEDED, f"a stream lasts {limit:g} s at most; open it again"
+                            grpc.StatusCode.DEADLINE_EXCEEDED, f"a stream lasts at most {limit:g} s; open a new one"
                         )
-                    with self.clock.limit(context, self.seconds):  # a reader that doesn't read
+                    with self.timer.limit(context, self.seconds):  # ends a call whose client does not read
                         yield item
 
-        make = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.response_streaming
-            else grpc.stream_unary_rpc_method_handler
-        )
-        return make(stream if handler.response_streaming else unary, None, handler.response_serializer)
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(unary, None, handler.response_serializer)
 
     def _allowed(self, details: Any) -> bool:
         if self.token is None:
@@ -106,8 +106,8 @@ class Guard(grpc.ServerInterceptor):
         self, requests: Iterator[bytes], parse: Callable[[bytes], Any] | None, context: Any, limit: float | None
     ) -> Iterator[Any]:
         while True:
-            # Between the messages of a stream a client may think; the first one is due.
-            with self.clock.limit(context, limit or self.stream_seconds):
+            # A streaming method has no ``limit``: its client may pause between messages for the stream's whole time.
+            with self.timer.limit(context, limit or self.stream_seconds):
                 try:
                     data = next(requests)
                 except StopIteration:
@@ -128,7 +128,7 @@ class Guard(grpc.ServerInterceptor):
 
     @contextmanager
     def _answered(self, context: Any, method: str) -> Iterator[None]:
-        """Whatever the servicer raises, as a status and one line that tells nothing about this machine."""
+        """Convert any exception into a status and one line that reveals nothing about this machine."""
         began, name = time.perf_counter(), method.rpartition("/")[2]
         try:
             yield
@@ -145,20 +145,17 @@ class Guard(grpc.ServerInterceptor):
         except NotImplementedError:
             code, message = grpc.StatusCode.UNIMPLEMENTED, "this server does not offer the method"
         except Exception:
-            if not context.is_active():  # the caller is gone, and what failed is the way to it
+            if not context.is_active():  # the caller has left; sending the answer to it failed
                 return
             number = uuid.uuid4().hex[:12]
             log.exception("%s failed (error %s)", method, number)
-            code, message = (
-                grpc.StatusCode.INTERNAL,
-                f"internal error {number}; the server's log has it under this number",
-            )
+            code, message = grpc.StatusCode.INTERNAL, f"internal error {number}; the server's log has the details"
         self.observe(name, code.name, time.perf_counter() - began)
-        context.abort(code, " ".join(message.split())[:LONGEST_MESSAGE])
+        context.abort(code, " ".join(message.split())[:MAX_ERROR_CHARACTERS])
 
 
-class _Context:
-    """A servicer's context whose time is bounded even where the client set no deadline."""
+class _BoundedContext:
+    """A servicer's context whose remaining time is bounded even if the client set no deadline."""
 
     def __init__(self, context: Any, limit: float) -> None:
         self._context, self._end = context, time.monotonic() + limit
@@ -167,6 +164,7 @@ class _Context:
         return getattr(self._context, name)
 
     def time_remaining(self) -> float:
+        """Return the seconds until the server's limit or the client's deadline, the earlier of both."""
         ours, theirs = self._end - time.monotonic(), self._context.time_remaining()
         return ours if theirs is None else min(ours, theirs)
 
@@ -174,16 +172,17 @@ class _Context:
         raise Refused(code, details)
 
 
-class _Clock:
-    """Cancels calls that wait for their client longer than they may: one thread for all of them."""
+class _CallTimer:
+    """Cancels calls that wait too long for their client. One thread watches all calls."""
 
     def __init__(self) -> None:
         self._waiting: dict[int, tuple[float, Any]] = {}
         self._numbers, self._lock, self._closed = itertools.count(), threading.Lock(), threading.Event()
-        threading.Thread(target=self._run, name="rpc-clock", daemon=True).start()
+        threading.Thread(target=self._run, name="rpc-timer", daemon=True).start()
 
     @contextmanager
     def limit(self, context: Any, seconds: float) -> Iterator[None]:
+        """Cancel the call of ``context`` if the block takes longer than ``seconds``."""
         number = next(self._numbers)
         with self._lock:
             self._waiting[number] = (time.monotonic() + seconds, context)

@@ -45,21 +45,21 @@ class AdaptationServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Adapt(self, request, context):
-        """Adapts to a support set; the parameters stay here until they are forgotten or evicted.
+        """Adapts to a support set; the server stores the parameters until they are forgotten or evicted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Predict(self, request, context):
-        """Predicts with the parameters of a handle. NOT_FOUND where they are gone: adapt again, or use AdaptPredict.
+        """Predicts with the parameters of a handle. NOT_FOUND for an unknown handle: adapt again, or use AdaptPredict.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AdaptPredict(self, request, context):
-        """Both in one call; nothing is kept.
+        """Adapts and predicts in one call; the server stores nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

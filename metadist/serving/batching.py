@@ -1,4 +1,4 @@
-"""Dynamic batching: requests that could be computed together wait for each other, but never longer than a bound."""
+"""Compute simultaneous requests together. A request waits for others only up to a time limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 log = logging.getLogger(__name__)
 
 Compute = Callable[[Any, Sequence[Any]], Sequence[Any]]
-"""(key, items of that key) → a result per item; an Exception among the results is that item's own."""
+"""(key, items of that key) → one result for each item. An ``Exception`` among the results fails only its own item."""
 
 
 class _Waiting(NamedTuple):
@@ -25,6 +25,8 @@ class _Waiting(NamedTuple):
 
 @dataclass
 class Counts:
+    """Statistics of a batcher; ``milliseconds`` from submission to result, of the last 1,024 items."""
+
     batches: int = 0
     items: int = 0
     largest: int = 0
@@ -32,38 +34,38 @@ class Counts:
 
 
 class Batcher:
-    """One thread computes; items of one key form a batch of ``largest`` at most. The oldest item's group goes first.
+    """Computes in one thread. Items of one key form a batch of at most ``largest``; the key of the oldest item is next.
 
-    A group waits up to ``patience`` seconds to fill up, and only where the last batch had company: a lone caller, who sends the
-    next request after the answer, never waits.
+    A batch waits up to ``max_wait`` seconds for more items, and only if there were other items at the last batch: a
+    single caller, who sends the next request after the answer, never waits.
     """
 
-    def __init__(self, compute: Compute, *, largest: int = 64, patience: float = 0.002) -> None:
-        self._compute, self.largest, self.patience = compute, largest, patience
-        self._groups: dict[Hashable, deque[_Waiting]] = {}
-        self._condition, self._closed, self._company = threading.Condition(), False, False
+    def __init__(self, compute: Compute, *, largest: int = 64, max_wait: float = 0.002) -> None:
+        self._compute, self.largest, self.max_wait = compute, largest, max_wait
+        self._queues: dict[Hashable, deque[_Waiting]] = {}
+        self._condition, self._closed, self._had_others = threading.Condition(), False, False
         self.counts = Counts()
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
     def submit(self, key: Hashable, item: Any) -> Future[Any]:
-        """A future that ``cancel`` takes out of the queue again, as long as it waits there."""
+        """Return the future of the item's result. ``Future.cancel`` removes an item that still waits."""
         future: Future[Any] = Future()
         with self._condition:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
-            self._groups.setdefault(key, deque()).append(_Waiting(item, future, time.monotonic()))
+            self._queues.setdefault(key, deque()).append(_Waiting(item, future, time.monotonic()))
             self._condition.notify()
         return future
 
     def close(self) -> None:
-        """What waits is cancelled, what computes ends first."""
+        """Cancel the waiting items, and wait for the running batch."""
         with self._condition:
             self._closed = True
-            for group in self._groups.values():
-                for waiting in group:
+            for queue in self._queues.values():
+                for waiting in queue:
                     waiting.future.cancel()
-            self._groups.clear()
+            self._queues.clear()
             self._condition.notify()
         self._thread.join()
 
@@ -79,18 +81,18 @@ class Batcher:
             while True:
                 if self._closed:
                     return None
-                if not self._groups:
+                if not self._queues:
                     self._condition.wait()
                     continue
-                key, group = min(self._groups.items(), key=lambda kv: kv[1][0].since)
-                left = group[0].since + self.patience - time.monotonic()
-                if self._company and len(group) < self.largest and left > 0:
+                key, queue = min(self._queues.items(), key=lambda kv: kv[1][0].since)
+                left = queue[0].since + self.max_wait - time.monotonic()
+                if self._had_others and len(queue) < self.largest and left > 0:
                     self._condition.wait(left)
                     continue
-                taken = [group.popleft() for _ in range(min(len(group), self.largest))]
-                if not group:
-                    del self._groups[key]
-                self._company = len(taken) > 1 or bool(self._groups)
+                taken = [queue.popleft() for _ in range(min(len(queue), self.largest))]
+                if not queue:
+                    del self._queues[key]
+                self._had_others = len(taken) > 1 or bool(self._queues)
                 return key, taken
 
     def _answer(self, key: Any, running: list[_Waiting]) -> None:
@@ -100,11 +102,9 @@ class Batcher:
             results = [error] * len(running)
         now = time.monotonic()
         counts = self.counts
-        counts.batches, counts.items, counts.largest = (
-            counts.batches + 1,
-            counts.items + len(running),
-            max(counts.largest, len(running)),
-        )
+        counts.batches += 1
+        counts.items += len(running)
+        counts.largest = max(counts.largest, len(running))
         for waiting, result in zip(running, results, strict=True):
             counts.milliseconds.append((now - waiting.since) * 1000)
             if isinstance(result, Exception):

@@ -1,4 +1,4 @@
-"""Adapted parameters under handles, the least recently used ones evicted when a byte budget is spent."""
+"""Caches of adapted parameters under random handles, with a budget of bytes and eviction of the least recently used."""
 
 from __future__ import annotations
 
@@ -13,62 +13,65 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Kept(NamedTuple, Generic[T]):
+class _Item(NamedTuple, Generic[T]):
     value: T
     bytes: int
 
 
-class Handles(Generic[T]):
-    """Who knows a handle may use it: handles can't be guessed, and nothing lists them."""
+class HandleCache(Generic[T]):
+    """Values under handles. A handle authorises its use: handles are unguessable, and no method lists them."""
 
-    #: whether the first eviction is worth a warning
-    tells = True
+    #: whether the first eviction logs a warning
+    warns = True
 
     def __init__(self, budget: int) -> None:
         self.budget, self.bytes, self.evictions = budget, 0, 0
-        self._kept: OrderedDict[str, Kept[T]] = OrderedDict()
+        self._items: OrderedDict[str, _Item[T]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._items)
 
     def put(self, value: T, bytes: int, handle: str | None = None) -> str | None:
-        """Its handle, a new one by default; None where the value alone exceeds the budget."""
+        """Store a value and return its handle (by default a new one), or None if the value exceeds the budget."""
         if bytes > self.budget:
             return None
         handle = handle or secrets.token_urlsafe(18)
         with self._lock:
             first = self.evictions == 0
-            self.bytes -= self._kept.pop(handle, Kept(None, 0)).bytes
-            self._kept[handle] = Kept(value, bytes)
+            self.bytes -= self._items.pop(handle, _Item(None, 0)).bytes
+            self._items[handle] = _Item(value, bytes)
             self.bytes += bytes
             while self.bytes > self.budget:
-                _, old = self._kept.popitem(last=False)
+                _, old = self._items.popitem(last=False)
                 self.bytes -= old.bytes
                 self.evictions += 1
-        if first and self.evictions and self.tells:
+        if first and self.evictions and self.warns:
             log.warning(
-                "the budget of %.1f MiB for adapted parameters is spent: the least recently used are evicted from now on; "
-                "--budget-mib raises it",
+                "the budget of %.1f MiB for adapted parameters is full: the least recently used are evicted from now "
+                "on; raise it by --budget-mib",
                 self.budget / 2**20,
             )
         return handle
 
     def get(self, handle: str) -> T | None:
+        """Return the value and mark it as used, or return None for an unknown handle."""
         with self._lock:
-            kept = self._kept.get(handle)
-            if kept is None:
+            item = self._items.get(handle)
+            if item is None:
                 return None
-            self._kept.move_to_end(handle)
-            return kept.value
+            self._items.move_to_end(handle)
+            return item.value
 
     def forget(self, handle: str) -> bool:
+        """Remove a value; return whether the handle was valid."""
         with self._lock:
-            kept = self._kept.pop(handle, None)
-            self.bytes -= kept.bytes if kept else 0
-            return kept is not None
+            item = self._items.pop(handle, None)
+            self.bytes -= item.bytes if item else 0
+            return item is not None
 
     def counts(self) -> dict[str, int]:
+        """Return the numbers of handles, bytes and evictions, and the budget."""
         return {
             "handles": len(self),
             "handle_bytes": self.bytes,
@@ -77,22 +80,22 @@ class Handles(Generic[T]):
         }
 
 
-class Shelf(Handles[Any]):
-    """Handles that several replicas share: it holds them packed, and says who is evicted."""
+class SharedCache(HandleCache[Any]):
+    """The cache that several replicas share. It holds packed values and decides which handles are evicted."""
 
-    def fetch(self, handle: str, has_it: bool) -> tuple[bool, Any]:
-        """Whether the handle is valid; and what it stands for, unless the caller has it."""
+    def fetch(self, handle: str, has_value: bool) -> tuple[bool, Any]:
+        """Return whether the handle is valid, and its packed value unless the caller has the value."""
         value = self.get(handle)
-        return value is not None, None if has_it else value
+        return value is not None, None if has_value else value
 
 
-class SharedHandles(Handles[T]):
-    """One replica's: the shelf decides, and what was used here lately is here unpacked.
+class ReplicaCache(HandleCache[T]):
+    """The cache of one replica: unpacked copies of recently used values of the ``SharedCache``.
 
-    ``call(method, *arguments)`` reaches the shelf.
+    ``call(method, *arguments)`` calls a method of the shared cache. Every access asks it whether the handle is valid.
     """
 
-    tells = False
+    warns = False
 
     def __init__(
         self, budget: int, call: Callable[..., Any], pack: Callable[[T], Any], unpack: Callable[[Any], tuple[T, int]]

@@ -16,7 +16,7 @@ from metadist.serving.tensors import from_reply, to_message
 
 
 class Client:
-    """``adapt`` and ``predict`` on a server that ``metadist serve`` started, as ``Result`` has them in this process.
+    """Adapt and predict on a server of ``metadist serve``, as ``Result`` does in this process.
 
     ::
 
@@ -24,7 +24,8 @@ class Client:
             handle = client.adapt(x, y)
             logits = client.predict(handle, queries)
 
-    ``token_file`` and ``tls_ca`` as the server was started. What goes wrong is a ``MetadistError`` of one line.
+    ``token_file`` holds the server's token, ``tls_ca`` its certificate or authority. Every method raises
+    ``MetadistError`` with one line if the server refuses or does not answer.
     """
 
     def __init__(
@@ -35,31 +36,31 @@ class Client:
         self._stub = adapt_pb2_grpc.AdaptationStub(self._channel)
 
     def adapt(self, x: Any, y: Any, *, model: str = "", inner_steps: int | None = None) -> str:
-        """Adapt to a support set x [N, …], y [N, …]: a handle for ``predict``."""
-        request = pb.AdaptRequest(model=model, x=_sent(x), y=_sent(y), inner_steps=inner_steps)
+        """Adapt to a support set x [N, …], y [N, …] and return a handle for ``predict``."""
+        request = pb.AdaptRequest(model=model, x=_message(x), y=_message(y), inner_steps=inner_steps)
         return self._call(self._stub.Adapt, request).handle
 
     def predict(self, handle: str, x: Any) -> Tensor:
-        """Predictions for x [N, …]: logits or values [N, …]."""
-        return from_reply(self._call(self._stub.Predict, pb.PredictRequest(handle=handle, x=_sent(x))).prediction)
+        """Return predictions for x [N, …]: logits or values [N, …]."""
+        return from_reply(self._call(self._stub.Predict, pb.PredictRequest(handle=handle, x=_message(x))).prediction)
 
     def adapt_predict(self, x: Any, y: Any, query: Any, *, model: str = "", inner_steps: int | None = None) -> Tensor:
-        """Both in one call; the server keeps nothing."""
+        """Adapt and predict in one call; the server stores nothing."""
         request = pb.AdaptPredictRequest(
-            model=model, x=_sent(x), y=_sent(y), query=_sent(query), inner_steps=inner_steps
+            model=model, x=_message(x), y=_message(y), query=_message(query), inner_steps=inner_steps
         )
         return from_reply(self._call(self._stub.AdaptPredict, request).prediction)
 
     def forget(self, handle: str) -> bool:
-        """Whether there was something to forget."""
+        """Remove adapted parameters from the server; return whether the handle was valid."""
         return self._call(self._stub.Forget, pb.ForgetRequest(handle=handle)).existed
 
     def models(self) -> list[dict[str, Any]]:
-        """What is served, and what its inputs must be."""
+        """Return the served models with the shapes and limits of their inputs."""
         return [_plain(m) for m in self._call(self._stub.ListModels, pb.ListModelsRequest()).models]
 
     def statistics(self) -> dict[str, Any]:
-        """Adaptations, batches, handles, evictions and latencies so far."""
+        """Return the counts of adaptations, batches, handles and evictions, and the latencies."""
         return _plain(self._call(self._stub.ListModels, pb.ListModelsRequest()).statistics)
 
     def close(self) -> None:
@@ -78,12 +79,12 @@ class Client:
             return method(request)
 
 
-def _sent(values: Any) -> pb.Tensor:
+def _message(values: Any) -> pb.Tensor:
     return to_message(torch.as_tensor(values))
 
 
 def _plain(message: Any) -> dict[str, Any]:
-    """Numbers as numbers: protobuf's own JSON has int64 as text."""
+    """Return a message as a dict. Protobuf's own JSON writes int64 as text."""
     known = {f.name: getattr(message, f.name) for f in message.DESCRIPTOR.fields if f.message_type is None}
     nested = {f.name: _plain(v) for f, v in message.ListFields() if f.message_type is not None}
     return {k: list(v) if not isinstance(v, (str, int, float, bool)) else v for k, v in known.items()} | nested

@@ -1,4 +1,4 @@
-"""The gRPC door to the adaptation service."""
+"""Serve ``metadist.adapt.v1`` over gRPC."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from metadist.core.task import Examples
 from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
 from metadist.serving.model import ServedModel
-from metadist.serving.service import Adaptation, Left
+from metadist.serving.service import AdaptationService, TimeLeft
 from metadist.serving.tensors import from_message, to_message
 
 
-class AdaptationServicer(adapt_pb2_grpc.AdaptationServicer):
-    def __init__(self, service: Adaptation) -> None:
+class GrpcAdaptationService(adapt_pb2_grpc.AdaptationServicer):
+    """Translates messages into calls of an ``AdaptationService``."""
+
+    def __init__(self, service: AdaptationService) -> None:
         self.service = service
 
     def Adapt(self, request: pb.AdaptRequest, context: Any) -> pb.AdaptReply:
@@ -22,7 +24,7 @@ class AdaptationServicer(adapt_pb2_grpc.AdaptationServicer):
         return pb.AdaptReply(handle=handle, bytes=size)
 
     def Predict(self, request: pb.PredictRequest, context: Any) -> pb.PredictReply:
-        model, adapted = self.service.found(request.handle)
+        model, adapted = self.service.find(request.handle)
         x = _inputs(model, "x", request.x, model.limits.queries)
         return pb.PredictReply(
             prediction=to_message(self.service.predict(model, adapted, x, _left(context)), request.arrow)
@@ -44,8 +46,8 @@ class AdaptationServicer(adapt_pb2_grpc.AdaptationServicer):
         return pb.ListModelsReply(models=models, statistics=pb.Statistics(**self.service.statistics()))
 
 
-def _inputs(model: ServedModel, what: str, message: pb.Tensor, most: int) -> Any:
-    return model.check_values(what, from_message(what, message, lambda shape: model.check_shape(what, shape, most)))
+def _inputs(model: ServedModel, name: str, message: pb.Tensor, max_rows: int) -> Any:
+    return model.check_values(name, from_message(name, message, lambda shape: model.check_shape(name, shape, max_rows)))
 
 
 def _support(model: ServedModel, request: Any) -> Examples:
@@ -62,5 +64,5 @@ def _steps(model: ServedModel, request: Any) -> int | None:
     return model.check_steps(request.inner_steps if request.HasField("inner_steps") else None)
 
 
-def _left(context: Any) -> Left:
+def _left(context: Any) -> TimeLeft:
     return context.time_remaining

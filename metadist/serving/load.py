@@ -1,38 +1,36 @@
-"""Trained models put to work: from a run or an exported file to a server with gRPC and HTTP doors."""
+"""Load trained models from runs, exported files or the model registry, and start servers for them."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from metadist.config.build import build
+from metadist.config.experiment import Experiment
 from metadist.core.errors import CheckpointError, ConfigError, nearest, one_of
 from metadist.core.state import State
-from metadist.experiment.description import Experiment
 from metadist.experiment.load import load_run
-from metadist.experiment.result import BEYOND
-from metadist.learners.few_shot import Learner
+from metadist.experiment.result import SLOTS
+from metadist.learners import FewShotLearner, supervised
 from metadist.storage.checkpoints import exported_metadata, load_parameters
-from metadist.storage.run_directory import runs_root
 
 if TYPE_CHECKING:
     from metadist.rpc.endpoint import Endpoint
     from metadist.serving.model import ServedModel
-    from metadist.serving.service import Adaptation
+    from metadist.serving.service import AdaptationService
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How models are served; every field is an option of ``metadist serve``. Plain data: it travels to Ray Serve's replicas."""
+    """The options of serving; each field is an option of ``metadist serve``. Plain data, so Ray Serve can send it."""
 
     sources: tuple[str, ...]
     normalization: str | None = None
@@ -47,28 +45,31 @@ class Serving:
 
 
 def open_model(source: str, *, normalization: str | None = None, device: str = "cpu", **limits: Any) -> ServedModel:
-    """A run directory, a file that ``metadist export`` wrote or a registered model (``models:/NAME@champion``), ready to be served; NAME=SOURCE names it."""
+    """Load a model for serving.
+
+    ``source`` is a run directory, a file of ``metadist export``, or a registered model (``models:/NAME@champion``);
+    NAME=SOURCE gives the model another name. ``limits`` are fields of ``model.Limits``.
+
+    Raises ``ConfigError`` or ``CheckpointError`` if the source cannot be loaded or served.
+    """
     from metadist.serving.model import Limits, ServedModel
 
     name, separator, location = source.partition("=")
     if not separator or "/" in name or ":" in name:
         name, location = "", source
     if location.startswith(("models:/", "runs:/")):
-        from metadist.tracking.model_registry import fetch
+        from metadist.experiment.registration import fetch_registered
 
-        location = str(fetch(location, Path(runs_root()).resolve()))
+        location = fetch_registered(location)
     origin, experiment, state = _exported(location) if location.endswith(".safetensors") else _run(location)
-    learner = experiment.learner
-    if not isinstance(learner, Learner):
-        raise ConfigError(
-            f"serve: {location} is a trial run ({type(learner.tasks).__name__} is a meta-environment): its policy adapts by acting, not to "
-            "a support set; only supervised runs can be served"
-        )
+    if reason := experiment.learner.servable():
+        raise ConfigError(f"serve: {location} cannot be served: {reason}")
+    learner = supervised(experiment.learner)
     if normalization is not None:
         one_of("--normalization", normalization, ("transductive", "inductive"))
-        learner.normalization = normalization
-    move(learner, device)
-    decode = getattr(learner.tasks, "decode", None)
+        learner.normalize(normalization)
+    move_to_device(learner, device)
+    decode = learner.tasks.decode
     images = None if decode is None else (decode.size, decode.channels, decode.invert)
     return ServedModel(name or experiment.name, learner, state, origin, Limits(**limits), images)
 
@@ -81,44 +82,47 @@ def _run(location: str) -> tuple[str, Experiment, State]:
 def _exported(path: str) -> tuple[str, Experiment, State]:
     metadata, tensors = exported_metadata(path), load_parameters(path)
     if "config" not in metadata:
-        raise CheckpointError(
-            f"{path} has parameters alone, not the config that they belong to; export it again by 'metadist export RUN {path}'"
-        )
-    experiment = Experiment.of(build(json.loads(metadata["config"])))
+        raise CheckpointError(f"{path} has parameters but no config; export it again by 'metadist export RUN {path}'")
+    experiment = build(json.loads(metadata["config"]))
     learner = experiment.learner
     initial = learner.initial(experiment.seed)
-    if not isinstance(learner, Learner):
+    if learner.servable() is not None:
         return metadata.get("run_id", ""), experiment, initial
     slots = {}
     for name, vector in initial.slots.items():
         layout = learner.slots[name].layout
-        named = {n: tensors.get(n, tensors.get(f"{BEYOND}{name}/{n}")) for n in layout.names}
+        named = {n: tensors.get(n, tensors.get(f"{SLOTS}{name}/{n}")) for n in layout.names}
         if name in learner.algorithm.slots(learner.model, learner.model.initial(0)[0]):
-            named = {n: tensors.get(f"{BEYOND}{name}/{n}") for n in layout.names}
+            named = {n: tensors.get(f"{SLOTS}{name}/{n}") for n in layout.names}
         for n, shape in zip(layout.names, layout.shapes):
             tensor = named[n]
             if tensor is None or tuple(tensor.shape) != tuple(shape):
-                raise CheckpointError(
-                    f"{path}: '{n}' of {name} is {'missing' if tensor is None else list(tensor.shape)}, expected {list(shape)}"
-                )
+                found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                raise CheckpointError(f"{path}: '{n}' of {name} is {found}; expected shape {list(shape)}")
         slots[name] = layout.flatten({n: t.to(vector.dtype) for n, t in named.items() if t is not None})
     return metadata.get("run_id", ""), experiment, State(slots, {})
 
 
-def move(learner: Learner, device: str) -> None:
-    """Where the model computes; its tasks' data stay where they are, and needn't be there at all."""
+def move_to_device(learner: FewShotLearner, device: str) -> None:
+    """Move the learner's model to ``device``. The data of its tasks stays where it is, and need not exist.
+
+    Raises ``ConfigError`` if PyTorch cannot use the device.
+    """
     try:
         place = torch.device(device)
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: can't be used ({str(error).splitlines()[0]}); cpu can") from None
+        raise ConfigError(f"--device {device}: can't be used ({str(error).splitlines()[0]}); use cpu") from None
     learner.model.to(place)
     learner.device = place
 
 
-def adaptation(serving: Serving, shelf: Callable[..., Any] | None = None) -> Adaptation:
-    """The service without a door."""
-    from metadist.serving.service import MIB, Adaptation
+def build_service(serving: Serving, shared_cache: Callable[..., Any] | None = None) -> AdaptationService:
+    """Build the adaptation service without starting a server.
+
+    ``shared_cache`` calls a method of the cache of all replicas; None for a single server.
+    """
+    from metadist.serving.service import MIB, AdaptationService
 
     if serving.threads is not None:
         torch.set_num_threads(serving.threads)
@@ -129,66 +133,71 @@ def adaptation(serving: Serving, shelf: Callable[..., Any] | None = None) -> Ada
     ]
     for model in models:
         model.warm_up()
-    budget, patience = int(serving.budget_mib * MIB), serving.batch_wait_ms / 1000
-    return Adaptation(models, budget=budget, largest=serving.max_batch, patience=patience, shelf=shelf)
+    budget, max_wait = int(serving.budget_mib * MIB), serving.batch_wait_ms / 1000
+    return AdaptationService(
+        models, budget=budget, largest=serving.max_batch, max_wait=max_wait, shared_cache=shared_cache
+    )
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningServer:
+    """The addresses of a running server: HOST:PORT of gRPC, and the URL of HTTP or None."""
+
     address: str
     http_address: str | None
-    service: Adaptation
+    service: AdaptationService
 
 
 @contextmanager
-def serve(service: Adaptation, endpoint: Endpoint, http_port: int | None = None) -> Iterator[Running]:
-    """Open the doors: gRPC, and HTTP where a port (0: any) is given."""
-    from contextlib import ExitStack
-
+def serve(service: AdaptationService, endpoint: Endpoint, http_port: int | None = None) -> Iterator[RunningServer]:
+    """Serve over gRPC during the block, and over HTTP if ``http_port`` is given (0 takes a free port)."""
     from metadist.rpc.endpoint import serve as serve_grpc
     from metadist.serving.adapt_pb2_grpc import add_AdaptationServicer_to_server as add
-    from metadist.serving.grpc import AdaptationServicer
+    from metadist.serving.grpc import GrpcAdaptationService
     from metadist.serving.http import serve_http
 
     _allow_many_connections()
     with ExitStack() as stack:
         stack.callback(service.close)
         served = stack.enter_context(
-            serve_grpc(endpoint, {add: AdaptationServicer(service)}, observe=service.measures.observe)
+            serve_grpc(endpoint, {add: GrpcAdaptationService(service)}, observe=service.metrics.observe)
         )
         http = None
         if http_port is not None:
             port = stack.enter_context(serve_http(service, replace(endpoint, port=http_port)))
             http = f"{'https' if endpoint.secure else 'http'}://{served.address.rpartition(':')[0]}:{port}"
-        yield Running(served.address, http, service)
+        yield RunningServer(served.address, http, service)
 
 
-def replica(
+def build_replica(
     settings: Mapping[str, Any],
     *,
-    shelf: Callable[..., Any],
+    shared_cache: Callable[..., Any],
     token_file: str | None = None,
     message_bytes: int = 8 << 20,
     concurrent: int = 128,
     seconds: float = 60.0,
 ) -> Any:
-    """The HTTP door as an ASGI application, of one of Ray Serve's replicas. ``settings`` are fields of ``Serving``."""
+    """Return the ASGI application of one replica of Ray Serve. ``settings`` are fields of ``Serving``.
+
+    Raises ``ConfigError`` for an unknown field.
+    """
     from metadist.rpc.credentials import read_token
     from metadist.serving.http import app
 
-    unknown = settings.keys() - {f.name for f in fields(Serving)}
-    if unknown:
+    known = [f.name for f in fields(Serving)]
+    if unknown := settings.keys() - set(known):
         raise ConfigError(
-            f"args.{min(unknown)}: unknown; there are {', '.join(f.name for f in fields(Serving))}{nearest(min(unknown), Serving.__annotations__)}"
+            f"args.{min(unknown)}: unknown key; expected one of {', '.join(known)}{nearest(min(unknown), known)}"
         )
     serving = Serving(**{**settings, "sources": tuple(settings["sources"])})
     token = read_token(token_file) if token_file else None
-    return app(
-        adaptation(serving, shelf), token=token, seconds=seconds, message_bytes=message_bytes, concurrent=concurrent
-    )
+    service = build_service(serving, shared_cache)
+    return app(service, token=token, seconds=seconds, message_bytes=message_bytes, concurrent=concurrent)
 
 
 def _allow_many_connections() -> None:
+    """Raise the process's limit of open files to its hard limit, at most 65,536."""
     try:
         import resource
 
@@ -198,8 +207,8 @@ def _allow_many_connections() -> None:
         pass
 
 
-def decoder(images: Sequence[Any]) -> Any:
-    """How (size, channels, invert) turn image files into inputs, as in training."""
+def image_decoder(images: Sequence[Any]) -> Any:
+    """Return the conversion of image files to inputs, as in training, for (size, channels, invert)."""
     from metadist.tasks.sources import Decode
 
     return Decode(*images)

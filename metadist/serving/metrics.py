@@ -1,4 +1,4 @@
-"""What the adaptation service tells Prometheus: calls by method and status, their seconds, and what is kept."""
+"""Prometheus metrics of the adaptation service: calls by method and status, their seconds, and cached parameters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ METHODS = ("Adapt", "Predict", "AdaptPredict", "Forget", "ListModels")
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
 
 
-class Measures:
-    """``statistics`` is asked when somebody looks."""
+class ServiceMetrics:
+    """The metrics of one service. ``statistics`` is called at every scrape."""
 
     def __init__(self, statistics: Callable[[], Mapping[str, float]]) -> None:
         self._registry, self._statistics = CollectorRegistry(), statistics
@@ -22,10 +22,10 @@ class Measures:
             "metadist_serve_seconds", "Seconds of a call.", ("method",), buckets=SECONDS, registry=self._registry
         )
         gauges = {
-            "handles": "Adaptations that are kept.",
-            "handle_bytes": "What they take.",
-            "budget_bytes": "What they may take.",
-            "largest_batch": "Requests computed together at most.",
+            "handles": "Cached adaptations.",
+            "handle_bytes": "Bytes of the cached adaptations.",
+            "budget_bytes": "Limit of the bytes of cached adaptations.",
+            "largest_batch": "Most requests that were computed together.",
         }
         self._gauges = {
             name: Gauge(f"metadist_serve_{name}", text, registry=self._registry) for name, text in gauges.items()
@@ -34,20 +34,20 @@ class Measures:
             "evictions": "Adaptations evicted.",
             "adaptations": "Adaptations computed.",
             "predictions": "Predictions computed.",
-            "batches": "Batches that they were computed in.",
+            "batches": "Batches computed.",
         }
         self._totals = {
             name: Counter(f"metadist_serve_{name}", text, registry=self._registry) for name, text in totals.items()
         }
 
     def observe(self, method: str, code: str, seconds: float) -> None:
-        """One call has ended. Other methods than the service's (a probe's) don't count."""
+        """Count one finished call. Methods of other services, such as a health check, do not count."""
         if method in METHODS:
             self._calls.labels(method, code).inc()
             self._seconds.labels(method).observe(seconds)
 
     def text(self) -> bytes:
-        """Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         now = self._statistics()
         for name, gauge in self._gauges.items():
             gauge.set(now[name])

@@ -1,4 +1,4 @@
-"""What MLflow calls when it loads one of our models: adapt to the support set in the input, predict the queries."""
+"""Load a registered model for MLflow: adapt to the support set in the input, and predict the queries."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ from metadist.serving.load import open_model
 INPUTS = ("support_x", "support_y", "query_x")
 
 
-class Adapting:
-    """``predict``: arrays support_x [N, …], support_y [N, …], query_x [Q, …] → logits or values [Q, …]; parameter ``inner_steps``."""
+class AdaptingModel:
+    """The Python model of a registered meta-learner."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def predict(self, model_input: Mapping[str, Any], params: Mapping[str, Any] | None = None) -> np.ndarray:
+        """Adapt and predict.
+
+        Arrays support_x [N, …], support_y [N, …] and query_x [Q, …] give logits or values [Q, …]. The parameter
+        ``inner_steps`` is the number of adaptation steps; missing or negative: as in training.
+        """
         missing = [n for n in INPUTS if n not in model_input]
         if missing:
             raise ConfigError(f"the input has no {', '.join(missing)}; expected arrays {', '.join(INPUTS)}")
@@ -37,6 +42,7 @@ class Adapting:
         return model.learner.predict(model.state, phi, model.check_values("query_x", query), support).cpu().numpy()
 
 
-def _load_pyfunc(data_path: str) -> Adapting:
+def _load_pyfunc(data_path: str) -> AdaptingModel:
+    """Return the model in ``data_path``. MLflow finds this function by its name."""
     path = Path(data_path)
-    return Adapting(open_model(str(path / "model.safetensors" if path.is_dir() else path)))
+    return AdaptingModel(open_model(str(path / "model.safetensors" if path.is_dir() else path)))

@@ -1,6 +1,7 @@
-"""The adaptation service on Ray Serve: replicas of the same HTTP door, and one shelf for what all of them adapted.
+"""Deploy the adaptation service on Ray Serve: replicas of the HTTP application, and one cache for all of them.
 
-The application and the shelf are named by import path and made where they run: this room knows neither.
+The application and the cache are named by import paths and created in the processes where they run, so that the driver
+imports neither.
 """
 
 from __future__ import annotations
@@ -21,60 +22,67 @@ from metadist.core.errors import ConfigError, WorkerError
 
 log = logging.getLogger(__name__)
 
-#: (settings, shelf=…, **options) → ASGI application
-APPLICATION = "metadist.serving.load:replica"
-SHELF = "metadist.serving.cache:Shelf"
+#: (settings, shared_cache=…, **options) → ASGI application
+APPLICATION = "metadist.serving.load:build_replica"
+SHARED_CACHE = "metadist.serving.cache:SharedCache"
 NAME = "metadist"
-#: calls under way per replica that autoscaling aims at: a batch's worth
-ONGOING = 16
+CACHE_ACTOR = f"{NAME}-shared-cache"
+#: running calls per replica that autoscaling aims at: about one batch
+TARGET_ONGOING_CALLS = 16
+#: the keys of ``args`` that belong to the deployment; all others are fields of ``Serving``
+DEPLOYMENT_ARGS = ("replicas", "cpus", "gpus", "token_file", "message_bytes", "concurrent", "seconds")
 
 
-class _Shelf:
-    """An actor around an object that is made there."""
+class _CacheActor:
+    """An actor that creates the shared cache in its process and calls its methods."""
 
     def __init__(self, path: str, budget: int) -> None:
-        self._object = _located(path)(budget)
+        self._cache = _imported(path)(budget)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._object, method)(*arguments)
+        return getattr(self._cache, method)(*arguments)
 
 
 def application(args: Mapping[str, Any]) -> Any:
-    """What a Serve config (KubeRay's RayService) names as ``import_path``; ``args``: sources, replicas ("2", or "1-4"), cpus and gpus
-    of a replica, token_file, and every field of ``metadist.serving.load.Serving``."""
+    """Build the Serve application; a Serve config (KubeRay's RayService) names this function as ``import_path``.
+
+    ``args``: sources, replicas ("2", or "1-4" for autoscaling), cpus and gpus of a replica, token_file, message_bytes,
+    concurrent, seconds, and the fields of ``metadist.serving.load.Serving``.
+
+    Raises ``ConfigError`` for missing sources or wrong replicas, and if Ray Serve is not installed.
+    """
     try:
         from ray import serve
     except ImportError as error:
         raise ConfigError(f"Ray Serve is not installed ({error}); pip install 'metadist[serve]'") from None
-    settings = {key: value for key, value in args.items() if key not in _OWN}
+    settings = {key: value for key, value in args.items() if key not in DEPLOYMENT_ARGS}
     settings["sources"] = (
         [settings["sources"]] if isinstance(settings.get("sources"), str) else list(settings.get("sources") or ())
     )
     if not settings["sources"]:
-        raise ConfigError("args.sources: which runs or models to serve is missing")
-    least, most = bounds(str(args.get("replicas", 1)))
+        raise ConfigError("args.sources: missing; expected the runs or models to serve")
+    minimum, maximum = bounds(str(args.get("replicas", 1)))
     options = {
         key: args[key] for key in ("token_file", "message_bytes", "concurrent", "seconds") if args.get(key) is not None
     }
     budget = int(float(args.get("budget_mib", 256)) * 2**20)
-    shelf = ray.remote(_Shelf).options(
-        name=f"{NAME}-shelf", get_if_exists=True, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=1
+    cache = ray.remote(_CacheActor).options(
+        name=CACHE_ACTOR, get_if_exists=True, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=1
     )
-    shelf.remote(SHELF, budget)
+    cache.remote(SHARED_CACHE, budget)
 
     def build() -> Any:
-        actor = ray.get_actor(f"{NAME}-shelf")
+        actor = ray.get_actor(CACHE_ACTOR)
 
         def call(method: str, *arguments: Any) -> Any:
             return ray.get(actor.call.remote(method, *arguments))
 
-        return _located(APPLICATION)(settings, shelf=call, **options)
+        return _imported(APPLICATION)(settings, shared_cache=call, **options)
 
-    scaling: dict[str, Any] = (
-        {"num_replicas": least}
-        if least == most
-        else {"autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": ONGOING}}
-    )
+    scaling: dict[str, Any] = {"num_replicas": minimum}
+    if minimum < maximum:
+        autoscaling = {"min_replicas": minimum, "max_replicas": maximum}
+        scaling = {"autoscaling_config": {**autoscaling, "target_ongoing_requests": TARGET_ONGOING_CALLS}}
     resources = {"num_cpus": float(args.get("cpus", 1)), "num_gpus": float(args.get("gpus", 0))}
     deployment = serve.deployment(
         name="Adaptation",
@@ -85,14 +93,14 @@ def application(args: Mapping[str, Any]) -> Any:
     return deployment.bind()
 
 
-_OWN = ("replicas", "cpus", "gpus", "token_file", "message_bytes", "concurrent", "seconds")
-
-
 @contextlib.contextmanager
 def deploy(
     args: Mapping[str, Any], *, host: str, port: int, tls_cert: str | None = None, tls_key: str | None = None
 ) -> Iterator[str]:
-    """Deploy on the cluster in RAY_ADDRESS, or on one started here; yields the address. Leaving takes the application down again."""
+    """Deploy during the block, on the cluster in RAY_ADDRESS or on a new local one; yields the URL.
+
+    Raises ``ConfigError`` for wrong arguments and ``WorkerError`` if Ray or the application does not start.
+    """
     bounds(str(args.get("replicas", 1)))
     try:
         from ray import serve
@@ -113,26 +121,28 @@ def deploy(
         yield f"{'https' if tls_cert else 'http'}://{host}:{port}"
     except (RuntimeError, ray.exceptions.RayError) as error:
         raise WorkerError(
-            f"--ray-serve: the application did not start ({' '.join(str(error).split())[:300]}); its replicas' logs say more"
+            f"--ray-serve: the application did not start ({' '.join(str(error).split())[:300]}); "
+            "the replicas' logs have the details"
         ) from error
     finally:
         with contextlib.suppress(Exception):
             serve.delete(NAME)
-            ray.kill(ray.get_actor(f"{NAME}-shelf"))
+            ray.kill(ray.get_actor(CACHE_ACTOR))
             if ours:
                 serve.shutdown()
         ray.shutdown()
 
 
 def bounds(replicas: str) -> tuple[int, int]:
-    """``2`` or ``1-4`` as (least, most)."""
+    """Return (minimum, maximum) of ``2`` or ``1-4``. Raises ``ConfigError`` for other text."""
     low, dash, high = replicas.partition("-")
     if not low.isdecimal() or (dash and not high.isdecimal()) or int(low) < 1 or (dash and int(high) < int(low)):
-        raise ConfigError(f"--replicas {replicas}: expected a number such as 2, or bounds such as 1-4")
+        raise ConfigError(f"--replicas {replicas}: expected a number such as 2, or a range such as 1-4")
     return int(low), int(high or low)
 
 
 def _join(args: Mapping[str, Any]) -> None:
+    """Join the cluster in RAY_ADDRESS, or start Ray with enough CPUs for all replicas."""
     address, quiet = ray_environment.ADDRESS, {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         with ray_environment.own_signals():
@@ -146,7 +156,7 @@ def _join(args: Mapping[str, Any]) -> None:
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
         raise WorkerError(
-            f"can't {where}: {' '.join(str(error).split())[:300]}; without --ray-serve the server needs no Ray"
+            f"can't {where}: {' '.join(str(error).split())[:300]}; without --ray-serve the server does not need Ray"
         ) from error
 
 
@@ -156,11 +166,12 @@ def _tls(serve: Any, certificate: str | None, key: str | None) -> dict[str, str]
     fields = getattr(serve.HTTPOptions, "model_fields", None) or getattr(serve.HTTPOptions, "__fields__", {})
     if "ssl_certfile" not in fields:
         raise ConfigError(
-            f"--tls-cert: Ray Serve {ray.__version__} has no TLS; use a newer Ray, or put a proxy with TLS before it"
+            f"--tls-cert: Ray Serve {ray.__version__} does not support TLS; use a newer Ray, or a proxy with TLS"
         )
     return {"ssl_certfile": os.path.abspath(certificate), "ssl_keyfile": os.path.abspath(key)}
 
 
-def _located(path: str) -> Callable[..., Any]:
+def _imported(path: str) -> Callable[..., Any]:
+    """Return the object ``name`` of ``module:name``."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)

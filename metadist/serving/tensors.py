@@ -1,4 +1,4 @@
-"""Tensors as callers send them: packed protobuf, Arrow IPC or JSON. What is declared is checked before anything is copied."""
+"""Convert tensors from and to packed protobuf, Arrow IPC and JSON. Shapes are checked before data is copied."""
 
 from __future__ import annotations
 
@@ -13,42 +13,44 @@ import torch
 from torch import Tensor
 
 from metadist.serving import adapt_pb2 as pb
-from metadist.serving.model import Wrong
+from metadist.serving.model import InvalidInput
 from metadist.wire.codec import RejectedError
 from metadist.wire.plain import decode_plain, encode_plain
 
 _DTYPES = {"float32": "<f4", "float64": "<f8", "int64": "<i8", "int32": "<i4", "uint8": "|u1"}
 CheckShape = Callable[[list[int]], None]
+"""Raises ``InvalidInput`` for a wrong shape."""
 
 
-def from_message(what: str, message: pb.Tensor, check: CheckShape) -> Tensor:
-    """A tensor in memory of its own. ``check`` sees the shape first."""
+def from_message(name: str, message: pb.Tensor, check: CheckShape) -> Tensor:
+    """Return the tensor of a message, in memory of its own. ``check`` is called with the shape first."""
     if message.arrow:
         if message.data:
-            raise Wrong(f"{what}: give data or arrow, not both")
-        return _from_arrow(what, message.arrow, list(message.shape), check)
-    return _packed(what, list(message.shape), message.dtype, message.data, check)
+            raise InvalidInput(f"{name}: give data or arrow, not both")
+        return _from_arrow(name, message.arrow, list(message.shape), check)
+    return _packed(name, list(message.shape), message.dtype, message.data, check)
 
 
 def to_message(tensor: Tensor, arrow: bool = False) -> pb.Tensor:
+    """Return a tensor as a message: packed, or as an Arrow IPC stream."""
     tensor = tensor.detach().cpu().contiguous()
     if arrow:
         return pb.Tensor(arrow=encode_plain(tensor))
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
-        raise Wrong(f"{dtype} does not travel; one of {', '.join(_DTYPES)} does")
+        raise InvalidInput(f"dtype {dtype} cannot be sent; expected one of {', '.join(_DTYPES)}")
     return pb.Tensor(
         shape=list(tensor.shape), dtype=dtype, data=tensor.numpy().astype(_DTYPES[dtype], copy=False).tobytes()
     )
 
 
 def from_reply(message: pb.Tensor) -> Tensor:
-    """What a server of ours answered."""
+    """Return the tensor of a server's reply."""
     return from_message("the answer", message, lambda shape: None)
 
 
-def from_json(what: str, value: Any, check: CheckShape) -> Tensor:
-    """Nested lists of numbers, or {"shape": […], "dtype": "float32", "data": base64}."""
+def from_json(name: str, value: Any, check: CheckShape) -> Tensor:
+    """Return a tensor from nested lists of numbers or from {"shape": […], "dtype": "float32", "data": base64}."""
     if isinstance(value, dict):
         shape, dtype, data = value.get("shape"), value.get("dtype", ""), value.get("data", "")
         if not (
@@ -57,61 +59,65 @@ def from_json(what: str, value: Any, check: CheckShape) -> Tensor:
             and isinstance(dtype, str)
             and isinstance(data, str)
         ):
-            raise Wrong(f'{what}: expected {{"shape": [N, …], "dtype": "float32", "data": base64}}')
+            raise InvalidInput(f'{name}: expected {{"shape": [N, …], "dtype": "float32", "data": base64}}')
         try:
-            return _packed(what, shape, dtype, base64.b64decode(data, validate=True), check)
+            return _packed(name, shape, dtype, base64.b64decode(data, validate=True), check)
         except (binascii.Error, ValueError):
-            raise Wrong(f"{what}: data is no base64") from None
+            raise InvalidInput(f"{name}: data is not base64") from None
     shape, level = [], value
     while isinstance(level, list) and len(shape) <= 8:
         shape.append(len(level))
         level = level[0] if level else None
     if not shape or len(shape) > 8:
-        raise Wrong(f"{what}: expected nested lists of numbers")
+        raise InvalidInput(f"{name}: expected nested lists of numbers")
     check(shape)
     flat = value
     for width in shape[1:]:
         if not all(isinstance(row, list) and len(row) == width for row in flat):
-            raise Wrong(f"{what}: its lists have different lengths")
+            raise InvalidInput(f"{name}: the lists have different lengths")
         flat = [item for row in flat for item in row]
     kinds = {type(number) for number in flat}
     if not kinds <= {int, float}:
-        raise Wrong(f"{what}: expected numbers, found {', '.join(sorted(k.__name__ for k in kinds - {int, float}))}")
+        raise InvalidInput(
+            f"{name}: expected numbers, found {', '.join(sorted(k.__name__ for k in kinds - {int, float}))}"
+        )
     try:
         return torch.tensor(flat, dtype=torch.int64 if kinds == {int} else torch.float64).view(shape)
     except (OverflowError, RuntimeError):
-        raise Wrong(f"{what}: a number is too large") from None
+        raise InvalidInput(f"{name}: a number is too large") from None
 
 
-def _packed(what: str, shape: list[int], dtype: str, data: bytes, check: CheckShape) -> Tensor:
+def _packed(name: str, shape: list[int], dtype: str, data: bytes, check: CheckShape) -> Tensor:
     if dtype not in _DTYPES:
-        raise Wrong(f"{what}: dtype '{dtype[:20]}' is not one of {', '.join(_DTYPES)}")
-    _plausible(what, shape)
+        raise InvalidInput(f"{name}: dtype '{dtype[:20]}' is not one of {', '.join(_DTYPES)}")
+    _check_dimensions(name, shape)
     check(shape)
     kind = np.dtype(_DTYPES[dtype])
     if len(data) != math.prod(shape) * kind.itemsize:
-        raise Wrong(
-            f"{what}: shape {shape} of {dtype} takes {math.prod(shape) * kind.itemsize} bytes, data has {len(data)}"
+        raise InvalidInput(
+            f"{name}: shape {shape} of {dtype} takes {math.prod(shape) * kind.itemsize} bytes, but data has {len(data)}"
         )
     return torch.from_numpy(np.frombuffer(data, kind).astype(kind.newbyteorder("=")).reshape(shape))
 
 
-def _from_arrow(what: str, data: bytes, shape: list[int], check: CheckShape) -> Tensor:
+def _from_arrow(name: str, data: bytes, shape: list[int], check: CheckShape) -> Tensor:
     if shape:
-        _plausible(what, shape)
+        _check_dimensions(name, shape)
         check(shape)
     try:
         tensor = decode_plain(data, most=math.prod(shape) if shape else len(data))
     except RejectedError as error:
-        raise Wrong(f"{what}: {error.reason}") from None
+        raise InvalidInput(f"{name}: {error.reason}") from None
     if not shape:
         check(list(tensor.shape))
         return tensor
     if tensor.numel() != math.prod(shape):
-        raise Wrong(f"{what}: shape {shape} has {math.prod(shape)} numbers, the Arrow column {tensor.numel()}")
+        raise InvalidInput(
+            f"{name}: shape {shape} has {math.prod(shape)} numbers, but the Arrow column has {tensor.numel()}"
+        )
     return tensor.view(shape)
 
 
-def _plausible(what: str, shape: list[int]) -> None:
+def _check_dimensions(name: str, shape: list[int]) -> None:
     if not 1 <= len(shape) <= 8 or any(not 0 <= n < 2**31 for n in shape):
-        raise Wrong(f"{what}: shape {str(shape[:9])[:80]} is none; expected [N, …] with 8 dimensions at most")
+        raise InvalidInput(f"{name}: shape {str(shape[:9])[:80]} is invalid; expected [N, …] with at most 8 dimensions")

@@ -1,1 +1,1 @@
-"""Run directories and checkpoints on local disks and fsspec stores."""
+"""Store run directories and checkpoints on local disks and fsspec file systems."""

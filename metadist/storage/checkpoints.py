@@ -1,12 +1,15 @@
-"""Checkpoints on any fsspec URL: payload first, manifest last. A step without a valid manifest does not exist.
+"""Save and load checkpoints on any fsspec URL: payload first, manifest last.
+
+A step without a valid manifest is no checkpoint.
 
 ::
 
     RUN_DIR/checkpoints/step-00000500/state.safetensors    slots/<name>, outer/<name>
                                       manifest.json        hashes of everything, and of itself
 
-No rename is needed, so object stores will do. On a local disk each file is also written beside its place, synced and
-renamed. A payload that a manifest refers to is never written over: a second save of a step takes another file name.
+The order of the writes makes a save atomic without a rename, so object stores work too. On a local disk each file is
+also written to a temporary name, synced and renamed. A save never overwrites a payload that a manifest refers to: a
+second save of a step uses another file name.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ FORMAT = 1
 _log = logging.getLogger(__name__)
 _PAYLOAD, _MANIFEST = "state.safetensors", "manifest.json"
 _STEP, _FILE = re.compile(r"step-(\d{8,})"), re.compile(r"\w[\w.-]*")
-# The manifest's last line is its own hash, over all bytes before it: nothing is parsed before that holds.
+# The manifest's last line is the hash of all bytes before that line: nothing is parsed before the hash is checked.
 _SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n\}\n')
 _SEAL_BYTES = len(',\n "sha256": ""\n}\n') + 64
 
@@ -43,7 +46,7 @@ Status = Literal["good", "unfinished", "damaged", "unreadable", "foreign"]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint as read back, its tensors in fresh CPU memory. ``manifest`` is what the caller gave to ``save``."""
+    """A checkpoint in fresh CPU memory. ``manifest`` is the manifest that the caller gave to ``save``."""
 
     meta_step: int
     state: State
@@ -53,10 +56,10 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What lies at one step, as far as manifest and file sizes tell; payloads are hashed on loading only.
+class CheckpointEntry:
+    """One step's directory, judged by its manifest and file sizes; only loading checks the payloads' hashes.
 
-    ``unfinished``: it has no manifest. ``unreadable``: the store fails. ``foreign``: it is of another format version.
+    ``status``: ``unfinished`` means no manifest, ``unreadable`` a store that fails, ``foreign`` another format version.
     """
 
     meta_step: int
@@ -67,7 +70,7 @@ class Entry:
 
 
 class _Unusable(Exception):
-    """Why a checkpoint has to be passed over."""
+    """A checkpoint cannot be used; the message says why."""
 
     def __init__(self, reason: str, status: Status = "damaged") -> None:
         super().__init__(reason)
@@ -75,10 +78,10 @@ class _Unusable(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest ``keep`` and the best by validation score.
+    """Keep the newest ``keep`` checkpoints of one run, and the best by validation score.
 
-    ``run_dir``: a local path or any fsspec URL. One process writes; any number may read.
-    Raises ``CheckpointError`` if the URL's protocol is unknown or its driver isn't installed.
+    ``run_dir``: a local path or any fsspec URL. One process writes; any number of processes may read.
+    Raises ``CheckpointError`` if the URL's protocol is unknown or the protocol's driver isn't installed.
     """
 
     def __init__(self, run_dir: str | Path, *, keep: int = 2, higher_is_better: bool = True) -> None:
@@ -89,7 +92,9 @@ class Checkpoints:
             self._store = Store(run_dir, "checkpoints")
         except (ValueError, ImportError) as error:
             raise CheckpointError(f"{run_dir} can't be used: {error}") from error
-        self._damaged: dict[int, str] = {}  # found by hashing a payload: manifest and sizes still look well
+        self._damaged: dict[
+            int, str
+        ] = {}  # by meta-step: a payload's hash was wrong, although manifest and sizes look right
 
     def save(
         self,
@@ -100,13 +105,13 @@ class Checkpoints:
         slots: Mapping[str, Slot],
         score: float | None = None,
     ) -> bool:
-        """Store a checkpoint, then drop those that are no longer kept. True if it is there, whole and synced.
+        """Store a checkpoint, then remove those that are no longer kept. Return whether it is stored and synced.
 
-        ``manifest``: strict JSON. ``score``: the validation score; None or a non-finite one never counts as best.
+        ``manifest``: strict JSON. ``score``: the validation score; None or a non-finite score never counts as best.
 
-        A store that fails (disk full, network) costs a warning and False: everything older stays, nothing half-written
-        does, the run goes on. Saving the same content again does nothing; other content replaces it.
-        Raises ``ValueError`` for a state that doesn't fit ``slots`` or a manifest that isn't JSON.
+        If the store fails (disk full, network), log a warning and return False: older checkpoints stay, no half-written
+        file stays, the run continues. Saving the same content again writes nothing; other content replaces the old.
+        Raises ``ValueError`` for a state that does not fit ``slots`` or a manifest that is not JSON.
         """
         described = {name: _describe(slot) for name, slot in slots.items()}
         if misfit := _misfit(state.slots, described):
@@ -117,59 +122,82 @@ class Checkpoints:
             body["run"] = json.loads(json.dumps(dict(manifest), allow_nan=False))
         except TypeError as error:
             raise ValueError(f"the manifest isn't JSON: {error}") from error
-        payload = _serialize({f"{k}/{n}": t for k in ("slots", "outer") for n, t in getattr(state, k).items()})
-        about, directory = _about(payload), _directory(meta_step)
-        present, file, kept = None, _PAYLOAD, False
+        payload = _serialize(
+            {f"slots/{n}": t for n, t in state.slots.items()} | {f"outer/{n}": t for n, t in state.outer.items()}
+        )
         try:
-            present = self._store.listing(directory)
-            if _MANIFEST in present:
-                file = f"state-{about['sha256'][:16]}.safetensors"
-                with contextlib.suppress(_Unusable, CheckpointError):
-                    old = self._verify(meta_step)[0]
-                    files = old.pop("files")
-                    file = next((n for n, a in files.items() if a == about), file)
-                    kept = file in files
-                    if kept and old == body:
-                        return True
-            if not kept:
-                self._store.write(f"{directory}/{file}", payload)
-            self._store.write(f"{directory}/{_MANIFEST}", _seal({**body, "files": {file: about}}))
-        except Exception as error:  # every fsspec backend raises its own; none of them may end the run
-            with contextlib.suppress(Exception):
-                if present is not None and _MANIFEST not in present:
-                    self._remove(directory)
-                elif present is not None and not kept:
-                    self._store.remove(f"{directory}/{file}")
+            file = self._write(body, payload)
+        except Exception as error:  # each fsspec backend raises its own errors; none of them may end the run
             _log.warning("checkpoint of meta-step %d not saved in %s: %s", meta_step, self._store.root, why(error))
             return False
+        if file is None:
+            return True
         try:
             self._prune(meta_step, {file, _MANIFEST})
         except Exception as error:
             _log.warning("old checkpoints not removed from %s: %s", self._store.root, why(error))
         return True
 
-    def latest(self, slots: Mapping[str, Slot] | None = None) -> Loaded | None:
-        """The newest checkpoint whose hashes hold; None if there is none yet. Others are skipped with a warning.
+    def _write(self, body: dict[str, Any], payload: bytes) -> str | None:
+        """Write payload and manifest; return the payload's file name, or None if both are stored already.
 
-        Raises ``CheckpointError`` if there are some but none can be used, or if one is of another format version or,
-        where ``slots`` is given, of another model. A single interrupted save counts as none: it was the first one.
+        On an error of the store: remove the files that this call wrote, and raise.
+        """
+        about, directory = _about(payload), _directory(body["meta_step"])
+        present, file, kept = None, _PAYLOAD, False
+        try:
+            present = self._store.listing(directory)
+            if _MANIFEST in present:
+                file, kept, equal = self._reuse(body, about)
+                if equal:
+                    return None
+            if not kept:
+                self._store.write(f"{directory}/{file}", payload)
+            self._store.write(f"{directory}/{_MANIFEST}", _seal({**body, "files": {file: about}}))
+        except Exception:
+            with contextlib.suppress(Exception):
+                if present is not None and _MANIFEST not in present:
+                    self._remove(directory)
+                elif present is not None and not kept:
+                    self._store.remove(f"{directory}/{file}")
+            raise
+        return file
+
+    def _reuse(self, body: dict[str, Any], about: dict[str, Any]) -> tuple[str, bool, bool]:
+        """Return a stored step's payload file, whether it holds this payload, and whether the manifest is equal too."""
+        file = f"state-{about['sha256'][:16]}.safetensors"
+        with contextlib.suppress(_Unusable, CheckpointError):
+            old = self._verify(body["meta_step"])[0]
+            files = old.pop("files")
+            file = next((n for n, a in files.items() if a == about), file)
+            return file, file in files, file in files and old == body
+        return file, False, False
+
+    def latest(self, slots: Mapping[str, Slot] | None = None) -> Loaded | None:
+        """Return the newest checkpoint whose hashes are right; None if there is none. Skip damaged ones with a warning.
+
+        Raises ``CheckpointError`` if checkpoints exist but none can be used, or if one is of another format version or,
+        where ``slots`` is given, of another model. A single interrupted save counts as none: it was the first save.
         """
         return self._first(sorted(self.list(), key=lambda e: -e.meta_step), slots)
 
     def best(self, slots: Mapping[str, Slot] | None = None) -> Loaded | None:
-        """The checkpoint with the best validation score (the earliest of equals), or None; otherwise as ``latest``."""
+        """Return the checkpoint with the best score (the earliest of equals), or None; errors as in ``latest``."""
         return self._first(self._ranked(self.list()), slots)
 
     def load(self, meta_step: int, slots: Mapping[str, Slot] | None = None) -> Loaded:
-        """The checkpoint of one meta-step. Raises ``CheckpointError`` if it isn't there or can't be used."""
+        """Return the checkpoint of one meta-step. Raises ``CheckpointError`` if it is missing or cannot be used."""
         try:
             return self._load(meta_step, slots)
         except _Unusable as error:
             steps = ", ".join(str(e.meta_step) for e in self.list() if e.status == "good") or "none"
             raise CheckpointError(f"checkpoint {self._path(meta_step)}: {error}; whole ones: {steps}") from error
 
-    def list(self) -> Sequence[Entry]:
-        """Every step that has a directory, usable or not, oldest first. ``CheckpointError`` if the store fails."""
+    def list(self) -> Sequence[CheckpointEntry]:
+        """Return an entry for each step that has a directory, usable or not, oldest first.
+
+        Raises ``CheckpointError`` if the store fails.
+        """
         try:
             steps = [_STEP.fullmatch(name) for name in self._store.listing("")]
         except Exception as error:
@@ -179,27 +207,30 @@ class Checkpoints:
     def _path(self, meta_step: int) -> str:
         return f"{self._store.root}/{_directory(meta_step)}"
 
-    def _entry(self, meta_step: int) -> Entry:
+    def _entry(self, meta_step: int) -> CheckpointEntry:
         path = self._path(meta_step)
         try:
             body, sizes = self._manifest(meta_step), self._store.listing(_directory(meta_step))
             for file, about in body["files"].items():
                 if sizes.get(file) != about["bytes"]:
-                    raise _Unusable(f"{file} has {sizes.get(file, 'no')} bytes, the manifest says {about['bytes']}")
+                    raise _Unusable(f"{file} has {sizes.get(file, 'no')} bytes, expected {about['bytes']}")
             if meta_step in self._damaged:
                 raise _Unusable(self._damaged[meta_step])
         except _Unusable as error:
-            return Entry(meta_step, path, error.status, None, str(error))
+            return CheckpointEntry(meta_step, path, error.status, None, str(error))
         except CheckpointError as error:
-            return Entry(meta_step, path, "foreign", None, str(error))
-        return Entry(meta_step, path, "good", body["score"])
+            return CheckpointEntry(meta_step, path, "foreign", None, str(error))
+        return CheckpointEntry(meta_step, path, "good", body["score"])
 
-    def _ranked(self, entries: Iterable[Entry]) -> Sequence[Entry]:
+    def _ranked(self, entries: Iterable[CheckpointEntry]) -> Sequence[CheckpointEntry]:
         scored = [e for e in entries if e.status == "good" and e.score is not None]
         return sorted(scored, key=lambda e: (-e.score if self.higher_is_better else e.score, e.meta_step))  # type: ignore[operator]
 
     def _prune(self, current: int, files: set[str]) -> None:
-        """Remove what is neither among the newest, nor the best, nor ``current``, and what never became whole."""
+        """Remove unfinished and damaged steps, and good ones that are neither new, nor the best, nor ``current``.
+
+        Of ``current``, remove each file that is not in ``files``.
+        """
         self._damaged.pop(current, None)
         entries = self.list()
         good = [e for e in entries if e.status == "good"]
@@ -213,10 +244,10 @@ class Checkpoints:
                 self._store.remove(f"{_directory(current)}/{file}")
 
     def _remove(self, directory: str) -> None:
-        self._store.remove(f"{directory}/{_MANIFEST}")  # first: what is half removed must not look whole
+        self._store.remove(f"{directory}/{_MANIFEST}")  # first: a half-removed step must not look complete
         self._store.remove_tree(directory)
 
-    def _first(self, entries: Sequence[Entry], slots: Mapping[str, Slot] | None) -> Loaded | None:
+    def _first(self, entries: Sequence[CheckpointEntry], slots: Mapping[str, Slot] | None) -> Loaded | None:
         problems = []
         for entry in entries:
             try:
@@ -236,8 +267,8 @@ class Checkpoints:
         body, payloads = self._verify(meta_step)
         try:
             tensors = {n: t for data in payloads.values() for n, t in _deserialize(data).items()}
-        except Exception as error:  # the hashes held, so they were written like this
-            raise _Unusable(f"no safetensors file: {why(error)}") from error
+        except Exception as error:  # the hashes are right, so the file was written like this
+            raise _Unusable(f"{sorted(payloads)} cannot be read as safetensors: {why(error)}") from error
         parts = {k: {n[6:]: t for n, t in tensors.items() if n.startswith(k)} for k in ("slots", "outer")}
         if misfit := _misfit(parts["slots"], body["slots"]):
             raise _Unusable(misfit)
@@ -261,13 +292,13 @@ class Checkpoints:
         return body
 
     def _verify(self, meta_step: int) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Manifest and payloads, all hashes checked."""
+        """Return manifest and payloads (file → bytes) after checking every hash."""
         body = self._manifest(meta_step)
         payloads = {file: self._read(meta_step, file) for file in body["files"]}
         for file, about in body["files"].items():
             if (found := _about(payloads[file])) != about:
                 what = "sha256" if found["bytes"] == about["bytes"] else "bytes"
-                problem = f"{file} is damaged: {what} {found[what]}, the manifest says {about[what]}"
+                problem = f"{file} is damaged: {what} {found[what]}, expected {about[what]}"
                 self._damaged[meta_step] = problem
                 raise _Unusable(problem)
         return body, payloads
@@ -276,9 +307,9 @@ class Checkpoints:
 def export_parameters(
     path: str | Path, parameters: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Parameters under the model's own names → one safetensors file, a local path or any fsspec URL.
+    """Write parameters under the model's own names to one safetensors file, at a local path or any fsspec URL.
 
-    Tied tensors are written once per name. Raises ``CheckpointError`` if the file can't be written.
+    Tied tensors are written once per name. Raises ``CheckpointError`` if the file cannot be written.
     """
     data = _serialize(parameters, metadata)
     try:
@@ -288,20 +319,21 @@ def export_parameters(
 
 
 def load_parameters(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file (a local path or any fsspec URL), in fresh CPU memory.
+    """Return the tensors of a safetensors file (a local path or any fsspec URL), in fresh CPU memory.
 
-    There is no hash, so flipped bits in values go unseen. ``CheckpointError`` for a missing or malformed file.
+    The format has no hash, so flipped bits in values are not detected. Raises ``CheckpointError`` for a missing or
+    malformed file.
     """
     try:
         return _deserialize(Store(path).read(""))
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
-    except Exception as error:  # safetensors raises KeyError, ValueError and its own for malformed headers
+    except Exception as error:  # safetensors raises KeyError, ValueError and its own errors for malformed headers
         raise CheckpointError(f"{path} is no readable safetensors file: {why(error)}") from error
 
 
 def exported_metadata(path: str | Path) -> dict[str, str]:
-    """What ``export_parameters`` was given beside the parameters; empty for files of others."""
+    """Return the ``metadata`` that ``export_parameters`` wrote; empty for files that other programs wrote."""
     try:
         data = Store(path).read("")
         size = int.from_bytes(data[:8], "little")
@@ -328,7 +360,7 @@ def _seal(body: Mapping[str, Any]) -> bytes:
 def _unseal(data: bytes) -> dict[str, Any]:
     seal = _SEAL.fullmatch(data[-_SEAL_BYTES:])
     if not seal or hashlib.sha256(data[:-_SEAL_BYTES]).hexdigest().encode() != seal[1]:
-        raise _Unusable(f"{_MANIFEST} is damaged: its own hash doesn't hold")
+        raise _Unusable(f"{_MANIFEST} is damaged: its own hash is wrong")
     body = json.loads(data)
     del body["sha256"]
     return body
@@ -347,7 +379,7 @@ def _serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
 
 
 def _deserialize(data: bytes) -> dict[str, Tensor]:
-    """Cloned: tensors that view a file's bytes are misaligned, and vectorised kernels then differ in the last bits."""
+    """Return copies: views of a file's bytes are misaligned, and vectorised kernels then differ in the last bits."""
     return {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
 
 
@@ -363,16 +395,16 @@ def _describe(slot: Slot) -> dict[str, Any]:
 
 def _misfit(vectors: Mapping[str, Tensor], described: Mapping[str, Mapping[str, Any]]) -> str:
     if vectors.keys() != described.keys():
-        return f"the state has slots {sorted(vectors)}, declared are {sorted(described)}"
+        return f"the state has slots {sorted(vectors)}, expected {sorted(described)}"
     for name, vector in vectors.items():
         dtype, shape = str(vector.dtype).removeprefix("torch."), list(vector.shape)
         if dtype != described[name]["dtype"] or shape != [described[name]["numel"]]:
-            return f"slot {name} is {dtype} {shape}, declared {described[name]['dtype']} [{described[name]['numel']}]"
+            return f"slot {name} is {dtype} {shape}, expected {described[name]['dtype']} [{described[name]['numel']}]"
     return ""
 
 
 def _difference(stored: Mapping[str, Mapping[str, Any]], slots: Mapping[str, Slot]) -> str:
-    """The first thing in which a checkpoint's slots differ from the model's, or an empty string."""
+    """Describe the first difference between a checkpoint's slots and the model's; empty if there is none."""
     for name in sorted(stored.keys() | slots.keys()):
         if name not in slots or name not in stored:
             return f"slot {name} is {'not in this model' if name in stored else 'missing from it'}"

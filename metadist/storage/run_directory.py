@@ -1,4 +1,4 @@
-"""Where runs lie: a folder each, on a local disk or any fsspec store."""
+"""Locate and access the directory of a run, on a local disk or any fsspec store."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from metadist.storage.store import Store, why
 
 
 def runs_root() -> str:
+    """Return the directory that holds all runs: ``METADIST_RUNS``, or ``runs``."""
     return os.environ.get("METADIST_RUNS") or "runs"
 
 
-class RunFolder:
-    """A run's folder: a local path or any fsspec URL. ``scratch`` is a local folder for what can't be remote (spool, plots)."""
+class RunDirectory:
+    """Read and write the files of one run.
+
+    ``location``: a local path or any fsspec URL; ``ConfigError`` if it cannot be used. ``scratch``: a local directory
+    for files that must be local (spool, plots); the run's own directory where that one is local.
+    """
 
     def __init__(self, location: str) -> None:
         try:
@@ -33,6 +38,7 @@ class RunFolder:
         self.scratch = Path(self.url) if self.local else cache / "runs" / f"{self.url.rsplit('/', 1)[-1]}-{digest}"
 
     def read(self, name: str) -> str | None:
+        """Return a file's text, or None if there is no such file. ``ConfigError`` if the store fails."""
         try:
             return self._store.read(name).decode()
         except FileNotFoundError:
@@ -41,6 +47,7 @@ class RunFolder:
             raise ConfigError(f"run_dir '{self.url}': {name} can't be read: {why(error)}") from error
 
     def read_json(self, name: str) -> dict[str, Any] | None:
+        """Return a file's JSON object, or None if there is no such file. ``ConfigError`` if it is no JSON object."""
         text = self.read(name)
         try:
             return None if text is None else dict(json.loads(text))
@@ -48,31 +55,41 @@ class RunFolder:
             raise ConfigError(f"run_dir '{self.url}': {name} is damaged: {error}") from error
 
     def write(self, name: str, text: str) -> None:
-        """On a local disk renamed into place: a run that is killed meanwhile can still be resumed."""
+        """Write a file. A local file is renamed into place, so that a killed run can still be resumed.
+
+        Raises ``MetadistError`` if the store fails.
+        """
         try:
             self._store.write(name, text.encode())
         except Exception as error:
             raise MetadistError(f"run_dir '{self.url}': {name} can't be written: {why(error)}") from error
 
     def upload(self, path: Path, name: str) -> None:
+        """Copy a local file into the run's directory; do nothing where that directory is local."""
         if not self.local:
             self._store.upload(path, name)
 
 
 def new_run_id(name: str) -> str:
+    """Return a new run id: the experiment's name, the local time and four random hexadecimal digits."""
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def newest_run(name: str, marker: str = "run.json") -> str:
-    """The newest run (or ``group.json``: group of seeds) of an experiment under ``METADIST_RUNS``."""
+    """Return the location of an experiment's newest run under ``METADIST_RUNS``.
+
+    ``marker``: the file that identifies the directory: ``run.json`` for a run, ``group.json`` for a group of seeds.
+    Raises ``ConfigError`` if there is none.
+    """
     store, found = Store(runs_root()), []
     for path in (store.path(name) for name in store.listing("")):
-        place = path if store.local else store.fs.unstrip_protocol(path)
-        about = RunFolder(place).read_json(marker) if store.fs.isdir(path) else None
+        location = path if store.local else store.fs.unstrip_protocol(path)
+        about = RunDirectory(location).read_json(marker) if store.fs.isdir(path) else None
         if about is not None and about["name"] == name:
-            found.append((about["created"], place))
+            found.append((about["created"], location))
     if not found:
+        kind = "group of seeds" if marker == "group.json" else "run"
         raise ConfigError(
-            f"--resume: there is no {'group of seeds' if marker == 'group.json' else 'run'} of '{name}' in {runs_root()}; give --run-dir DIR, or start without --resume"
+            f"--resume: there is no {kind} of '{name}' in {runs_root()}; give --run-dir DIR, or start without --resume"
         )
     return max(found)[1]

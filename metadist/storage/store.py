@@ -1,4 +1,4 @@
-"""Whole files below one root, on a local disk or any fsspec file system."""
+"""Read and write whole files below one root, on a local disk or any fsspec file system."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-#: object stores: folders need not be made there, and s3fs would make a bucket of a mistyped name
+#: protocols of object stores: they need no folders, and s3fs would create a bucket from a mistyped name
 BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"}
 
 
 class Store:
-    """On a local disk files are synced and renamed into place; on other file systems written as they allow.
+    """Read, write, list and remove whole files below ``root``.
 
-    Raises ``ValueError`` if the URL's protocol is unknown, ``ImportError`` if its driver isn't installed. Of the methods every
-    fsspec backend raises its own errors: catch ``Exception``, and say it with ``why``.
+    A local file is written to a temporary name, synced and renamed, so that a reader sees the old or the new file and
+    nothing between. Other file systems write in their own way.
+
+    Raises ``ValueError`` if the URL's protocol is unknown, ``ImportError`` if the protocol's driver isn't installed. In
+    the methods each fsspec backend raises its own errors: catch ``Exception`` and describe it with ``why``.
     """
 
     def __init__(self, root: str | Path, below: str = "") -> None:
@@ -29,7 +32,7 @@ class Store:
                 self.fs, path = url_to_fs(url)
             except ImportError as error:
                 raise ImportError(
-                    f"{error}: pip install 'metadist[cluster]' brings what S3 and Google's store need"
+                    f"{error}: pip install 'metadist[cluster]' installs the drivers of S3 and Google Cloud Storage"
                 ) from error
         else:
             self.fs, path = LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
@@ -39,14 +42,15 @@ class Store:
         self._base = "/".join(filter(None, (path.rstrip("/"), below)))
 
     def path(self, name: str = "") -> str:
-        """As the file system itself calls it."""
+        """Return the path of ``name`` in the file system's own notation."""
         return f"{self._base}/{name}" if name else self._base
 
     def read(self, name: str) -> bytes:
+        """Return the bytes of a file. Raises ``FileNotFoundError`` if there is none."""
         return self.fs.cat_file(self.path(name))
 
     def listing(self, directory: str) -> dict[str, int | None]:
-        """Name → size of what lies in a directory; empty if there is none."""
+        """Return name → bytes for the entries of a directory; empty if the directory does not exist."""
         path = self.path(directory)
         self.fs.invalidate_cache(path)
         try:
@@ -55,6 +59,7 @@ class Store:
             return {}
 
     def write(self, name: str, data: bytes) -> None:
+        """Write a file. On a local disk: synced and renamed, file and directory, before this returns."""
         parent, base = os.path.split(path := self.path(name))
         if not self.local:
             self._make(parent)
@@ -78,15 +83,17 @@ class Store:
         sync_directory(parent)
 
     def upload(self, file: Path, name: str) -> None:
-        """A local file to where this store is elsewhere."""
+        """Copy a local file to a store that is not local."""
         self._make(os.path.dirname(self.path(name)))
         self.fs.put_file(str(file), self.path(name))
 
     def remove(self, name: str) -> None:
+        """Remove a file. A missing file is no error."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
 
     def remove_tree(self, directory: str) -> None:
+        """Remove a directory with its files. A missing directory is no error."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(self.path(directory), recursive=True)
 
@@ -96,17 +103,18 @@ class Store:
 
 
 def sync_directory(path: str | Path) -> None:
+    """Sync a local directory, so that a rename in it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems can't sync a directory
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync a directory
             raise
     finally:
         os.close(descriptor)
 
 
 def why(error: Exception) -> str:
-    """One line that tells a person what failed."""
+    """Describe an error in one line."""
     line = (str(error).strip().splitlines() or [""])[0]
     return line if isinstance(error, (OSError, ImportError)) and line else f"{type(error).__name__}: {line}"

@@ -9,14 +9,14 @@ from metadist.config.components import model_factory
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError
 from metadist.core.task import TaskFamily
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.models import GRU, MLP, ConditionalNeuralProcess, Reactive
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
 from metadist.testing import few_shot, trials
 from metadist.testing.conditions import one_thread
 from metadist.testing.failures import UnusableError, usable
-from metadist.testing.gradients import check_autograd, check_finite_differences, contributes_delta, is_exact
+from metadist.testing.gradients import check_autograd, check_finite_differences, is_exact
 from metadist.testing.quadratics import Linear, Quadratics
 from metadist.testing.toys import Blobs, Chance, Curves
 
@@ -35,7 +35,7 @@ def check_algorithm(
 
     ``tasks`` and ``model`` (an ``nn.Module``, a function that builds one, or a model config) are small toys by default,
     the first ones that the algorithm does not refuse. ``exact_gradient=False``: the contribution is an approximation of
-    the gradient on purpose, and is not compared with finite differences; by default the algorithm's ``descent`` tells.
+    the gradient on purpose, and is not compared with finite differences; by default ``algorithm.first_order`` decides.
     Raises a PropertyError that names the property, the values and the remedy.
     """
     if isinstance(algorithm, TrialAlgorithm):
@@ -55,7 +55,7 @@ def check_algorithm(
         check_autograd(learner)
         if is_exact(learner) if exact_gradient is None else exact_gradient:
             check_finite_differences(learner)
-        if contributes_delta(learner) and (quadratic := _on_quadratics(algorithm)):
+        if algorithm.contribution == "delta" and (quadratic := _on_quadratics(algorithm)):
             few_shot.points_downhill(quadratic)
 
 
@@ -77,7 +77,7 @@ def _first(algorithm: Any, families: Sequence[Any], models: Sequence[Any]) -> An
     )
 
 
-def _on_quadratics(algorithm: Algorithm) -> Learner | None:
+def _on_quadratics(algorithm: Algorithm) -> FewShotLearner | None:
     """Make the learner of quadratic tasks, or None where the algorithm refuses them."""
     family = Quadratics()
     try:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from metadist.core.round import Executor
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.learners.base import Learner
 from metadist.testing.conditions import one_thread
 from metadist.testing.differences import difference
 from metadist.testing.failures import ImpureError, usable
@@ -18,7 +17,7 @@ REMEDY = (
 
 
 @one_thread()
-def check_executor(executor: Executor, learner: Learner | TrialLearner, *, meta_steps: int = 2) -> None:
+def check_executor(executor: Executor, learner: Learner, *, meta_steps: int = 2) -> None:
     """Check that meta-steps and an evaluation through ``executor`` have the bits that this process computes.
 
     ``executor`` runs shards of ``learner`` and stays open. Its engine is that of the learner (not compiled, float32 on

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from metadist.core.errors import MetadistError, first_line
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.learners.base import Learner
 
 #: characters of an object's repr that a message shows
 SHOWN = 120
@@ -59,7 +58,7 @@ def title(subject: object) -> str:
     """Return the name of ``subject`` in messages: its class name, with its fields where its repr is short."""
     if isinstance(subject, nn.Module):
         return type(subject).__name__
-    if isinstance(subject, (Learner, TrialLearner)):
+    if isinstance(subject, Learner):
         return f"{title(subject.algorithm)} on {title(subject.tasks)} with {title(subject.model.module)}"
     text = " ".join(repr(subject).split())
     return text if len(text) <= SHOWN and " object at 0x" not in text else type(subject).__name__

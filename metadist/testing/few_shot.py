@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from metadist.core.algorithm import TaskContext
+from metadist.core.algorithm import TaskContext, with_inner_steps
 from metadist.core.model import Model
 from metadist.core.round import Shard
 from metadist.core.state import Contribution, Records, TreeSum
-from metadist.learners.dry_run import check
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.testing import round_trips
 from metadist.testing.conditions import other_generators
 from metadist.testing.differences import apart_by, difference, not_finite
@@ -25,13 +24,13 @@ from metadist.testing.running import META_BATCH, META_STEP, OUTER, evaluated, ge
 FROM_KEY = "draw random numbers from the task's key (context.key.stream(name)), and keep no state between calls"
 
 
-def begins(learner: Learner) -> None:
+def begins(learner: FewShotLearner) -> None:
     """Check that a task of each split can be adapted to and predicted, and that every learned parameter takes part."""
     with usable(learner, "a run can begin with it"):
-        check(learner, 0)
+        learner.dry_run(0)
 
 
-def fits(learner: Learner) -> None:
+def fits(learner: FewShotLearner) -> None:
     """Check that a contribution has the metrics, and a finite vector in the layout of every learned slot."""
     slots = {n: slot for n, slot in learner.slots.items() if slot.rule != "constant"}
     state = learner.initial(0)
@@ -62,7 +61,7 @@ def fits(learner: Learner) -> None:
 _BOUNDED = "use a smaller inner_lr, and divide by no number that may be zero"
 
 
-def pure(learner: Learner) -> None:
+def pure(learner: FewShotLearner) -> None:
     """Check that a shard and the initial state have the same bits under any state of the global random generators."""
     state, shard = learner.initial(0), shards(learner)[0]
     first = learner.compute(shard, state.slots)
@@ -84,7 +83,7 @@ def pure(learner: Learner) -> None:
             )
 
 
-def travels(learner: Learner) -> None:
+def travels(learner: FewShotLearner) -> None:
     """Check that a pickled copy computes the same bits, under another state of the global random generators."""
     state, shard = learner.initial(0), shards(learner)[1]
     there = round_trips.pickled(learner, learner)
@@ -97,7 +96,7 @@ def travels(learner: Learner) -> None:
         raise ImpureError(learner, "a pickled copy computes the same bits", differs, FROM_KEY)
 
 
-def exact_across_shards(learner: Learner) -> None:
+def exact_across_shards(learner: FewShotLearner) -> None:
     """Check that the canonical sum has the same bits in any order and by blocks, and up to rounding for any cutting."""
     state = learner.initial(0)
     shard = shards(learner)[0]
@@ -121,13 +120,13 @@ def _tree_sum(parts: Mapping[int, Contribution]) -> Contribution:
     return tree.result()
 
 
-def _contribution(learner: Learner, shard: Shard, vectors: Mapping[str, torch.Tensor]) -> Contribution:
+def _contribution(learner: FewShotLearner, shard: Shard, vectors: Mapping[str, torch.Tensor]) -> Contribution:
     found = learner.compute(shard, vectors)
     assert isinstance(found, Contribution)
     return found
 
 
-def _same_for_any_cutting(learner: Learner) -> None:
+def _same_for_any_cutting(learner: FewShotLearner) -> None:
     exact = in_float64(learner)
     theta = general_position(exact)
     together = exact.contribute(theta, keys(), META_STEP)
@@ -141,14 +140,14 @@ def _same_for_any_cutting(learner: Learner) -> None:
         )
 
 
-def evaluates(learner: Learner) -> None:
+def evaluates(learner: FewShotLearner) -> None:
     """Check that evaluation has a row for every task and a column for every number of adaptation steps, all finite."""
     state = learner.initial(0)
-    own = getattr(learner.algorithm, "inner_steps", None)
+    own = learner.algorithm.inner_steps
     for steps in (None, 0, 3):
         with usable(learner, "tasks can be judged"):
             records = evaluated(learner, state, steps)
-        expected = (META_BATCH, 1 if own is None else 1 + (own if steps is None else steps))
+        expected = (META_BATCH, 1 + (own if steps is None else _steps_of(learner, steps)))
         for name in ("loss", learner.tasks.metric_name):
             column = records.columns[name]
             if tuple(column.shape) != expected or column.dtype != torch.float64 or not_finite({name: column}):
@@ -163,7 +162,12 @@ def evaluates(learner: Learner) -> None:
             raise ShapeError(learner, "evaluation has a row for each task", f"{records.columns['task']}", "")
 
 
-def comes_back(learner: Learner) -> None:
+def _steps_of(learner: FewShotLearner, steps: int) -> int:
+    """Return the number of adaptation steps where ``steps`` are asked for."""
+    return with_inner_steps(learner.algorithm, steps).inner_steps
+
+
+def comes_back(learner: FewShotLearner) -> None:
     """Check that config, state, checkpoint and messages come back unchanged."""
     round_trips.config(learner.algorithm)
     state, shard = learner.initial(0), shards(learner)[0]
@@ -177,7 +181,7 @@ def comes_back(learner: Learner) -> None:
     round_trips.result(learner, judging, records)
 
 
-def right_gradient(learner: Learner) -> None:
+def right_gradient(learner: FewShotLearner) -> None:
     """Check contributions in float64 against ordinary autograd, and exact gradients against finite differences too."""
     check_autograd(learner)
     if is_exact(learner):
@@ -185,7 +189,7 @@ def right_gradient(learner: Learner) -> None:
 
 
 #: name → property, each a function of a learner that raises a PropertyError
-FEW_SHOT_PROPERTIES: dict[str, Callable[[Learner], None]] = {
+FEW_SHOT_PROPERTIES: dict[str, Callable[[FewShotLearner], None]] = {
     "begins": begins,
     "fits": fits,
     "pure": pure,
@@ -197,7 +201,7 @@ FEW_SHOT_PROPERTIES: dict[str, Callable[[Learner], None]] = {
 }
 
 
-def points_downhill(learner: Learner) -> None:
+def points_downhill(learner: FewShotLearner) -> None:
     """Check that a delta has a positive product with the slope of the query loss, on either side of the optima.
 
     ``learner`` learns ``Quadratics``; the slope is that before adaptation. Every method that moves θ towards the tasks'
@@ -227,8 +231,8 @@ def points_downhill(learner: Learner) -> None:
             )
 
 
-def build(algorithm: Any, tasks: Any, factory: Any) -> Learner:
+def build(algorithm: Any, tasks: Any, factory: Any) -> FewShotLearner:
     """Make the learner that the properties are checked on. ConfigError where the parts do not go together."""
-    learner = Learner(algorithm, Model(factory), tasks, OUTER)
+    learner = FewShotLearner(algorithm, Model(factory), tasks, OUTER)
     learner.prepare(torch.device("cpu"))
     return learner

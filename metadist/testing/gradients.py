@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metadist.core.algorithm import TaskContext, Theta
-from metadist.core.inner_loop import Descent, InnerLoop
+from metadist.core.algorithm import Phi, TaskContext, Theta
+from metadist.core.inner_loop import InnerLoop
 from metadist.core.model import BoundModel
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey, seeded
 from metadist.core.task import Task
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.testing.differences import apart_by
 from metadist.testing.failures import WrongGradientError
 from metadist.testing.running import META_STEP, general_position, in_float64, keys
@@ -29,28 +29,17 @@ STEPS, TRUNCATION = (1e-5, 1e-6), 1e-5
 DIRECTIONS = 1
 
 
-def contributes_delta(learner: Learner) -> bool:
-    """Return whether the algorithm contributes a delta of its own in place of a gradient."""
-    return hasattr(learner.algorithm, "delta")
-
-
-def states_descent(learner: Learner) -> bool:
+def states_descent(learner: FewShotLearner) -> bool:
     """Return whether the algorithm states its inner loop by ``descent`` and leaves ``adapt`` to ``InnerLoop``."""
     return isinstance(learner.algorithm, InnerLoop) and type(learner.algorithm).adapt is InnerLoop.adapt
 
 
-def is_exact(learner: Learner) -> bool:
+def is_exact(learner: FewShotLearner) -> bool:
     """Return whether contributions are the gradient of the loss: neither a delta nor a first-order approximation."""
-    if contributes_delta(learner):
-        return False
-    if not states_descent(learner):
-        return True
-    key = keys(0, 1).each()[0]
-    task = pytree.tree_map(lambda t: t[0], learner.sample(keys(0, 1)))
-    return not _descent(learner, learner.initial(0).theta(learner.slots), key, task).first_order
+    return learner.algorithm.contribution == "gradient" and not learner.algorithm.first_order
 
 
-def by_autograd(learner: Learner, theta: Theta, some: TaskKey) -> tuple[dict[str, Tensor], float]:
+def by_autograd(learner: FewShotLearner, theta: Theta, some: TaskKey) -> tuple[dict[str, Tensor], float]:
     """Return Σ over tasks of each one's contribution by slot, and Σ of the losses: no vmap, no transform over θ.
 
     Where the algorithm states its inner loop by ``descent``, the inner gradients are ordinary autograd's too.
@@ -66,7 +55,7 @@ def by_autograd(learner: Learner, theta: Theta, some: TaskKey) -> tuple[dict[str
     return sums, losses
 
 
-def _one(learner: Learner, theta: Theta, key: TaskKey, task: Task) -> tuple[dict[str, Parameters], float]:
+def _one(learner: FewShotLearner, theta: Theta, key: TaskKey, task: Task) -> tuple[dict[str, Parameters], float]:
     algorithm, context = learner.algorithm, TaskContext(key, META_STEP, True, learner.tasks)
     learned = [n for n, slot in learner.slots.items() if slot.rule == "gradient"]
     leaves = {n: p.map(lambda t: t.detach().clone()) for n, p in theta.items()}
@@ -74,9 +63,9 @@ def _one(learner: Learner, theta: Theta, key: TaskKey, task: Task) -> tuple[dict
         leaves[name].map(Tensor.requires_grad_)
     model = learner.bind(leaves, key, True)
     trajectory = _trajectory(learner, model, leaves, context, task)
-    if contributes_delta(learner):
-        phi: Any = trajectory[-1]
-        values: dict[str, Parameters] = algorithm.delta(theta, pytree.tree_map(_detached, phi))  # type: ignore[attr-defined]
+    if algorithm.contribution == "delta":
+        phi: Phi = trajectory[-1]
+        values: dict[str, Parameters] = algorithm.delta(theta, pytree.tree_map(_detached, phi))
         loss = context.loss(algorithm.predict(model, phi, task.query.x), task.query)
         return values, float(loss.detach())
     loss, _ = algorithm.objective(model, leaves, trajectory, task, context)
@@ -89,7 +78,9 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _trajectory(learner: Learner, model: BoundModel, theta: Theta, context: TaskContext, task: Task) -> Sequence[Any]:
+def _trajectory(
+    learner: FewShotLearner, model: BoundModel, theta: Theta, context: TaskContext, task: Task
+) -> Sequence[Phi]:
     """Compute φ_0 … φ_k as ``adapt`` returns them."""
     algorithm = learner.algorithm
     if not states_descent(learner) or not isinstance(algorithm, InnerLoop):
@@ -116,13 +107,7 @@ def _tracked(t: Tensor) -> Tensor:
     return t if t.requires_grad else t.detach().requires_grad_()
 
 
-def _descent(learner: Learner, theta: Theta, key: TaskKey, task: Task) -> Descent:
-    assert isinstance(learner.algorithm, InnerLoop)
-    context = TaskContext(key, META_STEP, True, learner.tasks)
-    return learner.algorithm.descent(learner.bind(theta, key, True), theta, task.support, context)
-
-
-def check_autograd(learner: Learner) -> None:
+def check_autograd(learner: FewShotLearner) -> None:
     """Check contributions in float64 against ordinary autograd, task by task."""
     exact = in_float64(learner)
     theta, some = general_position(exact), keys(0, COUNT)
@@ -144,7 +129,7 @@ def check_autograd(learner: Learner) -> None:
         )
 
 
-def check_finite_differences(learner: Learner) -> None:
+def check_finite_differences(learner: FewShotLearner) -> None:
     """Check contributions in float64 against differences of the loss that they report, in two directions of a slot."""
     exact = in_float64(learner)
     theta, some = general_position(exact), keys(0, COUNT)
@@ -173,7 +158,7 @@ def check_finite_differences(learner: Learner) -> None:
                 )
 
 
-def _slope(learner: Learner, theta: Theta, some: TaskKey, name: str, direction: Tensor, h: float) -> float:
+def _slope(learner: FewShotLearner, theta: Theta, some: TaskKey, name: str, direction: Tensor, h: float) -> float:
     """Return the central difference of the loss along ``direction`` in slot ``name``."""
     layout = learner.slots[name].layout
     vector = layout.flatten(theta[name])

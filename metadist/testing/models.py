@@ -15,7 +15,7 @@ from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.random import seeded
 from metadist.core.task import TaskFamily
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.models import ModelConfig, PolicyConfig
 from metadist.rl.environment import Continuous, MetaEnvironment
 from metadist.rl.policy import PolicyModule
@@ -63,7 +63,7 @@ def _is_policy(model: object) -> bool:
     return isinstance(model, PolicyConfig) and not isinstance(model, type) and not isinstance(model, ModelConfig)
 
 
-def _learner(model: object, tasks: TaskFamily, algorithm: Algorithm | None) -> Learner:
+def _learner(model: object, tasks: TaskFamily, algorithm: Algorithm | None) -> FewShotLearner:
     refusals = []
     for one in [algorithm] if algorithm is not None else [MAML(inner_lr=0.05, inner_steps=2), CNP()]:
         try:
@@ -87,7 +87,7 @@ def seeded_parameters(model: Model, subject: object) -> None:
             raise ImpureError(subject, "the same seed gives the same parameters and buffers", differs, SEEDED)
 
 
-def pure_function(learner: Learner) -> None:
+def pure_function(learner: FewShotLearner) -> None:
     """Check that calls with the same parameters, inputs and key give the same bits, and leave the module unchanged."""
     if not learner.model.has_forward:
         return
@@ -112,7 +112,7 @@ def pure_function(learner: Learner) -> None:
         raise ImpureError(module, "calls leave parameters and buffers unchanged", differs, remedy)
 
 
-def embedding(model: ModelConfig, learner: Learner) -> None:
+def embedding(model: ModelConfig, learner: FewShotLearner) -> None:
     """Check that it builds an embedding with one row for each example where ``outputs`` is None, or refuses to."""
     if not learner.model.has_forward:
         return

@@ -15,11 +15,11 @@ from metadist.config.schema import as_plain, settings
 from metadist.core.errors import ConfigError, first_line
 from metadist.core.round import Shard
 from metadist.core.state import Contribution, Records, State
-from metadist.learners.base import BaseLearner
+from metadist.learners.base import Learner
 from metadist.storage.checkpoints import Checkpoints
 from metadist.testing.differences import difference
 from metadist.testing.failures import RoundTripError, ShapeError, usable
-from metadist.wire import decode_result, decode_theta, encode_result, encode_theta
+from metadist.wire import ResultHeader, ThetaHeader, decode_result, decode_theta, result_parts, theta_parts
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ def pickled(subject: T, owner: object) -> T:
     return there
 
 
-def state(learner: BaseLearner, before: State) -> None:
+def state(learner: Learner, before: State) -> None:
     """Check that a state comes back from its slots' layouts, from a checkpoint and from the wire."""
     for name, slot in learner.slots.items():
         vector = before.slots[name]
@@ -91,16 +91,15 @@ def state(learner: BaseLearner, before: State) -> None:
     assert loaded is not None
     _equal(learner, "a checkpoint holds every bit", before.slots, loaded.state.slots)
     _equal(learner, "a checkpoint holds every bit", before.outer, loaded.state.outer)
-    about: dict[str, Any] = {"run": "check", "meta_step": 2, "round": 0}
-    sent = decode_theta(encode_theta(before.slots, learner.slots, **about), learner.slots, **about)
+    header = ThetaHeader("check", 2, 0)
+    sent = decode_theta(theta_parts(before.slots, learner.slots, header), learner.slots, header)
     _equal(learner, "θ crosses the wire unchanged", before.slots, sent)
 
 
-def result(learner: BaseLearner, shard: Shard, found: Contribution | Records) -> None:
+def result(learner: Learner, shard: Shard, found: Contribution | Records) -> None:
     """Check that a shard's result crosses the wire unchanged."""
-    reduce = isinstance(found, Contribution)
-    sent = encode_result(copy.deepcopy(found), shard, learner.slots, attempt=1, worker="check")
-    got, _ = decode_result(sent, shard, learner.slots, reduce=reduce)
+    sent = result_parts(copy.deepcopy(found), learner.slots, ResultHeader(shard, 1, "check"))
+    got, _ = decode_result(sent, shard, learner.slots)
     property = "a shard's result crosses the wire unchanged"
     if isinstance(found, Contribution) and isinstance(got, Contribution):
         _equal(learner, property, found.slots, got.slots)
@@ -115,7 +114,7 @@ _FREE = "contribute plain tensors of the slot's dtype, and metrics that are floa
 
 
 def _equal(
-    learner: BaseLearner, property: str, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+    learner: Learner, property: str, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
 ) -> None:
     if differs := difference(dict(before), dict(after)):
         raise RoundTripError(learner, property, differs, _FREE)

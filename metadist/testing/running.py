@@ -13,16 +13,27 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey, seeded
-from metadist.core.round import Round, Shard, WithOutput
+from metadist.core.round import (
+    EvaluationRequest,
+    MetaStepKey,
+    Report,
+    Round,
+    Setting,
+    Shard,
+    WithOutput,
+    run_rounds,
+)
 from metadist.core.state import Contribution, Records, State, TreeSum
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.learners.base import Learner
+from metadist.learners.few_shot import FewShotLearner
 
 RUN, META_STEP, META_BATCH = "check", 2, 6
+KEY = MetaStepKey(RUN, META_STEP, 0)
 #: small enough for seconds, and cut into shards of unequal size
 OUTER = OuterLoop(meta_batch_size=META_BATCH, shard_size=4, lr=3e-3)
 
-Watch = Callable[[Round, State, Any], None]
+Run = Callable[[Round], Any]
+"""Computes a round and returns its sum, or its records where it does not reduce."""
 
 
 @dataclass
@@ -30,13 +41,11 @@ class Done:
     """The outcome of a meta-step: the new state, its report, and the result of every shard."""
 
     state: State
-    report: dict[str, float] = field(default_factory=dict)
+    report: Report = field(default_factory=dict)
     results: dict[Shard, Contribution] = field(default_factory=dict)
 
 
-def compute_round(
-    learner: Learner | TrialLearner, round: Round, outputs: dict[Any, Records], results: dict[Shard, Any]
-) -> Any:
+def compute_round(learner: Learner, round: Round, outputs: dict[Any, Records], results: dict[Shard, Any]) -> Any:
     """Compute the shards of ``round`` one after the other; return their sum, or their records where it does not reduce.
 
     ``outputs`` receives the outputs that shards keep for later rounds, ``results`` every shard's result.
@@ -50,10 +59,8 @@ def compute_round(
     return total.result() if round.reduce else Records.concatenate([results[shard] for shard in round.shards])
 
 
-def compute(learner: Learner | TrialLearner, shard: Shard, state: State, outputs: dict[Any, Records]) -> Any:
+def compute(learner: Learner, shard: Shard, state: State, outputs: dict[Any, Records]) -> Any:
     """Compute one shard; put the output that it keeps into ``outputs``."""
-    if isinstance(learner, Learner):
-        return learner.compute(shard, state.slots)
     result = learner.compute(shard, state.slots, [outputs[key] for key in shard.needs])
     if isinstance(result, WithOutput):
         outputs[shard.key] = result.output
@@ -62,40 +69,35 @@ def compute(learner: Learner | TrialLearner, shard: Shard, state: State, outputs
 
 
 def meta_step(
-    learner: Learner | TrialLearner,
+    learner: Learner,
     state: State,
     number: int,
     seed: int = 0,
-    watch: Watch = lambda *_: None,
-    run: Callable[[Round], Any] | None = None,
+    watch: Callable[[Round, Any], object] = lambda *_: None,
+    run: Run | None = None,
 ) -> Done:
-    """Take meta-step ``number`` from ``state``.
-
-    ``watch(round, new state, sum)`` sees every round. ``run`` computes a round elsewhere and returns its sum.
-    """
+    """Take meta-step ``number`` from ``state``. ``watch(round, sum)`` sees every round; ``run`` computes it elsewhere."""
     done, outputs = Done(state), dict[Any, Records]()
-    for round in learner.rounds(RUN, number, seed, state, done.report):
-        total = compute_round(learner, round, outputs, done.results) if run is None else run(round)
-        done.state = round.apply(done.state, total)
-        watch(round, done.state, total)
+
+    def watched(round: Round) -> Contribution:
+        total: Contribution = compute_round(learner, round, outputs, done.results) if run is None else run(round)
+        watch(round, total)
+        return total
+
+    done.state, done.report = run_rounds(learner.meta_step(MetaStepKey(RUN, number, seed), state), watched)
     return done
 
 
-def evaluated(
-    learner: Learner | TrialLearner,
-    state: State,
-    inner_steps: int | None = None,
-    run: Callable[[Round], Any] | None = None,
-) -> Records:
+def evaluated(learner: Learner, state: State, inner_steps: int | None = None, run: Run | None = None) -> Records:
     """Judge ``state`` on the first tasks of the test split: one row for each task. ``run``: as in ``meta_step``."""
-    round = learner.evaluation(RUN, META_STEP, 0, state, split="test", tasks=META_BATCH, inner_steps=inner_steps)
+    round = learner.evaluation(EvaluationRequest(KEY, "test", META_BATCH, inner_steps), state)
     found: Records = compute_round(learner, round, {}, {}) if run is None else run(round)
     return found
 
 
-def shards(learner: Learner, function: str = "gradient", split: str = "train", **settings: Any) -> list[Shard]:
+def shards(learner: Learner, function: str = "gradient", split: str = "train", **settings: Setting) -> list[Shard]:
     """Return the shards of a small round."""
-    return learner.shards(RUN, META_STEP, 0, function=function, split=split, tasks=META_BATCH, **settings)
+    return learner.shards(KEY, function, tasks=META_BATCH, split=split, **settings)
 
 
 def keys(first: int = 0, count: int = META_BATCH) -> TaskKey:
@@ -103,10 +105,10 @@ def keys(first: int = 0, count: int = META_BATCH) -> TaskKey:
     return TaskKey.of(0, "train", META_STEP, range(first, first + count))
 
 
-def in_float64(learner: Learner) -> Learner:
+def in_float64(learner: FewShotLearner) -> FewShotLearner:
     """Return the same learner with parameters in float64, unrolled and not compiled, on the data of ``learner``."""
     model = Model(learner.model.factory, dtype=torch.float64, freeze=learner.model.freeze)
-    exact = Learner(learner.algorithm, model, learner.tasks, learner.outer)
+    exact = FewShotLearner(learner.algorithm, model, learner.tasks, learner.outer)
     exact.prepared_like(learner)
     return exact
 

@@ -13,7 +13,6 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.round import Shard, WithOutput
 from metadist.core.state import Contribution, Records, State
-from metadist.learners.dry_run import check
 from metadist.learners.trials import TrialLearner
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
@@ -21,7 +20,7 @@ from metadist.testing import round_trips
 from metadist.testing.conditions import other_generators
 from metadist.testing.differences import apart_by, difference, not_finite
 from metadist.testing.failures import ImpureError, InexactError, ShapeError, usable
-from metadist.testing.running import META_BATCH, RUN, Done, evaluated, meta_step
+from metadist.testing.running import KEY, META_BATCH, RUN, Done, evaluated, meta_step
 
 FROM_KEY = "draw random numbers from context.keys.stream(name), and keep no state between calls"
 #: relative error of a gradient over 6 trials in float64 for another cutting into shards
@@ -43,7 +42,7 @@ def build(
 def begins(learner: TrialLearner) -> None:
     """Check that the first trials can be rolled out and learned from."""
     with usable(learner, "a run can begin with it"):
-        check(learner, 0)
+        learner.dry_run(0)
 
 
 def pure(learner: TrialLearner) -> None:
@@ -158,7 +157,7 @@ def comes_back(learner: TrialLearner) -> None:
     round_trips.state(learner, done.state)
     for shard, result in done.results.items():
         round_trips.result(learner, shard, result)
-    shard = learner.shards(RUN, 0, 0, function="evaluate", split="test", tasks=META_BATCH, inner_steps=None)[0]
+    shard = learner.shards(KEY, "evaluate", tasks=META_BATCH, split="test", inner_steps=None)[0]
     records = learner.compute(shard, learner.initial(0).slots)
     assert isinstance(records, Records)
     round_trips.result(learner, shard, records)

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from metadist.training.observers import Observer
+
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
-class Tracker:
+class Tracker(Observer):
     """Records a run. Every method does nothing here, so a subclass overrides only the methods that it needs.
 
     One process calls ``start`` once, then the other methods from one thread, then ``finish`` once. Training waits for
@@ -53,6 +55,9 @@ class Tracker:
     def mlflow_run_id(self) -> str | None:
         """The id of the MLflow run, or None where there is none yet."""
         return None
+
+    def facts(self) -> dict[str, object]:
+        return {"mlflow_run_id": self.mlflow_run_id}
 
     def url(self) -> str | None:
         """Return the address of the run's page, or None where no server has one."""

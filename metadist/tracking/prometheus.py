@@ -1,4 +1,4 @@
-"""A tracker whose points go to Prometheus as well, where a run is on Ray."""
+"""The newest points of a run as Prometheus gauges, where the run is on Ray."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from metadist.config.groups import WorkerGroup
+from metadist.training.observers import Observer
 
 
-class Exporting:
-    """``tracker``, and gauges that hold its newest points."""
+class GaugeObserver(Observer):
+    """Sets gauges to the newest points."""
 
-    def __init__(self, tracker: Any, gauges: Any) -> None:
-        self._tracker, self._gauges = tracker, gauges
+    def __init__(self, gauges: Any) -> None:
+        self._gauges = gauges
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self._tracker.metrics(step, values)
         self._gauges.set(step, values)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tracker, name)
 
-
-def exporting(tracker: Any, groups: Iterable[WorkerGroup], run_id: str) -> Any:
-    """``tracker`` itself where nothing runs on Ray."""
+def exporters(groups: Iterable[WorkerGroup], run_id: str) -> list[Observer]:
+    """Return the exporters of a run: none where no worker is on Ray."""
     if not any(group.max and not group.outside for group in groups):
-        return tracker
+        return []
     from metadist.tracking.ray_metrics import Gauges
 
-    return Exporting(tracker, Gauges(run_id))
+    return [GaugeObserver(Gauges(run_id))]

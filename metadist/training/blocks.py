@@ -1,6 +1,7 @@
-"""Which shards are summed where they are computed. The sum's bits can't depend on it; what travels does.
+"""Join shards to blocks that one worker computes and sums.
 
-A block is a node of the canonical tree, so the driver's sum over blocks is the rest of the same tree.
+A block is a node of the canonical tree, so the bits of the sum do not depend on the blocks; the number of messages
+does.
 """
 
 from __future__ import annotations
@@ -10,21 +11,24 @@ from dataclasses import replace
 
 from metadist.core.round import Shard
 
-#: workers that disagree by more than this about the time that a shard takes get blocks of which the faster ones can take more
+#: workers whose times per shard differ by more than this factor get small blocks, so that fast workers take more of
+#: them
 EVEN = 1.25
-#: … unless it is about less than a call of its own costs, in seconds
+#: … unless the difference is less than the cost of one call, in seconds
 CALL_SECONDS = 1e-3
-#: so many blocks per worker then, at least
+#: minimum number of small blocks per worker
 UNEVEN_BLOCKS = 8
-#: so many calls are with a worker at once: where there are no more shards, nobody can take any from a slower one
+#: calls that a worker holds at a time; shards beyond those can go to faster workers
 AT_ONCE = 2
-#: a worker that is lost takes no more than so many seconds of work with it
+#: work of one block at most, in seconds: a lost worker loses no more
 BLOCK_SECONDS = 30.0
 
 
 def in_blocks(shards: Sequence[Shard], paces: Sequence[float | None]) -> list[Shard]:
-    """``shards`` in the order in which they are to be given out, joined for workers of these ``paces``: seconds per shard, None where
-    nothing is measured. As they are where they don't follow on each other."""
+    """Join ``shards`` to blocks for workers of these ``paces`` (seconds per shard; None where nothing is measured).
+
+    Returns the blocks in the order of submission; the shards themselves where they are not consecutive.
+    """
     parts = [shards[r.start : r.stop] for r in cuts(len(shards), max(1, len(paces)), largest(len(shards), paces))]
     blocks = [
         part[0] if len(part) == 1 else replace(part[0], count=sum(s.count for s in part), leaf=part[0].count)
@@ -35,8 +39,10 @@ def in_blocks(shards: Sequence[Shard], paces: Sequence[float | None]) -> list[Sh
 
 
 def largest(count: int, paces: Sequence[float | None]) -> int:
-    """How many of ``count`` shards a block may have, a power of two: as many as each worker's part, or a fraction of them where
-    workers differ in speed, or may."""
+    """Return the largest number of shards in a block, a power of two: an equal part of ``count`` for each worker.
+
+    Where workers differ in speed, or may differ, it is a fraction of that part.
+    """
     known, workers = [p for p in paces if p is not None], max(1, len(paces))
     size = 1 << (-(-count // workers) - 1).bit_length()
     uneven = len(known) < workers or max(known) > EVEN * min(known) + CALL_SECONDS
@@ -49,14 +55,17 @@ def largest(count: int, paces: Sequence[float | None]) -> int:
 
 
 def cuts(count: int, workers: int, size: int) -> Iterator[range]:
-    """0 … ``count`` − 1 as nodes of the tree of at most ``size`` leaves, a power of two: as many for every worker, and what is
-    left is halved until it goes round. Large ones come first: where whoever is free takes the next, none has more than its part."""
+    """Cut 0 … ``count`` − 1 into nodes of the canonical tree with at most ``size`` leaves, a power of two.
+
+    Every worker gets equally many; the size of the rest is halved until it divides evenly. Large nodes come first:
+    where a free worker takes the next node, none gets more than its part.
+    """
     at = 0
     while at < count:
         left = count - at
         blocks = -(-left // size)
-        goes_round = workers == 1 or (blocks >= workers and -(-blocks // workers) * size == -(-left // workers))
-        if size > 1 and not goes_round:
+        divides = workers == 1 or (blocks >= workers and -(-blocks // workers) * size == -(-left // workers))
+        if size > 1 and not divides:
             blocks = left // size // workers * workers
         for _ in range(blocks):
             yield range(at, min(at + size, count))

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from metadist.training.scheduler import Scheduler
 
 
-class _Meter:
-    """Tasks per second, and what the scheduler measured since the last reading."""
+class Meter:
+    """Measures tasks per second, and reads the scheduler's measurements. A context around every meta-step."""
 
-    def __init__(self, fleet: Scheduler) -> None:
-        self._fleet = fleet
+    def __init__(self, workers: Scheduler) -> None:
+        self._workers = workers
         self._seconds = self._tasks = 0.0
         self._window_seconds = self._window_tasks = self._steps = 0.0
-        #: since the last reading
+        #: environment steps since the last reading
         self.environment_steps = 0.0
         self.rate = 0.0
 
     def __enter__(self) -> None:
-        self._began, self._before = time.perf_counter(), self._fleet.tasks_done
+        self._began, self._before = time.perf_counter(), self._workers.tasks_done
 
-    def __exit__(self, *_: Any) -> None:
-        seconds, tasks = time.perf_counter() - self._began, self._fleet.tasks_done - self._before
+    def __exit__(self, *_: object) -> None:
+        seconds, tasks = time.perf_counter() - self._began, self._workers.tasks_done - self._before
         self._seconds, self._tasks = self._seconds + seconds, self._tasks + tasks
         self._window_seconds, self._window_tasks = self._window_seconds + seconds, self._window_tasks + tasks
         self._steps += 1
@@ -33,14 +32,17 @@ class _Meter:
 
     @property
     def average(self) -> float:
+        """Tasks per second since the start."""
         return self._tasks / self._seconds if self._seconds else 0.0
 
-    def read(self, fleet: Scheduler) -> dict[str, float]:
-        taken, steps = fleet.measured.read(), self._steps or 1.0
+    def read(self) -> dict[str, float]:
+        """Return the metrics since the last reading: ``engine/…`` and ``sys/<worker>/…``. Seconds are per meta-step."""
+        workers = self._workers
+        taken, steps = workers.measured.read(), self._steps or 1.0
         values = {
             "engine/tasks_per_second": self._window_tasks / self._window_seconds if self._window_seconds else 0.0,
-            "engine/workers": float(len(fleet.executor.workers())),
-            "engine/shards_retried": float(sum(fleet.retried.values())),
+            "engine/workers": float(len(workers.executor.workers())),
+            "engine/shards_retried": float(sum(workers.retried.values())),
             "engine/results_too_late": float(taken.counts["duplicates"]),
         }
         for name in ("bytes_published", "bytes_received"):
@@ -65,7 +67,7 @@ class _Meter:
         return values
 
     def _rates(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Environment steps per second of the run, and per second that workers spent on each part of them."""
+        """Return environment steps per second: of the run, and of the workers' time for each part of a rollout."""
         learning = sum(
             s
             for n, s in seconds.items()

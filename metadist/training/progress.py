@@ -1,74 +1,144 @@
-"""The state of a run between two meta-steps."""
+"""A run, and its state between two meta-steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
+from metadist.config.settings import CheckpointSettings, EvaluateSettings
+from metadist.core.round import EvaluationRequest, MetaStepKey, Report
 from metadist.core.state import State
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.learners.base import Learner
+from metadist.learners.evaluation import Evaluation
 from metadist.storage.checkpoints import Loaded
-from metadist.training.evaluation import Evaluation
+
+#: points of the learning curve that a checkpoint holds at most
+MOST_POINTS = 2000
 
 
 @dataclass(frozen=True)
 class Run:
-    """The facts of one run. ``manifest`` goes into every checkpoint (config, fingerprint, versions)."""
+    """The facts of one run that do not change while it trains.
+
+    ``manifest`` is stored in every checkpoint (config, fingerprint, versions). ``extra_scores`` gives further metrics
+    of an evaluation.
+    """
 
     id: str
     seed: int
-    learner: Learner | TrialLearner
-    evaluate_every: int = 500
-    evaluate_tasks: int = 600
-    inner_steps: int | None = None
-    patience: int | None = None
-    checkpoint_every: int = 500
+    learner: Learner
+    evaluate: EvaluateSettings = EvaluateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     log_every: int = 10
-    manifest: dict[str, Any] = field(default_factory=dict)
-    #: what else is to be recorded of an evaluation
-    beside: Callable[[Evaluation], Mapping[str, float]] = lambda judged: {}
+    manifest: dict[str, object] = field(default_factory=dict)
+    extra_scores: Callable[[Evaluation], Mapping[str, float]] = lambda judged: {}
 
     @property
     def meta_steps(self) -> int:
+        """The number of meta-steps of the whole run."""
         return self.learner.outer.meta_steps
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether larger validation scores are better."""
+        return self.learner.tasks.higher_is_better
 
-@dataclass
+    def key(self, progress: Progress) -> MetaStepKey:
+        """Name the next meta-step."""
+        return MetaStepKey(self.id, progress.meta_step, self.seed)
+
+    def validation(self, progress: Progress) -> EvaluationRequest:
+        """Return the request that judges the current state on validation tasks."""
+        return EvaluationRequest(self.key(progress), "validation", self.evaluate.tasks, self.evaluate.inner_steps)
+
+    def test(self, meta_step: int) -> EvaluationRequest:
+        """Return the request that judges the state after ``meta_step`` meta-steps on test tasks."""
+        key = MetaStepKey(self.id, meta_step, self.seed)
+        return EvaluationRequest(key, "test", self.evaluate.test_tasks, self.evaluate.inner_steps)
+
+    def out_of_patience(self, progress: Progress) -> str | None:
+        """Return the reason to stop early, or None."""
+        patience = self.evaluate.patience
+        if patience is None or progress.validations_since_best(self.higher_is_better) < patience:
+            return None
+        return f"no better validation in {patience} evaluations"
+
+    def logs(self, progress: Progress) -> bool:
+        """Return whether the report of this meta-step is recorded."""
+        return progress.meta_step % self.log_every == 0 or progress.meta_step == self.meta_steps
+
+    def validates(self, progress: Progress) -> bool:
+        """Return whether a validation is due."""
+        return progress.meta_step % self.evaluate.every == 0 or progress.meta_step == self.meta_steps
+
+    def saves(self, progress: Progress) -> bool:
+        """Return whether a checkpoint is due: by its interval, at the end, or because this validation is the best so far."""
+        best = progress.best(self.higher_is_better)
+        improved = best is not None and best["meta_step"] == progress.meta_step
+        return progress.meta_step % self.checkpoint.every == 0 or progress.meta_step == self.meta_steps or improved
+
+
+@dataclass(frozen=True)
 class Progress:
-    """Where a run stands: what a checkpoint holds."""
+    """The state of a run between two meta-steps: the content of a checkpoint.
+
+    ``validation`` has an entry per validation: meta_step, mean, ci95, median, loss. ``curve`` has an entry per logged
+    meta-step: meta_step and its report.
+    """
 
     meta_step: int
     state: State
-    #: one entry per validation: meta_step, mean, ci95, median, loss
     validation: list[dict[str, float]] = field(default_factory=list)
-    #: one entry per logged meta-step, for the learning curve: meta_step, loss and metric
     curve: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
     def of(cls, loaded: Loaded) -> Progress:
-        """Where the run stood at a checkpoint, whose JSON has null for what was not finite."""
+        """Return the progress that a checkpoint holds. Its JSON has null in place of values that were not finite."""
         validation, curve = (
             [{k: math.nan if v is None else v for k, v in entry.items()} for entry in loaded.manifest[name]]
             for name in ("validation", "curve")
         )
         return cls(loaded.meta_step, loaded.state, validation, curve)
 
+    def advance(self, state: State) -> Progress:
+        """Return the progress after one further meta-step."""
+        return replace(self, meta_step=self.meta_step + 1, state=state)
+
+    def logged(self, report: Report) -> Progress:
+        """Add a point to the learning curve. A long curve keeps every second point, so that manifests stay small."""
+        curve = [*self.curve, {"meta_step": self.meta_step, **report}]
+        return replace(self, curve=curve if len(curve) <= MOST_POINTS else curve[1::2])
+
+    def validated(self, judged: Evaluation) -> Progress:
+        """Add a validation of the current state."""
+        entry = {
+            "meta_step": self.meta_step,
+            "mean": judged.score,
+            "ci95": judged.score_ci95,
+            "median": judged.score_median,
+            "loss": judged.loss[-1],
+        }
+        return replace(self, validation=[*self.validation, entry])
+
+    def score(self) -> float | None:
+        """Return the validation score of the current state, or None where it was not validated."""
+        return next((v["mean"] for v in self.validation if v["meta_step"] == self.meta_step), None)
+
     def best(self, higher_is_better: bool) -> dict[str, float] | None:
+        """Return the best validation, the earliest of equal ones; None where none is finite."""
         choose = max if higher_is_better else min
         return choose((v for v in self.validation if math.isfinite(v["mean"])), key=lambda v: v["mean"], default=None)
 
-    def stale(self, higher_is_better: bool) -> int:
-        """Validations since the best one."""
+    def validations_since_best(self, higher_is_better: bool) -> int:
+        """Return the number of validations after the best one."""
         best = self.best(higher_is_better)
         return sum(best is None or v["meta_step"] > best["meta_step"] for v in self.validation)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """What became of a run. ``stopped`` says why it ended early, if it did."""
+    """The end of a run. ``stopped`` is the reason why it ended early, or None."""
 
     progress: Progress
     best: State

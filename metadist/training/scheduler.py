@@ -1,4 +1,4 @@
-"""The scheduler: gives shards to an executor, again where they are lost, and reduces results in the canonical order."""
+"""Submit shards to an executor, resubmit lost ones, and reduce the results in the canonical order."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from metadist.core.errors import WorkerError
 from metadist.core.round import Event, Executor, Failed, Finished, OutputKey, Result, Round, Shard
 from metadist.core.state import Contribution, Records, TreeSum, is_finite
-from metadist.learners.base import BaseLearner
+from metadist.learners.base import Learner
 from metadist.training.blocks import in_blocks
 
 log = logging.getLogger(__name__)
 
-#: a shard that took this many workers with it is not tried again
+#: a shard during which this many workers died is not submitted again
 MAX_DEATHS = 3
-#: nor one that failed this many times, each time with other words
+#: a shard that failed this many times, each time with another message, is not submitted again
 MAX_FAILURES = 5
 
 
 @dataclass
 class Measurements:
-    """Sums since the last reading, and what is known of every worker."""
+    """Sums since the last reading, and the newest measurements of every worker."""
 
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter[str] = field(default_factory=Counter)
     workers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def read(self) -> Measurements:
-        """What was measured since the last call; starts anew."""
+        """Return the measurements since the last call, and clear them."""
         taken = Measurements(self.seconds.copy(), self.counts.copy(), dict(self.workers))
         for sums in (self.seconds, self.counts, self.workers):
             sums.clear()
@@ -43,15 +42,18 @@ class Measurements:
 
 @dataclass
 class _Progress:
-    """One round under way, with the shards of earlier ones whose outputs were lost: ``open`` are all that are still to come, of
-    this round ``left`` shards, given out in blocks of up to ``leaves``."""
+    """A round in progress, together with shards of earlier rounds whose outputs were lost.
+
+    ``open`` holds every shard without a result, ``left`` counts those of this round, and ``leaves`` is the size of the
+    largest block.
+    """
 
     round: Round
     pending: deque[Shard]
     open: set[Shard]
     left: int
     leaves: int
-    #: shards that wait for outputs to be computed anew
+    #: shards that wait for lost outputs, with the keys of those
     waiting: dict[Shard, set[OutputKey]] = field(default_factory=dict)
     missed: Counter[Shard] = field(default_factory=Counter)
     deaths: Counter[Shard] = field(default_factory=Counter)
@@ -59,14 +61,14 @@ class _Progress:
     blamed: defaultdict[Shard, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def wait_for(self, shard: Shard, producers: list[Shard]) -> None:
-        """``shard`` goes out again once ``producers`` are done, which go out at once."""
-        anew = [p for p in producers if p not in self.open]
-        self.open.update(anew)
-        self.pending.extendleft(anew)
+        """Submit ``producers`` next, and ``shard`` after them."""
+        lost = [p for p in producers if p not in self.open]
+        self.open.update(lost)
+        self.pending.extendleft(lost)
         self.waiting[shard] = {p.key for p in producers}
 
     def finish(self, shard: Shard) -> bool:
-        """Whether ``shard`` is one of this round's; the shards that waited for its output alone are pending again."""
+        """Close ``shard``, release the shards that waited for its output alone, and return whether it is one of this round."""
         self.open.discard(shard)
         self.waiting.pop(shard, None)
         for other, keys in list(self.waiting.items()):
@@ -79,49 +81,62 @@ class _Progress:
         return mine
 
     def again(self, shard: Shard) -> None:
-        """A block goes out again as single shards: they spread over the workers, and what is wrong with one is that one's."""
+        """Submit a shard again; a block as single shards, which spread over the workers and fail one by one."""
         self.open.remove(shard)
         self.open.update(shard.each())
         self.pending.extendleft(reversed(shard.each()))
 
 
 class Scheduler:
-    """``timeout`` seconds per shard after which an attempt counts as hung and its worker is recycled; an idle worker gets a backup
-    attempt long before. ``patience`` seconds without any worker end the run. ``watch`` is called after every submission
-    (tests break things there).
+    """Runs rounds on an executor.
+
+    After ``timeout`` seconds per shard an attempt counts as hung and its worker is recycled; an idle worker gets a
+    backup attempt long before. ``patience`` seconds without any worker end the run with a WorkerError. ``on_failure``
+    writes the traceback of a task and returns a hint for the message.
     """
 
     def __init__(
         self,
         executor: Executor,
-        learner: BaseLearner,
+        learner: Learner,
         *,
         timeout: float = 300.0,
         patience: float = 60.0,
-        watch: Callable[[Scheduler, Shard], None] | None = None,
         on_failure: Callable[[str], str] | None = None,
     ) -> None:
         self.executor, self._learner = executor, learner
-        self._timeout, self._patience, self._watch, self._on_failure = timeout, patience, watch, on_failure
-        #: per shard, by function: a rollout may take a hundred times as long as a gradient
+        self._timeout, self._patience, self._on_failure = timeout, patience, on_failure
+        #: seconds per shard, by function: a rollout may take a hundred times as long as a gradient
         self._durations: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=64))
-        #: seconds of computing per shard, by function and worker
+        #: seconds of computation per shard, by function and worker
         self._paces: defaultdict[tuple[str, str], deque[float]] = defaultdict(lambda: deque(maxlen=8))
-        # Attempts under way, those of earlier rounds included: a worker that lost to its backup may still hang.
+        # Attempts without an answer. Those of earlier rounds stay: a worker whose backup was faster may hang.
         self._outstanding: dict[tuple[Shard, int], float] = {}
-        # Of this meta-step: whose outputs can be asked for, and how often shards were given out.
+        # Of this meta-step: the shards that keep outputs, and the number of attempts of each shard.
         self._producers: dict[OutputKey, Shard] = {}
         self._attempts: Counter[Shard] = Counter()
         self.measured = Measurements()
-        #: tasks (or trials, when they are rolled out) whose contributions were summed since the start
+        #: tasks, or rolled-out trials, whose contributions were summed since the start
         self.tasks_done = 0
-        #: shards given out again since the start, by cause
+        #: shards submitted again since the start, by cause
         self.retried: Counter[str] = Counter()
-        #: why the run ended, once it did as it should: workers from outside are told
+        #: the reason for the end of the run, for remote workers; empty where it broke off
         self.ended = ""
 
-    def run(self, round: Round) -> Any:
-        """Publish the round's θ, compute its shards, and return their sum (``reduce``) or their records in shard order."""
+    def sum(self, round: Round) -> Contribution:
+        """Publish the round's θ, compute its shards, and return their canonical sum."""
+        total = self.run(round)
+        assert isinstance(total, Contribution)
+        return total
+
+    def records(self, round: Round) -> Records:
+        """Publish the round's θ, compute its shards, and return their records in shard order."""
+        records = self.run(round)
+        assert isinstance(records, Records)
+        return records
+
+    def run(self, round: Round) -> Result:
+        """Run a round and return its sum, or its records where the round does not ``reduce``."""
         self._begin(round)
         began = time.perf_counter()
         bytes_out = self.executor.publish(round.shards[0].meta_step, round.index, round.parameters)
@@ -148,12 +163,12 @@ class Scheduler:
                 idle_since = time.monotonic()
             elif time.monotonic() - idle_since > self._patience:
                 raise WorkerError(f"no worker for {self._patience:.0f} s: {self.executor.shortage()}")
-            self._second_thoughts(progress)
+            self._replace_slow_attempts(progress)
         self.measured.seconds["gather"] += time.monotonic() - began
         return total.result() if round.reduce else Records.concatenate([records[i] for i in range(len(round.shards))])
 
     def idle(self) -> None:
-        """Between rounds: workers that start go on with it. Answers that come too late are dropped."""
+        """Let workers start between rounds. Late answers are dropped."""
         for event in self.executor.wait(0.0):
             self._outstanding.pop((event.shard, event.attempt), None)
 
@@ -164,7 +179,7 @@ class Scheduler:
         self._producers.update((shard.key, shard) for shard in round.shards if shard.keeps)
 
     def _blocks(self, round: Round) -> Sequence[Shard]:
-        """The round's shards as they are given out. What a shard keeps or needs is its own, so such go one by one."""
+        """Join the shards of a round to blocks. Shards that keep or need outputs stay single."""
         gradients = all(s.function in self._learner.gradients and not s.needs and not s.keeps for s in round.shards)
         if not (round.reduce and gradients and self.executor.blocks) or len(round.shards) == 1:
             return round.shards
@@ -185,8 +200,6 @@ class Scheduler:
         attempt = self._attempts[shard]
         self._outstanding[shard, attempt] = time.monotonic()
         self.executor.submit(shard, attempt)
-        if self._watch is not None:
-            self._watch(self, shard)
 
     def _take(self, progress: _Progress, event: Event) -> Result | None:
         shard = event.shard
@@ -219,7 +232,7 @@ class Scheduler:
     def _failed(self, progress: _Progress, event: Failed) -> None:
         shard = event.shard
         log.warning("worker %s: %s %s: %s", event.worker, shard, event.kind, event.message)
-        if not shard.leaf:  # the shards of a block are told apart when they go out again
+        if not shard.leaf:  # the shards of a block are judged one by one when they are submitted again
             self._judge(progress, event)
         self.retried[event.kind] += shard.leaves
         self.measured.counts["retried"] += shard.leaves
@@ -228,7 +241,7 @@ class Scheduler:
             progress.again(shard)
 
     def _judge(self, progress: _Progress, event: Failed) -> None:
-        """WorkerError where trying again is of no use."""
+        """Raise WorkerError where another attempt would fail too."""
         shard = event.shard
         if event.kind == "lost":
             if event.guilty:
@@ -252,22 +265,22 @@ class Scheduler:
                 raise WorkerError(f"{shard} failed {times}: {tasks}{event.message}{where}")
 
     def _missing(self, progress: _Progress, event: Failed) -> None:
-        """Outputs that the shard needs are lost: their producers compute them anew, under the θ of their own round."""
+        """Submit the producers of lost outputs again, under the θ of their own round."""
         progress.missed[event.shard] += 1
         if progress.missed[event.shard] > MAX_FAILURES:
             raise WorkerError(
-                f"{event.shard} lacked what it needs {progress.missed[event.shard]} times, the last with: {event.message}"
+                f"{event.shard} lacked outputs that it needs {progress.missed[event.shard]} times, the last with: {event.message}"
             )
         if event.missing:
             progress.wait_for(event.shard, [self._producers[key] for key in event.missing])
 
-    def _second_thoughts(self, progress: _Progress) -> None:
-        """Give a slow shard to an idle worker as well; recycle the worker of one that hangs. The first result counts."""
+    def _replace_slow_attempts(self, progress: _Progress) -> None:
+        """Start a backup of a slow shard on an idle worker, and recycle the worker of a hung one. The first result counts."""
         now = time.monotonic()
         usual = {f: statistics.median(durations) for f, durations in self._durations.items()}
         for (shard, attempt), started in list(self._outstanding.items()):
             age = now - started
-            # It may have waited behind a block.
+            # The attempt may have waited behind a block.
             if age > self._timeout * max(shard.leaves, progress.leaves):
                 log.warning("%s: no answer for %.0f s; its worker is recycled", shard, age)
                 self.executor.cancel(shard, attempt)
@@ -283,10 +296,11 @@ class Scheduler:
         return idle and shard in progress.open and attempt == self._attempts[shard] < 2
 
 
-def fault_of(result: Result, shard: Shard, learner: BaseLearner, reduce: bool) -> str | None:
-    """Why a result must not enter the sum. The wire has checked its own; this holds for every executor.
+def fault_of(result: Result, shard: Shard, learner: Learner, reduce: bool) -> str | None:
+    """Return why a result must not enter the sum, or None. The check is the same for every executor.
 
-    A gradient has all slots. What other functions sum (a rollout's statistics, say) has none, and its metrics enter θ.
+    A gradient has all slots. The sums of other functions (the statistics of a rollout) have none, and their metrics
+    enter θ.
     """
     if isinstance(result, Records) == reduce:
         return f"{type(result).__name__.lower()} where {'a contribution' if reduce else 'records'} should be"
@@ -307,9 +321,7 @@ def fault_of(result: Result, shard: Shard, learner: BaseLearner, reduce: bool) -
     wrong = [] if gradient else [n for n, value in result.metrics.items() if not math.isfinite(value)]
     if wrong:
         return f"'{wrong[0]}' is {result.metrics[wrong[0]]}"
-    skipped = (
-        "skip" in (learner.non_finite, getattr(learner.tasks, "on_error", None)) and result.tasks == result.weight == 0
-    )
+    skipped = learner.leaves_out_tasks and result.tasks == result.weight == 0
     if not skipped and not (0 < result.weight < math.inf and 1 <= result.tasks <= shard.count):
         return f"weight {result.weight} and {result.tasks} tasks for a shard of {shard.count}"
     return None

@@ -1,27 +1,26 @@
-"""What crosses a process border: a checked frame around one Arrow IPC stream. Beneath runtime, control and tasks."""
+"""What crosses a process border: a checked frame around one Arrow IPC stream."""
 
 from metadist.wire.codec import (
     RejectedError,
+    ResultHeader,
+    ThetaHeader,
     decode_result,
     decode_theta,
-    encode_result,
-    encode_theta,
     result_parts,
     theta_parts,
 )
 from metadist.wire.error_feedback import WIRES, ErrorFeedback
-from metadist.wire.frame import FrameError, frame, join, unframe
+from metadist.wire.frame import FrameError, join, unframe
 
 __all__ = [
     "WIRES",
     "ErrorFeedback",
     "FrameError",
     "RejectedError",
+    "ResultHeader",
+    "ThetaHeader",
     "decode_result",
     "decode_theta",
-    "encode_result",
-    "encode_theta",
-    "frame",
     "join",
     "result_parts",
     "theta_parts",

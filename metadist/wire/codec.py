@@ -1,13 +1,14 @@
-"""θ and the results of shards as framed Arrow buffers, and the checks at the border.
+"""Encode θ and the results of shards as framed Arrow buffers, and check them when they arrive.
 
 A vector is a one-row column, so that slots of unequal length share a record batch; records keep their rows. Floats in
-the header are hexadecimal strings: exact, and JSON even where they are not finite.
+the header are hexadecimal strings: exact, and valid JSON even where the float is not finite.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -15,153 +16,135 @@ import torch
 from torch import Tensor
 
 from metadist.core.round import Result, Shard
-from metadist.core.state import Contribution, Records, Slot, is_finite
+from metadist.core.state import Contribution, Records, Slot
 from metadist.wire.error_feedback import wire_dtype
-from metadist.wire.frame import join
 from metadist.wire.memory import fresh
 from metadist.wire.stream import RejectedError, decode, dtype_name, encode_parts, short
 
 __all__ = [
     "RejectedError",
+    "ResultHeader",
+    "ThetaHeader",
     "decode_output",
     "decode_result",
     "decode_theta",
-    "encode_result",
-    "encode_theta",
     "output_parts",
     "result_parts",
     "theta_parts",
 ]
 
 _IDENTITY = ("run", "meta_step", "round", "function", "split", "start", "count", "leaf", "seed", "key_step")
+Vectors = Mapping[str, Tensor]
+Slots = Mapping[str, Slot]
 
 
-def encode_theta(
-    state_slots: Mapping[str, Tensor], slots: Mapping[str, Slot], *, run: str, meta_step: int, round: int
-) -> pa.Buffer:
-    """θ (slot → vector [numel], any device) as one framed buffer, copied once. Pass a part of both to publish a part.
+@dataclass(frozen=True)
+class ThetaHeader:
+    """Name the θ of one round."""
 
-    Raises ``ValueError`` where the vectors are not those that ``slots`` declares.
+    run: str
+    meta_step: int
+    round: int
+
+    def fields(self) -> dict[str, Any]:
+        """Return the header of the frame."""
+        return {"kind": "theta", "run": self.run, "meta_step": self.meta_step, "round": self.round}
+
+
+@dataclass(frozen=True)
+class ResultHeader:
+    """Name the attempt that a result or a kept output comes from. ``stats`` are the worker's measurements."""
+
+    shard: Shard
+    attempt: int
+    worker: str
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        """Return the part of the frame's header that results and outputs share."""
+        return {**_identity(self.shard), "attempt": self.attempt, "worker": self.worker}
+
+
+# θ --------------------------------------------------------------------------------------------------------------------
+
+
+def theta_parts(vectors: Vectors, slots: Slots, header: ThetaHeader) -> list[pa.Buffer]:
+    """Encode θ (slot → vector [numel], any device) as a frame in parts.
+
+    Pass a part of both mappings to publish a part of θ. A large vector on the CPU is not copied: it is a part as it
+    lies, and must not change before the transport has copied it (the receiver would refuse the frame). Raises
+    ``ValueError`` where the vectors are not those that ``slots`` declares.
     """
-    return join(theta_parts(state_slots, slots, run=run, meta_step=meta_step, round=round))
-
-
-def theta_parts(
-    state_slots: Mapping[str, Tensor], slots: Mapping[str, Slot], *, run: str, meta_step: int, round: int
-) -> list[pa.Buffer]:
-    """The frame of ``encode_theta`` in parts, for a transport that copies them itself. A large vector on the CPU is a part
-    as it lies, and must not change before it was copied (the receiver would refuse the frame)."""
-    if state_slots.keys() != slots.keys():
-        raise ValueError(f"slots are {sorted(state_slots)}, declared are {sorted(slots)}")
-    header = {"kind": "theta", "run": run, "meta_step": meta_step, "round": round}
-    return _encode_vectors(header, state_slots, slots)
+    if vectors.keys() != slots.keys():
+        raise ValueError(f"slots are {sorted(vectors)}, declared are {sorted(slots)}")
+    return _encode_vectors(header.fields(), vectors, slots)
 
 
 def decode_theta(
-    buffer: Any,
-    slots: Mapping[str, Slot],
-    *,
-    device: torch.device | str = "cpu",
-    run: str | None = None,
-    meta_step: int | None = None,
-    round: int | None = None,
+    buffer: Any, slots: Slots, header: ThetaHeader, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Slot → vector [numel] in fresh, aligned memory on ``device``: one copy. Writable, independent of ``buffer``, which
-    is a frame or the list of its parts.
+    """Return slot → vector [numel] in fresh, aligned, writable memory on ``device``, with one copy.
 
-    Raises ``RejectedError`` for damage, for other slots or layouts than ``slots``, and for another ``run``,
-    ``meta_step`` or ``round`` where these are given.
+    ``buffer`` is a frame or the list of its parts. Raises ``RejectedError`` for damage, for other slots or layouts
+    than ``slots``, and for the θ of another round than ``header``.
     """
     own = torch.device(device).type == "cpu"
-    header, columns = decode(buffer, own=own)
-    expected = {"kind": "theta", "run": run, "meta_step": meta_step, "round": round}
-    _check_header(header, {k: v for k, v in expected.items() if v is not None})
+    found, columns = decode(buffer, own=own)
+    _check_header(found, header.fields())
     if columns.keys() != slots.keys():
         raise RejectedError(f"slots are {short(sorted(columns))}, expected {short(sorted(slots))}")
-    return _vectors(header, columns, slots, device, own)
+    _check_vectors(found, columns, slots, "exact")
+    return {n: _landed(c[0], slots[n].layout.dtype, device, own) for n, c in columns.items()}
 
 
-def encode_result(
-    result: Result,
-    shard: Shard,
-    slots: Mapping[str, Slot],
-    *,
-    attempt: int,
-    worker: str,
-    stats: Mapping[str, float] | None = None,
-    wire: str = "exact",
-) -> pa.Buffer:
-    """A shard's result as one framed buffer, copied once. Records' columns are [rows, …].
+# Results --------------------------------------------------------------------------------------------------------------
 
-    Raises ``ValueError`` where a contribution doesn't fit the declared slots or a dtype doesn't travel.
+
+def result_parts(result: Result, slots: Slots, header: ResultHeader, wire: str = "exact") -> list[pa.Buffer]:
+    """Encode a shard's result as a frame in parts, like ``theta_parts``. The columns of records are [rows, …].
+
+    With ``wire="bfloat16"`` gradient slots must have been rounded by ``ErrorFeedback.round``. Raises ``ValueError``
+    where a contribution doesn't fit the declared slots, or where a dtype doesn't travel.
     """
-    return join(result_parts(result, shard, slots, attempt=attempt, worker=worker, stats=stats, wire=wire))
-
-
-def result_parts(
-    result: Result,
-    shard: Shard,
-    slots: Mapping[str, Slot],
-    *,
-    attempt: int,
-    worker: str,
-    stats: Mapping[str, float] | None = None,
-    wire: str = "exact",
-) -> list[pa.Buffer]:
-    """The frame of ``encode_result`` in parts, as ``theta_parts``. With ``wire="bfloat16"`` gradient slots must have been
-    rounded (by ``ErrorFeedback.round``)."""
-    header: dict[str, Any] = {**_identity(shard), "attempt": attempt, "worker": worker, "stats": _hex(stats or {})}
+    fields = {**header.fields(), "stats": _hex(header.stats)}
     if isinstance(result, Records):
-        return encode_parts({"kind": "records", **header}, result.columns)
-    header |= {"kind": "contribution", "weight": float(result.weight).hex(), "tasks": int(result.tasks)}
-    return _encode_vectors({**header, "metrics": _hex(result.metrics)}, result.slots, slots, wire)
+        return encode_parts({"kind": "records", **fields}, result.columns)
+    fields |= {"kind": "contribution", "weight": float(result.weight).hex(), "tasks": int(result.tasks)}
+    return _encode_vectors({**fields, "metrics": _hex(result.metrics)}, result.slots, slots, wire)
 
 
-def decode_result(
-    buffer: Any,
-    shard: Shard,
-    slots: Mapping[str, Slot],
-    *,
-    reduce: bool | None = None,
-    finite: bool = True,
-    partial: bool = False,
-    rows: int | None = None,
-    wire: str = "exact",
-    device: torch.device | str = "cpu",
-) -> tuple[Result, dict[str, Any]]:
-    """The result of ``shard``, in fresh memory on ``device``, and ``{kind, attempt, worker, stats}`` of its sender.
-    ``buffer`` is a frame or the list of its parts.
+def decode_result(buffer: Any, shard: Shard, slots: Slots, wire: str = "exact") -> tuple[Result, ResultHeader]:
+    """Return the result of ``shard`` in fresh memory, and the header that its sender wrote.
 
-    ``reduce``: a contribution (True) or records (False) are expected; None takes either.
-    ``finite``: refuse contributions whose slots hold NaN or Inf. Metrics may hold them: they don't enter θ.
-    ``partial``: a contribution may be of fewer tasks than the shard has (dropped ones), even of none, with weight 0.
-    ``rows``: how many rows records must have, if known.
-    ``wire``: what gradient slots must have travelled as; they are restored to their layout's dtype.
+    ``buffer`` is a frame or the list of its parts. ``wire`` is how gradient slots must have travelled; the vectors
+    have the dtypes of their layouts again. A contribution may be of fewer tasks than the shard has (of none, with
+    weight 0), and its values may be NaN or Inf: the scheduler judges both.
 
-    Raises ``RejectedError`` for damage; another run, meta-step, round, shard, function or task range, or a sum of other
-    shards; slots that are unknown, constant, or of another layout, dtype or length; a weight that isn't finite and
-    positive; a wrong number of tasks.
+    Raises ``RejectedError`` for damage; for another run, meta-step, round, shard, function or task range, or a sum of
+    other shards; for slots that are unknown, constant, or of another layout, dtype or length; for a weight that isn't
+    finite and positive; for more tasks than the shard has, or records of another number of rows.
     """
-    own = torch.device(device).type == "cpu"
-    header, columns = decode(buffer, own=own)
-    kind = header.get("kind")
-    allowed = {None: ("contribution", "records"), True: ("contribution",), False: ("records",)}[reduce]
-    if kind not in allowed:
-        raise RejectedError(f"kind is {short(kind)}, expected {' or '.join(allowed)}")
-    _check_header(header, _identity(shard))
-    sender = {
-        "kind": kind,
-        "attempt": _field(header, "attempt", int),
-        "worker": _field(header, "worker", str),
-        "stats": _floats(header, "stats"),
-    }
-    if kind == "records":
-        if rows is not None and any(c.shape[0] != rows for c in columns.values()):
-            raise RejectedError(f"records have {next(iter(columns.values())).shape[0]} rows, expected {rows}")
-        return Records({n: _landed(c, c.dtype, device, own) for n, c in columns.items()}), sender
+    found, columns = decode(buffer, own=True)
+    kind = found.get("kind")
+    if kind not in ("contribution", "records"):
+        raise RejectedError(f"kind is {short(kind)}, expected contribution or records")
+    _check_header(found, _identity(shard))
+    attempt, worker = _field(found, "attempt", int), _field(found, "worker", str)
+    header = ResultHeader(shard, attempt, worker, _floats(found, "stats"))
+    if kind == "contribution":
+        return _contribution(found, columns, shard, slots, wire), header
+    for column in columns.values():
+        if column.shape[0] != shard.count:
+            raise RejectedError(f"records have {column.shape[0]} rows, expected {shard.count}")
+    return _records(columns), header
+
+
+def _contribution(
+    header: dict[str, Any], columns: Mapping[str, Tensor], shard: Shard, slots: Slots, wire: str
+) -> Contribution:
     tasks, weight, metrics = _field(header, "tasks", int), _float(header, "weight"), _floats(header, "metrics")
-    if tasks != shard.count and not (partial and 0 <= tasks < shard.count):
-        raise RejectedError(f"tasks is {tasks}, expected {shard.count}")
+    if not 0 <= tasks <= shard.count:
+        raise RejectedError(f"tasks is {tasks}, expected 0 to {shard.count}")
     if not (math.isfinite(weight) and (weight > 0 if tasks else weight == 0)):
         raise RejectedError(f"weight is {weight}, expected a finite positive number (0 for no tasks)")
     for name in columns:
@@ -169,55 +152,54 @@ def decode_result(
             raise RejectedError(f"unknown slot {short(name)}; there are {', '.join(slots)}")
         if slots[name].rule == "constant":
             raise RejectedError(f"slot {name} is constant and takes no contribution")
-    vectors = _vectors(header, columns, slots, device, own, wire)
-    if finite and (bad := [n for n, v in vectors.items() if not is_finite(v)]):
-        raise RejectedError(f"NaN or Inf in slot {', '.join(bad)}")
-    return Contribution(vectors, weight, tasks, metrics), sender
+    _check_vectors(header, columns, slots, wire)
+    return Contribution(
+        {n: _landed(c[0], slots[n].layout.dtype, "cpu", True) for n, c in columns.items()}, weight, tasks, metrics
+    )
 
 
-def output_parts(output: Records, shard: Shard, *, attempt: int, worker: str) -> list[pa.Buffer]:
-    """What ``shard`` keeps for later rounds (trials, say: [rows, …] columns), as a frame in parts. Its meta-step and round say
-    under which θ it came about."""
-    return encode_parts({"kind": "output", **_identity(shard), "attempt": attempt, "worker": worker}, output.columns)
+# Kept outputs ---------------------------------------------------------------------------------------------------------
 
 
-def decode_output(buffer: Any, shard: Shard, *, device: torch.device | str = "cpu") -> Records:
-    """The output that ``shard`` kept, in fresh memory on ``device``. Raises ``RejectedError`` for damage, and for the output
-    of another shard."""
+def output_parts(output: Records, header: ResultHeader) -> list[pa.Buffer]:
+    """Encode the output that a shard keeps for later rounds (trials: columns [rows, …]) as a frame in parts.
+
+    The meta-step and the round in the header tell under which θ the output was computed.
+    """
+    return encode_parts({"kind": "output", **header.fields()}, output.columns)
+
+
+def decode_output(buffer: Any, shard: Shard, device: torch.device | str = "cpu") -> Records:
+    """Return the output that ``shard`` kept, in fresh memory on ``device``.
+
+    Raises ``RejectedError`` for damage, and for the output of another shard.
+    """
     own = torch.device(device).type == "cpu"
     header, columns = decode(buffer, own=own)
     _check_header(header, {"kind": "output", **_identity(shard)})
-    return Records({n: _landed(c, c.dtype, device, own) for n, c in columns.items()})
+    return _records(columns, device, own)
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------
 
 
 def _identity(shard: Shard) -> dict[str, Any]:
     return {"shard": shard.index, **{name: getattr(shard, name) for name in _IDENTITY}}
 
 
-def _encode_vectors(
-    header: dict[str, Any], vectors: Mapping[str, Tensor], slots: Mapping[str, Slot], wire: str = "exact"
-) -> list[pa.Buffer]:
+def _encode_vectors(header: dict[str, Any], vectors: Vectors, slots: Slots, wire: str = "exact") -> list[pa.Buffer]:
     for name, vector in vectors.items():
         if name not in slots:
             raise ValueError(f"unknown slot {name!r}; there are {', '.join(slots)}")
-        got, expected = (
-            (vector.dtype, tuple(vector.shape)),
-            (wire_dtype(slots[name], wire), (slots[name].layout.numel,)),
-        )
+        got = (vector.dtype, tuple(vector.shape))
+        expected = (wire_dtype(slots[name], wire), (slots[name].layout.numel,))
         if got != expected:
             raise ValueError(f"slot {name} is {got[0]} {got[1]}, its layout {expected[0]} {expected[1]}")
     layouts = {name: slots[name].layout.fingerprint for name in vectors}
     return encode_parts({**header, "layouts": layouts}, {n: v.unsqueeze(0) for n, v in vectors.items()})
 
 
-def _vectors(
-    header: dict[str, Any],
-    columns: Mapping[str, Tensor],
-    slots: Mapping[str, Slot],
-    device: torch.device | str,
-    own: bool,
-    wire: str = "exact",
-) -> dict[str, Tensor]:
+def _check_vectors(header: dict[str, Any], columns: Mapping[str, Tensor], slots: Slots, wire: str) -> None:
     layouts = _field(header, "layouts", dict)
     for name, column in columns.items():
         layout, dtype = slots[name].layout, wire_dtype(slots[name], wire)
@@ -227,11 +209,17 @@ def _vectors(
             raise RejectedError(f"slot {name} has shape {tuple(column.shape)}, expected (1, {layout.numel})")
         if layouts.get(name) != layout.fingerprint:
             raise RejectedError(f"slot {name} has layout {short(layouts.get(name))}, expected {layout.fingerprint}")
-    return {n: _landed(c[0], slots[n].layout.dtype, device, own) for n, c in columns.items()}
+
+
+def _records(columns: Mapping[str, Tensor], device: torch.device | str = "cpu", own: bool = True) -> Records:
+    return Records({n: _landed(c, c.dtype, device, own) for n, c in columns.items()})
 
 
 def _landed(column: Tensor, dtype: torch.dtype, device: torch.device | str, own: bool) -> Tensor:
-    """``column`` on ``device`` in aligned memory: itself, where it lies so in a copy that we ``own``; else a copy."""
+    """Return ``column`` on ``device`` in aligned memory.
+
+    Where we ``own`` the memory and it is aligned, this is the column itself, else a copy.
+    """
     if not own:
         return column.to(device, copy=True).to(dtype)
     if column.dtype == dtype and column.data_ptr() % 64 == 0:

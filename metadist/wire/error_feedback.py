@@ -1,4 +1,4 @@
-"""Contributions in half the bytes: rounded to bfloat16, with what was rounded away carried into the worker's next one."""
+"""Contributions in half the bytes: rounded to bfloat16, the error is added to the worker's next contribution."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ WIRES = ("exact", "bfloat16")
 
 
 def wire_dtype(slot: Slot, wire: str) -> torch.dtype:
-    """What a contribution to ``slot`` travels as."""
+    """Return the dtype of a contribution to ``slot`` on the wire."""
     rounded = wire == "bfloat16" and slot.rule == "gradient" and slot.layout.dtype in (torch.float32, torch.float64)
     return torch.bfloat16 if rounded else slot.layout.dtype
 
 
 class ErrorFeedback:
-    """One worker's rounding errors: Σ sent + residual = Σ contributions, over those that were counted.
+    """One worker's rounding errors: Σ sent + residual = Σ contributions, over the contributions that were counted.
 
-    A single rounding is off by up to 0.4 %, and always in the same direction where gradients are alike; with the error
-    carried on, the error of a long sum stays that of its last term. The residual is the worker's own, so results depend
-    on who computed what: for runs that gave up exactness.
+    A single rounding is off by up to 0.4 %, and always in the same direction where gradients are alike. With error
+    feedback, the error of a long sum stays that of its last term. Every worker has a residual of its own, so results
+    depend on which worker computed which shard: this is for runs that gave up exactness.
 
-    A contribution may be sent and not be counted, since a backup was faster. Its sender hears of it by ``settle``, and
-    takes back what it carried on.
+    A contribution may be sent and not be counted, since a backup was faster. ``settle`` tells the sender, which then
+    undoes its effect on the residual.
     """
 
     def __init__(self, slots: Mapping[str, Slot]) -> None:
@@ -38,8 +38,11 @@ class ErrorFeedback:
         self._errors: dict[Hashable, dict[str, Tensor]] = {}
 
     def round(self, key: Hashable, contribution: Contribution) -> Contribution:
-        """``contribution`` plus the residual, as it travels. With NaN, Inf or what overflows it goes without, and leaves
-        nothing behind: the driver will refuse it. ``key`` names it to ``settle``."""
+        """Return ``contribution`` plus the residual, rounded for the wire. ``key`` names it to ``settle``.
+
+        A contribution with NaN, Inf or values that overflow is rounded without the residual and does not change it:
+        the driver will refuse the contribution.
+        """
         vectors = {n: v for n, v in contribution.slots.items() if wire_dtype(self._slots[n], "bfloat16") != v.dtype}
         sent = self._carry(key, vectors) if contribution.is_finite() else None
         if sent is None:
@@ -47,7 +50,7 @@ class ErrorFeedback:
         return replace(contribution, slots={**contribution.slots, **sent})
 
     def _carry(self, key: Hashable, vectors: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        # Every pass over a large vector is one over memory that served before: fresh pages would cost more than the sums.
+        # Every pass over a large vector uses memory that was used before: fresh pages would cost more than the sums.
         sent, residual, error = {}, {}, {}
         for name, vector in vectors.items():
             total, back = _like(vector, vector.dtype), _like(vector, vector.dtype)
@@ -63,14 +66,14 @@ class ErrorFeedback:
         return sent
 
     def settle(self, key: Hashable, counted: bool) -> None:
-        """Whether the contribution ``key`` was summed; until then its error is kept."""
+        """Tell whether the contribution ``key`` was summed. Until then its error is kept."""
         errors = self._errors.pop(key, {})
         if not counted:
             for name, error in errors.items():
                 self._residual[name].sub_(error)
 
     def residual(self, name: str) -> Tensor:
-        """What has been rounded away from slot ``name`` and not been sent yet."""
+        """Return the rounding error of slot ``name`` that has not been sent yet."""
         layout = self._slots[name].layout
         return self._residual[name] if name in self._residual else torch.zeros(layout.numel, dtype=layout.dtype)
 

@@ -1,4 +1,4 @@
-"""The frame: 64 bytes that say whether what follows is what was sent. Nothing behind is looked at before they hold.
+"""The frame: 64 bytes that tell whether the payload behind them is undamaged. They are checked before anything else.
 
 ========  =====  ==========================================================================
 offset    bytes  little-endian
@@ -12,8 +12,8 @@ offset    bytes  little-endian
 64        …      payload: as aligned as the buffer is, up to 64 bytes
 ========  =====  ==========================================================================
 
-The hash covers the other header fields too, so a flipped bit is found wherever it lies. It finds accidents; it is no
-signature: who may send is for the transport to decide, and what is inside a good frame is still checked by the codec.
+The hash covers the other header fields too, so a flipped bit is found wherever it lies. The hash finds accidents and
+is no signature: the transport decides who may send, and the codec checks the content of an undamaged frame.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from metadist.wire.memory import fresh
 MAGIC = b"METADIST"
 VERSION = 1
 HEADER_BYTES = 64
-#: bytes that are hashed while the cache still holds what was copied
+#: bytes that are copied and then hashed while they are in the cache
 BLOCK = 256 << 10
 
 _FIELDS = struct.Struct("<8sI4xQ24x")
@@ -38,21 +38,15 @@ _HASHED = _FIELDS.size
 
 
 class FrameError(Exception):
-    """The bytes are not one whole, undamaged frame of this version. The message says why."""
-
-
-def frame(payload_buffers: Iterable[Any]) -> pa.Buffer:
-    """The concatenation of ``payload_buffers`` (anything with the buffer protocol) in one frame, copied once."""
-    parts = [_bytes(b) for b in payload_buffers]
-    buffer = pa.allocate_buffer(HEADER_BYTES + sum(map(len, parts)))
-    view = memoryview(buffer).cast("B")
-    _FIELDS.pack_into(view, 0, MAGIC, VERSION, len(view) - HEADER_BYTES)
-    view[_HASHED:HEADER_BYTES] = _copy_and_hash(view[:_HASHED], parts, view[HEADER_BYTES:])
-    return buffer
+    """The bytes are not one whole, undamaged frame of this version. The message gives the reason."""
 
 
 def scatter(payload_buffers: Iterable[Any]) -> list[pa.Buffer]:
-    """The same frame in parts that one after another are its bytes: large buffers as they are, not copied."""
+    """Return a frame around ``payload_buffers`` (anything with the buffer protocol) in parts.
+
+    The concatenation of the parts is the frame. Large buffers are parts as they are; small buffers are copied into
+    common parts.
+    """
     parts = [_bytes(b) for b in payload_buffers]
     header = bytearray(HEADER_BYTES)
     _FIELDS.pack_into(header, 0, MAGIC, VERSION, sum(map(len, parts)))
@@ -69,7 +63,7 @@ def scatter(payload_buffers: Iterable[Any]) -> list[pa.Buffer]:
 
 
 def join(parts: Sequence[pa.Buffer]) -> pa.Buffer:
-    """One buffer of the ``parts`` of a frame; they are copied if there are several."""
+    """Return one buffer of the ``parts`` of a frame; several parts are copied."""
     if len(parts) == 1:
         return parts[0]
     buffer = pa.py_buffer(fresh(sum(p.size for p in parts)).numpy())
@@ -81,7 +75,7 @@ def join(parts: Sequence[pa.Buffer]) -> pa.Buffer:
 
 
 def unframe(buffer: Any) -> pa.Buffer:
-    """The payload of a frame: a zero-copy slice, after magic, version, length and hash were found to hold.
+    """Return the payload of a frame as a zero-copy slice, after magic, version, length and hash were checked.
 
     ``buffer``: a ``pa.Buffer``, ``bytes`` or anything with the buffer protocol. Raises ``FrameError``.
     """
@@ -95,9 +89,10 @@ def unframe(buffer: Any) -> pa.Buffer:
 
 
 def gather(parts: Sequence[Any]) -> pa.Buffer:
-    """The payload of a frame that came in ``parts``, in fresh memory aligned to 64 bytes; checked as by ``unframe``.
+    """Return the payload of a frame that came in ``parts``, in fresh memory aligned to 64 bytes.
 
-    One pass: every block is copied and, while the cache still holds it, the copy is hashed.
+    The checks are those of ``unframe``. This is one pass: every block is copied and then, while it is in the cache,
+    hashed.
     """
     views = [_bytes(p) for p in parts]
     size = sum(map(len, views))
@@ -114,7 +109,7 @@ def _bytes(buffer: Any) -> memoryview:
 
 
 def _copy_and_hash(fields: memoryview, parts: Iterable[memoryview], target: memoryview) -> bytes:
-    """Copy ``parts`` one behind another into ``target``; the digest of ``fields`` and of what is there then."""
+    """Copy ``parts`` one after another into ``target``, and return the digest of ``fields`` and ``target``."""
     digest, position = xxhash.xxh3_128(fields), 0
     for part in parts:
         for start in range(0, len(part), BLOCK):

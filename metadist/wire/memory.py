@@ -1,7 +1,7 @@
-"""Memory for what arrives: aligned to 64 bytes, and cheap where it is large.
+"""Memory for arriving tensors: aligned to 64 bytes, and cheap where it is large.
 
 The kernel clears fresh memory page by page, which costs more than the copy into it. Large blocks therefore are huge
-pages, and a block that nobody can reach any more serves again.
+pages, and a block that nothing refers to any more is reused.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import weakref
 import torch
 from torch import Tensor
 
-#: smaller ones come from PyTorch's own allocator, which keeps what is freed
+#: smaller blocks come from PyTorch's own allocator, which keeps freed memory
 LARGE = 1 << 20
-#: bytes of blocks that wait to be used again, in this process
+#: bytes of blocks that this process keeps for reuse
 SPARE = 1 << 30
 _HUGE_PAGE = 2 << 20
 
@@ -25,7 +25,7 @@ _spare: list[tuple[int, mmap.mmap]] = []
 
 
 def fresh(size: int) -> Tensor:
-    """``size`` writable bytes, aligned to 64, that nothing else refers to; what they hold is undefined."""
+    """Return ``size`` writable bytes, aligned to 64, that nothing else refers to. Their content is undefined."""
     if size < LARGE or sys.platform != "linux":
         return torch.empty(size, dtype=torch.uint8)
     rounded = -(-size // _HUGE_PAGE) * _HUGE_PAGE
@@ -52,7 +52,7 @@ def _reused(size: int) -> mmap.mmap | None:
 
 
 def _return(size: int, block: mmap.mmap) -> None:
-    """May run in any thread, at any allocation: list operations only, no locks."""
+    """Keep a block for reuse. A finalizer may run in any thread, at any allocation: list operations only, no locks."""
     _spare.append((size, block))
     while sum(s for s, _ in _spare) > SPARE:
         with contextlib.suppress(IndexError):

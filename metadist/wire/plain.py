@@ -1,4 +1,4 @@
-"""One tensor as a plain Arrow IPC stream, as any Arrow library writes and reads it: for callers that aren't ours."""
+"""One tensor as a plain Arrow IPC stream, which any Arrow library reads and writes: for clients without metadist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow.ipc as ipc
 import torch
 from torch import Tensor
 
-from metadist.wire.stream import RejectedError, _is_compressed, _next, short
+from metadist.wire.stream import RejectedError, is_compressed, next_message, short
 
 _NUMBERS = {
     pa.float32(): torch.float32,
@@ -22,7 +22,10 @@ _NUMBERS = {
 
 
 def encode_plain(tensor: Tensor) -> bytes:
-    """A tensor [rows, …] as one record batch with one column: numbers, in nested fixed-size lists where a row has dimensions."""
+    """Encode a tensor [rows, …] as one record batch with one column of numbers.
+
+    Dimensions after the first are nested fixed-size lists.
+    """
     flat = tensor.detach().cpu().contiguous()
     array = pa.array(flat.view(-1).numpy())
     for width in reversed(flat.shape[1:]):
@@ -35,20 +38,23 @@ def encode_plain(tensor: Tensor) -> bytes:
 
 
 def decode_plain(data: bytes, *, most: int) -> Tensor:
-    """The tensor in such a stream, in memory of its own, with ``most`` elements at most. Lengths are looked at before anything is
-    made of them. Raises ``RejectedError``, and nothing else, whatever the bytes are."""
+    """Return the tensor in such a stream, in memory of its own. It has at most ``most`` elements.
+
+    All lengths are checked before memory is allocated for them. Raises ``RejectedError`` and no other error for any
+    bytes.
+    """
     try:
         return _decode(data, most)
     except RejectedError:
         raise
-    except Exception as error:  # Arrow and struct each raise their own
+    except Exception as error:  # Arrow and struct each raise errors of their own
         raise RejectedError(f"no readable Arrow stream ({type(error).__name__})") from error
 
 
 def _decode(data: bytes, most: int) -> Tensor:
     payload = pa.py_buffer(data)
     messages = ipc.MessageReader.open_stream(pa.BufferReader(payload))
-    schema = ipc.read_schema(_next(messages, "schema"))
+    schema = ipc.read_schema(next_message(messages, "schema"))
     if len(schema) != 1:
         raise RejectedError(f"{len(schema)} columns, expected one")
     widths: list[int] = []
@@ -57,11 +63,10 @@ def _decode(data: bytes, most: int) -> Tensor:
         widths.append(kind.list_size)
         kind = kind.value_type
     if kind not in _NUMBERS:
-        raise RejectedError(
-            f"a column of {short(str(schema.field(0).type))}; expected numbers ({_names()}), or fixed-size lists of them"
-        )
-    message = _next(messages, "record batch")
-    if _is_compressed(message):
+        found = short(str(schema.field(0).type))
+        raise RejectedError(f"a column of {found}; expected numbers ({_names()}), or fixed-size lists of them")
+    message = next_message(messages, "record batch")
+    if is_compressed(message):
         raise RejectedError("a compressed record batch; write it without compression")
     batch = ipc.read_record_batch(message, schema)
     count = batch.num_rows * math.prod(widths)

@@ -1,4 +1,4 @@
-"""Named tensors and a JSON header as one Arrow IPC stream in a frame, and back, trusting nothing.
+"""Named tensors and a JSON header as one Arrow IPC stream in a frame, and back. The decoder trusts no bytes.
 
 The stream is one record batch: every tensor [rows, …] is a column of fixed-width numbers, or of fixed-size lists of
 them, without nulls, compression or dictionaries. Any Arrow reader can open it. The schema's metadata hold the header.
@@ -18,7 +18,7 @@ import pyarrow.ipc as ipc
 import torch
 from torch import Tensor
 
-from metadist.wire.frame import FrameError, frame, gather, scatter, unframe
+from metadist.wire.frame import FrameError, gather, scatter, unframe
 
 _KEY = b"metadist"
 #: torch dtype → (the dtype its bits travel as, Arrow's name for that)
@@ -37,7 +37,7 @@ _MAX_LIST = 2**31 - 1
 
 
 class RejectedError(Exception):
-    """What arrived must not be used. ``reason`` says why, in words that are the same for the same cause."""
+    """The bytes that arrived must not be used. ``reason`` has the same words for the same cause."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -45,37 +45,32 @@ class RejectedError(Exception):
 
 
 def short(value: object) -> str:
-    """A bounded ``repr``: what a stranger sent goes into messages."""
+    """Return a ``repr`` of bounded length, so that messages can quote untrusted values."""
     return reprlib.repr(value)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` for ``torch.float32``. Raises ``ValueError`` for a dtype that does not travel."""
+    """Return ``"float32"`` for ``torch.float32``. Raises ``ValueError`` for a dtype that does not travel."""
     if dtype not in _WIRE:
         raise ValueError(f"{dtype} does not travel; one of {', '.join(_DTYPES)} does")
     return str(dtype).removeprefix("torch.")
 
 
-def encode(header: Mapping[str, Any], columns: Mapping[str, Tensor]) -> pa.Buffer:
-    """Tensors [rows, …], all with the same number of rows, on any device → one framed buffer.
-
-    ``header`` must be strict JSON and not use the key ``columns``. Contiguous CPU tensors are copied once, into the
-    frame. Raises ``ValueError`` for a dtype, shape or header that can't travel.
-    """
-    return frame(_stream(header, columns))
-
-
 def encode_parts(header: Mapping[str, Any], columns: Mapping[str, Tensor]) -> list[pa.Buffer]:
-    """The frame that ``encode`` makes, in parts; those of large contiguous CPU tensors are the tensors' own memory."""
+    """Encode tensors [rows, …] on any device, all with the same number of rows, as a frame in parts.
+
+    ``header`` must be strict JSON and not use the key ``columns``. The parts of large contiguous CPU tensors are the
+    tensors' own memory. Raises ``ValueError`` for a dtype, shape or header that can't travel.
+    """
     return scatter(_stream(header, columns))
 
 
 def decode(buffer: Any, *, own: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A framed buffer, or the list of its parts → its header and its tensors [rows, …].
+    """Return the header and the tensors [rows, …] of a framed buffer, or of the list of its parts.
 
-    The tensors are read-only, perhaps misaligned views of the buffer; with ``own`` (and of parts, always) they are
-    views of a fresh copy. Every one has the dtype and shape that ``header["columns"]`` states, and lies inside the
-    buffer. Raises ``RejectedError``, and nothing else, whatever the bytes are.
+    The tensors are read-only, perhaps misaligned views of the buffer. With ``own``, and where the buffer comes in
+    parts, they are views of a fresh copy. Every tensor has the dtype and shape that ``header["columns"]`` states, and
+    lies inside the buffer. Raises ``RejectedError`` and no other error for any bytes.
     """
     try:
         if own or isinstance(buffer, list):
@@ -85,12 +80,14 @@ def decode(buffer: Any, *, own: bool = False) -> tuple[dict[str, Any], dict[str,
         raise
     except FrameError as error:
         raise RejectedError(f"damaged frame: {error}") from error
-    except Exception as error:  # behind a good hash anything can lie, and Arrow, JSON and struct each raise their own
+    except (
+        Exception
+    ) as error:  # a good hash vouches for no content; Arrow, JSON and struct each raise errors of their own
         raise RejectedError(f"unreadable content: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 class _Pieces:
-    """A file for Arrow to write to. It keeps what is written in pieces: tensors as the buffers that they lie in."""
+    """A file for Arrow to write to. It keeps the pieces; those of tensors are the tensors' own buffers."""
 
     closed = False
 
@@ -107,7 +104,7 @@ class _Pieces:
 
 
 def _stream(header: Mapping[str, Any], columns: Mapping[str, Tensor]) -> list[Any]:
-    """An Arrow stream in pieces, its body at a multiple of 64 bytes: the header ends in as many blanks as that takes."""
+    """Return an Arrow stream in pieces. Blanks at the end of the header put the body at a multiple of 64 bytes."""
     shapes = {n: tuple(t.shape) for n, t in columns.items()}
     if not all(shapes.values()) or len({s[0] for s in shapes.values()}) > 1:
         raise ValueError(f"columns need one common number of rows, got {shapes}")
@@ -147,15 +144,15 @@ def _to_arrow(tensor: Tensor) -> pa.Array:
 def _decode(payload: pa.Buffer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     source = pa.BufferReader(payload)
     messages = ipc.MessageReader.open_stream(source)
-    schema = ipc.read_schema(_next(messages, "schema"))  # which crashes on a message that is none
+    schema = ipc.read_schema(next_message(messages, "schema"))  # ipc.read_schema crashes on a message of another type
     header = json.loads((schema.metadata or {})[_KEY])
     about = header["columns"]
     if schema.names != list(about):
         raise RejectedError(f"columns are {short(schema.names)}, the header says {short(list(about))}")
     for field in schema:
         _check_type(field, about[field.name])
-    message = _next(messages, "record batch")
-    if _is_compressed(message):
+    message = next_message(messages, "record batch")
+    if is_compressed(message):
         raise RejectedError("a compressed record batch")
     batch = ipc.read_record_batch(message, schema)
     batch.validate()
@@ -170,7 +167,8 @@ def _decode(payload: pa.Buffer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, {n: _from_arrow(batch.column(i), about[n], payload) for i, n in enumerate(about)}
 
 
-def _next(messages: ipc.MessageReader, kind: str) -> pa.Message:
+def next_message(messages: ipc.MessageReader, kind: str) -> pa.Message:
+    """Read the next message. Raises ``RejectedError`` where it is not of type ``kind``."""
     message = messages.read_next_message()
     if message.type != kind:
         raise RejectedError(f"message is {message.type}, expected {kind}")
@@ -178,7 +176,7 @@ def _next(messages: ipc.MessageReader, kind: str) -> pa.Message:
 
 
 def _check_type(field: pa.Field, about: dict[str, Any]) -> None:
-    """The column's type is the one that the header's dtype and shape come to; shape is a non-empty list of counts."""
+    """Refuse a column that is not of the header's dtype and shape, and a shape that is no list of counts."""
     dtype, shape = _DTYPES.get(about["dtype"]), about["shape"]
     if dtype is None:
         raise RejectedError(f"column {short(field.name)} has unknown dtype {short(about['dtype'])}")
@@ -210,10 +208,11 @@ def _from_arrow(column: pa.Array, about: dict[str, Any], payload: pa.Buffer) -> 
     return flat.view(dtype).view(shape)
 
 
-def _is_compressed(message: pa.Message) -> bool:
-    """Whether a record batch message has a ``compression`` field: looked up before Arrow would inflate a bomb.
+def is_compressed(message: pa.Message) -> bool:
+    """Return whether a record batch message has a ``compression`` field, before Arrow inflates a decompression bomb.
 
-    pyarrow doesn't expose it; this walks the flatbuffer: Message.header is field 2, RecordBatch.compression field 3.
+    pyarrow doesn't expose the field, so this walks the flatbuffer: Message.header is field 2, RecordBatch.compression
+    field 3.
     """
     metadata = memoryview(message.metadata)
 

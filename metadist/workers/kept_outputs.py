@@ -1,40 +1,137 @@
-"""What the later rounds of a meta-step may ask for."""
+"""Outputs that later rounds of a meta-step need: where an executor keeps them, and how two executors share them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from metadist.core.round import OutputKey, Shard
+from metadist.core.round import Executor, Failed, OutputKey, Shard
+from metadist.engine.plan import Plan
+from metadist.workers.calls import Call, Content, Settled
 
-Theta = TypeVar("Theta")
-Output = TypeVar("Output")
+ThetaT = TypeVar("ThetaT")
+StoredT = TypeVar("StoredT")
 
 
-@dataclass
-class Kept(Generic[Theta, Output]):
-    """The outputs of shards that keep them, and the θ of every round that has some: a lost one is computed anew under it."""
+@dataclass(frozen=True)
+class KeptOutput(Generic[StoredT]):
+    """The output of ``shard``, made by the call ``token``, in the form in which the executor stores outputs."""
 
-    thetas: dict[int, Theta] = field(default_factory=dict)
-    outputs: dict[OutputKey, Output] = field(default_factory=dict)
-    _rounds: set[int] = field(default_factory=set)
+    shard: Shard
+    token: int
+    stored: StoredT
 
-    def publish(self, round: int, theta: Theta) -> None:
-        """Round 0 drops everything; any round drops the θs that no output comes from."""
+
+class KeptOutputs(Generic[ThetaT, StoredT]):
+    """The outputs of a meta-step's shards, and the θ of every round that has outputs.
+
+    Lost outputs are computed again under the θ of their round.
+    """
+
+    def __init__(self) -> None:
+        #: round → (version, θ). One meta-step publishes several θ: of its rounds, its validation, the test of the best
+        self.thetas: dict[int, tuple[int, ThetaT]] = {}
+        self.outputs: dict[OutputKey, KeptOutput[StoredT]] = {}
+        self._rounds: set[int] = set()
+        self._version = self._token = 0
+
+    def publish(self, round: int, theta: ThetaT) -> None:
+        """Add the θ of ``round``. Round 0 drops all outputs; every round drops the θs that no output comes from."""
         if round == 0:
             self._rounds.clear()
             self.outputs.clear()
+        self._version += 1
         self.thetas = {r: t for r, t in self.thetas.items() if r in self._rounds}
-        self.thetas[round] = theta
+        self.thetas[round] = (self._version, theta)
 
     def hold(self, round: int) -> None:
-        """Keep this round's θ although its outputs may all lie elsewhere."""
+        """Keep the θ of this round, although all outputs of the round may lie elsewhere."""
         self._rounds.add(round)
 
-    def keep(self, shard: Shard, output: Output) -> None:
+    def keep(self, shard: Shard, stored: StoredT, token: int | None = None) -> None:
+        """Keep the output of ``shard``, made by the call ``token``; without a token the output gets a new one."""
         self.hold(shard.round)
-        self.outputs[shard.key] = output
+        self.outputs[shard.key] = KeptOutput(shard, self._new_token() if token is None else token, stored)
+
+    def keep_answer(self, call: Call, stored: StoredT) -> bool:
+        """Keep the output that ``call`` made. Return False where the round has another θ by now."""
+        current = self.thetas.get(call.shard.round)
+        if current is None or current[0] != call.version:
+            return False
+        self.keep(call.shard, stored, call.token)
+        return True
 
     def lacking(self, shard: Shard) -> tuple[OutputKey, ...]:
-        """Those that ``shard`` needs and that are not there."""
+        """Return the keys of the outputs that ``shard`` needs and that are not here."""
         return tuple(key for key in shard.needs if key not in self.outputs)
+
+    def needed(self, shard: Shard) -> tuple[KeptOutput[StoredT], ...]:
+        """Return the outputs that ``shard`` needs, in the order of ``shard.needs``."""
+        return tuple(self.outputs[key] for key in shard.needs)
+
+    def call(self, shard: Shard, attempt: int, settled: Settled | None = None) -> Call:
+        """Return a new call for ``shard``, under the θ of its round and with the outputs that it needs."""
+        needs = tuple((output.shard, output.token) for output in self.needed(shard))
+        return Call(shard, attempt, self.thetas[shard.round][0], self._new_token(), needs, settled)
+
+    def _new_token(self) -> int:
+        self._token += 1
+        return self._token
+
+    def forget(self, call: Call, keys: tuple[OutputKey, ...]) -> tuple[OutputKey, ...]:
+        """Drop the outputs ``keys`` that ``call`` lacked, and return the keys of those that were dropped.
+
+        An output that was computed again since the call is not lost: it is enough to submit the shard again.
+        """
+        asked = {shard.key: token for shard, token in call.needs}
+        lost = tuple(k for k in keys if k in asked and k in self.outputs and self.outputs[k].token == asked[k])
+        for key in lost:
+            del self.outputs[key]
+        return lost
+
+
+class KeepingExecutor(Executor, ABC, Generic[ThetaT, StoredT]):
+    """An executor that keeps outputs in ``_kept``, and shares outputs with another executor."""
+
+    plan: Plan | None
+
+    def __init__(self) -> None:
+        self._kept: KeptOutputs[ThetaT, StoredT] = KeptOutputs()
+
+    @abstractmethod
+    def content_of(self, output: KeptOutput[StoredT]) -> Content:
+        """Return the output as a frame that is fetched when it is read."""
+
+    @abstractmethod
+    def stored_from(self, shard: Shard, content: Content) -> StoredT:
+        """Return the output of ``shard`` in the form in which this executor stores outputs."""
+
+    def lacking(self, shard: Shard) -> tuple[OutputKey, ...]:
+        """Return the keys of the outputs that ``shard`` needs and that are not here."""
+        return self._kept.lacking(shard)
+
+    def hold(self, round: int) -> None:
+        """Keep the θ of this round, since outputs come from it that lie elsewhere."""
+        self._kept.hold(round)
+
+    def output(self, key: OutputKey) -> tuple[Shard, Content] | None:
+        """Return the shard and the content of an output, or None where it is not here."""
+        kept = self._kept.outputs.get(key)
+        return None if kept is None else (kept.shard, self.content_of(kept))
+
+    def adopt(self, shard: Shard, content: Content) -> None:
+        """Keep an output that another executor made."""
+        self._kept.keep(shard, self.stored_from(shard, content))
+
+    def _missing(self, shard: Shard, attempt: int) -> Failed | None:
+        """Return the event for a shard whose needed outputs are not all here."""
+        missing = self._kept.lacking(shard)
+        if not missing:
+            return None
+        return Failed(shard, attempt, "driver", "missing", "an output that it needs is not there", missing=missing)
+
+    def _lost(self, call: Call, keys: tuple[OutputKey, ...], reason: str, worker: str) -> Failed:
+        """Drop the outputs that a call lacked, and return the event for its shard."""
+        missing = self._kept.forget(call, keys)
+        return Failed(call.shard, call.attempt, worker, "missing", reason, missing=missing)

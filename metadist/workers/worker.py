@@ -1,4 +1,4 @@
-"""What runs in every process that computes shards: device, threads, numerics fingerprint, measurements."""
+"""The worker in every process that computes shards: device, threads, numerics fingerprint, measurements."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, Wor
 from metadist.core.round import Result, Shard, WithOutput
 from metadist.core.state import Contribution, Records, TreeSum
 from metadist.core.stopwatch import timing
-from metadist.engine.agreement import compiled_disagrees
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
-from metadist.workers.plan import Device
+from metadist.engine.plan import Device
+from metadist.learners.base import Learner
+from metadist.workers.plan import device_facts
 
 
 def resolve_device(wanted: str, gpus: float) -> torch.device:
-    """``auto`` is the first visible GPU where this worker was given one, else the CPU."""
+    """Return the device for ``engine.device``: ``auto`` is the first visible GPU where ``gpus`` > 0, else the CPU."""
     if wanted == "auto":
         return torch.device("cuda:0" if gpus > 0 and torch.cuda.is_available() else "cpu")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            f"engine.device: '{wanted}' was asked for, but PyTorch {torch.__version__} sees no GPU here; use cpu or auto"
+            f"engine.device: '{wanted}', but PyTorch {torch.__version__} sees no GPU here; use cpu or auto"
         )
     return torch.device(wanted)
 
@@ -45,7 +44,7 @@ def resolve_device(wanted: str, gpus: float) -> torch.device:
 def numerics_fingerprint(
     device: torch.device, threads: int, dtype: torch.dtype, engine: Engine = Engine()
 ) -> dict[str, Any]:
-    """What must be equal for two workers to compute the same bits, and a hash of it under ``id``."""
+    """Return the facts that must be equal for two workers to compute the same bits, and their hash under ``id``."""
     facts: dict[str, Any] = {
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -59,13 +58,13 @@ def numerics_fingerprint(
         else f"mixed, {engine.hessian}",
         "precision": engine.precision,
     }
-    if engine.chunk is not None:  # a library's kernels may choose otherwise for other batches
+    if engine.chunk is not None:  # libraries may choose other kernels for other batches
         facts["chunk"] = engine.chunk
     return {**facts, "id": fingerprint_id(facts)}
 
 
 def fingerprint_id(facts: Mapping[str, Any]) -> str:
-    """A hash of everything but the ``id``."""
+    """Return a hash of all facts but the ``id``."""
     return hashlib.sha256(
         json.dumps({k: v for k, v in facts.items() if k != "id"}, sort_keys=True).encode()
     ).hexdigest()[:16]
@@ -84,17 +83,19 @@ def _processor() -> str:
 
 
 class Worker:
-    """Computes shards with one learner on one device. ``threads`` is PyTorch's intra-op count, set for the whole process."""
+    """Compute shards with one learner on one device.
 
-    def __init__(self, learner: Learner | TrialLearner, *, name: str, device: str, gpus: float, threads: int) -> None:
+    ``threads`` is PyTorch's intra-op thread count; it is set for the whole process.
+    """
+
+    def __init__(self, learner: Learner, *, name: str, device: str, gpus: float, threads: int) -> None:
         self.learner, self.name, self.threads = learner, name, threads
         torch.set_num_threads(threads)
         keep_freed_memory()
         self.device = resolve_device(device, gpus)
         if self.device.type == "cuda":
-            os.environ.setdefault(
-                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-            )  # read when cuBLAS starts; deterministic ones are
+            # cuBLAS reads it when it starts; its kernels are deterministic only with such a workspace.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.cuda.set_device(self.device)
         learner.prepare(self.device)
         self.fingerprint = numerics_fingerprint(self.device, threads, learner.model.dtype)
@@ -104,11 +105,14 @@ class Worker:
         self._measured_at, self._measured = -math.inf, dict[str, float]()
 
     def describe(self) -> Device:
-        """What a plan must know of it."""
-        return Device.of(self.device, self.fingerprint["device"])
+        """Return the facts about the device that a plan needs."""
+        return device_facts(self.device, self.fingerprint["device"])
 
     def configure(self, engine: Engine, seed: int) -> dict[str, Any]:
-        """Compute as ``engine`` says, and compile what it says before the first shard waits for it; what ``about`` says then."""
+        """Compute with ``engine`` from now on, compile everything that it compiles, and return ``about()``.
+
+        Raises WorkerError where this machine can't comply.
+        """
         reason = self.describe().no_compiler if engine.compile else None
         if reason:
             raise WorkerError(
@@ -122,24 +126,25 @@ class Worker:
         self.learner.set_engine(engine, one_at_a_time)
         self.fingerprint = numerics_fingerprint(self.device, self.threads, self.learner.model.dtype, engine)
         if engine.compile:
-            assert isinstance(self.learner, Learner), "no plan compiles policies"
             try:
                 self.compile_seconds = self.learner.warm_up(seed)
-                wrong = compiled_disagrees(self.learner, seed)
+                wrong = self.learner.miscompiled(seed)
             except MetadistError:
                 raise
-            except Exception as error:  # whatever a compiler may fail with
+            except Exception as error:  # compilers fail with many types
                 what = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise WorkerError(
-                    f"worker {self.name} can't comply with engine.compile: {what[:400]}; engine.compile=never does without"
+                    f"worker {self.name} can't comply with engine.compile: {what[:400]}; use engine.compile=never"
                 ) from error
             if wrong:
                 raise WorkerError(
-                    f"worker {self.name}: PyTorch's compiler makes a wrong graph of this model, which {wrong}; use engine.compile=never"
+                    f"worker {self.name}: PyTorch's compiler makes a wrong graph of this model, which {wrong}; "
+                    "use engine.compile=never"
                 )
         return self.about()
 
     def about(self) -> dict[str, Any]:
+        """Return the facts about this worker: name, process, device, numerics fingerprint, data."""
         return {
             "name": self.name,
             "pid": os.getpid(),
@@ -147,19 +152,22 @@ class Worker:
             "device": str(self.device),
             "fingerprint": self.fingerprint,
             "compile_seconds": self.compile_seconds,
-            "data_sha256": getattr(self.learner.tasks, "data_sha256", None),
+            "data_sha256": self.learner.data_sha256,
         }
 
     def compute(
         self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()
     ) -> tuple[Result, Records | None, dict[str, float]]:
-        """The shard's result (a block's: the sum over its shards), the output that it keeps (on this worker's device), and what it
-        took: seconds, resident bytes, CPU %, GPU bytes. ``inputs``: the outputs that it needs, in their order."""
+        """Return the shard's result, the output that it keeps (on this worker's device) or None, and measurements.
+
+        The result of a block is the sum over its shards. ``inputs`` are the outputs that the shard needs, in their
+        order. The measurements are seconds, resident bytes, CPU %, GPU bytes. Raises TaskError where task code raises.
+        """
         started = time.perf_counter()
         with timing() as split:
             result, output = self._summed(shard, theta) if shard.leaf else self._explained(shard, theta, inputs)
         now = time.perf_counter()
-        if now > self._measured_at + 1.0:  # asking the system takes as long as a small shard
+        if now > self._measured_at + 1.0:  # these calls take as long as a small shard
             self._measured_at = now
             self._measured = {
                 "cpu_percent": self._process.cpu_percent(),
@@ -177,7 +185,7 @@ class Worker:
         return result, output, stats
 
     def _summed(self, block: Shard, theta: Mapping[str, Tensor]) -> tuple[Result, None]:
-        """A block's shards one after the other, each as if it were alone, added up as the driver would."""
+        """Compute the shards of a block one after another, and add them up in the driver's order."""
         total: TreeSum[Any] = TreeSum(block.leaves, Contribution.absorb)
         for index, shard in enumerate(block.each()):
             total.add(index, self._explained(shard, theta, ())[0])
@@ -193,27 +201,24 @@ class Worker:
         except Exception as error:
             if "deterministic" in str(error) and self.device.type == "cuda":
                 raise ConfigError(
-                    f"this model has no deterministic kernel on a GPU ({str(error).partition(chr(10))[0]}); replace the operator, or give "
-                    "exactness up by engine.deterministic=false engine.exact=false"
+                    f"this model has no deterministic kernel on a GPU ({str(error).partition(chr(10))[0]}); replace "
+                    "the operator, or give exactness up with engine.deterministic=false engine.exact=false"
                 ) from error
             raise self._blame(shard, theta, inputs, error) from error
 
     def _computed(
         self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records]
     ) -> tuple[Result, Records | None]:
-        """One call form for all learners: ``inputs`` only where the shard needs some."""
-        learner: Any = self.learner
-        found = learner.compute(shard, theta, inputs) if shard.needs else learner.compute(shard, theta)
+        found = self.learner.compute(shard, theta, inputs) if shard.needs else self.learner.compute(shard, theta)
         if isinstance(found, WithOutput) != shard.keeps:
-            raise ValueError(
-                f"function '{shard.function}' has {'no output' if shard.keeps else 'an output'}; the shard says otherwise"
-            )
+            has = "no output" if shard.keeps else "an output"
+            raise ValueError(f"function '{shard.function}' has {has}; the shard says otherwise")
         return (found.result, aligned(found.output, self.device)) if isinstance(found, WithOutput) else (found, None)
 
     def _blame(
         self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records], error: Exception
     ) -> TaskError:
-        """Which tasks of the shard fail on their own?"""
+        """Return the error with the tasks of the shard that fail when they are computed alone."""
         tasks = []
         for position in range(shard.count):
             single = replace(shard, start=shard.start + position, count=1)
@@ -225,8 +230,11 @@ class Worker:
 
 
 def aligned(records: Records, device: torch.device) -> Records:
-    """``records`` as a receiver would decode them: contiguous columns in memory of their own, on ``device``. Kernels may differ
-    in the last bits on a strided or misaligned view, and the worker that rolled out must compute what any other would."""
+    """Return ``records`` as a receiver decodes them: contiguous, aligned columns on ``device``.
+
+    Kernels may differ in the last bits on a strided or misaligned view, and the worker that rolled out must compute the
+    same bits as any other worker.
+    """
 
     def settle(column: Tensor) -> Tensor:
         column = column.to(device).contiguous()
@@ -236,13 +244,13 @@ def aligned(records: Records, device: torch.device) -> Records:
 
 
 def _rows_of(records: Records, position: int, count: int) -> Records:
-    """One task's rows of an output of ``count`` tasks, which lie one task after another."""
+    """Return one task's rows of an output of ``count`` tasks, which lie one task after another."""
     each = records.rows // count
     return records.part(slice(position * each, (position + 1) * each))
 
 
 class TaskError(Exception):
-    """A task's own code raised. ``tasks`` are the indices of those that fail on their own."""
+    """A task's own code raised. ``tasks`` are the indices of the tasks that fail when they are computed alone."""
 
     def __init__(self, message: str, tasks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
@@ -254,7 +262,7 @@ class TaskError(Exception):
 
 @contextlib.contextmanager
 def one_at_a_time(name: str) -> Iterator[None]:
-    """Holds this node's lock on the compiler: the first process compiles, the others then find its kernels in the cache."""
+    """Hold this machine's lock on the compiler: the first process compiles, and the others find its kernels cached."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     os.makedirs(cache_dir(), exist_ok=True)
@@ -263,7 +271,7 @@ def one_at_a_time(name: str) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse freed blocks of up to 32 MB instead of giving each back: page faults cost a tenth of a conv4 step."""
+    """Make glibc keep freed blocks of up to 32 MB: the page faults of fresh ones cost a tenth of a conv4 step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mmap_threshold, trim_threshold = -3, -1

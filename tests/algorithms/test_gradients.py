@@ -1,4 +1,4 @@
-"""Must show 5: float64 meta-gradients against a plain per-task autograd loop, finite differences, and identities."""
+"""Meta-gradients in float64 against a plain autograd loop over tasks, finite differences, and identities."""
 
 import math
 
@@ -34,7 +34,7 @@ ALGORITHMS = {
     "adam": MAML(inner_lr=0.01, inner_steps=3, inner_optimizer="adam", inner_eps=1e-6),
     "minibatches": MAML(inner_lr=0.1, inner_steps=4, inner_batch_size=4),
 }
-#: every model with what the paper's claims rest on; the rest where it is cheap
+#: every model with the algorithms of the papers' claims; the other algorithms with two small models
 CASES = [
     (a, m)
     for a in ALGORITHMS
@@ -54,7 +54,7 @@ def make(algorithm, model, **options):
 
 
 def plain_objective(learner, theta, key, task):
-    """The query loss of one task, by an ordinary loop; ``theta`` holds leaves that require grad."""
+    """Return the query loss of one task by an ordinary loop; ``theta`` holds leaves that require grad."""
     algorithm, family = learner.algorithm, learner.tasks
     model = plain.Plain(learner.model.module, key)
     fixed = {n: t for slot in theta if slot == "frozen" or slot.startswith("buffers.") for n, t in theta[slot].items()}
@@ -95,7 +95,7 @@ def plain_objective(learner, theta, key, task):
 
 
 def plain_contribution(learner, theta, shard, objective=plain_objective):
-    """Σ over the shard's tasks of the gradient of ``objective``: slot → vector; and Σ of the losses."""
+    """Return Σ over the shard's tasks of the gradient of ``objective`` (slot → vector), and Σ of the losses."""
     leaves = {
         s: {n: t.clone().requires_grad_(learner.slots[s].rule == "gradient") for n, t in theta[s].items()}
         for s in theta
@@ -142,7 +142,7 @@ def test_on_the_network_and_the_data_of_the_main_job(algorithm, pooling, data):
 
 
 def test_first_order_differs_from_second_order():
-    """Or the tests above would prove nothing about either."""
+    """Otherwise, the tests above would prove nothing about either."""
     shard = keys(0, 1)
     second, first = (make(ALGORITHMS[a], "mlp") for a in ("maml-1", "fomaml-1"))
     theta = somewhere(second)
@@ -164,7 +164,7 @@ def test_dropout_depends_on_task_and_step_alone():
     assert relative_error(elsewhere, together) > 1e-2
 
 
-# A conditional neural process ------------------------------------------------------------------------------------------
+# A conditional neural process ----------------------------------------------------------------------------------------
 
 
 def plain_cnp(learner, theta, key, task):
@@ -188,7 +188,7 @@ def test_cnp_gradient_is_the_plain_loop_s():
     assert got.metrics["loss"] == pytest.approx(loss, rel=1e-12)
 
 
-# Finite differences ----------------------------------------------------------------------------------------------------
+# Finite differences --------------------------------------------------------------------------------------------------
 
 SMALL = {
     "maml": (MAML(inner_lr=0.2, inner_steps=3), Curves()),
@@ -201,7 +201,7 @@ SMALL = {
 
 @pytest.mark.parametrize("name", [*SMALL, "cnp"])
 def test_finite_differences(name):
-    """Of the loss that ``contribute`` reports, against the gradient that it returns, in every coordinate of every slot."""
+    """The differences of the reported loss against the returned gradient, in the coordinates of every slot."""
     if name == "cnp":
         subject = cnp_learner()
     else:
@@ -222,11 +222,11 @@ def test_finite_differences(name):
         assert relative_error(gradient[slot][list(chosen)], differences.double()) < 1e-7, slot
 
 
-# Reptile ---------------------------------------------------------------------------------------------------------------
+# Reptile -------------------------------------------------------------------------------------------------------------
 
 
 def support_gradients(subject, theta, shard):
-    """Σ over tasks of ∇θ of the loss on the support set."""
+    """Return Σ over tasks of ∇θ of the loss on the support set."""
 
     def objective(learner, leaves, key, task):
         model = plain.Plain(learner.model.module, key)
@@ -247,7 +247,7 @@ def test_reptile_s_one_step_identity(model):
 @pytest.mark.parametrize("moments", ["fresh", "carried"])
 @pytest.mark.parametrize(("optimizer", "momentum"), [("adam", 0.0), ("sgd", 0.9)])
 def test_reptile_s_moments_against_an_optimiser_with_state(moments, optimizer, momentum):
-    """Two meta-steps of two tasks; each task's optimiser begins with nothing, or with the mean of the last meta-step's."""
+    """Two meta-steps of two tasks; moments start at zero, or at the mean over the tasks of the last meta-step."""
     betas, eps, lr, steps = (0.5, 0.99), 1e-6, 0.05, 3
     algorithm = Reptile(
         inner_lr=lr,
@@ -291,7 +291,7 @@ def test_reptile_s_moments_against_an_optimiser_with_state(moments, optimizer, m
         assert state.slots["inner_count"].item() == 2 * steps
 
 
-# Frozen and missing parts ----------------------------------------------------------------------------------------------
+# Frozen and missing parts --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["maml-5", "meta_sgd", "anil"])

@@ -8,6 +8,7 @@ from metadist.benchmarks import bench, memory
 from metadist.core.errors import ConfigError
 
 
+@pytest.mark.lane("services")
 @pytest.mark.long
 @pytest.mark.data
 @pytest.mark.parametrize("model", ["conv4", "transformer"])

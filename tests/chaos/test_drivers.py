@@ -1,4 +1,4 @@
-"""Drivers as processes of their own: killed at random moments, interrupted, terminated; and what is left of them."""
+"""Drivers in processes of their own: killed at random moments, interrupted, terminated; and their remains."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import psutil
 import pytest
 import tiny
 
-from metadist.experiment.train import train
 from metadist.tracking.spool import read_json
+
+pytestmark = pytest.mark.lane("services")
 
 #: long enough to be killed in: a second or more of meta-steps, a checkpoint after each
 STEPS = 120
@@ -28,7 +29,7 @@ TRACKED = "tracking.uri=auto"
 @pytest.fixture
 def expected(tmp_path):
     """The result of the unbroken run."""
-    return train(tiny.experiment(*OFTEN, "checkpoint.every=1000"), run_dir=str(tmp_path / "whole"), plots=False)
+    return tiny.train(tiny.experiment(*OFTEN, "checkpoint.every=1000"), run_dir=str(tmp_path / "whole"), plots=False)
 
 
 def query(folder: Path, sql: str) -> list[tuple]:
@@ -51,8 +52,10 @@ def wait_for(process, condition, seconds=240.0):
 
 
 def gone(processes, seconds=180.0) -> list[str]:
-    """Those that are still there, as command lines. Ray's agents look for their raylet once a minute only; a store that is
-    being made is made to its end."""
+    """Wait until ``processes`` have ended, and return the command lines of the others.
+
+    Ray's agents check their raylet only once a minute, and a store that is being created is finished first.
+    """
     _, alive = psutil.wait_procs([p for p in processes if not is_agent(p)], timeout=seconds)
     left = []
     for process in alive:
@@ -121,12 +124,14 @@ def test_killed_drivers_lose_nothing(tmp_path, expected):
     ]
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_killed_drivers_of_actors_leave_none_behind(tmp_path, expected):
     result, _ = kill_and_resume(tmp_path, 1, "--workers", "2")
     assert result["params_sha256"] == expected.params_sha256
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -135,7 +140,7 @@ def test_drivers_killed_twenty_times(tmp_path, workers):
     for seed in range(20):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        whole = train(tiny.experiment(*OFTEN, f"seed={seed}"), run_dir=str(folder / "whole"), plots=False)
+        whole = tiny.train(tiny.experiment(*OFTEN, f"seed={seed}"), run_dir=str(folder / "whole"), plots=False)
         result, moments = kill_and_resume(folder, 3, "--workers", workers, f"seed={seed}", TRACKED, seed=seed)
         assert result["params_sha256"] == whole.params_sha256
         check_points(folder)
@@ -201,7 +206,7 @@ def test_ctrl_c_checkpoints_closes_mlflow_and_can_be_resumed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert query(tmp_path, "SELECT run_uuid, status FROM runs") == [(run_uuid, "FINISHED")]
     # The run began as an endless one, which is compiled, and stays so.
-    whole = train(
+    whole = tiny.train(
         tiny.experiment(*ENDLESS, f"outer.meta_steps={steps}", "engine.compile=always"),
         run_dir=str(tmp_path / "whole"),
         plots=False,
@@ -211,16 +216,19 @@ def test_ctrl_c_checkpoints_closes_mlflow_and_can_be_resumed(tmp_path):
     assert tiny.last_json(done.stdout)["run_id"] == about["run_id"]
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_sigterm_is_like_ctrl_c_with_actors_too(tmp_path):
     check_interrupted(tmp_path, *interrupt(tmp_path, signal.SIGTERM, "--workers", "1"))
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_ctrl_c_in_a_terminal_reaches_the_actors_too(tmp_path):
     check_interrupted(tmp_path, *interrupt(tmp_path, signal.SIGINT, "--workers", "1", group=True))
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_while_ray_starts(tmp_path, number):
     process = tiny.start(
@@ -256,14 +264,22 @@ def children(process) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_the_second_ctrl_c_stops_at_once(tmp_path, workers):
     """A meta-step that never ends can still be left."""
     (tmp_path / "slow.py").write_text(
-        "import time\nfrom dataclasses import dataclass\nfrom metadist.tasks.sinusoid import Sinusoid\n\n@dataclass(frozen=True, kw_only=True)\n"
-        "class Slow(Sinusoid):\n    def sample(self, keys, split):\n        if keys.meta_step == 60 and split == 'train':\n"
-        "            open('reached', 'w').close()\n            time.sleep(600)\n        return super().sample(keys, split)\n"
+        "import time\n"
+        "from dataclasses import dataclass\n"
+        "from metadist.tasks.sinusoid import Sinusoid\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Slow(Sinusoid):\n"
+        "    def sample(self, keys, split):\n"
+        "        if keys.meta_step == 60 and split == 'train':\n"
+        "            open('reached', 'w').close()\n"
+        "            time.sleep(600)\n"
+        "        return super().sample(keys, split)\n"
     )
     overrides = ["tasks={name: 'slow:Slow'}", "--workers", workers]
     process = tiny.start(
@@ -289,6 +305,7 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path, workers):
 # Joining --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lane("ray")
 def test_a_cluster_that_is_not_there_is_one_line_after_a_bounded_wait(tmp_path):
     began = time.monotonic()
     done = tiny.run("train", tiny.write(tmp_path), "--workers", "1", folder=tmp_path, RAY_ADDRESS="127.0.0.1:6399")
@@ -300,6 +317,7 @@ def test_a_cluster_that_is_not_there_is_one_line_after_a_bounded_wait(tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_no_gpu_is_one_line_after_a_bounded_wait(tmp_path):
     done = tiny.run(
@@ -317,13 +335,20 @@ def test_no_gpu_is_one_line_after_a_bounded_wait(tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_actors_find_ones_own_module_and_stdout_stays_clean(tmp_path):
     """The command line, the tasks of a module in the working directory, two actors: the same hash as without."""
     (tmp_path / "myown.py").write_text(
-        "from dataclasses import dataclass\nfrom metadist.tasks.sinusoid import Sinusoid\n\n@dataclass(frozen=True, kw_only=True)\n"
-        "class Mine(Sinusoid):\n    shift: float = 1.0\n\n    def curve(self, keys, x):\n        return super().curve(keys, x) + self.shift\n\n"
-        "def loss(p, t):\n    return (p - t).abs().flatten(1).mean(1)\n"
+        "from dataclasses import dataclass\n"
+        "from metadist.tasks.sinusoid import Sinusoid\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(Sinusoid):\n"
+        "    shift: float = 1.0\n\n"
+        "    def curve(self, keys, x):\n"
+        "        return super().curve(keys, x) + self.shift\n\n"
+        "def loss(p, t):\n"
+        "    return (p - t).abs().flatten(1).mean(1)\n"
     )
     config = tiny.write(tmp_path)
     own = ["tasks={name: 'myown:Mine', shift: 2}", "loss=myown:loss"]

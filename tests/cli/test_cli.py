@@ -15,7 +15,7 @@ import pytest
 import tiny
 import yaml
 
-from metadist.config.build import build, resolved
+from metadist.config.build import build
 from metadist.config.document import shipped_configs
 
 
@@ -41,6 +41,7 @@ def mistake(result, *expected):
 HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy", "matplotlib", "yaml")
 
 
+@pytest.mark.lane("services")
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], []])
 def test_help_imports_nothing_heavy_and_is_quick(arguments, tmp_path):
     code = f"""
@@ -95,6 +96,7 @@ def test_unknown_commands_and_options_exit_with_2(cli, arguments):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.lane("services")
 def test_python_dash_m_is_the_command(tmp_path):
     assert "meta-training" in tiny.run("--help", folder=tmp_path).stdout
 
@@ -165,7 +167,7 @@ def test_print_config_is_itself_a_config(cli, config, tmp_path):
     assert document["outer"]["lr"] == 0.5
     assert document["workers"][0]["max"] == 3
     assert document["engine"]["exact"] is True, "defaults are filled in"
-    assert resolved(build(document)) == document
+    assert build(document).document == document
     (tmp_path / "printed.yaml").write_text(printed)
     assert ok(cli("train", tmp_path / "printed.yaml", "--print-config")).stdout == printed
     assert not (tmp_path / "runs").exists()
@@ -528,7 +530,7 @@ def test_non_finite_gradients_are_named(cli, config):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_json_of_results_never_has_nan(value):
-    from metadist.training.evaluation import as_json
+    from metadist.learners.evaluation import as_json
 
     assert (
         json.dumps(as_json({"a": [1, value, {"b": (value, "x")}]}), allow_nan=False)

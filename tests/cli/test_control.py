@@ -1,4 +1,4 @@
-"""``metadist control``: what it prints of a live run, what it says where nothing can be steered, and a Ray run steered to the end."""
+"""``metadist control``: its output for a live run, its messages where no run can be steered, and a steered Ray run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 import tiny
 from filelock import FileLock
 from steerable import Live
+from tiny import train
 
-from metadist.experiment.train import train
+pytestmark = pytest.mark.lane("services")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def live(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def over(tmp_path_factory):
-    """A run that is finished, as it was interrupted half way; and as a folder."""
+    """The directory of a run that was interrupted half way."""
     where = tmp_path_factory.mktemp("over") / "run"
     calls = iter(range(100))
     train(tiny.experiment(), run_dir=str(where), stop=lambda: next(calls) >= 3, plots=False)
@@ -47,24 +48,24 @@ def mistake(result, *expected):
 
 
 def watched(cli, folder, *more):
-    """What is seen within half a second, or on a busy machine within longer."""
+    """Return the output of half a second, or of longer on a busy machine."""
     for seconds in ("0.5", "3", "30"):
         if seen := out(cli("control", folder, "watch", "--seconds", seconds, *more)):
             return seen
-    raise AssertionError("nothing happens")
+    raise AssertionError("the run publishes nothing")
 
 
 def test_a_live_run(cli, live):
     shown = out(cli("control", live.folder, "status"))
     assert "phase       training" in shown
-    assert "workers     none: the driver computes itself" in shown
+    assert "workers     none: the driver computes" in shown
     assert re.search(r"meta-step   \d+ of 1000000", shown)
     status = json.loads(out(cli("control", live.folder, "status", "--json")))
     assert (status["phase"], status["meta_batch_size"]) == ("training", 8)
     assert re.fullmatch(r"meta-step \d+: paused; .*\n", out(cli("control", live.folder, "pause")))
     assert json.loads(out(cli("control", live.folder, "checkpoint", "--json")))["message"] == "checkpoint written"
-    assert "goes on" in out(cli("control", live.folder, "resume"))
-    assert "meta_batch_size 6 from here on" in out(cli("control", live.folder, "set", "meta_batch_size=6"))
+    assert "resumed" in out(cli("control", live.folder, "resume"))
+    assert "meta_batch_size is 6 from now on" in out(cli("control", live.folder, "set", "meta_batch_size=6"))
     lines = watched(cli, live.folder, "--json").splitlines()
     assert {"kind", "meta_step", "values", "message", "time"} == json.loads(lines[-1]).keys()
     assert "meta-step" in watched(cli, live.folder)
@@ -92,15 +93,15 @@ def test_a_live_run(cli, live):
         (["set", "meta_batch_size=many"], ["'many' is not a whole number"]),
         (["set", "workers=learners=x"], ["'learners=x' is not a whole number or role=number"]),
         (["set", "meta_batch_size=0"], ["meta_batch_size: 0 is not between 1 and"]),
-        (["pause", "now"], ["control pause: 'now' is not expected"]),
-        (["status"], ["ended at meta-step 3 of 6", "go on with: metadist train", "--resume"]),
+        (["pause", "now"], ["control pause: unexpected argument 'now'"]),
+        (["status"], ["ended at meta-step 3 of 6", "resume it with: metadist train", "--resume"]),
     ],
 )
 def test_mistakes(cli, over, arguments, told):
     mistake(cli("control", over, *arguments), *told)
 
 
-def test_where_no_driver_is(cli, over, tmp_path):
+def test_without_a_driver(cli, over, tmp_path):
     mistake(cli("control", tmp_path / "nothing", "status"), "neither a run directory", "nor HOST:PORT")
     mistake(cli("control", "127.0.0.1:1", "status", "--token-file", over / "control.token"), "no server answers there")
     record = json.loads((over / "control.json").read_text())
@@ -115,14 +116,14 @@ def test_where_no_driver_is(cli, over, tmp_path):
     os.waitpid(gone, 0)
     mistake(
         recorded(pid=gone),
-        f"is gone without a word (process {gone}: killed, or crashed)",
+        f"was killed or crashed (process {gone} no longer exists)",
         f"{where}/config.yaml --run-dir {where} --resume",
     )
-    mistake(recorded(started=1.0), "is gone without a word"), "the number is another process's by now"
-    mistake(recorded(host="elsewhere"), "the driver runs on elsewhere and listens there alone")
+    mistake(recorded(started=1.0), "was killed or crashed"), "another process has the number now"
+    mistake(recorded(host="elsewhere"), "the driver runs on elsewhere and listens on loopback only")
     mistake(recorded(address=None, off="no port"), "can't be steered: no port")
     (where / "control.json").unlink()
-    mistake(cli("control", where, "status"), "nothing trains this run, or it has just begun")
+    mistake(cli("control", where, "status"), "nothing trains this run, or a driver has just begun")
     (where / "run.json").unlink()
     (where / "group.json").write_text('{"seeds": [0, 1]}')
     mistake(cli("control", where, "status"), "a group of seeds", "seed-0", "seed-1")
@@ -132,20 +133,20 @@ def test_a_driver_that_has_just_begun(cli, over, tmp_path):
     where = tmp_path / "run"
     shutil.copytree(over, where)
     with FileLock(str(where / "driver.lock")):
-        mistake(cli("control", where, "status"), "is still starting; ask again in a moment")
+        mistake(cli("control", where, "status"), "is still starting; try again in a moment")
 
 
 def test_another_run_at_the_recorded_address(cli, live, tmp_path):
     shutil.copytree(live.folder, tmp_path / "run")
     record = {**live.record, "run_id": "mine"}
     (tmp_path / "run/control.json").write_text(json.dumps(record))
-    mistake(cli("control", tmp_path / "run", "status"), "another run answers", "out of date")
+    mistake(cli("control", tmp_path / "run", "status"), "another run, ", "out of date")
 
 
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("control.host=0.0.0.0", "control.host: 0.0.0.0: other machines could steer this run in the clear"),
+        ("control.host=0.0.0.0", "control.host: 0.0.0.0: other machines could steer this run without encryption"),
         ("control.token_file=nowhere", "control.token_file: token-file nowhere"),
         ("control.tls_cert=nowhere", "control.tls_cert, control.tls_key: TLS takes both"),
         ("control.port=99999", "control.port: 99999"),
@@ -171,7 +172,7 @@ RAY = (
 
 
 class Driver:
-    """A training in a process, and the commands for it, each in another."""
+    """A training in a process of its own; each command runs in another process."""
 
     def __init__(self, folder, where, *arguments):
         self.folder, self.where = folder, where
@@ -191,7 +192,7 @@ class Driver:
         deadline = time.monotonic() + seconds
         while True:
             assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline, "it never happened"
+            assert time.monotonic() < deadline, "the condition never held"
             done = tiny.run("control", self.where, "status", "--json", folder=self.folder)
             if done.returncode == 0 and condition(status := json.loads(done.stdout)):
                 return status
@@ -206,11 +207,11 @@ class Driver:
         return tiny.last_json(out), err
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_ray_run_steered_killed_and_resumed_ends_with_the_same_bits(tmp_path):
-    """Every command on a live run; stopped by command, resumed, its driver killed, resumed; and the same history without interruption,
-    in one process and given from the start."""
+    """Every command on a live run that is stopped, resumed, killed and resumed; then the same log in one process."""
     driver = Driver(tmp_path, tmp_path / "run", "--workers", "2")
     try:
         driver.until(lambda s: s["phase"] == "training" and s["meta_step"] > 2)
@@ -247,11 +248,11 @@ def test_a_ray_run_steered_killed_and_resumed_ends_with_the_same_bits(tmp_path):
         driver.process.send_signal(signal.SIGKILL)
         driver.process.communicate()
         gone = tiny.run("control", tmp_path / "run", "status", folder=tmp_path)
-        assert "is gone without a word" in gone.stderr
+        assert "was killed or crashed" in gone.stderr
 
         driver = Driver(tmp_path, tmp_path / "run", "--workers", "2", "--resume")
         done, err = driver.end()
-        assert "as the command log says" in err or done["meta_step"] == STEPS
+        assert "by the command log" in err or done["meta_step"] == STEPS
     finally:
         if driver.process.poll() is None:
             driver.process.kill()

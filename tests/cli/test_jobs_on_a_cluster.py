@@ -1,4 +1,4 @@
-"""Jobs on a real Ray cluster with token authentication: submitted, followed, stopped, killed, gone on with."""
+"""Jobs on a real Ray cluster with token authentication: submitted, followed, stopped, killed, resumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import yaml
 from ray_cluster import BIN, RayCluster
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.lane("ray")]
 
 LINES = """
 import torch
@@ -51,7 +51,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def home(tmp_path):
-    """Where the user works: a config, a module that it names, one that this imports, and what must not travel."""
+    """The user's folder: a config, a module that it names, a module that this one imports, and other files."""
     folder = tmp_path / "home"
     for name in ("runs", "data", ".git"):
         (folder / name).mkdir(parents=True)
@@ -81,7 +81,7 @@ def last_json(done):
 
 
 def unbroken(home, tmp_path, *overrides):
-    """The parameters of the same run, in one process here."""
+    """Return the hash of the parameters of the same run, computed in one process here."""
     words = [
         BIN / "metadist",
         "train",
@@ -107,13 +107,18 @@ def until(condition, seconds=180):
 
 
 def test_a_killed_driver_goes_on_elsewhere_and_ends_the_same(cluster, home, tmp_path):
-    runs = f"file://{tmp_path}/store"  # by URL: the driver keeps nothing beside it
-    longer = "outer.meta_steps=1200"  # or it may have ended before a second command has been refused
+    runs = f"file://{tmp_path}/store"  # by URL: the driver keeps no local files
+    longer = "outer.meta_steps=1200"  # a short run may end before the second submit is refused
+    refused = metadist(cluster, home, "submit", "lines.yaml", "--run-dir", f"{runs}/a", expect=2)
+    assert "lines.py imports 'beside': the job would not have" in refused.stderr
+    assert "add --module beside" in refused.stderr
+    own = ("--module", "beside")
     done = metadist(
         cluster,
         home,
         "submit",
         "lines.yaml",
+        *own,
         longer,
         "--workers",
         "2",
@@ -128,7 +133,7 @@ def test_a_killed_driver_goes_on_elsewhere_and_ends_the_same(cluster, home, tmp_
     assert first["job_url"] == f"{cluster.address}/#/jobs/lines-a-1"
     store = tmp_path / "store" / "a" / "checkpoints"
     until(lambda: store.is_dir() and len(list(store.iterdir())) > 2)
-    again = metadist(cluster, home, "submit", "lines.yaml", longer, "--run-id", "lines-a", expect=2)
+    again = metadist(cluster, home, "submit", "lines.yaml", longer, *own, "--run-id", "lines-a", expect=2)
     assert "run lines-a is running as job lines-a-1" in again.stderr
     until(lambda: cluster.driver("lines-a")).kill()
     until(lambda: "FAILED" in metadist(cluster, home, "jobs", "status", "lines-a-1").stdout)
@@ -138,6 +143,7 @@ def test_a_killed_driver_goes_on_elsewhere_and_ends_the_same(cluster, home, tmp_
         home,
         "submit",
         "lines.yaml",
+        *own,
         longer,
         "--workers",
         "2",
@@ -164,7 +170,7 @@ def test_a_killed_driver_goes_on_elsewhere_and_ends_the_same(cluster, home, tmp_
     logs = metadist(cluster, home, "jobs", "logs", "-f", "lines-a-2").stdout
     assert logs == metadist(cluster, home, "jobs", "logs", "lines-a-2").stdout
     assert result["params_sha256"] in logs
-    # What travelled: nothing but the config and the two modules.
+    # The job's files: the config and the two modules, nothing else.
     packages = [p for p in Path(cluster.folder, "ray").rglob("working_dir_files/_ray_pkg_*") if p.is_dir()]
     assert packages and all(
         {f.name for f in p.rglob("*") if f.suffix != ".pyc" and f.is_file()} == {"config.yaml", "lines.py", "beside.py"}
@@ -179,6 +185,8 @@ def test_stopped_with_a_checkpoint(cluster, home, tmp_path):
         home,
         "submit",
         "lines.yaml",
+        "--module",
+        "beside",
         "outer.meta_steps=100000",
         "checkpoint.every=50000",
         "--run-dir",
@@ -192,13 +200,13 @@ def test_stopped_with_a_checkpoint(cluster, home, tmp_path):
     steps = [int(p.name.split("-")[-1]) for p in (store / "checkpoints").iterdir() if p.name.split("-")[-1].isdigit()]
     assert any(0 < step < 50000 for step in steps), list((store / "checkpoints").iterdir())
     over = metadist(cluster, home, "jobs", "stop", job_id, expect=2)
-    assert over.stderr.strip() == f"error: job {job_id} is over already (stopped)"
+    assert over.stderr.strip() == f"error: job {job_id} has ended already (stopped)"
 
 
 @pytest.mark.parametrize(
     ("token", "says"),
     [
-        (None, "it asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"),
+        (None, "it needs a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"),
         ("0" * 32, "it does not accept this token"),
     ],
 )
@@ -213,7 +221,7 @@ def test_without_the_right_token(cluster, home, tmp_path, token, says):
 
 
 def test_a_users_mistake_fails_the_job_in_one_line(cluster, home, tmp_path):
-    # Seen on the nodes alone: here there is no such data either, but nothing is loaded before the driver does.
+    # submit does not load the data, so only the driver finds the mistake.
     done = metadist(
         cluster,
         home,
@@ -239,6 +247,16 @@ def test_nodes_without_metadist(home, tmp_path):
     with RayCluster(path=f"{bare}{os.pathsep}/usr/bin{os.pathsep}/bin") as cluster:
         environment = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
         done = metadist(
-            cluster, home, "submit", "lines.yaml", "--run-dir", str(tmp_path / "c"), "--wait", expect=1, **environment
+            cluster,
+            home,
+            "submit",
+            "lines.yaml",
+            "--module",
+            "beside",
+            "--run-dir",
+            str(tmp_path / "c"),
+            "--wait",
+            expect=1,
+            **environment,
         )
         assert "the cluster's nodes have no metadist" in done.stderr.splitlines()[-1], done.stderr

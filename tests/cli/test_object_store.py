@@ -10,9 +10,11 @@ import fsspec
 import pytest
 import tiny
 from moto.server import ThreadedMotoServer
+from tiny import train
 
 from metadist.experiment.load import load_run
-from metadist.experiment.train import train
+
+pytestmark = pytest.mark.lane("services")
 
 
 @pytest.fixture

@@ -10,15 +10,18 @@ from contextlib import nullcontext
 
 import pytest
 import tiny
+from tiny import train
 
 from metadist.core.errors import ConfigError
-from metadist.experiment.description import Quiet
+from metadist.experiment.request import RunRequest
 from metadist.experiment.seeds import train_seeds
-from metadist.experiment.train import train
+from metadist.training.observers import Observer
 
 
 def go(document, seeds, run_dir, resume=False, stop=lambda: False):
-    return train_seeds(document, seeds, run_dir=run_dir, resume=resume, live=lambda _: nullcontext(Quiet()), stop=stop)
+    return train_seeds(
+        document, seeds, RunRequest(run_dir=run_dir, resume=resume, stop=stop), lambda _: nullcontext(Observer())
+    )
 
 
 def query(tmp_path, sql):
@@ -34,6 +37,7 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.lane("services")
 def test_a_half_finished_group_goes_on_to_the_mean_of_all_seeds(runs):
     document = tiny.document("tracking.uri=auto")
     asked = itertools.count()

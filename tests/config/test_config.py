@@ -11,19 +11,18 @@ import pytest
 import tiny
 import torch
 import yaml
+from tiny import train
 
 from metadist.config import schema
-from metadist.config.build import build, resolved
+from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers, shipped_configs
 from metadist.core.errors import ConfigError
-from metadist.experiment.description import Experiment
-from metadist.experiment.train import train
 
 
 def refused(*overrides: str, document=None) -> str:
     """What building with these overrides says."""
     with pytest.raises(ConfigError) as caught:
-        Experiment.of(build(override(tiny.document() if document is None else document, overrides)))
+        build(override(tiny.document() if document is None else document, overrides)).learner  # noqa: B018
     return str(caught.value)
 
 
@@ -123,7 +122,7 @@ def test_a_missing_part_is_named(key):
 @pytest.mark.parametrize(
     ("assignments", "expected"),
     [
-        (["outer.momentum=0.9"], "outer.momentum goes with optimizer: sgd"),
+        (["outer.momentum=0.9"], "outer.momentum: 0.9 goes with optimizer: sgd"),
         (["outer.meta_batch_size=0"], "outer.meta_batch_size: 0 is below 1"),
         (["outer.shard_size=-1"], "outer.shard_size: -1 is below 1"),
         (["outer.clip_norm=0"], "outer.clip_norm"),
@@ -238,7 +237,7 @@ def test_overrides_reach_nested_keys_and_list_items():
     assert built.outer.lr == 1e-4
     assert built.workers[0].cpus == 2
     assert built.engine.dtype == "float64"
-    assert built.model().out.in_features == 3 if hasattr(built.model(), "out") else True
+    assert [tuple(p.shape) for p in built.model.made().parameters()] == [(3, 1), (3,), (3, 3), (3,), (1, 3), (1,)]
     assert built.seed == -5
 
 
@@ -424,14 +423,14 @@ def test_ones_own_parts_are_trained_resolved_and_built_again(module, tmp_path, c
     name = module(MINE)
     filled = yaml.safe_load(yaml.safe_dump(changes).replace("{m}", name))
     document = {**tiny.document("outer.meta_steps=2"), **filled}
-    result = train(Experiment.of(build(document)), run_dir=str(tmp_path / "run"), plots=False)
+    result = train(build(document), run_dir=str(tmp_path / "run"), plots=False)
     assert result.outcome.progress.meta_step == 2
     assert sum(t.shape[0] == width for t in result.experiment.learner.parameters(result.state).values()) == 2
-    again = build(resolved(build(document)))
-    assert resolved(again) == resolved(build(document))
+    again = build(build(document).document)
+    assert again.document == build(document).document
     if "metric" in filled:
         assert result.evaluations[0].metric == "absolute"
-        assert again.tasks.higher_is_better == isinstance(filled["metric"], dict)
+        assert again.tasks.made.higher_is_better == isinstance(filled["metric"], dict)
     if "loss" in filled:
         assert result.evaluations[0].metric == "mse"
         assert result.evaluations[0].loss != result.evaluations[0].mean
@@ -519,10 +518,10 @@ def test_a_loss_of_the_wrong_shape_is_refused(module, tmp_path, body, expected):
 @pytest.mark.parametrize("name", sorted(shipped_configs()))
 def test_every_shipped_config_resolves_to_itself(name):
     document = read_document(name)
-    once = resolved(build(document))
-    assert resolved(build(once)) == once
+    once = build(document).document
+    assert build(once).document == once
     assert schema.parse_yaml(yaml.safe_dump(once), "dumped") == once
-    assert build(once).learner().slots.keys() == build(document).learner().slots.keys()
+    assert build(once).learner.slots.keys() == build(document).learner.slots.keys()
     assert {k: v for k, v in schema.flatten(document).items() if not k.startswith("workers")}.items() <= schema.flatten(
         once
     ).items()
@@ -542,9 +541,7 @@ def test_every_shipped_config_trains(name, tmp_path, request):
         "evaluate.test_tasks=2",
         "tracking.uri=none",
     ]
-    result = train(
-        Experiment.of(build(set_workers(override(document, small), "0"))), run_dir=str(tmp_path / "run"), plots=False
-    )
+    result = train(build(set_workers(override(document, small), "0")), run_dir=str(tmp_path / "run"), plots=False)
     assert result.outcome.progress.meta_step == 2
     assert result.evaluations[0].tasks == 2
     assert all(torch.isfinite(t).all() for t in result.experiment.learner.parameters(result.state).values())

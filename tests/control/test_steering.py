@@ -1,112 +1,73 @@
-"""Steering in process: commands take effect between meta-steps, are written ahead, and a resumed run ends with the same bits."""
+"""Commands take effect between meta-steps and are recorded first; a resumed run ends with the same bits."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import random
 import shutil
 import threading
 import time
-from pathlib import Path
 
-import fsspec
 import pytest
 import tiny
+from commander import Commander, lines, run, size
+from faults import everywhere
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import train
 
 from metadist.config.build import build
-from metadist.control.command_log import CommandLog
-from metadist.control.commands import Command, RefusedError
-from metadist.control.feed import KEPT, Board
-from metadist.control.steering import Steering, resized
-from metadist.core.errors import CheckpointError, ConfigError, MetadistError
-from metadist.experiment.description import Experiment, Quiet
-from metadist.experiment.train import train
-
-OFF = "control.enabled=false"
-BOUNDARY = Steering.boundary
-
-
-class Hand:
-    """Gives commands to a run as it goes: ``orders`` by the meta-step at whose boundary they are to take effect."""
-
-    def __init__(self, monkeypatch, orders=(), stop_at=None):
-        self.orders, self.stop_at, self.steering = dict(orders), stop_at, None
-        self.refusals, self.sizes = [], []
-
-        def boundary(steering, meta_step, fleet, save):
-            self.steering = steering
-            for command in self.orders.pop(meta_step, ()):
-                try:
-                    steering.submit(command, 0.0)
-                except MetadistError as error:
-                    self.refusals.append(str(error))
-            result = BOUNDARY(steering, meta_step, fleet, save)
-            self.sizes.append(result[0].outer.meta_batch_size)
-            return (result[0], "interrupted") if meta_step == self.stop_at else result
-
-        monkeypatch.setattr(Steering, "boundary", boundary)
-
-
-def run(where, *overrides, resume=False, **more):
-    return train(tiny.experiment(OFF, *overrides), run_dir=str(where), resume=resume, plots=False, **more)
-
-
-def size(value):
-    return Command("set_meta_batch_size", value)
-
-
-def lines(where):
-    return [json.loads(line) for line in (Path(where) / "commands.jsonl").read_text().splitlines()]
-
+from metadist.control.commands import Command, CommandRefusedError
+from metadist.control.feed import QUEUE_LENGTH, Feed
+from metadist.control.steering import resize_meta_batch
+from metadist.core.errors import ConfigError, MetadistError
+from metadist.storage.store import Store
+from metadist.training.observers import Observer
 
 # The same bits --------------------------------------------------------------------------------------------------------
 
 
 def test_a_steered_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path, monkeypatch):
-    """Uninterrupted; ended before, at and after the command, the last with a checkpoint older than the command; and given from the start."""
-    hand = Hand(monkeypatch, {3: [size(4)]})
+    """Without interruption; stopped before, at and after the command; and with the command log from the start."""
+    commander = Commander(monkeypatch, {3: [size(4)]})
     whole = run(tmp_path / "whole")
-    assert hand.sizes == [10, 10, 10, 4, 4, 4]
+    assert commander.sizes == [10, 10, 10, 4, 4, 4]
     assert whole.params_sha256 != run(tmp_path / "plain").params_sha256, (
-        "steering changes the bits, or nothing is proved"
+        "the command must change the bits, or the test proves nothing"
     )
     for stop in (2, 3, 5):
-        Hand(monkeypatch, {3: [size(4)]}, stop_at=stop)
+        Commander(monkeypatch, {3: [size(4)]}, stop_at=stop)
         assert run(tmp_path / f"run{stop}").outcome.stopped == "interrupted"
-        hand = Hand(monkeypatch, {3: [size(4)]} if stop < 3 else {})
+        commander = Commander(monkeypatch, {3: [size(4)]} if stop < 3 else {})
         done = run(tmp_path / f"run{stop}", resume=True)
         assert done.params_sha256 == whole.params_sha256, stop
         assert done.evaluations == whole.evaluations
-    Hand(monkeypatch)
+    Commander(monkeypatch)
     (tmp_path / "given").mkdir()
     shutil.copy(tmp_path / "whole/commands.jsonl", tmp_path / "given")
     assert run(tmp_path / "given").params_sha256 == whole.params_sha256
 
 
 def test_killed_between_checkpoints(tmp_path, monkeypatch):
-    """The command fell after the checkpoint that is resumed from, so it is obeyed again."""
+    """The command is newer than the checkpoint that the run resumes, so the run obeys it again."""
 
     class Killed(BaseException):
         pass
 
-    def killed(scheduler, shard):
+    def killed(_, shard):
         if shard.meta_step == 5:
             raise Killed
 
-    Hand(monkeypatch, {3: [size(4), size(6)]})
+    Commander(monkeypatch, {3: [size(4), size(6)]})
     whole = run(tmp_path / "whole", "checkpoint.every=100", "evaluate.every=100")
-    for every, hand in ((2, {3: [size(4), size(6)]}), (100, {3: [size(4), size(6)]})):
-        Hand(monkeypatch, hand)
+    for every, orders in ((2, {3: [size(4), size(6)]}), (100, {3: [size(4), size(6)]})):
+        Commander(monkeypatch, orders)
         with pytest.raises(Killed):
-            run(tmp_path / f"run{every}", f"checkpoint.every={every}", "evaluate.every=100", watch=killed)
-        hand = Hand(monkeypatch)
+            run(tmp_path / f"run{every}", f"checkpoint.every={every}", "evaluate.every=100", wrap=everywhere(killed))
+        commander = Commander(monkeypatch)
         done = run(tmp_path / f"run{every}", f"checkpoint.every={every}", "evaluate.every=100", resume=True)
         assert done.params_sha256 == whole.params_sha256
-        assert hand.sizes[-1] == 6
+        assert commander.sizes[-1] == 6
 
 
 @pytest.mark.long
@@ -115,44 +76,44 @@ def test_killed_between_checkpoints(tmp_path, monkeypatch):
     commands=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([2, 3, 4, 7, 12])), max_size=4),
     stops=st.sets(st.integers(1, 5), max_size=3),
 )
-def test_whatever_is_commanded_and_wherever_it_stops(tmp_path_factory, commands, stops):
+def test_any_commands_and_any_stops(tmp_path_factory, commands, stops):
     folder = tmp_path_factory.mktemp("steered")
     orders = {}
     for at, value in sorted(commands, key=lambda c: c[0]):
         orders.setdefault(at, []).append(size(value))
     short = ("evaluate.every=100", "evaluate.test_tasks=2", "checkpoint.every=3")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        Hand(monkeypatch, orders)
+        Commander(monkeypatch, orders)
         whole = run(folder / "whole", *short, test=False)
     orders = {at: [size(c.value) for c in given] for at, given in orders.items()}
     for stop in [*sorted(stops), None]:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            hand = Hand(monkeypatch, orders, stop_at=stop)
+            commander = Commander(monkeypatch, orders, stop_at=stop)
             done = run(folder / "run", *short, resume=True, test=False)
-            orders = hand.orders
+            orders = commander.orders
     assert done.params_sha256 == whole.params_sha256
 
 
 def test_pause_and_checkpoint_change_no_bits(tmp_path, monkeypatch):
     plain = run(tmp_path / "plain", "checkpoint.every=100", "evaluate.every=100")
-    hand = Hand(monkeypatch, {2: [Command("checkpoint")], 3: [Command("pause")]})
+    commander = Commander(monkeypatch, {2: [Command("checkpoint")], 3: [Command("pause")]})
     phases = []
 
     def later():
-        while hand.steering is None or hand.steering.standing().phase != "paused":
+        while commander.steering is None or commander.steering.status().phase != "paused":
             time.sleep(0.01)
-        phases.append(hand.steering.standing())
+        phases.append(commander.steering.status())
         time.sleep(0.3)
-        phases.append(hand.steering.standing())
-        hand.steering.submit(Command("checkpoint"), 5.0)
-        hand.steering.submit(Command("resume"), 5.0)
+        phases.append(commander.steering.status())
+        commander.steering.submit(Command("checkpoint"), 5.0)
+        commander.steering.submit(Command("resume"), 5.0)
 
     thread = threading.Thread(target=later)
     thread.start()
     done = run(tmp_path / "run", "checkpoint.every=100", "evaluate.every=100")
     thread.join()
     assert done.params_sha256 == plain.params_sha256
-    assert [p.meta_step for p in phases] == [3, 3], "nothing happens while it is paused"
+    assert [p.meta_step for p in phases] == [3, 3], "a paused run does not train"
     assert phases[0].checkpoint == 2
     assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} >= {"step-00000003", "step-00000006"}
     assert [(line["command"], line["meta_step"]) for line in lines(tmp_path / "run")] == [
@@ -164,7 +125,7 @@ def test_pause_and_checkpoint_change_no_bits(tmp_path, monkeypatch):
 
 
 def test_reinforcement_learning_too(tmp_path, monkeypatch):
-    """RL²'s minibatches are of whole shards: what would leave one empty is refused, the rest is obeyed and repeated."""
+    """RL²'s minibatches consist of whole shards: a size that leaves one empty is refused, others are obeyed."""
     document = {
         "name": "rl",
         "environment": {"name": "bandit", "arms": 2, "episodes": 3},
@@ -179,113 +140,123 @@ def test_reinforcement_learning_too(tmp_path, monkeypatch):
     }
 
     def go(where, **more):
-        return train(Experiment.of(build(document)), run_dir=str(where), test=False, plots=False, **more)
+        return train(build(document), run_dir=str(where), test=False, plots=False, **more)
 
-    hand = Hand(monkeypatch, {1: [size(2), size(12)], 2: [size(4)]})
+    commander = Commander(monkeypatch, {1: [size(2), size(12)], 2: [size(4)]})
     whole = go(tmp_path / "whole")
-    assert hand.sizes == [8, 12, 4, 4]
-    assert len(hand.refusals) == 1
-    assert "algorithm.minibatches: 2 of 1 shards" in hand.refusals[0]
-    Hand(monkeypatch, {1: [size(12)], 2: [size(4)]}, stop_at=3)
+    assert commander.sizes == [8, 12, 4, 4]
+    assert len(commander.refusals) == 1
+    assert "algorithm.minibatches: 2 of 1 shards" in commander.refusals[0]
+    Commander(monkeypatch, {1: [size(12)], 2: [size(4)]}, stop_at=3)
     go(tmp_path / "run")
-    Hand(monkeypatch)
+    Commander(monkeypatch)
     assert go(tmp_path / "run", resume=True).params_sha256 == whole.params_sha256
 
 
-# Refusals: the run goes on --------------------------------------------------------------------------------------------
+# Refusals: training continues -----------------------------------------------------------------------------------------
 
 
 IMPOSSIBLE = {
     "meta_batch_size: 0 is not between 1": lambda: size(0),
     "meta_batch_size: 1099511627776 is not between 1": lambda: size(1 << 40),
-    "in its own process; stop it, and go on with --resume --workers N": lambda: Command("set_workers", 2),
+    "in its own process; stop it, and continue with --resume --workers N": lambda: Command("set_workers", 2),
     "set_meta_batch_size: a value is missing": lambda: Command("set_meta_batch_size"),
-    "pause: 3 where no value goes": lambda: Command("pause", 3),
+    "pause: the command takes no value, got 3": lambda: Command("pause", 3),
     "'explode' is not one of": lambda: Command("explode"),
 }
 
 
-def test_what_can_not_be_is_refused_with_the_reason(tmp_path, monkeypatch):
+def test_impossible_commands_are_refused_with_the_reason(tmp_path, monkeypatch):
     plain = run(tmp_path / "plain")
-    hand = Hand(monkeypatch)
+    commander = Commander(monkeypatch)
 
     class Now(dict):
         def pop(self, meta_step, default):
             for make in IMPOSSIBLE.values() if meta_step == 2 else ():
                 try:
-                    hand.steering.submit(make(), 0.0)
+                    commander.steering.submit(make(), 0.0)
                 except MetadistError as error:
-                    hand.refusals.append(str(error))
+                    commander.refusals.append(str(error))
             return default
 
-    hand.orders = Now()
+    commander.orders = Now()
     assert run(tmp_path / "run").params_sha256 == plain.params_sha256
-    assert not (tmp_path / "run/commands.jsonl").exists(), "what is refused is not recorded"
-    assert len(hand.refusals) == len(IMPOSSIBLE)
-    for told, refusal in zip(IMPOSSIBLE, hand.refusals):
+    assert not (tmp_path / "run/commands.jsonl").exists(), "a refused command is not recorded"
+    assert len(commander.refusals) == len(IMPOSSIBLE)
+    for told, refusal in zip(IMPOSSIBLE, commander.refusals):
         assert told in refusal
 
 
-def test_shards_that_no_memory_was_planned_for_are_refused():
+def test_shards_above_the_planned_memory_are_refused():
     learner = tiny.learner("outer.meta_batch_size=4", "outer.shard_size=8")
-    assert resized(learner, 3).outer.meta_batch_size == 3
-    with pytest.raises(RefusedError, match="would make shards of 8 tasks, and the workers' memory was planned for 4"):
-        resized(learner, 9)
-    assert resized(tiny.learner("outer.meta_batch_size=4", "outer.shard_size=2"), 9).outer.meta_batch_size == 9
+    assert resize_meta_batch(learner, 3).outer.meta_batch_size == 3
+    with pytest.raises(
+        CommandRefusedError, match="would make shards of 8 tasks, and the workers' memory was planned for 4"
+    ):
+        resize_meta_batch(learner, 9)
+    assert (
+        resize_meta_batch(tiny.learner("outer.meta_batch_size=4", "outer.shard_size=2"), 9).outer.meta_batch_size == 9
+    )
 
 
 def test_a_log_that_can_not_be_written_refuses_the_command(tmp_path, monkeypatch):
     plain = run(tmp_path / "plain")
-    hand = Hand(monkeypatch, {2: [command := size(4)]})
+    commander = Commander(monkeypatch, {2: [command := size(4)]})
 
-    def full(descriptor, data):
-        raise OSError(28, "No space left on device")
+    write = Store.write
 
-    write = os.write
-    monkeypatch.setattr("metadist.control.command_log.os.write", full)
+    def full(store, name, data):
+        if name == "commands.jsonl":
+            raise OSError(28, "No space left on device")
+        write(store, name, data)
+
+    monkeypatch.setattr(Store, "write", full)
     done = run(tmp_path / "run")
-    monkeypatch.setattr("metadist.control.command_log.os.write", write)
+    monkeypatch.setattr(Store, "write", write)
     assert done.params_sha256 == plain.params_sha256
     with pytest.raises(MetadistError, match="can't be recorded in .*No space left"):
-        hand.steering.submit(command, 0.0)
-    assert (tmp_path / "run/commands.jsonl").read_bytes() == b""
+        commander.steering.submit(command, 0.0)
+    assert not (tmp_path / "run/commands.jsonl").exists()
 
 
 def test_commands_after_the_last_meta_step_are_refused(tmp_path, monkeypatch):
-    hand = Hand(monkeypatch)
+    commander = Commander(monkeypatch)
     run(tmp_path / "run")
-    with pytest.raises(RefusedError, match="training is over"):
-        hand.steering.submit(size(4), 1.0)
-    assert hand.steering.standing().phase == "finishing"
+    with pytest.raises(CommandRefusedError, match="training is over"):
+        commander.steering.submit(size(4), 1.0)
+    assert commander.steering.status().phase == "finishing"
 
 
 def test_one_id_is_obeyed_once(tmp_path, monkeypatch):
     command = size(4)
-    hand = Hand(monkeypatch, {2: [command], 4: [command]})
+    commander = Commander(monkeypatch, {2: [command], 4: [command]})
     run(tmp_path / "run")
     assert [line["meta_step"] for line in lines(tmp_path / "run")] == [2]
-    assert hand.steering.submit(command, 0.0).meta_step == 2
-    with pytest.raises(RefusedError, match="was given to 'meta_batch_size = 4'"):
-        hand.steering.submit(dataclasses.replace(command, value=6), 0.0)
+    assert commander.steering.submit(command, 0.0).meta_step == 2
+    with pytest.raises(CommandRefusedError, match="belongs to 'meta_batch_size = 4'"):
+        commander.steering.submit(dataclasses.replace(command, value=6), 0.0)
 
 
 def test_stopping_while_paused(tmp_path, monkeypatch):
-    """By Ctrl-C, and by command; each leaves a checkpoint."""
+    """By Ctrl-C and by command; each writes a checkpoint."""
     for name, orders, stop in (
         ("command", [Command("pause"), Command("stop")], lambda: False),
         ("key", [Command("pause")], None),
     ):
-        hand = Hand(monkeypatch, {3: orders})
-        pressed = stop or (lambda hand=hand: hand.steering is not None and hand.steering.standing().phase == "paused")
+        commander = Commander(monkeypatch, {3: orders})
+        pressed = stop or (
+            lambda commander=commander: commander.steering is not None and commander.steering.status().phase == "paused"
+        )
         half = run(tmp_path / name, "checkpoint.every=100", stop=pressed)
         assert (half.outcome.stopped, half.outcome.progress.meta_step) == ("interrupted", 3)
-        Hand(monkeypatch)
+        Commander(monkeypatch)
         assert run(tmp_path / name, "checkpoint.every=100", resume=True).outcome.progress.meta_step == 6
 
 
+@pytest.mark.lane("services")
 @pytest.mark.long
-def test_it_shows_in_mlflow(tmp_path, monkeypatch):
-    Hand(monkeypatch, {3: [size(4)]})
+def test_mlflow_has_the_commands(tmp_path, monkeypatch):
+    Commander(monkeypatch, {3: [size(4)]})
     done = run(tmp_path / "run", "tracking.uri=" + f"sqlite:///{tmp_path}/mlflow.db")
     assert done.undelivered == 0
     client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -295,136 +266,16 @@ def test_it_shows_in_mlflow(tmp_path, monkeypatch):
     assert "commands.jsonl" in [a.path for a in client.list_artifacts(found.info.run_id)]
 
 
-# The log --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def steered(tmp_path, monkeypatch):
-    """A run that was commanded at 1 and 4 and interrupted at 5, whose newest checkpoint is of 5; and what it should end with."""
-    orders = {1: [size(4)], 4: [size(6), Command("checkpoint")]}
-    Hand(monkeypatch, orders)
-    whole = run(tmp_path / "whole")
-    Hand(monkeypatch, orders, stop_at=5)
-    run(tmp_path / "run")
-    Hand(monkeypatch)
-    return tmp_path / "run", whole.params_sha256
-
-
-def test_a_folder_that_cannot_be_synced_leaves_no_line_of_a_command_without_effect(tmp_path, monkeypatch):
-    def fail(path):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr("metadist.control.command_log.sync_directory", fail)
-    with pytest.raises(MetadistError, match="can't be recorded in .*Input/output error; it has no effect"):
-        CommandLog(str(tmp_path)).append(size(3), 5)
-    monkeypatch.undo()
-    assert CommandLog(str(tmp_path)).entries == []
-    assert CommandLog(str(tmp_path)).append(size(4), 5).seq == 1
-
-
-def test_a_torn_last_line_never_took_effect(steered, caplog, tmp_path):
-    where, expected = steered
-    log = where / "commands.jsonl"
-    whole = log.read_bytes()
-    CommandLog(str(where)).append(size(3), 5)
-    longer = log.read_bytes()
-    for cut in range(len(whole) + 1, len(longer) - 1):
-        log.write_bytes(longer[:cut])
-        assert [e.seq for e in CommandLog(str(where)).entries] == [1, 2, 3]
-        assert log.read_bytes() == whole
-    log.write_bytes(whole + bytes(100))  # as a power cut may leave it
-    assert run(where, resume=True).params_sha256 == expected
-    assert "torn last line" in caplog.text
-    assert log.read_bytes() == whole
-    log.write_bytes(longer[:-1])  # all there but for its end: what counts is the checksum
-    assert len(CommandLog(str(where)).append(size(2), 6).by) > 0
-    assert [e.seq for e in CommandLog(str(where)).entries] == [1, 2, 3, 4, 5]
-
-
-def test_a_torn_line_that_a_checkpoint_knows_comes_back(steered):
-    """Not by this code's own doing (it syncs first), but disks have been seen to lie."""
-    where, expected = steered
-    log = where / "commands.jsonl"
-    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:1]))
-    assert run(where, resume=True).params_sha256 == expected
-    assert [c["value"] for c in CommandLog(str(where)).history()] == [4, 6]
-
-
-def test_a_lost_log_comes_back_from_the_checkpoint(steered):
-    where, expected = steered
-    (where / "commands.jsonl").unlink()
-    assert run(where, resume=True).params_sha256 == expected
-    assert [c["value"] for c in CommandLog(str(where)).history()] == [4, 6]
-
-
-def test_a_damaged_line_in_the_middle_is_told(steered):
-    where, _ = steered
-    log = where / "commands.jsonl"
-    first, *rest = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(first.replace(b'"value": 4', b'"value": 5') + b"".join(rest))
-    with pytest.raises(CheckpointError, match="line 1 is damaged"):
-        run(where, resume=True)
-
-
-def test_a_log_that_contradicts_the_checkpoint_is_told(steered):
-    where, _ = steered
-    log = CommandLog(str(where))
-    log.append(size(8), 2)
-    with pytest.raises(
-        CheckpointError,
-        match="set_meta_batch_size 8 at meta-step 2, the checkpoint was trained under .* 6 at meta-step 4",
-    ):
-        run(where, resume=True)
-
-
-def test_the_newest_order_wins(tmp_path):
-    log = CommandLog(str(tmp_path))
-    for value, at in ((64, 15), (16, 12), (8, 14), (4, 14)):
-        log.append(size(value), at)
-    assert [log.value_at("set_meta_batch_size", at) for at in (11, 12, 13, 14, 20)] == [None, 16, 16, 4, 4]
-    assert [(c["meta_step"], c["value"]) for c in CommandLog(str(tmp_path)).history(before=14)] == [(12, 16)]
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(at=st.integers(0, 10**6), flip=st.integers(1, 255))
-def test_no_flipped_byte_goes_unseen(tmp_path, at, flip):
-    (tmp_path / "commands.jsonl").unlink(missing_ok=True)
-    log = CommandLog(str(tmp_path))
-    for value in (3, 4, 5):
-        log.append(size(value), value)
-    data = bytearray((tmp_path / "commands.jsonl").read_bytes())
-    data[at % len(data)] ^= flip
-    (tmp_path / "commands.jsonl").write_bytes(data)
-    try:
-        found = CommandLog(str(tmp_path))
-    except CheckpointError:
-        return
-    assert found.entries == log.entries
-
-
-def test_on_a_store_that_can_not_append(tmp_path, monkeypatch):
-    monkeypatch.setenv("METADIST_CACHE", str(tmp_path / "cache"))
-    url = f"memory://steered-{random.random()}/a"
-    Hand(monkeypatch, {3: [size(4)]})
-    whole = run(tmp_path / "whole")
-    Hand(monkeypatch, {3: [size(4)]}, stop_at=4)
-    run(url)
-    assert fsspec.filesystem("memory").cat_file(f"{url}/commands.jsonl").count(b"\n") == 1
-    shutil.rmtree(tmp_path / "cache")  # another machine goes on
-    Hand(monkeypatch)
-    assert run(url, resume=True).params_sha256 == whole.params_sha256
-
-
 def test_two_drivers_on_one_run(tmp_path, monkeypatch):
     told = []
 
-    def second(scheduler, shard):
+    def second(_, shard):
         if not told:
             told.append(None)
             with pytest.raises(ConfigError, match=rf"is being trained by process {os.getpid()} on"):
                 run(tmp_path / "run", resume=True)
 
-    first = run(tmp_path / "run", watch=second)
+    first = run(tmp_path / "run", wrap=everywhere(second))
     assert told
     assert first.params_sha256 == run(tmp_path / "plain").params_sha256
     with pytest.raises(ConfigError, match="holds a run already"):
@@ -435,13 +286,13 @@ def test_two_drivers_on_one_run(tmp_path, monkeypatch):
 
 
 def test_a_slow_watcher_gets_the_newest():
-    board = Board(Quiet())
-    with board.watch() as feed:
-        for step in range(1, 2 * KEPT + 1):
-            board.step(step, {"loss": 1.0 / step}, 10.0)
-        assert [s.meta_step for s in feed.next(0.0)] == list(range(KEPT + 1, 2 * KEPT + 1))
-        assert feed.dropped == KEPT
-        assert feed.next(0.0) == []
-        board.close()
+    feed = Feed(Observer())
+    with feed.watch() as subscription:
+        for step in range(1, 2 * QUEUE_LENGTH + 1):
+            feed.step(step, {"loss": 1.0 / step}, 10.0)
+        assert [s.meta_step for s in subscription.next(0.0)] == list(range(QUEUE_LENGTH + 1, 2 * QUEUE_LENGTH + 1))
+        assert subscription.dropped == QUEUE_LENGTH
+        assert subscription.next(0.0) == []
+        feed.close()
         with pytest.raises(EOFError):
-            feed.next(0.0)
+            subscription.next(0.0)

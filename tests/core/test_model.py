@@ -1,4 +1,4 @@
-"""Any nn.Module as a pure function: initial values, names, tied weights, dropout by key."""
+"""Any nn.Module as a pure function: initial values, names, tied weights, keyed dropout, replaced functions."""
 
 import cloudpickle
 import pytest
@@ -43,7 +43,7 @@ def test_a_held_model_is_the_model_bit_for_bit():
         learned, frozen, buffers = model.initial(seed)
         bound = model.bind({**frozen, **buffers}, None, False)
         found.append((bound.holding(learned), bound(learned, x)))
-    for held, expected in found:  # one doesn't disturb the other
+    for held, expected in found:  # two held models are independent
         assert held({}, x).equal(expected)
 
 
@@ -58,7 +58,7 @@ def test_a_call_is_the_module_s_own():
     other = Everything().eval()
     other.load_state_dict({**state, **buffers, "second.weight": state["first.weight"]})
     torch.testing.assert_close(bound(state, x), other(x))
-    torch.testing.assert_close(bound(learned, x), module(x))  # nothing stuck
+    torch.testing.assert_close(bound(learned, x), module(x))  # the call above left the parameters unchanged
 
 
 def test_it_travels():
@@ -83,7 +83,7 @@ SHAPES = {"dropout": (50, 40, 8), "dropout1d": (50, 40, 8), "dropout2d": (50, 40
 
 @pytest.mark.parametrize("name", [*SHAPES, "alpha_dropout"])
 def test_dropout_by_key_has_the_distribution_of_torch_s(name):
-    """Mean and share of dropped units as torch's own; whole channels where torch drops these."""
+    """Mean and share of dropped units are those of torch; whole channels where torch drops whole channels."""
     function, p = getattr(F, name), 0.3
     model = Model(lambda: Functional(function, p))
     learned, _, _ = model.initial(0)
@@ -121,7 +121,7 @@ def test_two_dropouts_of_one_pass_draw_different_masks():
 
 
 def test_attention_with_dropout_of_its_own_is_refused():
-    """Torch draws it inside one function, past our masks: two runs of one task would differ."""
+    """Torch draws this dropout inside one function: two runs of one task would differ."""
     with pytest.raises(
         ConfigError, match=r"'0\.self_attn' is a MultiheadAttention with dropout = 0\.1.*; set its dropout to 0"
     ):
@@ -129,3 +129,35 @@ def test_attention_with_dropout_of_its_own_is_refused():
     with pytest.raises(ConfigError, match="'MultiheadAttention' is a MultiheadAttention"):
         Model(lambda: nn.MultiheadAttention(8, 2, dropout=0.2))
     assert Model(lambda: nn.Sequential(nn.MultiheadAttention(8, 2), nn.Dropout(0.1))).module[0].dropout == 0
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return F.group_norm(F.dropout(x, 0.5, self.training), 2, self.weight)
+
+
+def test_replacements_are_called_in_training_with_and_without_a_key():
+    calls = []
+
+    def doubled(input, groups, weight=None, bias=None, eps=1e-5):
+        calls.append((groups, tuple(weight.shape)))
+        return 2 * F.group_norm(input, groups, weight, bias, eps)
+
+    model, x = Model(Norm), torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    learned, _, _ = model.initial(0)
+    replaced = {"replacements": {F.group_norm: doubled}}
+    plain, other = (model.bind({}, KEY, True, **options)(learned, x) for options in ({}, replaced))
+    assert other.equal(2 * plain) and calls == [(2, (4,))]
+    torch.manual_seed(0)
+    model.bind({}, None, True, **replaced)(learned, x)
+    assert len(calls) == 2
+    assert model.bind({}, None, False, **replaced)(learned, x).equal(F.group_norm(x, 2, learned["weight"]))
+    assert len(calls) == 2
+
+
+def test_missing_attributes_are_listed():
+    assert Model(Norm).missing("forward", "encode", "weight", "decode") == ["encode", "decode"]

@@ -1,4 +1,4 @@
-"""The outer optimisers against torch.optim, and what surrounds them: schedules, clipping, bounds, average slots."""
+"""The outer loop: schedules, clipping over all slots, settings of a slot, average slots."""
 
 import math
 
@@ -23,7 +23,7 @@ def vector(seed):
 
 
 def gradient(theta, step):
-    """Of a bumpy bowl, with something new in every step."""
+    """The gradient of a bumpy bowl plus noise that depends on the step."""
     return theta + torch.sin(3 * theta) + 0.1 * vector(100 + step)
 
 
@@ -34,51 +34,6 @@ def run(outer, slots, steps=STEPS, weight=3.0):
         total = Contribution({n: weight * gradient(v, step) for n, v in state.slots.items()}, weight, 3)
         state, _ = outer.update(slots, state, total, step)
     return state
-
-
-OPTIMIZERS = {
-    "sgd": ({"optimizer": "sgd", "lr": 0.1}, torch.optim.SGD, {"lr": 0.1}),
-    "sgd-momentum-decay": (
-        {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
-        torch.optim.SGD,
-        {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
-    ),
-    "adam": (
-        {"optimizer": "adam", "lr": 0.03, "betas": (0.8, 0.95)},
-        torch.optim.Adam,
-        {"lr": 0.03, "betas": (0.8, 0.95)},
-    ),
-    "adam-decay": (
-        {"optimizer": "adam", "lr": 0.03, "weight_decay": 0.2},
-        torch.optim.Adam,
-        {"lr": 0.03, "weight_decay": 0.2},
-    ),
-    "adamw": (
-        {"optimizer": "adamw", "lr": 0.03, "weight_decay": 0.2},
-        torch.optim.AdamW,
-        {"lr": 0.03, "weight_decay": 0.2},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_fifty_steps_of_torch_optim(name, schedule):
-    ours, optimizer, theirs = OPTIMIZERS[name]
-    outer = OuterLoop(**ours, schedule=schedule, final_lr=0.001, meta_steps=STEPS)
-    theta = torch.nn.Parameter(vector(0))
-    reference = optimizer([theta], **theirs)
-    scheduler = {
-        "constant": lambda: torch.optim.lr_scheduler.LambdaLR(reference, lambda _: 1.0),
-        "linear": lambda: torch.optim.lr_scheduler.LinearLR(reference, 1.0, 0.001 / outer.lr, STEPS),
-        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(reference, STEPS, 0.001),
-    }[schedule]()
-    for step in range(STEPS):
-        assert outer.rate(outer.lr, step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
-        theta.grad = gradient(theta.detach(), step)
-        reference.step()
-        scheduler.step()
-    torch.testing.assert_close(run(outer, {"model": slot()}).slots["model"], theta.detach(), rtol=1e-12, atol=1e-13)
 
 
 def test_schedules_end_at_the_final_rate_for_every_slot():

@@ -1,4 +1,4 @@
-"""Philox-4x32-10 against its published answers; streams that depend on nothing but their key."""
+"""Philox-4x32-10 against its published answers; streams depend only on their key."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metadist.core.random import SPLITS, TaskKey, _words_at_once, choose, integers, philox, seeded, uniform
+from metadist.core.random import SPLITS, TaskKey, _words_fast, choose, integers, philox, seeded, uniform
 
 KNOWN = [  # Random123, kat_vectors: counter, key, result
     ([0, 0, 0, 0], (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
@@ -30,17 +30,17 @@ def test_known_answers(counter, key, expected):
 
 @pytest.mark.parametrize("count", [1, 17, 20])
 def test_known_answers_of_a_whole_shard(count):
-    """The quick form counts its blocks from 0, so that only those answers are its own; it must agree on the others too."""
+    """The fast form counts its blocks from 0: only some published answers apply, and the others come from Python."""
     wanted, tasks = ((KNOWN[0][1], count), (KNOWN[1][1], 8), (KNOWN[2][1], 0)), torch.tensor([0, 0xFFFFFFFF, 70_000])
     for meta_step, high_word in ((0, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0x13198A2E, 0x03707344)):
-        for (key, n), words in zip(wanted, _words_at_once(wanted, tasks, meta_step, high_word), strict=True):
+        for (key, n), words in zip(wanted, _words_fast(wanted, tasks, meta_step, high_word), strict=True):
             blocks = [[in_python([b, t, meta_step, high_word], key) for b in range(5)] for t in tasks.tolist()]
             assert words.tolist() == [[w for block in row for w in block][:n] for row in blocks]
-    assert _words_at_once(((KNOWN[0][1], 4),), tasks[0], 0, 0)[0].tolist() == KNOWN[0][2]
+    assert _words_fast(((KNOWN[0][1], 4),), tasks[0], 0, 0)[0].tolist() == KNOWN[0][2]
 
 
 def in_python(counter, key):
-    """Ten rounds on Python's own integers, which don't wrap."""
+    """Ten rounds on Python's integers, which do not wrap."""
     mask = 0xFFFFFFFF
     for _ in range(10):
         p0, p1 = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
@@ -58,7 +58,7 @@ def test_any_counter_and_key(counter, key):
 
 
 def test_counter_is_block_task_step_and_place():
-    """The layout of the counter is part of what a task is: it may never change."""
+    """The layout of the counter determines every task: it must never change."""
     stream = TaskKey.of(5, "test", 11, [70_000]).stream("x", step=3, call=2)
     assert (
         stream.key == TaskKey.of(5, "train", 0, [0]).stream("x").key != TaskKey.of(6, "test", 11, [0]).stream("x").key
@@ -93,7 +93,7 @@ def test_independent_of_the_shard(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["real", "fake"])
-def test_steps_may_be_tensors_of_a_traced_graph(kind, mode):
+def test_steps_can_be_tensors_of_a_traced_graph(kind, mode):
     """The same bits from ints, from scalars, under vmap, and from a graph that was traced at other values."""
 
     def drawn(tasks, meta_step, step, call):
@@ -109,12 +109,12 @@ def test_steps_may_be_tensors_of_a_traced_graph(kind, mode):
     for function in (drawn, batched):
         graph = make_fx(function, tracing_mode=mode)(torch.arange(7, 12), *map(torch.tensor, (0, 0, 0)))
         assert graph(tasks, *scalars).equal(expected)
-    assert drawn(tasks, *numbers).equal(expected), "nothing of a trace is left behind"
+    assert drawn(tasks, *numbers).equal(expected), "a trace left its tensors in the cache"
 
 
 @pytest.mark.parametrize("mode", ["real", "fake"])
-def test_a_draw_may_be_traced_first(mode):
-    """Constants are not kept from a trace, nor given to one."""
+def test_a_draw_can_be_traced_first(mode):
+    """The cache of constants neither keeps tensors of a trace nor gives tensors to it."""
     key = TaskKey.of(hash(mode) % 1000, "train", 4, range(3))
     graph = make_fx(
         lambda tasks: torch.cat(TaskKey(key.seed, "train", 4, tasks).words(a=5, b=2), -1), tracing_mode=mode
@@ -134,7 +134,7 @@ def test_streams_drawn_together_are_those_drawn_alone():
 
 
 def shuffled(words, population):
-    """A partial Fisher–Yates shuffle as in a book."""
+    """A partial Fisher–Yates shuffle of a list."""
     deck = list(range(population))
     for j, word in enumerate(words):
         pick = j + (word * (population - j) >> 32)

@@ -1,4 +1,4 @@
-"""The canonical sum: a balanced tree over shard indices, by definition and in whatever order leaves arrive."""
+"""The canonical sum: a balanced tree over shard indices, for every order of arrival."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from metadist.core.state import Contribution, TreeSum
 
 
 def by_definition(leaves, add):
-    """Neighbours are added, then their sums; an odd one moves up as it is."""
+    """Add neighbours, then their sums; an odd last node moves up unchanged."""
     if len(leaves) == 1:
         return leaves[0]
     pairs = [add(*leaves[i : i + 2]) if i + 1 < len(leaves) else leaves[i] for i in range(0, len(leaves), 2)]
@@ -64,8 +64,8 @@ def test_contributions_sum_to_the_same_bits(order, seed):
 
 
 @given(st.integers(1, 64), st.data())
-def test_a_complete_subtree_may_be_summed_elsewhere(count, data):
-    """What lets a node reduce what it holds before it sends: 2^k leaves from a multiple of 2^k on are one node of the tree."""
+def test_a_complete_subtree_can_be_summed_elsewhere(count, data):
+    """2^k leaves from a multiple of 2^k on are one node of the tree, which a worker can sum before it sends it."""
     leaves, add = [str(i) for i in range(count)], lambda a, b: f"({a}+{b})"
     size = 2 ** data.draw(st.integers(0, count.bit_length() - 1))
     start = size * data.draw(st.integers(0, count // size - 1))
@@ -79,7 +79,7 @@ def nodes(count, size):
 
 @pytest.mark.parametrize("count", range(1, 65))
 def test_blocks_summed_on_their_own_give_the_bits_of_the_leaves(count):
-    """Every count and every size of block: a tree over a block, then the tree over blocks, in any order."""
+    """For every number of leaves and size of block: sum each block, then the blocks in a random order."""
     generator = torch.Generator().manual_seed(count)
     vectors = torch.randn(count, 9, generator=generator) * 10.0 ** torch.randint(-6, 7, (count, 1), generator=generator)
     leaves = [Contribution({"a": v}, 0.1 * float(v[0]), 1, {"loss": float(v[1]) / 3}) for v in vectors]
@@ -118,9 +118,9 @@ def test_blocks_of_several_sizes_and_single_leaves_go_together(count, data):
     assert tree.result() == summed([str(i) for i in range(count)], range(count), add)
 
 
-def test_what_is_no_node_or_overlaps_is_an_error():
+def test_leaves_that_are_not_a_node_or_overlap_are_an_error():
     for count, index, leaves in ((8, 1, 2), (8, 2, 4), (8, 0, 3), (8, 4, 3), (8, 0, 0), (8, 4, -1), (7, 4, 4)):
-        with pytest.raises(ValueError, match=r"no node of a tree over|not one of"):
+        with pytest.raises(ValueError, match=r"not a node of the tree over|not one of"):
             TreeSum(count).add(index, 1.0, leaves)
     tree = TreeSum(7)
     tree.add(4, 1.0, 3)
@@ -151,23 +151,23 @@ def test_misuse_is_an_error():
         one + other
 
 
-def test_a_sum_that_spends_its_terms_has_the_same_bits():
+def test_a_sum_in_the_memory_of_its_terms_has_the_same_bits():
     def terms():
         generator = torch.Generator().manual_seed(0)
         return [
             Contribution({"a": torch.randn(1000, generator=generator)}, 1.0, 1, {"loss": float(i)}) for i in range(7)
         ]
 
-    kept, spent = TreeSum(7), TreeSum(7, Contribution.absorb)
+    kept, absorbed = TreeSum(7), TreeSum(7, Contribution.absorb)
     for index in (3, 0, 6, 1, 2, 5, 4):
         kept.add(index, terms()[index])
-        spent.add(index, terms()[index])
-    assert spent.result().slots["a"].equal(kept.result().slots["a"])
-    assert spent.result().metrics == kept.result().metrics
-    assert (spent.result().weight, spent.result().tasks) == (7.0, 7)
+        absorbed.add(index, terms()[index])
+    assert absorbed.result().slots["a"].equal(kept.result().slots["a"])
+    assert absorbed.result().metrics == kept.result().metrics
+    assert (absorbed.result().weight, absorbed.result().tasks) == (7.0, 7)
 
 
-def test_terms_that_do_not_fit_are_not_spent():
+def test_terms_that_do_not_fit_keep_their_values():
     one, other = Contribution({"a": torch.ones(2)}, 1.0, 1), Contribution({"b": torch.ones(2)}, 1.0, 1)
     with pytest.raises(ValueError, match="contributions differ"):
         one.absorb(other)

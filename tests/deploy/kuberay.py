@@ -1,4 +1,4 @@
-"""KubeRay's own schemas, made strict: an unknown field is an error, as with ``kubectl apply --validate=strict``."""
+"""Check resources by KubeRay's schemas; an unknown field is an error, as for ``kubectl apply --validate=strict``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLURALS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rays
 
 
 def strict(schema):
-    """``additionalProperties: false`` wherever fields are named, but where the CRD itself keeps unknown ones."""
+    """Add ``additionalProperties: false`` to every object with named fields, unless the CRD keeps unknown fields."""
     if isinstance(schema, list):
         return [strict(s) for s in schema]
     if not isinstance(schema, dict):

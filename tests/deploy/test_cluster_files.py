@@ -1,4 +1,4 @@
-"""Ray cluster definitions, shipped and rendered, held against Ray's own schema and checks."""
+"""Ray cluster definitions, shipped and rendered, pass Ray's own schema and checks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_rendered_ones_are_valid(schema, tmp_path, target, config):
 
 @pytest.mark.long
 def test_ray_itself_accepts_them(root, tmp_path):
-    """Its autoscaler's preparation and checks, as at the beginning of ``ray up``."""
+    """Ray's autoscaler prepares and checks them, as ``ray up`` does first."""
     paths = [root / "cluster" / f"{name}.yaml" for name in (*CLOUDS, "ssh")]
     for target in CLOUDS:
         paths.append(tmp_path / f"{target}.yaml")
@@ -132,8 +132,8 @@ def test_fractions_and_groups_of_one_role():
             {"nodes": {"learner": Node(None, 4, 0)}},
             "a learner of 1 CPUs and 1 GPUs doesn't fit into a node of 4 CPUs and 0 GPUs; give --node",
         ),
-        ({"run_dir": "s3://b/$(id)"}, "has a character that shells take for another"),
-        ({"data": 'x"y'}, "--data 'x\"y': has a character"),
+        ({"run_dir": "s3://b/$(id)"}, "the character '$' has a meaning in shells"),
+        ({"data": 'x"y'}, "--data 'x\"y': the character '\"' has"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, wanted, says):

@@ -1,4 +1,4 @@
-"""The compose file against the Compose Specification's schema (as check-jsonschema ships it), and its commands against our own."""
+"""The compose file is valid by the Compose Specification (check-jsonschema ships it) and uses our own commands."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The compose file's services without containers: each one's own command with its own environment, here, with ports that are free.
+"""The compose file's services without containers: each command with its environment, on this machine, on free ports.
 
-A real PostgreSQL, MLflow's server on it, a Ray head and a worker with a token, and the job that is submitted to them.
+The services are real: PostgreSQL, MLflow's server on it, a Ray head and a worker with a token, and a submitted job.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Services:
         self.started: list[subprocess.Popen] = []
 
     def filled(self, text: str) -> str:
-        """As compose would, then with this machine's folders and ports in place of the containers'."""
+        """Expand variables as compose does, then replace the containers' folders and ports by this machine's."""
         text = re.sub(r"\$\{(\w+)(?::([-?+])([^}]*))?\}", self._variable, str(text))
         text = (
             re.sub(r"(?<=[@/=])(database|mlflow|head)(?=:\d{4}\b)", "127.0.0.1", text)

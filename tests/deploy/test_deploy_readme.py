@@ -1,4 +1,4 @@
-"""What deploy/README.md tells people to type: render's commands are run, and of all others the options must exist."""
+"""The commands of deploy/README.md: this test runs those of render, and checks the options of all others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_render_commands(root, tmp_path, monkeypatch):
         for file in done.stdout.split():
             if file.endswith((".yaml", ".sh")) and "/" in file:
                 assert (tmp_path / file).exists(), file
-    for line, _ in commands(root):  # files that later commands name were made by these
+    for line, _ in commands(root):  # these commands wrote the files that later commands name
         for file in re.findall(r"\b(?:cloud|batch|k8s)/[\w.]+", line):
             assert (tmp_path / file).exists(), line
 
@@ -46,7 +46,7 @@ def test_every_option_exists(root):
 
 
 def test_what_was_not_executed_is_marked(root):
-    """docker, clouds, Slurm and Kubernetes are not to be had here."""
+    """No test has docker, a cloud, Slurm or Kubernetes."""
     for line, marked in commands(root):
         words = [w for w in line.split() if "=" not in w]
         elsewhere = words and (

@@ -1,4 +1,4 @@
-"""Shell scripts and Dockerfiles, shipped and rendered, by their linters; a Slurm script as it would be submitted."""
+"""Linters for shell scripts and Dockerfiles, shipped and rendered; the options of a rendered Slurm script."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def slurm(folder, config="bandit_rl2", workers="learners=3,environments=6", **wa
 
 
 def test_shellcheck(root, tmp_path):
-    (tmp_path / "job.sh").write_text(slurm(tmp_path, data="/shared/data", mlflow="http://m:5000")[0]["job.sh"])
-    scripts = [*(root / "cluster").glob("*.sh"), *(root / "deploy").rglob("*.sh"), tmp_path / "job.sh"]
+    options = {"data": "/shared/data", "mlflow": "http://m:5000", "nodes": {"learner": Node("a100", 16, 4)}}
+    (tmp_path / "job.sh").write_text(slurm(tmp_path, **options)[0]["job.sh"])
+    (tmp_path / "least.sh").write_text(slurm(tmp_path)[0]["job.sh"])
+    scripts = [*(root / "cluster").glob("*.sh"), *(root / "deploy").rglob("*.sh"), *tmp_path.glob("*.sh")]
     assert len(scripts) >= 3
     done = subprocess.run([BIN / "shellcheck", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -59,6 +61,7 @@ def test_a_slurm_job_holds_all_workers(tmp_path):
     assert 'METADIST_DATA="${METADIST_DATA:-/shared/data}"' in files["job.sh"]
     assert build_config(yaml.safe_load(files["config.yaml"])).workers[0].gpus == 1.0
     assert commands == [f"sbatch {tmp_path}/job.sh"]
+    assert "MLFLOW_TRACKING_URI" not in files["job.sh"] and "constraint" not in given
     large = directives(slurm(tmp_path, nodes={"learner": Node("a100", 16, 4)})[0]["job.sh"])
     assert (large["nodes"], large["cpus-per-task"], large["gpus-per-node"], large["constraint"]) == (
         "1",
@@ -70,13 +73,13 @@ def test_a_slurm_job_holds_all_workers(tmp_path):
 
 def test_a_worker_that_fits_no_node(tmp_path):
     with pytest.raises(
-        ConfigError, match="one of each group takes 3 CPUs .one for Ray. and 1 GPUs, a node has 2 and 1"
+        ConfigError, match="one worker of each group takes 3 CPUs .one for Ray. and 1 GPUs, a node has 2 and 1"
     ):
         slurm(tmp_path, nodes={"learner": Node(None, 2, 1)})
 
 
 def test_the_wheel_has_the_files(root):
-    """What ``render`` reads is forced into the wheel, under the names that it looks for."""
+    """The wheel contains the files that ``render`` reads, under the names that ``render`` expects."""
     text = (root / "pyproject.toml").read_text()
     for folder in ("cluster", "deploy/helm", "configs"):
         assert f'"{folder}" = "metadist/{folder}"' in text

@@ -1,4 +1,4 @@
-"""The Slurm script as a batch job of two nodes: a stub of srun starts the commands here, Ray and the run are real."""
+"""A rendered Slurm script as a job of two nodes: a stub of srun runs the commands here; Ray and the run are real."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from ports import free_port
+
+from metadist.jobs.render import Rendering, render
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -55,7 +56,9 @@ def allocation(tmp_path):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("hostname", HOSTNAME)):
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    files, _ = render("slurm", CONFIG, Rendering(str(tmp_path / "run"), "a"), tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
     short = tempfile.mkdtemp(prefix="md-slurm-", dir="/tmp")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_", "MLFLOW_"))}
     yield {
@@ -66,8 +69,6 @@ def allocation(tmp_path):
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_CPUS_PER_TASK": "2",
         "SLURM_GPUS_ON_NODE": "0",
-        "CONFIG": str(tmp_path / "config.yaml"),
-        "RUN_DIR": str(tmp_path / "run"),
         "STATE": str(tmp_path / "state"),
         "PORT": str(free_port()),
         "RAY_TEMP": f"{short}/r",
@@ -75,18 +76,13 @@ def allocation(tmp_path):
     subprocess.run(["rm", "-rf", short], check=True)
 
 
-def start(root, environment, log):
-    return subprocess.Popen(
-        ["bash", root / "cluster" / "slurm.sh"],
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+def start(folder, environment, log):
+    command = ["bash", folder / "job.sh"]
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def end(job):
-    """Whatever a job has left, by its pids."""
+    """Kill the processes that a job has left."""
     processes = (
         [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)] if job.poll() is None else []
     )
@@ -94,9 +90,9 @@ def end(job):
         process.kill()
 
 
-def test_a_job_near_its_limit_is_queued_again_and_goes_on(root, allocation, tmp_path):
+def test_a_job_near_its_limit_is_queued_again_and_resumes(allocation, tmp_path):
     with open(tmp_path / "log", "w") as log:
-        job = start(root, allocation, log)
+        job = start(tmp_path, allocation, log)
         try:
             deadline = time.monotonic() + 300
             while not (tmp_path / "run" / "checkpoints").is_dir() or "meta-step" not in (tmp_path / "log").read_text():
@@ -111,7 +107,7 @@ def test_a_job_near_its_limit_is_queued_again_and_goes_on(root, allocation, tmp_
         assert not (tmp_path / "state").exists(), "the token stayed"
         first = json.loads((tmp_path / "run" / "result.json").read_text())
         assert first["stopped"] == "interrupted" and first["meta_step"] < 4000
-        job = start(root, allocation, log)
+        job = start(tmp_path, allocation, log)
         try:
             assert job.wait(400) == 0, (tmp_path / "log").read_text()
         finally:
@@ -133,11 +129,3 @@ def test_a_job_near_its_limit_is_queued_again_and_goes_on(root, allocation, tmp_
     ]
     here = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True)
     assert result["params_sha256"] == json.loads(here.stdout.splitlines()[-1])["params_sha256"]
-
-
-def test_what_is_missing_is_said(root, allocation, tmp_path):
-    environment = {k: v for k, v in allocation.items() if k != "RUN_DIR"}
-    done = subprocess.run(
-        ["bash", root / "cluster" / "slurm.sh"], env=environment, capture_output=True, text=True, timeout=150
-    )
-    assert done.returncode != 0 and "the run directory: a folder that all nodes see" in done.stderr

@@ -18,6 +18,8 @@ from metadist.core.errors import ConfigError
 from metadist.core.parameters import Parameters
 from metadist.engine.compiled import Compiled, trace
 
+pytestmark = pytest.mark.lane("compile")
+
 HERE = Path(__file__).parent
 
 

@@ -118,6 +118,7 @@ def test_autocast_reaches_the_products(choose):
         assert conv2d(x, w).dtype == torch.bfloat16
 
 
+@pytest.mark.lane("compile")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("model", ["conv4-stride-batch", pytest.param("conv4-max-batch", marks=pytest.mark.long)])
 @pytest.mark.parametrize(

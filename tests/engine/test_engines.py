@@ -70,7 +70,7 @@ def test_mixed_on_the_network_and_the_data_of_the_main_job(hessian, data):
     document = override(
         read_document("omniglot_maml_5w1s"), ["algorithm.inner_steps=3", "engine.dtype=float64", "outer.shard_size=2"]
     )
-    subject = build_config(document).learner()
+    subject = build_config(document).learner
     subject.prepare(torch.device("cpu"))
     theta, shard = subject.initial(0).theta(subject.slots), keys(0, 1)
     expected, _ = plain_contribution(subject, theta, shard)
@@ -162,6 +162,7 @@ def name_of(value):
     return f"{value.differentiation}-{value.hessian}" if isinstance(value, Engine) else None
 
 
+@pytest.mark.lane("compile")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("algorithm", "model", "engine"), [late(*case) for case in LATE], ids=name_of)
 def test_compiled(algorithm, model, engine):
@@ -169,12 +170,14 @@ def test_compiled(algorithm, model, engine):
     check(make(ALGORITHMS[algorithm], model, outer=SHARD), engine, keys(0, 1, 5))
 
 
+@pytest.mark.lane("compile")
 def test_compiled_cnp():
     subject = replace(spine.cnp_learner(), outer=SHARD)
     assert isinstance(subject.algorithm, CNP)
     check(subject, UNROLLED, keys(0, 1, 5), objective=plain_cnp)
 
 
+@pytest.mark.lane("compile")
 @pytest.mark.parametrize("engine", [UNROLLED, MIXED], ids=name_of)
 @pytest.mark.long
 @pytest.mark.timeout(900)
@@ -188,6 +191,7 @@ def test_compiled_follows_every_path_on_which_theta_comes_in(engine):
         assert relative_error(got.slots[slot], expected.slots[slot]) <= 1e-10, slot
 
 
+@pytest.mark.lane("compile")
 @pytest.mark.long
 def test_compiled_reptile():
     """Its eager deltas are compared with an optimiser's elsewhere."""
@@ -226,6 +230,7 @@ def compiled_noisy(differentiation="unrolled"):
     return subject
 
 
+@pytest.mark.lane("compile")
 @pytest.mark.parametrize("differentiation", ["unrolled", pytest.param("mixed", marks=pytest.mark.long)])
 @pytest.mark.timeout(900)
 def test_one_graph_serves_every_meta_step_task_and_short_shard(differentiation):
@@ -244,6 +249,7 @@ def test_one_graph_serves_every_meta_step_task_and_short_shard(differentiation):
     assert len(ours._compiled._functions) == graphs
 
 
+@pytest.mark.lane("compile")
 def test_what_fills_up_a_short_shard_leaves_no_trace():
     ours = compiled_noisy()
     theta, four = somewhere(ours), keys(0, 1, 5, 9, seed=0)
@@ -274,6 +280,7 @@ class Spoiling:
         return run
 
 
+@pytest.mark.lane("compile")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_wrong_graph_is_found_before_it_is_used(dtype):
     subject = learner(MAML(inner_lr=0.1, inner_steps=2), Noisy, Curves(), outer=SHARD, dtype=dtype)
@@ -283,6 +290,7 @@ def test_a_wrong_graph_is_found_before_it_is_used(dtype):
     assert re.fullmatch(r"is off by 1e-02 in slot model, where rounding explains .*", compiled_disagrees(subject, 0))
 
 
+@pytest.mark.lane("compile")
 def test_another_seed_and_split_are_not_served_by_the_same_graph():
     """They are numbers in it: those of dropout."""
     algorithm, config = MAML(inner_lr=0.1), MLP(hidden=(4,))
@@ -310,6 +318,7 @@ class Poisoned(Curves):
         return Task(task.support, Examples(task.query.x, torch.where(bad[..., None, None], float("nan"), task.query.y)))
 
 
+@pytest.mark.lane("compile")
 @pytest.mark.parametrize("differentiation", ["unrolled", pytest.param("mixed", marks=pytest.mark.long)])
 def test_a_nan_in_a_compiled_shard(differentiation):
     def factory():
@@ -333,6 +342,7 @@ def test_a_nan_in_a_compiled_shard(differentiation):
     assert relative_error(short.slots["model"], healthy.contribute(theta, keys(11), 3).slots["model"]) < 1e-13
 
 
+@pytest.mark.lane("compile")
 def test_tasks_of_many_sizes_are_refused(monkeypatch):
     monkeypatch.setattr(compiled_module, "MAX_SIGNATURES", 1)
     subject = learner(ANIL(), lambda: MLP(hidden=(4,)).build((2,), 2), Ragged(Curves()), outer=OuterLoop(shard_size=1))
@@ -358,6 +368,7 @@ class Convolutions(Everything):
         )
 
 
+@pytest.mark.lane("compile")
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", [UNROLLED, MIXED], ids=name_of)

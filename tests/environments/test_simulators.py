@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("gymnasium", reason="needs gymnasium: pip install 'metadist[rl]'")
 
 import own_environments as own
+from tiny import train
 from trials import context, learner, somewhere
 
 from metadist.algorithms.rl2 import RL2
@@ -22,8 +23,6 @@ from metadist.core.random import TaskKey
 from metadist.core.round import Shard
 from metadist.environments import Gymnasium
 from metadist.environments.simulated import EnvironmentFault
-from metadist.experiment.description import Experiment
-from metadist.experiment.train import train
 from metadist.models.recurrent import GRU
 from metadist.rl.environment import Continuous, Discrete
 from metadist.rl.trial import EPISODE_END, TERMINATED, VALID, Trials, rollout
@@ -262,7 +261,7 @@ def test_a_run_goes_on_without_skipped_trials(tmp_path):
         "tracking": {"uri": "none", "log_every": 1},
     }
     config = build(document)
-    result = train(Experiment.of(config), run_dir=str(tmp_path / "run"), plots=False)
+    result = train(config, run_dir=str(tmp_path / "run"), plots=False)
     right = config.tasks.sample(TaskKey.of(0, "test", 0, range(12)))["goal"] % 1 <= 0.5
     (judged,) = [e for e in result.evaluations if e.split == "test"]
     assert judged.tasks == len(judged.trials["greedy"]) == int(right.sum()) < 12
@@ -343,7 +342,7 @@ def test_a_config_builds_a_policy_that_fits():
         "model": {"name": "gru"},
         "algorithm": {"name": "rl2"},
     }
-    made = build(document).learner()
+    made = build(document).learner
     assert made.tasks.actions == Continuous(1) and made.tasks.protocol("test")["make"] == "own_environments:Point"
 
 

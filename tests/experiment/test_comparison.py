@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from tiny import train
 
 from metadist.config.build import build
 from metadist.core.errors import ConfigError
-from metadist.experiment.description import Experiment
-from metadist.experiment.evaluate import evaluate_run
+from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
 from metadist.experiment.oracle_comparison import oracles
-from metadist.experiment.train import train
 
 BANDIT = {"name": "bandit", "arms": 2, "episodes": 4}
 
@@ -30,7 +29,7 @@ def document(environment, algorithm=None, model=None):
 
 
 def trained(tmp_path, *arguments):
-    return train(Experiment.of(build(document(*arguments))), run_dir=str(tmp_path / "run"))
+    return train(build(document(*arguments)), run_dir=str(tmp_path / "run"))
 
 
 def test_known_methods_by_environment_or_config():
@@ -102,7 +101,7 @@ def test_what_is_recorded_of_a_run(tmp_path, monkeypatch):
 
 def test_a_policy_beside_known_methods(tmp_path):
     result = trained(tmp_path, BANDIT)
-    judged = evaluate_run(result.run_dir, tasks=300, beside=["gittins"]).evaluations[0]
+    judged = evaluate_run(result.run_dir, EvaluationOptions(tasks=300, beside=["gittins"])).evaluations[0]
     rows = {row["name"]: row for row in judged.beside}
     own = rows["this policy, greedy"]
     assert own["mean"] == pytest.approx(judged.score) and own["difference"] == 0
@@ -113,6 +112,7 @@ def test_a_policy_beside_known_methods(tmp_path):
     assert whole["rows"][0]["mean"] == pytest.approx(rows["gittins"]["mean"])
 
 
+@pytest.mark.renders
 @pytest.mark.parametrize(
     ("environment", "names"),
     [
@@ -137,4 +137,4 @@ def test_adaptation_by_gradient_steps_has_no_curve_over_episodes_to_compare(tmp_
     result = trained(tmp_path, {"name": "navigation", "horizon": 4}, algorithm, {"name": "reactive", "hidden": [4]})
     assert {path.stem for path in (tmp_path / "run" / "plots").glob("*.png")} == {"learning_curve", "returns_test"}
     with pytest.raises(ConfigError, match="--beside"):
-        evaluate_run(result.run_dir, tasks=4, inner_steps=2, beside=["random"])
+        evaluate_run(result.run_dir, EvaluationOptions(tasks=4, inner_steps=2, beside=["random"]))

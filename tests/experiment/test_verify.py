@@ -1,4 +1,4 @@
-"""``metadist verify``: equal for any number of workers and kills, and not equal where something is wrong."""
+"""``metadist verify``: equal for any number of workers and kills, and unequal where something is wrong."""
 
 from __future__ import annotations
 

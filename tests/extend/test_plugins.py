@@ -7,12 +7,12 @@ from importlib import metadata
 import installed
 import pytest
 import tiny
+from metadist.experiment.description import Experiment
 
 from metadist.config.build import build, resolved
 from metadist.config.catalog import ALGORITHM, ENVIRONMENT, MODEL, TASK_FAMILY
 from metadist.config.plugins import plugins as found_plugins
 from metadist.core.errors import ConfigError
-from metadist.experiment.description import Experiment
 from metadist.experiment.train import train
 from metadist.tracking import TRACKER, NullTracker, Tracker, check_uri, make_tracker
 

@@ -1,6 +1,6 @@
-"""Trajectories that may not change by accident: bit for bit where this machine's numerics are known, closely in float64 anywhere.
+"""Short trajectories that must not change: every bit on machines with known numerics, values in float64 on others.
 
-After a change that is meant to alter them (or on a machine to be added):
+After an intended change, or to add the present machine, run
 
     .venv/bin/python tests/golden/test_golden.py
 """
@@ -64,7 +64,7 @@ CONFIGS = {
 }
 
 
-#: other engines: name → engine, and which of the trajectories are computed by it. In float64 they are the eager ones
+#: other engines: name → engine, and its trajectories, which equal the eager ones in float64
 ENGINES = {
     "mixed": (Engine(differentiation="mixed"), ("maml-sinusoid", "maml-everything", "anil-groups", "meta_sgd")),
     "mixed-reverse": (Engine(differentiation="mixed", hessian="reverse"), ("maml-sinusoid", "maml-everything")),
@@ -74,7 +74,8 @@ ENGINES = {
 CASES = [(name, "eager") for name in CONFIGS] + [
     (name, engine) for engine, (_, names) in ENGINES.items() for name in names
 ]
-MARKED = [pytest.param(*case, marks=pytest.mark.long) if case[1] == "compiled-mixed" else case for case in CASES]
+COMPILED, LONG = pytest.mark.lane("compile"), pytest.mark.long
+MARKS = {"compiled": [COMPILED], "compiled-mixed": [COMPILED, LONG]}
 
 
 def engine_of(engine):
@@ -82,36 +83,34 @@ def engine_of(engine):
 
 
 def trajectory(name, dtype, engine="eager"):
-    """(the last state, the loss of every meta-step)."""
+    """Return (the last state, the loss of every meta-step)."""
     algorithm, family, config, outer = CONFIGS[name]
     build = config if isinstance(config, type) else lambda: config.build(family.input_shape, algorithm.outputs(family))
-    losses = []
-
-    class Report(dict):
-        def update(self, *values, **named):
-            losses.append(values[0]["loss"])
-
+    reports = []
     subject = learner(algorithm, build, family, dtype=dtype, outer=outer)
     subject.set_engine(engine_of(engine))
-    return train(subject, META_STEPS, report=Report()), losses
+    state = train(subject, META_STEPS, reports=reports)
+    return state, [report["loss"] for report in reports]
 
 
 def fingerprint(engine="eager"):
     return numerics_fingerprint(torch.device("cpu"), torch.get_num_threads(), torch.float32, engine_of(engine))
 
 
-@pytest.mark.parametrize(("name", "engine"), MARKED)
+@pytest.mark.parametrize(("name", "engine"), [pytest.param(*c, marks=MARKS.get(c[1], ())) for c in CASES])
 def test_every_bit(name, engine):
-    """The same again; and the same as ever, among like machines."""
+    """Two runs give the same bits, and the recorded bits on a machine with a recorded fingerprint."""
     digest = trajectory(name, torch.float32, engine)[0].sha256()
     assert trajectory(name, torch.float32, engine)[0].sha256() == digest
     known = json.loads(GOLDEN.read_text())["bits"].get(fingerprint(engine)["id"])
     if known is not None:
-        assert digest == known["sha256"][name], f"other bits than on {known['facts']}; if meant so: {__doc__}"
+        assert digest == known["sha256"][name], (
+            f"other bits than on {known['facts']}; for an intended change: {__doc__}"
+        )
 
 
 @pytest.mark.parametrize(
-    ("name", "engine"), [pytest.param(*c, marks=pytest.mark.long) if "compiled" in c[1] else c for c in CASES]
+    ("name", "engine"), [pytest.param(*c, marks=[COMPILED, LONG]) if "compiled" in c[1] else c for c in CASES]
 )
 def test_the_same_values_on_any_machine(name, engine):
     state, losses = trajectory(name, torch.float64, engine)

@@ -1,10 +1,9 @@
-"""What travels with a job, under which name, and what is said where it can't. Whole jobs: tests/cli/test_jobs_on_a_cluster.py."""
+"""A job's files, name, environment and errors. Whole jobs: tests/cli/test_jobs_on_a_cluster.py."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -16,15 +15,11 @@ from metadist.jobs import ray_jobs
 from metadist.jobs import submit as jobs
 from metadist.jobs.ray_jobs import Job, RayJobs
 
-CONFIG = {
-    "name": "lines",
-    "tasks": {"name": "mine.lines:Lines"},
-    "model": {"name": "network:build"},
-    "loss": "torch.nn.functional:l1_loss",
-}
-
 #: how Ray ends the message of a failed job
-QUOTED = "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars):\nRunning entrypoint\n"
+QUOTED = (
+    "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars):\n"
+    "Running entrypoint\n"
+)
 
 
 def job(run_id, attempt, status="FAILED", exit_code=1, message=""):
@@ -42,62 +37,21 @@ def job(run_id, attempt, status="FAILED", exit_code=1, message=""):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A package and a module that the config names, a module beside them that is not imported, and what must stay."""
-    files = {
-        "mine/__init__.py": "",
-        "mine/lines.py": "from mine.deeper import slope\n\n\nclass Lines: ...\n",
-        "mine/deeper/__init__.py": "slope = 1\n",
-        "mine/data/large.py": "",
-        "mine/notes.txt": "",
-        "network.py": "import sibling\n\n\ndef build(): ...\n",
-        "sibling.py": "",
-        "other.py": "",
-        ".git/config": "",
-        "runs/a/run.json": "{}",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    """A working directory with a run in it."""
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "run.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("mine", "network", "sibling")]:
-        del sys.modules[name]
+    return tmp_path
 
 
-def travelling(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-
-def test_only_what_a_driver_needs_travels(home):
-    import mine.lines  # noqa: F401
-    import network  # noqa: F401
-
-    with jobs.working_directory({**CONFIG, "init_from": None}) as folder:
-        assert travelling(folder) == [
-            "config.yaml",
-            "mine/__init__.py",
-            "mine/deeper/__init__.py",
-            "mine/lines.py",
-            "network.py",
-            "sibling.py",
-        ]
-        assert yaml.safe_load((folder / "config.yaml").read_text())["tasks"] == CONFIG["tasks"]
+def test_a_config_without_own_modules_ships_alone():
+    config = {"tasks": {"name": "sinusoid"}, "loss": "torch.nn.functional:l1_loss", "model": {"name": "mlp"}}
+    with jobs.working_directory(config) as folder:
+        assert [p.name for p in folder.rglob("*")] == ["config.yaml"]
     assert not folder.exists()
 
 
-def test_nothing_of_what_is_installed_travels():
-    with jobs.working_directory(
-        {
-            "tasks": {"name": "sinusoid"},
-            "loss": "torch.nn.functional:l1_loss",
-            "model": {"name": "metadist.models.mlp:MLP"},
-        }
-    ) as folder:
-        assert travelling(folder) == ["config.yaml"]
-
-
-def test_initial_parameters_travel_and_a_folder_does_not(home):
+def test_initial_parameters_are_shipped_and_a_folder_is_not(home):
     (home / "model.safetensors").write_bytes(b"parameters")
     with jobs.working_directory({"init_from": "model.safetensors"}) as folder:
         assert (folder / "init.safetensors").read_bytes() == b"parameters"
@@ -116,7 +70,7 @@ def test_more_than_ray_takes_is_refused(home, monkeypatch):
     monkeypatch.setattr(jobs, "WORKING_DIRECTORY_LIMIT", 1 << 20)
     (home / "model.safetensors").write_bytes(os.urandom(2 << 20))
     with (
-        pytest.raises(ConfigError, match=r"come to 2 MiB, Ray takes 1 MiB; the largest: init.safetensors 2 MiB"),
+        pytest.raises(ConfigError, match=r"have 2 MiB, Ray accepts 1 MiB; the largest: init.safetensors 2 MiB"),
         jobs.working_directory({"init_from": "model.safetensors"}),
     ):
         pass
@@ -195,7 +149,7 @@ def test_the_environment_of_a_driver(monkeypatch, tmp_path):
         (job("a", 1, exit_code=127), "the cluster's nodes have no metadist; install it"),
         (
             job("a", 1, exit_code=-9),
-            "its driver was killed (exit code -9); metadist submit … --run-id a goes on with it",
+            "its driver was killed (exit code -9); metadist submit … --run-id a resumes the run",
         ),
         (
             job("a", 1, exit_code=2, message=QUOTED + "error: no data\nbye\n"),
@@ -206,6 +160,10 @@ def test_the_environment_of_a_driver(monkeypatch, tmp_path):
             "failed with exit code 2: ValueError: x; metadist submit … --run-id a",
         ),
         (job("a", 1, "STOPPED", None), "job a-1 stopped: no reason given"),
+        (
+            job("a", 1, exit_code=2, message=QUOTED + "error: tasks.name: 'a:B': No module named 'beside.deep'; …\n"),
+            "--run-id a resumes the run; add --module beside, or install beside on the nodes",
+        ),
     ],
 )
 def test_why_a_job_failed(ended, says):
@@ -214,7 +172,7 @@ def test_why_a_job_failed(ended, says):
 
 @pytest.fixture
 def server(request):
-    """A listener that answers everything in one way: a status and a text."""
+    """A server that answers every request with one status and one text."""
     status, text = request.param
 
     class Same(BaseHTTPRequestHandler):
@@ -232,13 +190,14 @@ def server(request):
     running.shutdown()
 
 
+@pytest.mark.lane("services")
 @pytest.mark.parametrize(
     ("server", "error", "says"),
     [
         (
             (401, "Unauthorized: Missing authentication token"),
             ConfigError,
-            "it asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+            "it needs a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
         ),
         (
             (403, "Forbidden: Invalid authentication token"),
@@ -263,7 +222,7 @@ def test_what_answers_is_no_cluster_of_ours(server, error, says):
         ("head:8265", "expected the URL of the cluster's dashboard"),
         ("ray://head:10001", "expected the URL of the cluster's dashboard"),
         ("http://head:port", "--address http://head:port:"),
-        ("http://127.0.0.1:1", "is it up, and is its dashboard's port open"),
+        ("http://127.0.0.1:1", "is it running, and is its dashboard's port open"),
     ],
 )
 def test_addresses_that_cannot_be(address, says):

@@ -12,7 +12,6 @@ from metadist.core.errors import ConfigError
 from metadist.core.model import Model, use_batch_statistics
 from metadist.core.outer import OuterLoop
 from metadist.core.task import Examples, Task, TaskFamily
-from metadist.learners.dry_run import check
 from metadist.models import MLP, Conv4
 
 OWN = Blobs(input_shape=(1, 6, 6))
@@ -97,7 +96,7 @@ def test_buffers_written_in_forward():
 
     for algorithm in (MAML(), Reptile()):
         spoiled = small(count, algorithm)
-        refused(lambda spoiled=spoiled: check(spoiled, 0), "'Small' fails", "in-place")
+        refused(lambda spoiled=spoiled: spoiled.dry_run(0), "'Small' fails", "in-place")
 
 
 @pytest.mark.parametrize(
@@ -111,13 +110,13 @@ def test_a_missing_gradient(spoil, named):
     for algorithm in (MAML(), MAML(first_order=True), MAML(inner_steps=0), ProtoNet()):
         family = Blobs(input_shape=(2,), outputs=2) if isinstance(algorithm, ProtoNet) else Curves()
         spoiled = learner(algorithm, lambda: Small(spoil), family)
-        refused(lambda spoiled=spoiled: check(spoiled, 0), named, "missing gradient", "model.freeze")
-    check(learner(MAML(), lambda: Small(spoil), Curves(), freeze=("linear.*",)), 0)
-    refused(lambda: check(learner(MetaSGD(inner_steps=0), mlp, Curves()), 0), "inner_lr/1.weight")
+        refused(lambda spoiled=spoiled: spoiled.dry_run(0), named, "missing gradient", "model.freeze")
+    learner(MAML(), lambda: Small(spoil), Curves(), freeze=("linear.*",)).dry_run(0)
+    refused(lambda: learner(MetaSGD(inner_steps=0), mlp, Curves()).dry_run(0), "inner_lr/1.weight")
 
 
 def test_gradients_that_are_zero_are_not_missing():
-    check(learner(MAML(), lambda: Small(lambda self, x: x * 0), Curves()), 0)
+    learner(MAML(), lambda: Small(lambda self, x: x * 0), Curves()).dry_run(0)
 
 
 # Shapes ----------------------------------------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ def test_gradients_that_are_zero_are_not_missing():
 @pytest.mark.parametrize("algorithm", [MAML(), ANIL(), Reptile()])
 def test_outputs_that_do_not_fit_n_way(algorithm):
     refused(
-        lambda: check(learner(algorithm, lambda: Everything(outputs=4), OWN), 0),
+        lambda: learner(algorithm, lambda: Everything(outputs=4), OWN).dry_run(0),
         "puts out shape [6, 4]",
         "n_way = 3",
         "[6, 3]",
@@ -135,7 +134,7 @@ def test_outputs_that_do_not_fit_n_way(algorithm):
 
 def test_a_prediction_that_does_not_fit_the_targets():
     """[N, 1] against [N] would broadcast to [N, N] and be learned from."""
-    refused(lambda: check(learner(MAML(), lambda: mlp(outputs=1), Curves()), 0), "predicts shape [4, 1]", "[4, 2]")
+    refused(lambda: learner(MAML(), lambda: mlp(outputs=1), Curves()).dry_run(0), "predicts shape [4, 1]", "[4, 2]")
 
 
 @dataclass(frozen=True)
@@ -146,9 +145,9 @@ class FlatTargets(Curves):
 
 
 def test_targets_without_a_dimension_of_their_own():
-    refused(lambda: check(learner(MAML(), lambda: mlp(outputs=1), FlatTargets()), 0), "predicts shape [4, 1]", "[4]")
+    refused(lambda: learner(MAML(), lambda: mlp(outputs=1), FlatTargets()).dry_run(0), "predicts shape [4, 1]", "[4]")
     flat = learner(MAML(), lambda: nn.Sequential(mlp(outputs=1), nn.Flatten(0)), FlatTargets())
-    check(flat, 0)
+    flat.dry_run(0)
     both = learner(MAML(), lambda: mlp(outputs=1), OneTarget())
     theta = flat.initial(0).theta(flat.slots)
     got = flat.contribute(theta, keys(0, 1), 0).slots["model"]
@@ -165,7 +164,7 @@ class OneTarget(Curves):
 def test_inputs_that_do_not_fit_the_model():
     wide = lambda: nn.Linear(5, 2)  # noqa: E731
     refused(
-        lambda: check(learner(MAML(), wide, Curves()), 0),
+        lambda: learner(MAML(), wide, Curves()).dry_run(0),
         "'Linear' fails on train tasks with inputs [6, 2] and targets [6, 2]",
     )
     refused(lambda: Conv4().build((2,), 3), "conv4", "[2]")
@@ -190,7 +189,7 @@ def test_losses_and_metrics_are_per_example(family):
         "one value per example",
         "reduction='none'",
     )
-    refused(lambda: check(spoiled, 0), "one value per example")
+    refused(lambda: spoiled.dry_run(0), "one value per example")
 
 
 def test_a_family_that_samples_nothing():
@@ -225,7 +224,7 @@ def test_incompatible_parts():
         (lambda: MAML(inner_batch_size=0), "inner_batch_size"),
         (lambda: MetaSGD(inner_optimizer="adam"), "meta_sgd"),
         (lambda: Reptile(moments="caried"), "'carried'"),
-        (lambda: Reptile(moments="carried"), "none to carry"),
+        (lambda: Reptile(moments="carried"), "has no moments"),
         (lambda: learner(MAML(), mlp, Curves(), normalization="indutive"), "'inductive'"),
         (lambda: learner(MAML(), mlp, Curves(), non_finite="ignore"), "skip"),
     ],
@@ -238,7 +237,7 @@ def test_minibatches_of_padded_tasks():
     from toys import Ragged
 
     ragged = learner(MAML(inner_batch_size=2), mlp, Ragged())
-    refused(lambda: check(ragged, 0), "inner_batch_size", "unequal size")
+    refused(lambda: ragged.dry_run(0), "inner_batch_size", "equal size")
 
 
 def test_init_from():
@@ -261,7 +260,7 @@ def test_tasks_that_raise_are_named_with_the_line():
     with pytest.raises(
         ConfigError, match=r"'Broken' can't sample train tasks: KeyError: 'amplitude' \(.*test_messages.py:\d+\)"
     ):
-        check(subject, 0)
+        subject.dry_run(0)
 
 
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])

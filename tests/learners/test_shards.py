@@ -11,8 +11,8 @@ from metadist.algorithms import ANIL, CNP, MAML, MetaSGD, ProtoNet, Reptile
 from metadist.core.errors import ConfigError, NonFiniteError
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
+from metadist.core.round import MetaStepKey
 from metadist.core.task import Examples, Task, stack
-from metadist.learners.dry_run import check
 from metadist.models import MLP, ConditionalNeuralProcess, Conv4
 
 IMAGES = Blobs(input_shape=(1, 8, 8))
@@ -55,14 +55,16 @@ def test_shards_agree_in_float64():
 
 def test_a_meta_batch_is_cut_without_gap_or_overlap():
     whole = subject(outer=OuterLoop(meta_batch_size=19, shard_size=8))
-    shards = whole.shards("run", 4, 7, function="gradient", split="train", tasks=19)
+    shards = whole.shards(MetaStepKey("run", 4, 7), "gradient", split="train", tasks=19)
     assert [(s.index, s.start, s.count, s.key_step) for s in shards] == [(0, 0, 8, 4), (1, 8, 8, 4), (2, 16, 3, 4)]
-    assert {s.key_step for s in whole.shards("run", 4, 7, function="evaluate", split="test", tasks=19)} == {0}
+    assert {s.key_step for s in whole.shards(MetaStepKey("run", 4, 7), "evaluate", split="test", tasks=19)} == {0}
 
 
 @pytest.mark.parametrize("tasks", [1, 8, 9, 17, 19, 24])
 def test_a_block_knows_its_shards(tasks):
-    shards = subject(outer=OuterLoop(shard_size=8)).shards("run", 4, 7, function="gradient", split="train", tasks=tasks)
+    shards = subject(outer=OuterLoop(shard_size=8)).shards(
+        MetaStepKey("run", 4, 7), "gradient", split="train", tasks=tasks
+    )
     assert [(s.leaves, s.each()) for s in shards] == [(1, (s,)) for s in shards]
     for first in range(len(shards)):
         part = shards[first:]
@@ -87,7 +89,7 @@ def test_compute_is_pure():
     whole = subject()
     state = whole.initial(0)
     before = state.sha256()
-    shard = whole.shards("run", 0, 7, function="gradient", split="train", tasks=8)[0]
+    shard = whole.shards(MetaStepKey("run", 0, 7), "gradient", split="train", tasks=8)[0]
     first = whole.compute(shard, state.slots)
     whole.compute(replace(shard, function="evaluate", settings=(("inner_steps", 3),)), state.slots)
     second = whole.compute(shard, state.slots)
@@ -192,7 +194,7 @@ def test_batch_norm_over_padded_rows_is_refused():
     """Before anything starts, also when a task alone would have no padding."""
     ragged = learner(MAML(), WithoutDropout, Ragged(Blobs(input_shape=(1, 6, 6))))
     with pytest.raises(ConfigError, match="padded rows"):
-        check(ragged, 0)
+        ragged.dry_run(0)
     with pytest.raises(ConfigError, match="padded rows"):
         ragged.contribute(ragged.initial(0).theta(ragged.slots), keys(0, 1), 0)
 

@@ -1,4 +1,4 @@
-"""The causal transformer: step after step as all at once, and no further back than its window."""
+"""The causal transformer: single steps equal the whole sequence, and no step attends beyond the window."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_step_depends_on_nothing_later_and_on_what_its_blocks_can_see():
 
 
 def test_an_empty_memory_is_no_history_at_all():
-    """One block at its first step attends to that step alone, whatever the window."""
+    """At the first step, every block attends only to this step, for every window."""
     torch.manual_seed(0)
     x = features(1)
     heads = []
@@ -83,7 +83,7 @@ def test_gradients_reach_back_through_memory_within_a_sequence():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 6, "heads": 4}, "model.width: 6 is no multiple of model.heads = 4"),
+        ({"width": 6, "heads": 4}, "model.width: 6 is not a multiple of model.heads = 4"),
         ({"window": 0}, "model.window: 0"),
     ],
 )

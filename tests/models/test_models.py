@@ -1,4 +1,4 @@
-"""The networks that come with the package."""
+"""The networks of the package: sizes, derivatives, initial values, refused settings."""
 
 from dataclasses import replace
 
@@ -54,10 +54,8 @@ def test_conv4_has_the_paper_s_112_thousand_parameters():
 
 def test_group_norm_takes_any_number_of_filters():
     for filters in (1, 6, 12, 64):
-        assert Conv4(filters=filters, norm="group", blocks=1).build((1, 4, 4), 2)(torch.randn(2, 1, 4, 4)).shape == (
-            2,
-            2,
-        )
+        module = Conv4(filters=filters, norm="group", blocks=1).build((1, 4, 4), 2)
+        assert module(torch.randn(2, 1, 4, 4)).shape == (2, 2)
 
 
 def test_mlp():
@@ -67,7 +65,7 @@ def test_mlp():
         MLP(hidden=()).build((4,), None)
     layers = [m for m in MLP(init="maml").build((1,), 1) if isinstance(m, nn.Linear)]
     assert all(layer.bias.eq(0).all() and layer.weight.abs().max() <= 0.02 for layer in layers)
-    assert 0.007 < float(layers[1].weight.detach().std()) < 0.01  # a normal of .01 truncated at two of it has .0088
+    assert 0.007 < float(layers[1].weight.detach().std()) < 0.01  # a normal of .01, truncated at twice that, has .0088
 
 
 def test_cnp_reads_a_set():

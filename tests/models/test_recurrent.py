@@ -1,4 +1,4 @@
-"""Recurrent policies: step after step as all at once, and what their heads see."""
+"""Recurrent policies: single steps equal the whole sequence, and the inputs of the heads."""
 
 import pytest
 import torch
@@ -26,10 +26,10 @@ def test_steps_one_by_one_are_the_whole_sequence(kind, heads):
     torch.testing.assert_close(memory, last)
 
 
-def test_networks_as_heads_see_the_features_beside_the_memory():
+def test_networks_as_heads_see_the_features_and_the_memory():
     for heads, seen in (((), False), ((6,), True)):
         module, x = built(GRU(hidden=4, heads=heads)), torch.randn(5, 1, 3 + 2 + 2)
-        with torch.no_grad():  # the memory stays 0, whatever is seen
+        with torch.no_grad():  # the memory stays 0 for every input
             for parameter in module.core.parameters():
                 parameter.zero_()
         head, value, memory = module(x, torch.zeros(5, 4))

@@ -1,4 +1,4 @@
-"""The transformer: torch's own encoder as reference, its derivatives in both modes, and what it refuses."""
+"""The transformer: torch's encoder as reference, derivatives in both modes, and refused settings."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_shapes(shape, pooling):
 
 
 def test_the_blocks_are_torch_s():
-    """``nn.TransformerEncoderLayer`` with the same weights, and the whole network written out around it."""
+    """``nn.TransformerEncoderLayer`` with the same weights, between the other layers written out."""
     module = small(mlp_ratio=3.0)
     x = inputs(IMAGES)
     tokens = (
@@ -70,7 +70,7 @@ def test_tokens_of_a_vector_are_its_numbers():
 @pytest.mark.parametrize("shape", [IMAGES, VECTORS])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_forward_over_reverse_is_reverse_over_reverse(shape, pooling):
-    """Hessian-vector products, alone and over tasks with parameters of their own."""
+    """Hessian-vector products, for one task and over tasks with different parameters."""
     module, y = small(shape, pooling=pooling), torch.arange(6) % 3
     theta = {n: p.detach() for n, p in module.named_parameters()}
     direction = {n: torch.randn_like(p) for n, p in theta.items()}
@@ -118,13 +118,13 @@ def test_the_head_comes_last():
 @pytest.mark.parametrize(
     ("settings", "shape", "message"),
     [
-        ({"patch": 5}, (1, 28, 28), r"model\.patch = 5: an image of 28×28"),
-        ({"patch": 0}, IMAGES, r"model\.patch = 0: must be at least 1"),
-        ({"width": 30}, IMAGES, r"model\.width = 30: must be a multiple of model\.heads = 4"),
-        ({"heads": 0}, IMAGES, r"model\.heads = 0"),
-        ({"depth": 0}, IMAGES, r"model\.depth = 0"),
-        ({"mlp_ratio": 0.001}, IMAGES, r"model\.mlp_ratio = 0\.001"),
-        ({"dropout": 1.0}, IMAGES, r"model\.dropout = 1\.0"),
+        ({"patch": 5}, (1, 28, 28), r"model\.patch: 5 does not divide .* 28×28"),
+        ({"patch": 0}, IMAGES, r"model\.patch: 0 is below 1"),
+        ({"width": 30}, IMAGES, r"model\.width: 30 is not a multiple of model\.heads = 4"),
+        ({"heads": 0}, IMAGES, r"model\.heads: 0"),
+        ({"depth": 0}, IMAGES, r"model\.depth: 0"),
+        ({"mlp_ratio": 0.001}, IMAGES, r"model\.mlp_ratio: 0\.001"),
+        ({"dropout": 1.0}, IMAGES, r"model\.dropout: 1\.0"),
         ({"pooling": "max"}, IMAGES, r"model\.pooling"),
         ({}, (3, 4), r"model 'transformer' needs images .* \[3, 4\]"),
     ],

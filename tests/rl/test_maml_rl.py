@@ -13,6 +13,7 @@ from trials import Chance, context, evaluate, learner, run, somewhere, train
 from metadist.algorithms.maml_rl import MAMLRL
 from metadist.core.errors import ConfigError
 from metadist.core.parameters import Parameters
+from metadist.core.round import MetaStepKey
 from metadist.core.state import Records
 from metadist.environments.navigation import Navigation
 from metadist.models.reactive import Reactive
@@ -333,10 +334,8 @@ def test_shards_sum_to_the_whole_batch():
             batch=4,
             shard=shard,
         )
-        rounds, kept = found.rounds("run", 0, 0, found.initial(0), {}), {}
-        rolling = next(rounds)
-        rolling.apply(rolling.parameters, run(found, rolling, kept))
-        total = run(found, next(rounds), kept)
+        rounds, kept = found.meta_step(MetaStepKey("run", 0, 0), found.initial(0)), {}
+        total = run(found, rounds.send(run(found, next(rounds), kept)), kept)
         return total.slots["model"] / total.weight
 
     torch.testing.assert_close(first_gradient(1), first_gradient(4), rtol=1e-9, atol=1e-12)
@@ -377,7 +376,7 @@ def test_records_survive_a_journey_as_columns():
 
 
 def test_a_policy_with_memory_is_refused():
-    with pytest.raises(ConfigError, match="wants a policy without memory"):
+    with pytest.raises(ConfigError, match="needs a policy without memory"):
         learner(MAMLRL(), GRU(hidden=4), Chance())
 
 

@@ -151,7 +151,7 @@ def test_updates_end_once_the_divergence_passes_its_limit():
     subject = learner(RL2(kl_limit=1e-4, epochs=10), GRU(hidden=8), Chance(), lr=0.03)
     kls = []
 
-    def watch(round, state, total):
+    def watch(round, total):
         if round.index:
             kls.append(total.metrics["kl"] / total.weight)
 
@@ -184,7 +184,7 @@ def test_advantages_are_normalised_over_all_shards():
         ({"optimizer": "adam"}, "algorithm.optimizer: 'adam' is not one of ppo, trpo"),
         ({"optimizer": "trpo", "kl_limit": 0.1}, "algorithm.kl_limit: 0.1 goes with optimizer: ppo"),
         ({"bptt": 0}, "algorithm.bptt: 0; expected 1 or more"),
-        ({"bptt_together": True}, "algorithm.bptt_together: true goes with algorithm.bptt"),
+        ({"bptt_together": True}, "algorithm.bptt_together: true needs algorithm.bptt"),
     ],
 )
 def test_bad_settings_are_named(options, message):

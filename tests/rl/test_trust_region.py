@@ -11,6 +11,7 @@ from trials import Chance, context, learner, run, somewhere, train
 
 from metadist.algorithms.rl2 import RL2
 from metadist.core.errors import ConfigError
+from metadist.core.round import MetaStepKey, run_rounds
 from metadist.core.state import State
 from metadist.models.causal_transformer import CausalTransformer
 from metadist.models.reactive import Reactive
@@ -121,13 +122,13 @@ def test_a_meta_step_is_the_natural_gradient_of_a_dense_solve():
     whole = solution * (2 * 1e-3 / (solution @ dense @ solution)).sqrt()
     policy_steps, report = [], {}
 
-    def watch(round, state, total):
-        if round.shards[0].function == "surrogate":
-            policy_steps.append(state.slots["model"] - flat(theta["model"]))
+    def watch(round, total):
+        if round.shards[0].function == "value_gradient":  # under the θ that the line search has found
+            policy_steps.append(round.parameters.slots["model"] - flat(theta["model"]))
 
     after, report = train(found, 1, state=state, watch=watch)
     assert report["step_fraction"] == 1.0 and report["cg_residual"] < 1e-6
-    torch.testing.assert_close(policy_steps[-1], whole, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(policy_steps[0], whole, rtol=1e-6, atol=1e-9)
     assert 0 < report["kl"] <= 1e-3 and report["improvement"] > 0
     # Small enough a step for the quadratic model of the divergence (without its damping) to be near the truth.
     bare = whole @ (dense - 1e-2 * torch.eye(len(whole), dtype=torch.float64)) @ whole / 2
@@ -138,9 +139,9 @@ def test_a_meta_step_is_the_natural_gradient_of_a_dense_solve():
 def test_the_value_is_fitted_by_what_the_actions_do_not_depend_on():
     found, before_fit = subject(epochs=3, minibatches=2), []
 
-    def watch(round, state, total):
-        if round.shards[0].function == "surrogate":
-            before_fit[:] = [state.slots["model"]]
+    def watch(round, total):
+        if round.shards[0].function == "value_gradient":
+            before_fit.append(round.parameters.slots["model"])
 
     state, report = train(found, 1, watch=watch)
     names = [
@@ -175,13 +176,13 @@ def test_a_step_too_far_is_cut_short_and_one_that_never_fits_is_not_taken():
         shard=4,
     )
     start, seen = never.initial(0), {}
-    train(never, 1, state=start, watch=lambda round, state, total: seen.setdefault(round.shards[0].function, state))
-    assert seen["surrogate"].slots["model"].equal(start.slots["model"])
+    train(never, 1, state=start, watch=lambda round, _: seen.setdefault(round.shards[0].function, round.parameters))
+    assert seen["value_gradient"].slots["model"].equal(start.slots["model"])
 
 
 def test_a_step_that_overflows_is_refused_and_is_no_fault():
     found = learner(RL2(optimizer="trpo", minibatches=1), GRU(hidden=4), Chance(continuous=True), batch=4, shard=4)
-    shards = found.shards("run", 0, 0, function="rollout", split="train", tasks=4)
+    shards = found.shards(MetaStepKey("run", 0, 0), "rollout", tasks=4)
     state = found.initial(0)
     rolled = found.compute(replace(shards[0], keeps=True), state.slots)
     settings = (("deviation", 1.0), ("fraction", 1.0), ("mean", 0.0))
@@ -192,14 +193,15 @@ def test_a_step_that_overflows_is_refused_and_is_no_fault():
 
 def test_surrogate_rounds_judge_the_policy_that_is_then_taken():
     found = learner(RL2(optimizer="trpo", kl=0.02), GRU(hidden=8), Chance(), batch=16, shard=4)
-    judged, kept = {}, {}
-    state = found.initial(0)
-    for round in found.rounds("run", 0, 0, state, judged):
-        total = run(found, round, kept)
-        state = round.apply(state, total)
-        if round.shards[0].function == "surrogate":
-            after = state.theta(found.slots)["model"]
-            published = round.parameters
+    kept, seen = {}, []
+
+    def watched(round):
+        seen.append(round)
+        return run(found, round, kept)
+
+    state, judged = run_rounds(found.meta_step(MetaStepKey("run", 0, 0), found.initial(0)), watched)
+    after = state.theta(found.slots)["model"]
+    published = [round.parameters for round in seen if round.shards[0].function == "surrogate"][-1]
     old = published.slots["model"]
     fraction = judged["step_fraction"]
     assert torch.equal(old + fraction * published.slots[DIRECTION], flat(after))

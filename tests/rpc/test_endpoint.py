@@ -1,9 +1,10 @@
-"""The secure endpoint: who gets in, what a call may be, and what it is told."""
+"""The secure endpoint: access, limits, statuses and error messages."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -24,12 +25,15 @@ from metadist.rpc.endpoint import Endpoint, Refused, ServiceError, calling, conn
 from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
 
+pytestmark = pytest.mark.lane("services")
+
 ADD = adapt_pb2_grpc.add_AdaptationServicer_to_server
+PACKAGE = Path(metadist.__file__).parent
 METHOD = "/metadist.adapt.v1.Adaptation/Adapt"
 
 
 class Servicer(adapt_pb2_grpc.AdaptationServicer):
-    """Does what the request's model says."""
+    """Behaves as the request's field ``model`` says."""
 
     def __init__(self):
         self.release = threading.Event()
@@ -84,11 +88,11 @@ def raw(channel, data, method=METHOD):
     return refused(lambda: channel.unary_unary(method)(data, timeout=60))
 
 
-# Who may listen, and who may call -------------------------------------------------------------------------------------
+# Addresses, TLS and tokens --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "myhost"])
-def test_other_machines_are_let_in_by_tls_and_a_token_only(host, files):
+def test_other_hosts_than_loopback_need_tls_and_a_token(host, files):
     for given in ({}, {"token_file": files.token}, {"tls_cert": files.certificate, "tls_key": files.key}):
         with pytest.raises(ConfigError, match=r"--tls-cert.*--token-file"):
             Endpoint(host, **given)
@@ -109,7 +113,7 @@ def test_a_token_file_must_hold_a_token(tmp_path, content, message):
         Endpoint(token_file=str(tmp_path / "token")).token()
 
 
-def test_what_can_not_be_read_is_named(tmp_path, files):
+def test_unreadable_files_are_named(tmp_path, files):
     nowhere = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=f"token-file {nowhere}"):
         Endpoint(token_file=nowhere).token()
@@ -126,7 +130,7 @@ def test_a_taken_port_is_an_error(plain, servicer):
         pass
 
 
-def test_the_token_opens_and_nothing_else_does(servicer, files, tmp_path, caplog):
+def test_only_the_right_token_is_accepted(servicer, files, tmp_path, caplog):
     wrong = tmp_path / "wrong"
     wrong.write_text("x" * 64)
     wrong.chmod(0o600)
@@ -146,7 +150,7 @@ def test_the_token_opens_and_nothing_else_does(servicer, files, tmp_path, caplog
                 refused(lambda m=metadata: call(connect(served.address), metadata=m)).code()
                 == grpc.StatusCode.UNAUTHENTICATED
             )
-        # Unknown methods and reflection tell nothing either; a probe learns that it is serving.
+        # Unknown methods and reflection need the token too; only the health check does not.
         assert raw(connect(served.address), b"", "/no.Such/Method").code() == grpc.StatusCode.UNAUTHENTICATED
         reflected = reflection_pb2_grpc.ServerReflectionStub(connect(served.address))
         asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
@@ -175,8 +179,8 @@ def test_tls(servicer, files, tmp_path):
         assert call(connect(address, files.token, files.authority)).handle == "x"
 
 
-def test_a_token_does_not_travel_in_the_clear(files):
-    with pytest.raises(ConfigError, match="in the clear"):
+def test_a_token_is_not_sent_without_encryption(files):
+    with pytest.raises(ConfigError, match="without encryption"):
         connect("192.0.2.1:443", files.token)
     connect("grpcs://192.0.2.1:443", files.token)
 
@@ -187,7 +191,7 @@ def test_addresses(address):
         connect(address)
 
 
-# What a call may be, and what it is told ------------------------------------------------------------------------------
+# Limits, statuses and messages ----------------------------------------------------------------------------------------
 
 
 def test_statuses(plain, caplog):
@@ -204,7 +208,7 @@ def test_statuses(plain, caplog):
     error = refused(lambda: call(channel, "bug"))
     assert error.code() == grpc.StatusCode.INTERNAL and "secret" not in error.details()
     number = error.details().split()[2].rstrip(";")
-    assert number in caplog.text and "secret at" in caplog.text  # the log has what the caller is not told
+    assert number in caplog.text and "secret at" in caplog.text  # only the log has the details
     stub = adapt_pb2_grpc.AdaptationStub(channel)
     assert refused(lambda: stub.Predict(pb.PredictRequest())).code() == grpc.StatusCode.UNIMPLEMENTED
     with pytest.raises(ServiceError, match=f"{plain.address}: no such thing") as caught, calling(plain.address):
@@ -212,7 +216,7 @@ def test_statuses(plain, caplog):
     assert caught.value.code == grpc.StatusCode.NOT_FOUND
 
 
-def test_malformed_oversized_and_endless(plain):
+def test_malformed_oversized_and_empty_requests(plain):
     channel = connect(plain.address)
     for data in (b"\xff" * 10, b"\x12\x7f", b"\x0a\x05ab", b"\x0a\x02\xff\xfe"):
         error = raw(channel, data)
@@ -227,10 +231,10 @@ def test_malformed_oversized_and_endless(plain):
 
 
 def test_calls_end(servicer):
-    """Those whose request never arrives, too: they would hold a thread each."""
+    """Calls whose request never arrives end too: each of them would hold a thread."""
     with serve(Endpoint(seconds=1.0, concurrent=2), {ADD: servicer}) as served:
         channel = connect(served.address)
-        assert call(channel, timeout=300).bytes <= 1  # the server's bound, whatever the client's
+        assert call(channel, timeout=300).bytes <= 1  # the server's limit, not the client's
 
         heard = threading.Event()
 
@@ -244,11 +248,11 @@ def test_calls_end(servicer):
             assert isinstance(future.exception(), grpc.RpcError)
         assert time.monotonic() - began < 60
         heard.set()
-        assert once_there_is_room(channel).handle == "x"
+        assert call_when_free(channel).handle == "x"
 
 
-def once_there_is_room(channel):
-    """Clients hear of a call's end before the server's thread has left it: until then it counts."""
+def call_when_free(channel):
+    """Call until the server accepts. A client sees the end of a call before the server's thread is free."""
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -259,7 +263,7 @@ def once_there_is_room(channel):
             time.sleep(0.01)
 
 
-def test_more_calls_than_allowed_are_told_so(servicer):
+def test_calls_above_the_limit_are_refused(servicer):
     with serve(Endpoint(concurrent=3), {ADD: servicer}) as served:
         channel = connect(served.address)
         stub = adapt_pb2_grpc.AdaptationStub(channel)
@@ -270,10 +274,10 @@ def test_more_calls_than_allowed_are_told_so(servicer):
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "limit" in explain(error)
         servicer.release.set()
         assert [w.result(60).handle for w in waiting] == ["wait"] * 3
-        assert once_there_is_room(channel).handle == "x"
+        assert call_when_free(channel).handle == "x"
 
 
-def test_stopping_lets_running_calls_end(servicer):
+def test_running_calls_end_before_the_server_stops(servicer):
     with serve(Endpoint(), {ADD: servicer}, grace=60) as served:
         waiting = adapt_pb2_grpc.AdaptationStub(connect(served.address)).Adapt.future(pb.AdaptRequest(model="wait"))
         assert servicer.entered.acquire(timeout=60)
@@ -294,15 +298,21 @@ def test_reflection_and_health_name_the_service(plain):
     assert next(iter(health.Watch(request, timeout=60))).status == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_the_environment_of_grpc_is_set_before_every_import_of_grpc():
+    """gRPC reads it once; Python runs the ``__init__`` of a package before the modules of the package."""
+    importing = re.compile(r"^(import grpc|from grpc)", re.MULTILINE)
+    packages = {path.parent for path in PACKAGE.rglob("*.py") if importing.search(path.read_text())}
+    for package in packages - {PACKAGE / "rpc"}:
+        assert "import metadist.rpc" in (package / "__init__.py").read_text(), package
+    assert packages >= {PACKAGE / "control", PACKAGE / "rpc", PACKAGE / "serving", PACKAGE / "workers" / "remote"}
+
+
 # The generated code ---------------------------------------------------------------------------------------------------
 
 
-PACKAGE = Path(metadist.__file__).parent
-
-
 @pytest.mark.parametrize("proto", sorted(p.relative_to(PACKAGE.parent).as_posix() for p in PACKAGE.rglob("*.proto")))
-def test_generated_code_is_of_this_proto(proto, tmp_path):
-    """`make protos` was run after the last change."""
+def test_generated_code_matches_its_proto(proto, tmp_path):
+    """`make protos` ran after the last change of the proto."""
     subprocess.run(
         [
             sys.executable,
@@ -322,7 +332,7 @@ def test_generated_code_is_of_this_proto(proto, tmp_path):
 
     def plain(messages):
         for message in messages:
-            for field in message.field:  # later compilers write it, earlier ones leave it to be derived
+            for field in message.field:  # only later compilers write this field
                 field.ClearField("json_name")
             plain(message.nested_type)
 

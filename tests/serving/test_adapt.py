@@ -1,12 +1,10 @@
-"""The adaptation service: the same answers as in this process, alone and batched, through every door."""
+"""The adaptation service over gRPC and HTTP: the same answers as in this process, limits, and error messages."""
 
 from __future__ import annotations
 
 import base64
 import json
-import pickle
 import re
-import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -19,136 +17,19 @@ import pytest
 import tls
 import torch
 from outsiders import wait_for
-from serving_toys import SUPERVISED, close, expected, served, tasks
+from serving_toys import close, expected, served, tasks
 
 from metadist import Client
-from metadist.core.errors import ConfigError, MetadistError
-from metadist.core.task import Examples
+from metadist.core.errors import MetadistError
 from metadist.rpc.channel import connect
 from metadist.rpc.endpoint import Endpoint
-from metadist.rpc.grpc_guard import Refused
 from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
 from metadist.serving import load as serving
-from metadist.serving.batching import Batcher
-from metadist.serving.cache import Handles, Shelf
-from metadist.serving.model import Adapted
-from metadist.serving.service import Adaptation
+from metadist.serving.service import AdaptationService
 from metadist.serving.tensors import from_reply, to_message
 
-KINDS = [(name, "transductive") for name in SUPERVISED] + [("maml", "inductive"), ("reptile", "inductive")]
-
-
-def test_the_table_of_algorithms_is_whole():
-    assert set(SUPERVISED) == {"anil", "cnp", "maml", "meta_sgd", "protonet", "reptile"}
-
-
-@pytest.mark.parametrize(("algorithm", "normalization"), KINDS)
-def test_together_as_alone(algorithm, normalization):
-    """Adaptations of different support sets under one vmap, and predictions with them, against one after the other."""
-    model = served(algorithm, normalization)
-    given = tasks(model, 7)
-    supports = [Examples(x, y) for x, y, _ in given]
-    together = model.adapt(supports, None)
-    predictions = model.predict(together, [query for _, _, query in given])
-    for (x, y, query), adapted, prediction in zip(given, together, predictions):
-        assert isinstance(adapted, Adapted)
-        alone = expected(model, x, y, query)
-        assert close(prediction, alone)
-        assert torch.equal(
-            model.predict(model.adapt([Examples(x, y)], None), [query])[0], alone
-        )  # one request: the very bits
-    spread = torch.stack(predictions).std(0).max()
-    assert spread > 1e-3  # different support sets, different answers
-
-
-def test_what_is_kept_is_counted_and_holds_nothing_else():
-    """No view of the batch's memory; what is θ's (ANIL's body, a prototype's network) costs nothing."""
-    for algorithm in ("maml", "anil", "protonet"):
-        model = served(algorithm)
-        own = {t.untyped_storage().data_ptr() for t in model.state.slots.values()}
-        adapted = model.adapt([Examples(x, y) for x, y, _ in tasks(model, 4)], None)
-        leaves = [t for t in torch.utils._pytree.tree_leaves(adapted[0].phi) if isinstance(t, torch.Tensor)]
-        mine = [t for t in leaves if t.untyped_storage().data_ptr() not in own]
-        assert adapted[0].bytes == sum(t.untyped_storage().nbytes() for t in mine) > 0
-        assert (len(mine) < len(leaves)) == (algorithm != "maml")
-
-
-def test_a_batch_is_cut_where_it_is_too_large():
-    model = served(batch_elements=30)
-    given = tasks(model, 5)
-    assert model.together(given[0][0].numel()) == 2
-    for (x, y, query), adapted in zip(given, model.adapt([Examples(x, y) for x, y, _ in given], None)):
-        assert close(model.predict([adapted], [query])[0], expected(model, x, y, query))
-
-
-def test_an_algorithm_that_vmap_can_not_return_is_computed_one_by_one(caplog):
-    model = served()
-    given = tasks(model, 3)
-    adapt = type(model.learner.algorithm).adapt
-
-    class Odd(type(model.learner.algorithm)):
-        def adapt(self, *arguments):
-            return [{"phi": adapt(self, *arguments)[-1], "label": "text"}]
-
-        def predict(self, bound, phi, x):
-            return super().predict(bound, phi["phi"], x)
-
-    model.learner.algorithm = Odd(**model.learner.algorithm.__dict__)
-    adapted = model.adapt([Examples(x, y) for x, y, _ in given], None)
-    assert "one after the other" in caplog.text
-    for each, (x, y, query) in zip(adapted, given):
-        assert torch.equal(model.predict([each], [query])[0], expected(model, x, y, query))
-
-
-# The engine room ------------------------------------------------------------------------------------------------------
-
-
-def test_requests_of_one_key_are_computed_together_and_others_apart():
-    seen, gate = [], threading.Event()
-
-    def compute(key, items):
-        gate.wait(60)
-        seen.append((key, list(items)))
-        return [ValueError("odd") if item % 2 else (key, item) for item in items]
-
-    batcher = Batcher(compute, largest=3, patience=0.0)
-    futures = [batcher.submit("ab"[i % 2], i) for i in range(10)]
-    gate.set()
-    for i, future in enumerate(futures):
-        assert isinstance(future.exception(60), ValueError) if i % 2 else future.result(60) == ("a", i)
-    assert all(len(items) <= 3 and {"ab"[i % 2] for i in items} == {key} for key, items in seen)
-    assert sorted(i for _, items in seen for i in items) == list(range(10)) and batcher.counts.largest == 3
-    batcher.close()
-    with pytest.raises(RuntimeError):
-        batcher.submit("a", 1)
-
-
-def test_a_request_waits_for_company_no_longer_than_it_may():
-    batcher = Batcher(lambda key, items: items, largest=64, patience=0.2)
-    batcher._company = True
-    import time
-
-    began = time.monotonic()
-    assert batcher.submit("a", 1).result(30) == 1
-    assert 0.15 < time.monotonic() - began < 10
-    batcher.patience = 60.0
-    assert batcher.submit("a", 1).result(30) == 1  # the last one came alone: no waiting
-    batcher.close()
-
-
-def test_the_least_recently_used_goes_first():
-    kept = Handles(100)
-    first, second = kept.put("a", 40), kept.put("b", 40)
-    assert kept.get(first) == "a"
-    third = kept.put("c", 40)
-    assert (kept.get(first), kept.get(second), kept.get(third)) == ("a", None, "c")
-    assert (kept.bytes, kept.evictions, len(kept)) == (80, 1, 2)
-    assert kept.put("d", 101) is None and kept.evictions == 1
-    assert kept.forget(first) and not kept.forget(first) and kept.bytes == 40
-
-
-# The doors ------------------------------------------------------------------------------------------------------------
+pytestmark = pytest.mark.lane("services")
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +44,7 @@ def running(secrets):
         served("protonet", name="blobs", support=50),
         served("maml", "inductive", name="images"),
     ]
-    service = Adaptation(models, budget=20_000)
+    service = AdaptationService(models, budget=20_000)
     with serving.serve(service, Endpoint(token_file=secrets.token, message_bytes=1 << 20), 0) as own:
         yield own
 
@@ -194,7 +75,7 @@ def ask(running, secrets):
 
 
 @pytest.mark.parametrize("name", ["curves", "blobs", "images"])
-def test_every_door_gives_the_same_answer(running, client, ask, name):
+def test_grpc_and_http_give_the_same_answer(running, client, ask, name):
     model = running.service.models[name]
     x, y, query = tasks(model, 1)[0]
     reference = expected(model, x, y, query)
@@ -242,14 +123,14 @@ def test_arrow_and_inner_steps(running, client, secrets):
 
 
 def test_many_callers_with_different_support_sets(running, client, monkeypatch):
-    """Sixteen at a time, three models and two sizes: batched with whom they suit, and each gets its own answer."""
-    batcher = running.service._adapting
+    """Sixteen simultaneous callers, three models and two sizes: fitting requests are batched, every answer is right."""
+    batcher = running.service._batcher
     compute = batcher._compute
 
     def once_others_wait(key, items):
-        """More of them than there are sizes: some of one size, however slowly they come."""
+        """Wait for more requests than there are sizes, so that some have one size."""
         monkeypatch.undo()
-        wait_for(lambda: sum(map(len, batcher._groups.values())) > 6)
+        wait_for(lambda: sum(map(len, batcher._queues.values())) > 6)
         return compute(key, items)
 
     monkeypatch.setattr(batcher, "_compute", once_others_wait)
@@ -269,7 +150,7 @@ def test_many_callers_with_different_support_sets(running, client, monkeypatch):
 
 
 def test_metrics(running, client, ask, secrets):
-    """Both doors are counted, by method and status; the names are those that the dashboard in deploy/ draws."""
+    """gRPC and HTTP calls are counted by method and status, under the names of the dashboard in deploy/."""
     x, y, query = tasks(running.service.models["curves"], 1)[0]
     client.adapt_predict(x, y, query, model="curves")
     ask("/v1/adapt_predict", {"model": "nothing"}), ask("/v1/adapt_predict", {"model": "curves", "x": 1})
@@ -288,10 +169,10 @@ def test_metrics(running, client, ask, secrets):
     assert drawn and drawn <= {name.partition("{")[0] for name in values}
 
 
-def test_evicted_handles_say_so(running, client, ask):
+def test_evicted_handles_are_named(running, client, ask):
     x, y, query = tasks(running.service.models["curves"], 1)[0]
     first = client.adapt(x, y, model="curves")
-    while client.statistics()["evictions"] == 0 or running.service.kept.get(first):
+    while client.statistics()["evictions"] == 0 or running.service.cache.get(first):
         client.adapt(x, y, model="curves")
         assert client.statistics()["handle_bytes"] <= 20_000
     with pytest.raises(MetadistError, match=r"evicted.*adapt again") as caught:
@@ -302,7 +183,7 @@ def test_evicted_handles_say_so(running, client, ask):
 
 
 def test_more_than_the_budget_is_refused():
-    service = Adaptation([served()], budget=100)
+    service = AdaptationService([served()], budget=100)
     with serving.serve(service, Endpoint()) as own, Client(own.address) as client:
         x, y, query = tasks(served(), 1)[0]
         with pytest.raises(MetadistError, match="--budget-mib"):
@@ -337,7 +218,7 @@ X, Y = [[0.5, 1.0], [1.0, 2.0]], [[1.0, 1.0], [2.0, 2.0]]
         ({"model": "blobs", "x": [[0.0] * 4], "y": [-1]}, "class -1"),
         ({"model": "blobs", "x": [[0.0] * 4], "y": [0.5]}, "whole numbers"),
         ({"model": "blobs", "x": [[0.0] * 4], "y": [[0]]}, "y has shape"),
-        ({"x": {"shape": [2, 2], "dtype": "float32", "data": "AAAA"}, "y": Y}, "takes 16 bytes, data has 3"),
+        ({"x": {"shape": [2, 2], "dtype": "float32", "data": "AAAA"}, "y": Y}, "takes 16 bytes, but data has 3"),
         ({"x": {"shape": [2, 2], "dtype": "object", "data": "AAAA"}, "y": Y}, "is not one of"),
         ({"x": {"shape": [2**40, 2], "dtype": "float32", "data": "AAAA"}, "y": Y}, "shape"),
         ({"x": {"shape": [2, 2], "dtype": "float32", "data": "?"}, "y": Y}, "base64"),
@@ -349,12 +230,12 @@ def test_mistakes_are_named(ask, body, words):
     assert status in (400, 404) and re.search(words, answer["error"]), answer
 
 
-def test_what_is_no_request(ask):
+def test_malformed_requests(ask):
     nan = b'{"model": "curves", "x": [[NaN, 1.0]], "y": [[1.0, 1.0]]}'
     cases = [
-        (b"{", 400, "no JSON"),
+        (b"{", 400, "not JSON"),
         (nan, 400, "finite"),
-        (b"[" * 100_000, 400, "no JSON"),
+        (b"[" * 100_000, 400, "not JSON"),
         (b"[]", 400, "object"),
         (b" " * 2_000_000, 413, "1 MiB"),
     ]
@@ -365,8 +246,8 @@ def test_what_is_no_request(ask):
     assert ask("/v1/models", token=None)[0] == 401 and ask("/v1/models", token="x" * 32)[0] == 401
 
 
-def test_tensors_that_lie(running, secrets):
-    """The packed and the Arrow form, over gRPC: every lie is INVALID_ARGUMENT."""
+def test_wrong_tensors(running, secrets):
+    """In the packed and the Arrow form, over gRPC: each is INVALID_ARGUMENT."""
     stub = adapt_pb2_grpc.AdaptationStub(connect(running.address, secrets.token))
     good, target = to_message(torch.zeros(2, 2)), to_message(torch.zeros(2, 2))
     zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(4)), 2)
@@ -375,7 +256,7 @@ def test_tensors_that_lie(running, secrets):
         sink, pa.schema([pa.field("x", zeros.type)]), options=pa.ipc.IpcWriteOptions(compression="zstd")
     ) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays([zeros], names=["x"]))
-    lies = [
+    wrong = [
         pb.Tensor(),
         pb.Tensor(shape=[2, 2], dtype="float32", data=b"\0" * 15),
         pb.Tensor(shape=[2**31, 2**31, 2**31], dtype="float32", data=b"\0" * 16),
@@ -390,19 +271,14 @@ def test_tensors_that_lie(running, secrets):
         to_message(torch.tensor([[float("nan"), 1.0], [1.0, 1.0]]), arrow=True),
         to_message(torch.zeros(2, 2, dtype=torch.uint8)),
     ]
-    for lie in lies:
+    for tensor in wrong:
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Adapt(pb.AdaptRequest(model="curves", x=lie, y=target))
-        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, lie
+            stub.Adapt(pb.AdaptRequest(model="curves", x=tensor, y=target))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, tensor
     with pytest.raises(grpc.RpcError) as caught:
         stub.Adapt(pb.AdaptRequest(x=good, y=target))
     assert "name one of" in caught.value.details()
     assert stub.Adapt(pb.AdaptRequest(model="curves", x=good, y=target)).handle
-
-
-def test_models_need_names_of_their_own():
-    with pytest.raises(ConfigError, match="NAME=RUN"):
-        Adaptation([served(name="a"), served(name="a")])
 
 
 def test_a_diverged_adaptation_is_refused(client):
@@ -410,30 +286,3 @@ def test_a_diverged_adaptation_is_refused(client):
     with pytest.raises(MetadistError, match="scaled as in training") as caught:
         client.adapt(huge, huge, model="curves", inner_steps=3)
     assert caught.value.code == grpc.StatusCode.FAILED_PRECONDITION
-
-
-def test_replicas_share_what_they_adapted():
-    """Adapted by one, predicted by the other, forgotten and evicted for both: every algorithm's φ travels."""
-    for algorithm, normalization in KINDS:
-        shelf = Shelf(30_000)
-
-        def call(method, *arguments, shelf=shelf):
-            return getattr(shelf, method)(*pickle.loads(pickle.dumps(arguments)))  # as Ray would
-
-        one, other = (Adaptation([served(algorithm, normalization)], budget=30_000, shelf=call) for _ in range(2))
-        model = one.model("")
-        x, y, query = tasks(model, 1)[0]
-        handle, _ = one.adapt(model, Examples(x, y), 2, lambda: 10)
-        for replica in (one, other, other):
-            assert torch.equal(
-                replica.predict(*replica.found(handle), query, lambda: 10), expected(model, x, y, query, 2)
-            )
-        assert one.statistics()["handles"] == other.statistics()["handles"] == 1
-        assert one.forget(handle)
-        handle, _ = one.adapt(model, Examples(x, y), 2, lambda: 10)
-        while not shelf.evictions:
-            other.adapt(model, Examples(x, y), 2, lambda: 10)
-        for replica in (one, other):
-            with pytest.raises(Refused, match="adapt again"):
-                replica.found(handle)
-            replica.close()

@@ -1,4 +1,4 @@
-"""Hostile callers against a real server in a process of its own: the right status each, and a healthy server of the same size after."""
+"""Hostile callers against a server in a process of its own: each gets the right status, the server stays healthy."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import tiny
 import tls
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tiny import train
 
 from metadist import Client
-from metadist.experiment.train import train
 from metadist.rpc.channel import connect
 from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
 from metadist.serving.tensors import to_message
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lane("services"), pytest.mark.long, pytest.mark.timeout(900)]
 SERVICE = "/metadist.adapt.v1.Adaptation/"
 GROWTH_MIB = 50
 
@@ -36,13 +36,13 @@ class Server:
         self.process = tiny.start(
             "serve", folder / "run", "--port", 0, "--http-port", 0, *options, folder=folder, OMP_NUM_THREADS="1"
         )
-        said = {}
-        while "HTTP" not in said:
+        shown = {}
+        while "HTTP" not in shown:
             line = self.process.stderr.readline()
             assert line, "the server ended"
-            said[line.split()[0]] = line.split()[1]
-        self.address = said["gRPC"]
-        self.http = said["HTTP"].split("//")[1].partition("/")[0]
+            shown[line.split()[0]] = line.split()[1]
+        self.address = shown["gRPC"]
+        self.http = shown["HTTP"].split("//")[1].partition("/")[0]
 
     def mib(self):
         return psutil.Process(self.process.pid).memory_info().rss / 2**20
@@ -73,7 +73,7 @@ X, Y = torch.linspace(-1, 1, 6).unsqueeze(1), torch.linspace(0, 1, 6).unsqueeze(
 
 @pytest.fixture
 def unharmed(server, home, secrets):
-    """Right answers before and after, and no more memory than before."""
+    """The server answers right before and after the test, and needs hardly more memory."""
 
     def right():
         with Client(server.address, token_file=secrets.token) as client:
@@ -94,7 +94,7 @@ def unharmed(server, home, secrets):
 
 
 def codes(channel, requests, method="Adapt", at_once=32, **options):
-    """How often each status was answered."""
+    """Send all requests, ``at_once`` at a time, and return the count of each status."""
     counts, waiting = {}, []
     call = channel.unary_unary(SERVICE + method)
 
@@ -124,7 +124,7 @@ def test_ten_thousand_malformed_messages(server, secrets, unharmed):
     counts = codes(connect(server.address, secrets.token), (message(i) for i in range(10_000)))
     print(counts)
     assert sum(counts.values()) == 10_000
-    # A flipped bit may leave a valid request, or one for a model that isn't there.
+    # A message with a flipped bit may be valid, or name an unknown model.
     assert set(counts) <= {
         grpc.StatusCode.INVALID_ARGUMENT,
         grpc.StatusCode.NOT_FOUND,
@@ -145,7 +145,7 @@ def test_no_token_wrong_token_and_too_large(server, secrets, unharmed):
     }
 
 
-def test_tensors_that_lie(server, secrets, unharmed):
+def test_wrong_tensors(server, secrets, unharmed):
     channel = connect(server.address, secrets.token)
     zeros = pa.array(np.zeros(20_000_000))
     sink = pa.BufferOutputStream()
@@ -158,7 +158,7 @@ def test_tensors_that_lie(server, secrets, unharmed):
     at = longer.find((6).to_bytes(8, "little"))
     longer[at : at + 8] = (2**40).to_bytes(8, "little")
     many = 10_000
-    lies = [
+    wrong = [
         pb.AdaptRequest(x=pb.Tensor(arrow=bomb), y=to_message(Y)),
         pb.AdaptRequest(x=pb.Tensor(arrow=bytes(longer)), y=to_message(Y)),
         pb.AdaptRequest(x=pb.Tensor(shape=[2**31 - 1, 1], dtype="float64", data=b"\0" * 8), y=to_message(Y)),
@@ -167,8 +167,8 @@ def test_tensors_that_lie(server, secrets, unharmed):
         pb.AdaptRequest(x=to_message(torch.zeros(many, 1)), y=to_message(torch.arange(many))),
         pb.AdaptRequest(x=to_message(X), y=to_message(Y), inner_steps=10**6),
     ]
-    for lie in lies:
-        assert codes(channel, [lie.SerializeToString()] * 200) == {grpc.StatusCode.INVALID_ARGUMENT: 200}
+    for request in wrong:
+        assert codes(channel, [request.SerializeToString()] * 200) == {grpc.StatusCode.INVALID_ARGUMENT: 200}
 
 
 def test_malformed_http(server, secrets, unharmed):
@@ -199,16 +199,16 @@ def test_malformed_http(server, secrets, unharmed):
         try:
             connection.request("POST", "/v1/adapt", body, headers)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it answered before it had read all
+            pass  # the server answered before it read the whole body
         assert connection.getresponse().status == status
         connection.close()
 
 
 def test_a_thousand_idle_and_slow_connections(server, secrets, unharmed):
-    """Half of them on each port; then some that send a byte at a time, and some that never read."""
+    """Half of them on each port; then some that send part of a request, and some that do not read."""
     token = open(secrets.token).read().strip()  # noqa: SIM115
-    doors = [server.address.rpartition(":"), server.http.rpartition(":")]
-    idle = [socket.create_connection((doors[i % 2][0], int(doors[i % 2][2])), timeout=30) for i in range(1000)]
+    ports = [server.address.rpartition(":"), server.http.rpartition(":")]
+    idle = [socket.create_connection((ports[i % 2][0], int(ports[i % 2][2])), timeout=30) for i in range(1000)]
     with Client(server.address, token_file=secrets.token) as client:
         assert client.adapt_predict(X, Y, X).shape == X.shape
     request = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
@@ -216,7 +216,7 @@ def test_a_thousand_idle_and_slow_connections(server, secrets, unharmed):
         connection.sendall(request * 20 if i % 2 else request[: i % len(request)])
     host, _, port = server.http.rpartition(":")
     statuses = []
-    while not statuses or (statuses[-1] == 429 and len(statuses) < 100):  # more at once than are served
+    while not statuses or (statuses[-1] == 429 and len(statuses) < 100):  # above the limit of simultaneous calls
         connection = http.client.HTTPConnection(host, int(port), timeout=60)
         connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {token}"})
         statuses.append(connection.getresponse().status)
@@ -225,12 +225,12 @@ def test_a_thousand_idle_and_slow_connections(server, secrets, unharmed):
     assert statuses[-1] == 200 and set(statuses) <= {200, 429}
     with Client(server.address, token_file=secrets.token) as client:
         assert client.adapt_predict(X, Y, X).shape == X.shape
-    time.sleep(25)  # the patience with connections that never ask
+    time.sleep(25)  # longer than the time limit of a first request
     closed = 0
     for connection in idle[0::2]:
         connection.settimeout(5)
         try:
-            while data := connection.recv(4096):  # gRPC's server speaks first
+            while data := connection.recv(4096):  # gRPC's server sends first
                 assert data
             closed += 1
         except (ConnectionResetError, TimeoutError) as error:
@@ -240,7 +240,7 @@ def test_a_thousand_idle_and_slow_connections(server, secrets, unharmed):
         connection.close()
 
 
-def test_readers_that_do_not_read(server, secrets, unharmed):
+def test_clients_that_do_not_read(server, secrets, unharmed):
     for _ in range(3):
         _deaf(server, secrets)
         time.sleep(3)
@@ -248,12 +248,13 @@ def test_readers_that_do_not_read(server, secrets, unharmed):
 
 
 def _deaf(server, secrets):
-    """Large answers asked for over HTTP and never read, and over gRPC by callers that leave; others are answered meanwhile."""
+    """Request large answers over HTTP without reading them, and over gRPC with cancelled calls; others are answered."""
     stub = adapt_pb2_grpc.AdaptationStub(connect(server.address, secrets.token))
     handle = stub.Adapt(pb.AdaptRequest(x=to_message(X), y=to_message(Y))).handle
     body = json.dumps({"handle": handle, "x": torch.rand(1000, 1).tolist()}).encode()
     token = open(secrets.token).read().strip()  # noqa: SIM115
-    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    authorization = f"Authorization: Bearer {token}\r\n"
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\n{authorization}Content-Length: {len(body)}\r\n\r\n".encode()
     host, _, port = server.http.rpartition(":")
     deaf = []
     for _ in range(40):
@@ -286,8 +287,8 @@ def _deaf(server, secrets):
 def test_plaintext_to_tls(home, secrets):
     server = Server(home[0], "--tls-cert", secrets.certificate, "--tls-key", secrets.key, "--token-file", secrets.token)
     try:
-        for door in (server.address, server.http):
-            host, _, port = door.rpartition(":")
+        for address in (server.address, server.http):
+            host, _, port = address.rpartition(":")
             for _ in range(200):
                 with socket.create_connection((host, int(port)), timeout=30) as plain:
                     plain.sendall(b"POST /v1/adapt HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")

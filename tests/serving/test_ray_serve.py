@@ -1,4 +1,4 @@
-"""The adaptation service on Ray Serve: replicas, one shelf, the token."""
+"""The adaptation service on Ray Serve: replicas, their shared cache, and the token."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import tiny
 import torch
 from ports import free_port
+from tiny import train
 
 from metadist.core.errors import ConfigError
-from metadist.experiment.train import train
 from metadist.serving.ray import bounds
 
 
@@ -25,9 +25,10 @@ def test_bounds():
             bounds(wrong)
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 @pytest.mark.parametrize("replicas", ["2", "1-2"])
-def test_two_replicas_answer_as_this_process_does(tmp_path, replicas):
+def test_replicas_answer_as_this_process_does(tmp_path, replicas):
     result = train(tiny.experiment("outer.meta_steps=4"), run_dir=str(tmp_path / "run"), plots=False)
     token = tmp_path / "token"
     token.write_text("t" * 40)
@@ -78,10 +79,10 @@ def test_two_replicas_answer_as_this_process_does(tmp_path, replicas):
             results = list(pool.map(through_a_handle, tasks))
         for (_, answers), reference in zip(results, expected):
             assert all(torch.allclose(answer, reference, rtol=1e-4, atol=1e-5) for answer in answers)
-        assert ask("/v1/models")["statistics"]["handles"] == 24  # of both replicas together
+        assert ask("/v1/models")["statistics"]["handles"] == 24  # the count of both replicas
         handle = results[0][0]
         assert ask("/v1/forget", {"handle": handle})["existed"]
-        for _ in range(6):  # whichever replica answers
+        for _ in range(6):  # on both replicas
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 ask("/v1/predict", {"handle": handle, "x": [[0.0]]})
         if replicas == "2":

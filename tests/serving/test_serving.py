@@ -1,4 +1,4 @@
-"""From a run or an exported file to a server and to predictions, by Python and by the command line."""
+"""Serve and predict from a run or an exported file, in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import train
 from typer.testing import CliRunner
 
 import metadist
@@ -20,9 +21,10 @@ import metadist.serving.load
 from metadist.cli.app import app
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.load import load_run
-from metadist.experiment.train import train
-from metadist.serving.load import Serving, adaptation, open_model
-from metadist.serving.prediction import predict_folders
+from metadist.serving.load import Serving, build_service, open_model
+from metadist.serving.prediction import ModelSource, predict_folders
+
+pytestmark = pytest.mark.lane("services")
 
 SHAPES = {"bar": (slice(2, 10), slice(5, 7)), "beam": (slice(5, 7), slice(2, 10)), "block": (slice(3, 9), slice(3, 9))}
 
@@ -67,9 +69,8 @@ def images(tmp_path_factory):
         "workers": [{"min": 0, "max": 0}],
     }
     from metadist.config.build import build
-    from metadist.experiment.description import Experiment
 
-    train(Experiment.of(build(document)), run_dir=str(home / "run"), plots=False)
+    train(build(document), run_dir=str(home / "run"), plots=False)
     return home
 
 
@@ -88,14 +89,14 @@ def test_a_run_and_its_export_are_the_same_model(tmp_path, algorithm):
     for source in (str(tmp_path / "run"), f"other={tmp_path}/model.safetensors"):
         model = open_model(source)
         assert (model.params_sha256, model.source) == (result.state.sha256(), result.run_id)
-        service = adaptation(Serving((source,)))
+        service = build_service(Serving((source,)))
         with (
             metadist.serving.load.serve(service, metadist.rpc.endpoint.Endpoint()) as running,
             metadist.Client(running.address) as client,
         ):
             assert torch.equal(client.adapt_predict(x, y, x), reference)
             assert client.models()[0]["name"] == ("other" if source.startswith("other") else "tiny")
-    # and it still starts other trainings
+    # An exported file also initialises another training.
     train(
         tiny.experiment(
             f"algorithm.name={algorithm}", "outer.meta_steps=1", f"init_from={tmp_path}/model.safetensors", *more
@@ -105,7 +106,7 @@ def test_a_run_and_its_export_are_the_same_model(tmp_path, algorithm):
     )
 
 
-def test_what_can_not_be_served(tmp_path):
+def test_sources_that_cannot_be_served(tmp_path):
     with pytest.raises(ConfigError, match="no config.yaml"):
         open_model(str(tmp_path))
     with pytest.raises(CheckpointError, match="no file"):
@@ -126,7 +127,6 @@ def test_what_can_not_be_served(tmp_path):
 def test_a_trial_run_is_refused(tmp_path):
     from metadist.config.build import build
     from metadist.config.document import override, read_document, set_workers
-    from metadist.experiment.description import Experiment
 
     document = override(
         read_document("bandit_rl2"),
@@ -144,14 +144,14 @@ def test_a_trial_run_is_refused(tmp_path):
         ],
     )
     document = set_workers(document, "0")
-    train(Experiment.of(build(document)), run_dir=str(tmp_path / "run"), plots=False, test=False)
-    with pytest.raises(ConfigError, match="trial run.*only supervised"):
+    train(build(document), run_dir=str(tmp_path / "run"), plots=False, test=False)
+    with pytest.raises(ConfigError, match="cannot be served: .* is a meta-environment"):
         open_model(str(tmp_path / "run"))
 
 
 def test_folders_of_images(images):
-    """Read as in training: the same numbers as the run's own adapt and predict give on its own pixels."""
-    report = predict_folders(str(images / "run"), str(images / "few"), str(images / "many"))
+    """Images are converted as in training: the run's own adapt and predict give the same numbers."""
+    report = predict_folders(ModelSource(str(images / "run")), str(images / "few"), str(images / "many"))
     assert report["classes"] == sorted(SHAPES) and report["support"] == 6 and len(report["predictions"]) == 12
     assert report["accuracy"] == 1.0
     result = load_run(str(images / "run"))
@@ -159,7 +159,7 @@ def test_folders_of_images(images):
     x, _, labels = decode.by_class(str(images / "few"))
     assert (
         x.dtype == np.float32 and x.shape == (6, 1, 12, 12) and x.max() > 0.9 and x[:, :, 0, 0].max() < 0.5
-    )  # ink is bright
+    )  # strokes are bright
     query, _, _ = decode.by_class(str(images / "many"))
     adapted = result.adapt(torch.from_numpy(x), torch.tensor([sorted(SHAPES).index(label) for label in labels]))
     best = torch.softmax(result.predict(adapted, torch.from_numpy(query)).double(), -1).max(-1).values
@@ -171,8 +171,8 @@ def test_folders_of_images(images):
     [
         ("nowhere", "many", "--support nowhere: no such folder"),
         ("few", "nowhere", "--query nowhere"),
-        ("few/bar", "many", "in no folder"),
-        ("few", "empty", "no images"),
+        ("few/bar", "many", "in no class folder"),
+        ("few", "empty", "there are no images"),
         ("one", "many", "1 classes"),
     ],
 )
@@ -183,24 +183,25 @@ def test_folders_that_are_wrong(images, monkeypatch, support, query, words):
         Path("one/bar").mkdir(parents=True)
         Path("one/bar/0.png").write_bytes(Path("few/bar/0.png").read_bytes())
     with pytest.raises(metadist.MetadistError, match=words):
-        predict_folders("run", support, query)
+        predict_folders(ModelSource("run"), support, query)
 
 
+@pytest.mark.lane("services")
 def test_from_the_command_line(images, tmp_path):
-    """Serve in a process of its own, predict through it, stop it: no traceback anywhere."""
+    """Serve in a process of its own, predict with it, stop it: no traceback appears."""
     token = tmp_path / "token"
     token.write_text("t" * 40)
     token.chmod(0o600)
     server = tiny.start("serve", images / "run", "--port", 0, "--http-port", 0, "--token-file", token, folder=tmp_path)
     try:
-        said = {}
-        while "HTTP" not in said:
+        shown = {}
+        while "HTTP" not in shown:
             line = server.stderr.readline()
             assert line, "the server ended"
-            said[line.split()[0]] = line.split()[1]
+            shown[line.split()[0]] = line.split()[1]
         arguments = [
             "predict",
-            said["gRPC"],
+            shown["gRPC"],
             "--support",
             str(images / "few"),
             "--query",
@@ -213,7 +214,7 @@ def test_from_the_command_line(images, tmp_path):
         refused = CliRunner().invoke(app, arguments)
         assert refused.exit_code == 2 and "refused the token" in refused.stderr
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(said["HTTP"], timeout=60)
+            urllib.request.urlopen(shown["HTTP"], timeout=60)
     finally:
         server.send_signal(signal.SIGTERM)
         out, err = server.communicate(timeout=120)

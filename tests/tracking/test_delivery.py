@@ -15,6 +15,8 @@ pytest.importorskip("mlflow")
 from metadist.tracking import log_group, make_tracker, replay, undelivered
 from metadist.tracking.spool import read_json
 
+pytestmark = pytest.mark.lane("services")
+
 DRIVER = Path(__file__).parent / "driver.py"
 
 

@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("ray")
 
+from tiny import train
+
 from metadist.config.build import build
 from metadist.config.document import override, read_document
-from metadist.experiment.description import Experiment
-from metadist.experiment.train import train
 from metadist.tracking.ray_metrics import exported
 
 DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/metadist.json"
@@ -56,7 +56,7 @@ def test_every_panel_of_the_dashboard_has_what_it_draws(cluster, tmp_path, monke
         "tracking.uri=none",
     ]
     document = override(read_document("sinusoid_maml"), [*small, "workers=[{role: learner, min: 1, max: 1}]"])
-    result = train(Experiment.of(build(document)), run_dir=str(tmp_path / "a"), plots=False)
+    result = train(build(document), run_dir=str(tmp_path / "a"), plots=False)
     port, text, deadline = cluster.nodes()[0]["MetricsExportPort"], "", time.monotonic() + 150
     wanted = drawn() - {"ray_metadist_sys_gpu_memory_bytes"}  # no GPU here
     step = re.compile(rf'^ray_metadist_meta_step\{{[^}}]*run="{result.run_id}"[^}}]*\}} (.*)$', re.MULTILINE)

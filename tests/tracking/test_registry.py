@@ -15,15 +15,14 @@ pytest.importorskip("mlflow")
 
 import mlflow
 import mlflow.entities.model_registry
+from tiny import train
 
 import metadist
 from metadist.config.build import build
 from metadist.config.document import override, read_document
 from metadist.core.errors import ConfigError
-from metadist.experiment.description import Experiment
 from metadist.experiment.load import load_run
 from metadist.experiment.registration import register_run
-from metadist.experiment.train import train
 from metadist.tracking.model_registry import _beats
 
 
@@ -37,7 +36,7 @@ def trained(folder: Path, *overrides: str) -> metadist.experiment.result.Result:
         *overrides,
     ]
     document = override(read_document("sinusoid_maml"), small)
-    return train(Experiment.of(build(document)), run_dir=str(folder), plots=False)
+    return train(build(document), run_dir=str(folder), plots=False)
 
 
 @pytest.fixture
@@ -50,6 +49,7 @@ def root(tmp_path, monkeypatch):
     mlflow.set_tracking_uri(before)
 
 
+@pytest.mark.lane("services")
 def test_the_best_run_is_champion_and_answers_as_it_does_in_process(root):
     trained(root / "a")
     assert register_run(str(root / "a"), "sinus") == "1"
@@ -92,6 +92,7 @@ def test_a_name_that_cannot_be_registered_is_refused_at_once(root):
         trained(root / "a", "tracking.register=a/b")
 
 
+@pytest.mark.lane("services")
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_fresh_environment_loads_it(root):

@@ -16,10 +16,10 @@ from metadist.core.round import Failed, Finished
 from metadist.core.state import Contribution
 from metadist.training.blocks import BLOCK_SECONDS, UNEVEN_BLOCKS, cuts, in_blocks, largest
 from metadist.training.scheduler import Scheduler
-from metadist.wire import decode_result
+from metadist.wire import ThetaHeader, decode_result
 from metadist.wire.codec import theta_parts
-from metadist.workers.actor import Actor
-from metadist.workers.remote.messages import Call
+from metadist.workers.actor import Actor, ActorSettings
+from metadist.workers.calls import Call
 from metadist.workers.worker import TaskError, Worker
 
 LEARNER = tiny.learner("outer.meta_batch_size=31", "outer.shard_size=2")  # 16 shards, the last of one task
@@ -315,14 +315,14 @@ def test_a_worker_names_the_task_of_the_block_that_fails(monkeypatch):
 
 
 def test_a_block_in_half_precision_is_rounded_once_and_settled_under_its_own_name():
-    actor = Actor(LEARNER, "a", "learner", "cpu", 0.0, 1, {})
+    actor = Actor(LEARNER, ActorSettings("a", device="cpu"))
     actor.start()
-    theta = theta_parts(STATE.slots, LEARNER.slots, run="run", meta_step=0, round=0)
+    theta = theta_parts(STATE.slots, LEARNER.slots, ThetaHeader("run", 0, 0))
     first, second = in_blocks(ROUND.shards, [0.1, 0.1])
     actor.compute(Call(first, 1, 1, 1, settled=[]), theta)
     error = actor._feedback.residual("model").clone()
     parts = actor.compute(Call(second, 1, 1, 2, settled=[((first, 1), False)]), None)
-    alone = Actor(LEARNER, "b", "learner", "cpu", 0.0, 1, {})
+    alone = Actor(LEARNER, ActorSettings("b", device="cpu"))
     alone.start()
     expected = alone.compute(Call(second, 1, 1, 1, settled=[]), theta)
     assert error.abs().max() > 0

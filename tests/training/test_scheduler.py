@@ -14,7 +14,7 @@ import tiny
 import torch
 
 from metadist.core.errors import WorkerError
-from metadist.core.round import Failed, Finished
+from metadist.core.round import EvaluationRequest, Failed, Finished, MetaStepKey
 from metadist.core.state import Contribution, Records
 from metadist.training import scheduler as scheduling
 from metadist.training.scheduler import Scheduler
@@ -127,7 +127,7 @@ def with_slot(change, name="model"):
 
 
 def gradient_round(meta_step=0, state=STATE, learner=LEARNER):
-    return next(iter(learner.rounds("run", meta_step, 7, state, {})))
+    return next(learner.meta_step(MetaStepKey("run", meta_step, 7), state))
 
 
 def scheduler(toy, **options):
@@ -329,7 +329,7 @@ def test_a_wrong_result_is_rejected_before_the_sum_and_attributed(name, caplog):
 
 
 def evaluation_round():
-    return LEARNER.evaluation("run", 0, 7, STATE, split="validation", tasks=7, inner_steps=2)
+    return LEARNER.evaluation(EvaluationRequest(MetaStepKey("run", 0, 7), "validation", 7, 2), STATE)
 
 
 @pytest.mark.parametrize("order", range(4))

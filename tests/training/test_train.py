@@ -13,14 +13,18 @@ import fsspec
 import pytest
 import tiny
 import torch
+from faults import everywhere
+from tiny import train
 
 from metadist.core.errors import MetadistError, WorkerError
+from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.core.state import State
-from metadist.experiment.evaluate import evaluate_run
+from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
 from metadist.experiment.load import load_run
-from metadist.experiment.train import train
+from metadist.learners.evaluation import Evaluation
 from metadist.training import loop as training
-from metadist.training.evaluation import Evaluation, evaluate, summarise
+from metadist.training.checkpointing import RunCheckpoints
+from metadist.training.evaluation import evaluate
 from metadist.training.progress import Progress
 from metadist.training.scheduler import Scheduler
 from metadist.workers.local import LocalExecutor
@@ -104,12 +108,12 @@ def test_a_store_without_rename(tmp_path, monkeypatch, whole, store):
 def test_a_run_that_fails_keeps_what_it_learned(tmp_path, whole):
     experiment = tiny.experiment("checkpoint.every=100", "evaluate.every=100")
 
-    def watch(scheduler, shard):
+    def watch(_, shard):
         if shard.meta_step == 4:
             raise WorkerError("no worker for 60 s")
 
     with pytest.raises(WorkerError):
-        train(experiment, run_dir=str(tmp_path / "run"), watch=watch, plots=False)
+        train(experiment, run_dir=str(tmp_path / "run"), wrap=everywhere(watch), plots=False)
     assert load_run(str(tmp_path / "run")).outcome.best_step == 4
     done = train(experiment, run_dir=str(tmp_path / "run"), resume=True, plots=False)
     assert done.params_sha256 == whole.params_sha256
@@ -118,21 +122,21 @@ def test_a_run_that_fails_keeps_what_it_learned(tmp_path, whole):
 def test_a_failure_during_validation_keeps_it_too(tmp_path):
     experiment = tiny.experiment("checkpoint.every=100")
 
-    def watch(scheduler, shard):
+    def watch(_, shard):
         if shard.function == "evaluate":
             raise WorkerError("no worker for 60 s")
 
     with pytest.raises(WorkerError):
-        train(experiment, run_dir=str(tmp_path / "run"), watch=watch, plots=False)
+        train(experiment, run_dir=str(tmp_path / "run"), wrap=everywhere(watch), plots=False)
     assert load_run(str(tmp_path / "run")).outcome.best_step == 3
 
 
 def test_a_failure_at_once_leaves_no_checkpoint(tmp_path):
-    def watch(scheduler, shard):
+    def watch(_, shard):
         raise WorkerError("no worker for 60 s")
 
     with pytest.raises(WorkerError):
-        train(tiny.experiment(), run_dir=str(tmp_path / "run"), watch=watch, plots=False)
+        train(tiny.experiment(), run_dir=str(tmp_path / "run"), wrap=everywhere(watch), plots=False)
     assert not (tmp_path / "run/checkpoints").exists()
     assert (
         train(tiny.experiment(), run_dir=str(tmp_path / "run"), resume=True, plots=False).outcome.progress.meta_step
@@ -164,8 +168,8 @@ def scripted(monkeypatch, scores):
     """Validation scores as told, one after the other; the test is as it is. Returns the θ that each was asked of."""
     seen, real = [], training.evaluate
 
-    def scored(fleet, learner, state, *, split, **options):
-        judged = real(fleet, learner, state, split=split, **options)
+    def scored(fleet, learner, state, request):
+        judged = real(fleet, learner, state, request)
         seen.append(state)
         return dataclasses.replace(judged, mean=[*judged.mean[:-1], scores[len(seen) - 1]])
 
@@ -195,7 +199,7 @@ def test_patience_ends_the_run_and_the_best_is_tested(tmp_path, monkeypatch):
 def evaluated(result, state: State) -> Evaluation:
     learner = result.experiment.learner
     fleet = Scheduler(LocalExecutor(learner), learner)
-    return evaluate(fleet, learner, state, run="x", meta_step=0, seed=3, split="test", tasks=8, inner_steps=2)
+    return evaluate(fleet, learner, state, EvaluationRequest(MetaStepKey("x", 0, 3), "test", 8, 2))
 
 
 def test_a_run_that_was_stopped_by_patience_stays_stopped(tmp_path, monkeypatch):
@@ -240,14 +244,14 @@ def test_accuracy_is_better_when_larger(tmp_path, monkeypatch):
 
 def test_a_lost_best_checkpoint_falls_back_to_the_last(tmp_path, monkeypatch):
     scripted(monkeypatch, [1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0])
-    real = training._best
+    real = RunCheckpoints.best
 
     def after_damage(*arguments):
         for payload in (tmp_path / "run/checkpoints/step-00000001").glob("*.safetensors"):
             payload.write_bytes(b"\0" * payload.stat().st_size)
         return real(*arguments)
 
-    monkeypatch.setattr(training, "_best", after_damage)
+    monkeypatch.setattr(RunCheckpoints, "best", after_damage)
     result = outcome(tmp_path)
     assert result.outcome.best_step == 8
     assert result.evaluations
@@ -259,7 +263,7 @@ def test_the_test_is_evaluated_once_at_the_end(tmp_path):
         tiny.experiment(),
         run_dir=str(tmp_path / "run"),
         plots=False,
-        watch=lambda scheduler, shard: splits.append((shard.split, shard.function, shard.start)),
+        wrap=everywhere(lambda _, shard: splits.append((shard.split, shard.function, shard.start))),
     )
     tested = [s for s in splits if s[0] == "test"]
     assert [s[2] for s in tested] == [0, 2, 4, 6]
@@ -289,7 +293,7 @@ def test_the_protocol_names_what_a_score_must_be_read_with(tmp_path, whole):
         == protocol["task_list_sha256"]
     )
     hashes = [
-        evaluate_run(whole.run_dir, **change).evaluations[0].protocol["task_list_sha256"]
+        evaluate_run(whole.run_dir, EvaluationOptions(**change)).evaluations[0].protocol["task_list_sha256"]
         for change in ({}, {"inner_steps": 1}, {"tasks": 7}, {"split": "validation"}, {"split": "train"})
     ]
     assert hashes[0] == hashes[1], "the same tasks, adapted to less long"
@@ -301,9 +305,8 @@ def test_another_family_or_seed_has_another_task_list():
         experiment = tiny.experiment(*change)
         learner, state = experiment.learner, experiment.learner.initial(0)
         fleet = Scheduler(LocalExecutor(learner), learner)
-        judged = evaluate(
-            fleet, learner, state, run="x", meta_step=0, seed=experiment.seed, split="test", tasks=4, inner_steps=1
-        )
+        request = EvaluationRequest(MetaStepKey("x", 0, experiment.seed), "test", 4, 1)
+        judged = evaluate(fleet, learner, state, request)
         return judged.protocol["task_list_sha256"]
 
     others = ("seed=4",), ("tasks.k_shot=5",), ("tasks.amplitude=[1, 2]",)
@@ -317,7 +320,7 @@ def test_shards_do_not_change_the_evaluation(tmp_path, whole, shard_size):
         whole.experiment.learner, outer=dataclasses.replace(whole.experiment.learner.outer, shard_size=shard_size)
     )
     fleet = Scheduler(LocalExecutor(learner), learner)
-    judged = evaluate(fleet, learner, whole.state, run="x", meta_step=9, seed=3, split="test", tasks=8, inner_steps=2)
+    judged = evaluate(fleet, learner, whole.state, EvaluationRequest(MetaStepKey("x", 9, 3), "test", 8, 2))
     assert judged.protocol == whole.evaluations[0].protocol
     assert judged.mean == pytest.approx(whole.evaluations[0].mean, rel=1e-5)
 
@@ -333,7 +336,7 @@ def records(losses):
 
 
 def judged(losses):
-    return summarise(records(losses), tiny.learner(), seed=0, split="test", inner_steps=1)
+    return tiny.learner().summarise(EvaluationRequest(MetaStepKey("x", 0, 0), "test", len(losses), 1), records(losses))
 
 
 def test_means_intervals_and_medians():
@@ -357,11 +360,12 @@ def test_tasks_that_diverge_are_counted_and_left_out():
 
 
 def test_a_curve_is_thinned_and_stays_in_order():
-    curve = [{"meta_step": float(n)} for n in range(1, 2002)]
-    thinned = training._thinned(curve)
-    assert len(thinned) == 1000
-    assert thinned == sorted(thinned, key=lambda p: p["meta_step"])
-    assert training._thinned(curve[:2000]) == curve[:2000]
+    progress = Progress(0, None)
+    for meta_step in range(1, 2001):
+        progress = dataclasses.replace(progress, meta_step=meta_step).logged({})
+    assert [p["meta_step"] for p in progress.curve] == list(range(1, 2001))
+    thinned = dataclasses.replace(progress, meta_step=2001).logged({}).curve
+    assert [p["meta_step"] for p in thinned] == list(range(2, 2001, 2))
 
 
 def test_a_failing_folder_is_an_error_that_names_it(tmp_path, monkeypatch):

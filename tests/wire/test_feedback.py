@@ -1,4 +1,4 @@
-"""Contributions in bfloat16: what is rounded away comes with the next one, once, and never poisoned."""
+"""Contributions in bfloat16: the rounding error is added to the next contribution, once, and is always finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from metadist.core.parameters import Layout
 from metadist.core.round import Shard
 from metadist.core.state import Contribution, Records, Slot
-from metadist.wire import ErrorFeedback, RejectedError, decode_result, encode_result, result_parts
+from metadist.wire import ErrorFeedback, RejectedError, ResultHeader, decode_result, join, result_parts
 
 SLOTS = {
     "model": Slot(Layout(("w",), ((40,),))),
@@ -21,6 +21,7 @@ SLOTS = {
     "moments": Slot(Layout(("m",), ((5,),)), "average"),
 }
 SHARD = Shard("run-1", 7, 0, 3, "gradient", 24, 8, seed=0, key_step=7)
+HEADER = ResultHeader(SHARD, 1, "w")
 
 
 def contribution(seed=0, **changes) -> Contribution:
@@ -34,7 +35,7 @@ def contribution(seed=0, **changes) -> Contribution:
 
 def sent(result=None, feedback=None):
     rounded = (feedback or ErrorFeedback(SLOTS)).round("key", result or contribution())
-    return encode_result(rounded, SHARD, SLOTS, attempt=1, worker="w", wire="bfloat16")
+    return join(result_parts(rounded, SLOTS, HEADER, wire="bfloat16"))
 
 
 def test_gradients_travel_rounded_and_arrive_in_their_layouts_dtype():
@@ -54,19 +55,19 @@ def test_gradients_travel_rounded_and_arrive_in_their_layouts_dtype():
 def test_half_the_bytes():
     slots = {"model": Slot(Layout(("w",), ((500_000,),)))}
     whole = Contribution({"model": torch.randn(500_000)}, 8.0, 8)
-    exact = result_parts(whole, SHARD, slots, attempt=1, worker="w")
-    rounded = result_parts(ErrorFeedback(slots).round(0, whole), SHARD, slots, attempt=1, worker="w", wire="bfloat16")
+    exact = result_parts(whole, slots, HEADER)
+    rounded = result_parts(ErrorFeedback(slots).round(0, whole), slots, HEADER, wire="bfloat16")
     assert sum(p.size for p in rounded) < 0.51 * sum(p.size for p in exact)
 
 
 def test_both_ends_must_agree_on_the_wire():
     with pytest.raises(RejectedError, match="slot model is bfloat16, expected float32"):
         decode_result(sent(), SHARD, SLOTS)
-    exact = encode_result(contribution(), SHARD, SLOTS, attempt=1, worker="w")
+    exact = join(result_parts(contribution(), SLOTS, HEADER))
     with pytest.raises(RejectedError, match="slot model is float32, expected bfloat16"):
         decode_result(exact, SHARD, SLOTS, wire="bfloat16")
     with pytest.raises(ValueError, match=r"slot model is torch.float32 .*, its layout torch.bfloat16"):
-        encode_result(contribution(), SHARD, SLOTS, attempt=1, worker="w", wire="bfloat16")
+        join(result_parts(contribution(), SLOTS, HEADER, wire="bfloat16"))
 
 
 def test_another_layout_is_rejected():
@@ -80,8 +81,8 @@ def test_another_layout_is_rejected():
 
 def test_records_travel_as_ever():
     records = Records({"loss": torch.randn(8, 3)})
-    buffer = encode_result(records, SHARD, SLOTS, attempt=1, worker="w", wire="bfloat16")
-    result, _ = decode_result(buffer, SHARD, SLOTS, wire="bfloat16", reduce=False)
+    buffer = join(result_parts(records, SLOTS, HEADER, wire="bfloat16"))
+    result, _ = decode_result(buffer, SHARD, SLOTS, wire="bfloat16")
     assert result.columns["loss"].equal(records.columns["loss"])
 
 
@@ -105,8 +106,8 @@ def feed(feedback, number, vector):
     """What arrives of ``vector``, sent as contribution ``number``."""
     slots = {"model": SLOTS["model"]}
     rounded = feedback.round(number, Contribution({"model": vector}, 8.0, 8))
-    buffer = encode_result(rounded, SHARD, slots, attempt=1, worker="w", wire="bfloat16")
-    return decode_result(buffer, SHARD, slots, wire="bfloat16", finite=False)[0].slots["model"].double()
+    buffer = join(result_parts(rounded, slots, HEADER, wire="bfloat16"))
+    return decode_result(buffer, SHARD, slots, wire="bfloat16")[0].slots["model"].double()
 
 
 def test_the_error_of_a_long_sum_stays_that_of_one_term():

@@ -1,4 +1,4 @@
-"""Frames in parts: the same bytes, the same refusals, and memory of one's own."""
+"""Frames in parts: the same bytes, the same refusals, and memory of their own."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from metadist.core.state import Contribution, Slot
 from metadist.wire import (
     FrameError,
     RejectedError,
+    ResultHeader,
+    ThetaHeader,
     decode_result,
     decode_theta,
-    encode_theta,
-    frame,
     join,
     memory,
     result_parts,
@@ -34,6 +34,7 @@ SLOTS = {
     "frozen": Slot(Layout(("e",), ((2,),)), "constant"),
 }
 SHARD = Shard("run", 1, 0, 0, "gradient", 0, 4, seed=0)
+HEADER = ThetaHeader("r", 1, 0)
 
 
 def state():
@@ -42,13 +43,12 @@ def state():
 
 
 def published(vectors):
-    return theta_parts(vectors, SLOTS, run="r", meta_step=1, round=0)
+    return theta_parts(vectors, SLOTS, HEADER)
 
 
 def test_the_parts_are_the_frame_and_large_vectors_are_not_copied():
     vectors = state()
     parts = published(vectors)
-    assert join(parts).to_pybytes() == encode_theta(vectors, SLOTS, run="r", meta_step=1, round=0).to_pybytes()
     addresses = [p.address for p in parts]
     assert vectors["model"].data_ptr() in addresses
     assert vectors["rates"].data_ptr() in addresses
@@ -64,7 +64,7 @@ def test_theta_in_parts_lands_aligned_and_writable_in_memory_of_its_own():
     vectors = state()
     parts = published(vectors)
     for source in (parts, join(parts), [p.to_pybytes() for p in parts]):
-        theta = decode_theta(source, SLOTS, run="r", meta_step=1, round=0)
+        theta = decode_theta(source, SLOTS, HEADER)
         for name, vector in vectors.items():
             assert theta[name].equal(vector)
             assert theta[name].data_ptr() % 64 == 0
@@ -82,19 +82,19 @@ def test_the_first_vector_is_not_copied_again_where_it_landed():
 
 @pytest.mark.parametrize("cuts", [(64,), (64, 65), (100, 101, 102), (70, BLOCK + 70, 2 * BLOCK + 70)])
 def test_parts_may_be_cut_anywhere_behind_the_header(cuts):
-    whole = encode_theta(state(), SLOTS, run="r", meta_step=1, round=0)
+    whole = join(published(state()))
     edges = [0, *cuts, whole.size]
     parts = [whole.slice(a, b - a) for a, b in zip(edges, edges[1:])]
-    assert decode_theta(parts, SLOTS)["model"].equal(state()["model"])
+    assert decode_theta(parts, SLOTS, HEADER)["model"].equal(state()["model"])
 
 
 def test_a_header_that_is_cut_and_no_parts_at_all_are_refused():
-    whole = encode_theta(state(), SLOTS, run="r", meta_step=1, round=0)
+    whole = join(published(state()))
     for parts in ([], [b""], [whole.slice(0, 63), whole.slice(63)]):
         with pytest.raises(FrameError, match="too few"):
             gather(parts)
         with pytest.raises(RejectedError, match="damaged frame"):
-            decode_theta(parts, SLOTS)
+            decode_theta(parts, SLOTS, HEADER)
 
 
 def test_lost_swapped_and_repeated_parts_are_refused():
@@ -102,7 +102,7 @@ def test_lost_swapped_and_repeated_parts_are_refused():
     assert len(parts) > 3
     for damaged in (parts[:-1], parts[:1] + parts[2:], [parts[0], parts[2], parts[1], *parts[3:]], [*parts, parts[-1]]):
         with pytest.raises(RejectedError, match="damaged frame"):
-            decode_theta(damaged, SLOTS)
+            decode_theta(damaged, SLOTS, HEADER)
 
 
 def test_bit_flips_in_any_part_are_found():
@@ -113,7 +113,7 @@ def test_bit_flips_in_any_part_are_found():
         bit = rng.randrange(8 * len(part))
         part[bit // 8] ^= 1 << bit % 8
         with pytest.raises(RejectedError):
-            decode_theta(damaged, SLOTS)
+            decode_theta(damaged, SLOTS, HEADER)
 
 
 def test_a_vector_that_changes_after_it_was_hashed_is_refused():
@@ -121,15 +121,15 @@ def test_a_vector_that_changes_after_it_was_hashed_is_refused():
     parts = published(vectors)
     vectors["rates"][-1] += 1
     with pytest.raises(RejectedError, match="hash mismatch"):
-        decode_theta(parts, SLOTS)
+        decode_theta(parts, SLOTS, HEADER)
 
 
 def test_a_contribution_in_parts_comes_back_exactly():
     vectors = {n: v for n, v in state().items() if n != "frozen"}
-    parts = result_parts(Contribution(vectors, 4.0, 4, {"loss": 0.5}), SHARD, SLOTS, attempt=2, worker="w")
-    result, sender = decode_result(parts, SHARD, SLOTS, reduce=True)
+    parts = result_parts(Contribution(vectors, 4.0, 4, {"loss": 0.5}), SLOTS, ResultHeader(SHARD, 2, "w"))
+    result, sender = decode_result(parts, SHARD, SLOTS)
     assert all(result.slots[n].equal(v) for n, v in vectors.items())
-    assert (result.weight, result.tasks, result.metrics, sender["attempt"]) == (4.0, 4, {"loss": 0.5}, 2)
+    assert (result.weight, result.tasks, result.metrics, sender.attempt) == (4.0, 4, {"loss": 0.5}, 2)
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1, 0, BLOCK, 5, BLOCK + 1], [3 * BLOCK, 2]])
@@ -137,7 +137,7 @@ def test_gather_is_unframe_of_the_join(sizes):
     buffers = [random.Random(n).randbytes(n) for n in sizes]
     parts = scatter(buffers)
     assert gather(parts).equals(unframe(join(parts)))
-    assert join(parts).equals(frame(buffers))
+    assert gather(parts).to_pybytes() == b"".join(buffers)
 
 
 # ---- memory

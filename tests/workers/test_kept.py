@@ -1,4 +1,4 @@
-"""What shards keep for later rounds, on the wire: nothing but the very output of the very shard comes through."""
+"""Kept outputs on the wire: only the output of the very shard is accepted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from metadist.core.round import Shard
 from metadist.core.state import Records
-from metadist.wire.codec import RejectedError, decode_output, decode_result, output_parts, result_parts
+from metadist.wire.codec import RejectedError, ResultHeader, decode_output, decode_result, output_parts, result_parts
 from metadist.wire.frame import join
 
 SHARD = Shard("run", 3, 0, 2, "rollout", 4, 2, 7, key_step=3, keeps=True)
@@ -24,7 +24,8 @@ OUTPUT = Records(
         "task": torch.tensor([4, 5]),
     }
 )
-PARTS = output_parts(OUTPUT, SHARD, attempt=1, worker="environment-0")
+HEADER = ResultHeader(SHARD, 1, "environment-0")
+PARTS = output_parts(OUTPUT, HEADER)
 
 
 def same(a, b):
@@ -75,7 +76,7 @@ def test_an_output_is_no_result_and_a_result_no_output():
     with pytest.raises(RejectedError, match="kind is 'output'"):
         decode_result(PARTS, SHARD, {})
     with pytest.raises(RejectedError, match="kind is 'records', expected 'output'"):
-        decode_output(result_parts(OUTPUT, SHARD, {}, attempt=1, worker="w"), SHARD)
+        decode_output(result_parts(OUTPUT, {}, HEADER), SHARD)
 
 
 def test_a_contribution_without_slots_travels():
@@ -83,5 +84,5 @@ def test_a_contribution_without_slots_travels():
     from metadist.core.state import Contribution
 
     sums = Contribution({}, 9.0, 2, {"advantage": 0.1, "return": -3.0})
-    found, _ = decode_result(result_parts(sums, SHARD, {}, attempt=1, worker="w"), SHARD, {}, reduce=True)
+    found, _ = decode_result(result_parts(sums, {}, HEADER), SHARD, {})
     assert found == sums

@@ -1,4 +1,4 @@
-"""Rounds that need what earlier rounds kept, in this process: outputs that are lost are computed anew, and change nothing."""
+"""Rounds that need outputs of earlier rounds, in this process: lost outputs are computed again, and nothing changes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import replace
 import pulls
 import pytest
 import torch
+from faults import everywhere
 
 from metadist.core.errors import WorkerError
-from metadist.core.round import Failed, Finished, Shard
+from metadist.core.round import EvaluationRequest, Failed, Finished, MetaStepKey, Shard, run_rounds
 from metadist.core.state import Contribution, Records
 from metadist.training.scheduler import MAX_FAILURES, Scheduler, fault_of
 from metadist.workers.local import LocalExecutor
@@ -20,13 +21,12 @@ from metadist.workers.worker import TaskError, Worker, aligned
 SEED, STEPS = pulls.SEED, 4
 
 
-def train(learner, watch=None, kind=LocalExecutor, steps=STEPS):
+def train(learner, fault=None, kind=LocalExecutor, steps=STEPS):
     executor = kind(learner)
-    fleet = Scheduler(executor, learner, watch=watch)
+    fleet = Scheduler(everywhere(fault)(executor) if fault else executor, learner)
     state = learner.initial(SEED)
     for step in range(steps):
-        for round in learner.rounds("run", step, SEED, state, {}):
-            state = round.apply(state, fleet.run(round))
+        state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, SEED), state), fleet.sum)
     executor.close()
     return state, fleet
 
@@ -37,13 +37,13 @@ EXPECTED = train(pulls.learner())[0].sha256()
 def forgetful(chance, likelihood=0.3, rounds=range(1, 1000)):
     """Drops kept outputs at random, whenever a shard of ``rounds`` is given out."""
 
-    def watch(scheduler, shard):
-        outputs = scheduler.executor._kept.outputs
+    def forget(executor, shard):
+        outputs = executor._kept.outputs
         for key in list(outputs):
             if shard.round in rounds and chance.random() < likelihood:
                 del outputs[key]
 
-    return watch
+    return forget
 
 
 def test_a_trial_counts_once():
@@ -90,7 +90,7 @@ def test_a_lost_output_whose_own_needs_are_lost_too(seed):
 def test_an_output_that_is_always_lost_ends_the_run():
     with pytest.raises(
         WorkerError,
-        match=rf"meta-step 0, round 1, shard . .*seed {SEED}.* lacked what it needs {MAX_FAILURES + 1} times",
+        match=rf"meta-step 0, round 1, shard . .*seed {SEED}.* lacked outputs that it needs {MAX_FAILURES + 1} times",
     ):
         train(pulls.learner(), forgetful(random.Random(0), 1.0, rounds=[0, 1]))
 
@@ -98,17 +98,17 @@ def test_an_output_that_is_always_lost_ends_the_run():
 def test_outputs_of_earlier_meta_steps_are_dropped():
     seen = []
 
-    def watch(scheduler, shard):
-        seen.append({key[0] for key in scheduler.executor._kept.outputs} - {shard.meta_step})
-        assert len(scheduler.executor._kept.thetas) <= 2, "that of the rollouts, and the newest"
+    def look(executor, shard):
+        seen.append({key[0] for key in executor._kept.outputs} - {shard.meta_step})
+        assert len(executor._kept.thetas) <= 2, "that of the rollouts, and the newest"
 
-    train(pulls.learner(), watch)
+    train(pulls.learner(), look)
     assert not any(seen)
 
 
 def rolled(learner):
     state = learner.initial(SEED)
-    round = next(learner.rounds("run", 0, SEED, state, {}))
+    round = next(learner.meta_step(MetaStepKey("run", 0, SEED), state))
     return state, round, [learner.compute(shard, state.slots) for shard in round.shards]
 
 
@@ -151,7 +151,7 @@ def test_a_task_that_breaks_its_environment_is_named(tmp_path):
     (tmp_path / "deed").write_text("raise 5")
     learner = pulls.learner(tmp_path)
     state = learner.initial(SEED)
-    shard = next(learner.rounds("run", 0, SEED, state, {})).shards[2]
+    shard = next(learner.meta_step(MetaStepKey("run", 0, SEED), state)).shards[2]
     with pytest.raises(TaskError, match="the arm of task 5 is stuck") as caught:
         worker(learner).compute(shard, state.slots)
     assert caught.value.tasks == (5,)
@@ -174,7 +174,7 @@ def test_a_shard_that_keeps_must_have_an_output():
     with pytest.raises(TaskError, match="function 'rollout' has an output; the shard says otherwise"):
         worker(learner).compute(shard, state.slots)
     with pytest.raises(TaskError, match="function 'evaluate' has no output; the shard says otherwise"):
-        judged = learner.evaluation("run", 0, SEED, state, split="validation", tasks=2, inner_steps=None).shards[0]
+        judged = learner.evaluation(EvaluationRequest(MetaStepKey("run", 0, SEED), "validation", 2), state).shards[0]
         worker(learner).compute(replace(judged, keeps=True), state.slots)
 
 

@@ -1,4 +1,4 @@
-"""Workers from outside, over a real endpoint on loopback: the same bits with and without them, whatever they do."""
+"""Remote workers over a real endpoint on loopback: the same bits with and without them, even when they misbehave."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ports import free_port
 from metadist.config.document import override
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.round import Shard
-from metadist.experiment import remote as outside
-from metadist.experiment.train import train as train_experiment
+from metadist.experiment import remote
 from metadist.rpc.endpoint import connect
 from metadist.workers.joint import JointExecutor
 from metadist.workers.local import LocalExecutor
-from metadist.workers.remote import client as remote_worker
+from metadist.workers.remote import client, work_pb2_grpc
 from metadist.workers.remote import work_pb2 as pb
-from metadist.workers.remote import work_pb2_grpc
 from metadist.workers.remote.codec import Arriving, GarbledError, chunks, facts, shard_message, shard_of
-from metadist.workers.remote.executor import OutsideExecutor
-from metadist.workers.remote.messages import Answer, Failure
-from metadist.workers.remote.runner import ActorBench
+from metadist.workers.remote.executor import RemoteExecutor
+from metadist.workers.remote.messages import Computed, Failure
+from metadist.workers.remote.runner import Runner
+
+pytestmark = pytest.mark.lane("services")
 
 ENVIRONMENTS = {**OUTSIDE, "role": "environment"}
 
@@ -66,7 +66,7 @@ def test_the_bits_of_this_process(expected, trials, groups, roles):
 
 def test_outputs_pass_through_the_driver_both_ways_and_are_rolled_out_anew_where_lost(expected, monkeypatch):
     """Trials rolled out in this process serve gradients outside, and the other way round; some are lost in between."""
-    adopted = {LocalExecutor: 0, OutsideExecutor: 0}
+    adopted = {LocalExecutor: 0, RemoteExecutor: 0}
     for kind in adopted:
 
         def adopt(self, shard, content, kind=kind, original=kind.adopt):
@@ -76,24 +76,24 @@ def test_outputs_pass_through_the_driver_both_ways_and_are_rolled_out_anew_where
         monkeypatch.setattr(kind, "adopt", adopt)
     run, lost = experiment(document(HERE, OUTSIDE, trials=True)), []
 
-    def lose(scheduler, shard):
+    def lose(executor, shard):
         if shard.needs and shard.round > 1 and len(lost) < 3:
             lost.append(shard.needs[0])
-            for executor in (scheduler.executor._inside, scheduler.executor._outside):
-                executor._kept.outputs.pop(shard.needs[0], None)
+            for side in (executor._own, executor._remote):
+                side._kept.outputs.pop(shard.needs[0], None)
 
     with hands(run, "learner"):
-        sha256, scheduler = train(run, watch=lose)
+        sha256, scheduler = train(run, fault=lose)
     assert sha256 == expected[True]
     assert all(adopted.values()), adopted
-    assert isinstance(scheduler.executor, JointExecutor)
+    assert isinstance(scheduler.executor.inner, JointExecutor)
     assert scheduler.retried["missing"] >= 1
 
 
 # What misbehaves ------------------------------------------------------------------------------------------------------
 
 
-class Rogue(ActorBench):
+class Rogue(Runner):
     """Does ``deed`` to its third answer."""
 
     deed = ""
@@ -111,24 +111,24 @@ class Rogue(ActorBench):
         if self.deed == "garbage":
             frame = bytearray(b"\x00\xff" * 500)
         if self.deed == "cut":
-            return Answer([bytes(frame), _Breaks()])
+            return Computed([bytes(frame), _Breaks()])
         if self.deed == "oversized":
-            return Answer([bytes(frame)] + [bytes(1 << 20)] * 80)
+            return Computed([bytes(frame)] + [bytes(1 << 20)] * 80)
         if self.deed == "nan":
-            from metadist.wire.codec import decode_result, result_parts
+            from metadist.wire.codec import ResultHeader, decode_result, result_parts
 
             slots = self._built[1].slots
             result, _ = decode_result(bytes(frame), lease.call.shard, slots)
             for vector in result.slots.values():
                 vector[0] = float("nan")
-            return Answer(result_parts(result, lease.call.shard, slots, attempt=lease.call.attempt, worker="rogue"))
+            return Computed(result_parts(result, slots, ResultHeader(lease.call.shard, lease.call.attempt, "rogue")))
         if self.deed == "hang":
             self.over.wait(120)
         if self.deed == "unable":
             return Failure("unable", "the simulator is not installed here")
         if self.deed == "error":
             return Failure("error", "ValueError: this box is broken", detail="Traceback …")
-        return Answer([bytes(frame)])
+        return Computed([bytes(frame)])
 
 
 class _Breaks:
@@ -155,7 +155,7 @@ def test_what_misbehaves_changes_nothing(expected, deed, said, monkeypatch):
         pass
 
     Mine.deed, Mine.asked, Mine.over = deed, 0, threading.Event()
-    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Mine)
+    monkeypatch.setattr("metadist.workers.remote.runner.Runner", Mine)
     run = experiment(document(HERE, OUTSIDE), f"engine.shard_timeout={4.0 if deed == 'hang' else 60.0}")
     with hands(run, "learner") as [hand]:
         sha256, scheduler = train(run)
@@ -183,7 +183,7 @@ class Raw:
         self._messages, self._more = [], threading.Condition()
         self.channel = connect(run.outside.listen, token_file)
         self.send(
-            pb.FromWorker(hello=pb.Hello(**{"name": "raw", "role": "learner", "versions": outside.versions(), **hello}))
+            pb.FromWorker(hello=pb.Hello(**{"name": "raw", "role": "learner", "versions": remote.versions(), **hello}))
         )
         self.answers = work_pb2_grpc.WorkStub(self.channel).Join(self._stream(), wait_for_ready=True)
 
@@ -205,10 +205,10 @@ class Raw:
         """Until the first lease."""
         from metadist.workers.remote.codec import engine_of, terms_of
 
-        bench = ActorBench(outside.build)
-        device, about = bench.start(terms_of(next(self.answers).terms))
+        runner = Runner(remote.build)
+        device, about = runner.start(terms_of(next(self.answers).terms))
         self.send(pb.FromWorker(described=pb.Described(device=json.dumps(device), about=json.dumps(about))))
-        about = bench.configure(engine_of(next(self.answers).engine))
+        about = runner.configure(engine_of(next(self.answers).engine))
         self.send(pb.FromWorker(configured=pb.Configured(about=json.dumps(about))))
         return next(self.answers).lease
 
@@ -326,13 +326,13 @@ def test_results_of_expired_leases_are_ignored(expected):
 @pytest.fixture
 def patient(monkeypatch):
     """A driver's patience begins when it has refused somebody, however long that one took to come."""
-    original = OutsideExecutor.await_minimum
+    original = RemoteExecutor.await_minimum
 
     def await_minimum(self, patience, minimum):
-        wait_for(lambda: self._poll(0.05) or self._last_refusal)
+        wait_for(lambda: self._poll(0.05) or self.server.last_refusal)
         original(self, patience, minimum)
 
-    monkeypatch.setattr(OutsideExecutor, "await_minimum", await_minimum)
+    monkeypatch.setattr(RemoteExecutor, "await_minimum", await_minimum)
 
 
 def refused(run, hand, match):
@@ -346,9 +346,9 @@ def refused(run, hand, match):
 
 def test_another_version_is_refused(monkeypatch, patient):
     run = experiment(document(OUTSIDE), "engine.worker_patience=1")
-    real = outside.versions()
+    real = remote.versions()
     monkeypatch.setattr(
-        outside,
+        remote,
         "versions",
         lambda: {**real, "metadist": "0.0.1" if threading.current_thread().daemon else real["metadist"]},
     )
@@ -359,12 +359,12 @@ def test_another_version_is_refused(monkeypatch, patient):
 
 
 def test_other_data_are_refused(monkeypatch, patient):
-    class Elsewhere(ActorBench):
+    class Elsewhere(Runner):
         def start(self, terms):
             device, about = super().start(terms)
             return device, {**about, "data_sha256": "f" * 64}
 
-    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Elsewhere)
+    monkeypatch.setattr("metadist.workers.remote.runner.Runner", Elsewhere)
     run = experiment(document(OUTSIDE), "engine.worker_patience=1")
     assert "set METADIST_DATA to the same data" in refused(run, Hand(run), "it has other data")
 
@@ -375,21 +375,11 @@ def test_a_role_that_is_not_wanted_and_one_that_does_not_exist(patient):
     with pytest.raises(
         ConfigError, match="--role: 'learners' is not one of learner, environment; did you mean 'learner'"
     ):
-        outside.work(
-            "127.0.0.1:1",
-            token_file=None,
-            tls_ca=None,
-            role="learners",
-            name=None,
-            device=None,
-            patience=0,
-            stay=False,
-            say=print,
-            stopped=lambda: False,
-        )
+        options = remote.WorkerOptions(role="learners", patience=0)
+        remote.work("127.0.0.1:1", options, client.Shell(print, lambda: False))
 
 
-class Other(ActorBench):
+class Other(Runner):
     """Computes what is right, and calls itself another processor."""
 
     def configure(self, order):
@@ -401,7 +391,7 @@ class Other(ActorBench):
 
 
 def test_other_numerics_are_refused(expected, monkeypatch):
-    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Other)
+    monkeypatch.setattr("metadist.workers.remote.runner.Runner", Other)
     run = experiment(document(HERE, {**OUTSIDE, "min": 0}))
     hand = Hand(run)
     assert (
@@ -409,16 +399,16 @@ def test_other_numerics_are_refused(expected, monkeypatch):
         == expected[False]
     )
     assert "a processor of yore" in str(hand.error)
-    assert "computes other bits than this run" in str(hand.error)
+    assert "has other numerics than this run's learners" in str(hand.error)
 
 
 def test_other_numerics_mark_a_run_that_may_be_inexact(tmp_path, monkeypatch):
     from metadist.storage.checkpoints import Checkpoints
 
-    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Other)
+    monkeypatch.setattr("metadist.workers.remote.runner.Runner", Other)
     run = experiment(document(HERE, OUTSIDE), "engine.exact=false")
     with hands(run, "learner"):
-        result = train_experiment(run, run_dir=str(tmp_path / "run"), test=False, plots=False)
+        result = tiny.train(run, run_dir=str(tmp_path / "run"), test=False, plots=False)
     [mark] = result.inexact
     assert "device a processor of yore, not" in mark
     assert result.as_dict()["inexact"] == [mark]
@@ -445,11 +435,11 @@ class Slow(Sinusoid):
 def test_an_inexact_run_is_tagged_in_mlflow(tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
-    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Other)
+    monkeypatch.setattr("metadist.workers.remote.runner.Runner", Other)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run = experiment(document(HERE, OUTSIDE), "engine.exact=false", f"tracking.uri={uri}")
     with hands(run, "learner"):
-        result = train_experiment(run, run_dir=str(tmp_path / "run"), test=False, plots=False)
+        result = tiny.train(run, run_dir=str(tmp_path / "run"), test=False, plots=False)
     assert result.undelivered == 0
     client = MlflowClient(uri)
     [found] = client.search_runs([client.get_experiment_by_name("metadist").experiment_id])
@@ -459,7 +449,7 @@ def test_an_inexact_run_is_tagged_in_mlflow(tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("twice", [False, True])
 def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, monkeypatch, twice):
-    """The command in a process of its own, where a shard takes seconds: interrupted at work, and the run goes on without it."""
+    """The command in a process of its own, interrupted in a shard that takes seconds; the run continues without it."""
     (tmp_path / "slow_sines.py").write_text(SLOW)
     monkeypatch.syspath_prepend(tmp_path)
     made = document(HERE, OUTSIDE)
@@ -473,14 +463,14 @@ def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, monkeypa
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
 
-    def watch(scheduler, shard):
-        if shard.meta_step == 2 and not sent and scheduler.executor._outside.busy:
+    def interrupt_once(executor, shard):
+        if shard.meta_step == 2 and not sent and executor._remote.busy:
             sent.append(threading.Timer(0.5, interrupt))
             sent[0].start()
 
     sha256, scheduler = train(
         run,
-        watch=watch,
+        fault=interrupt_once,
         each=lambda step, scheduler: step < 3 or wait_for(lambda: len(scheduler.executor.workers()) == 1, scheduler),
     )
     out, err = process.communicate(timeout=150)
@@ -524,16 +514,14 @@ def test_workers_join_and_leave_in_the_middle(expected):
 
 def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
     run = experiment(document(HERE, OUTSIDE))
-    plain = train_experiment(experiment(document(HERE)), run_dir=str(tmp_path / "plain"), test=False, plots=False)
+    plain = tiny.train(experiment(document(HERE)), run_dir=str(tmp_path / "plain"), test=False, plots=False)
     steps = iter(range(3))
     with hands(run, "learner") as [hand]:
-        first = train_experiment(
-            run, run_dir=str(tmp_path / "run"), stop=lambda: next(steps) == 2, test=False, plots=False
-        )
+        first = tiny.train(run, run_dir=str(tmp_path / "run"), stop=lambda: next(steps) == 2, test=False, plots=False)
         assert first.outcome.stopped == "interrupted"
         wait_for(lambda: any("may be resumed; waiting up to 60 s" in line for line in hand.said))
         again = experiment(document(HERE, OUTSIDE, port=run.outside.port))
-        second = train_experiment(again, run_dir=str(tmp_path / "run"), resume=True, test=False, plots=False)
+        second = tiny.train(again, run_dir=str(tmp_path / "run"), resume=True, test=False, plots=False)
         hand.join()
     assert second.params_sha256 == plain.params_sha256 == expected[False]
     assert hand.ended == "the run is over"
@@ -541,15 +529,13 @@ def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
 
 
 def test_a_worker_outlives_a_driver_that_was_killed(tmp_path):
-    """SIGKILL: nobody says a word. The worker finds the driver that resumes the run, and the bits are those of an unbroken one."""
+    """SIGKILL: the driver sends no dismissal. The worker joins the driver that resumes the run, with the same bits."""
     steps = (
         "outer.meta_steps=240",
         "checkpoint.every=2",
         "engine.compile=never",
     )  # or the first may have ended before it is killed
-    plain = train_experiment(
-        experiment(document(HERE), *steps), run_dir=str(tmp_path / "plain"), test=False, plots=False
-    )
+    plain = tiny.train(experiment(document(HERE), *steps), run_dir=str(tmp_path / "plain"), test=False, plots=False)
     made = override(document(HERE, OUTSIDE), steps)
     (tmp_path / "outside.yaml").write_text(yaml.safe_dump(made))
     command = ("train", "outside.yaml", "--run-dir", "run", "--json")
@@ -614,7 +600,7 @@ def test_impossible_configurations(change, match):
 
 
 def test_another_address_than_loopback_needs_tls_and_a_token():
-    with pytest.raises(ConfigError, match="there is no TLS and a token"):
+    with pytest.raises(ConfigError, match="could connect without TLS and a token"):
         train(experiment({**document(OUTSIDE), "outside": {"listen": "0.0.0.0:0"}}))
 
 
@@ -648,9 +634,9 @@ def test_frames_arrive_in_chunks_of_a_megabyte():
         assert not arriving.complete
         arriving.take(piece.data)
     assert [b"".join(f) for f in arriving.frames] == [b"".join(memoryview(p).tobytes() for p in f) for f in frames]
-    with pytest.raises(GarbledError, match="where 0 are to come"):
+    with pytest.raises(GarbledError, match="1 bytes; expected 0 at most"):
         arriving.take(b"x")
-    with pytest.raises(GarbledError, match="4 bytes where 3 are to come"):
+    with pytest.raises(GarbledError, match="4 bytes; expected 3 at most"):
         Arriving([3]).take(b"four")
 
 
@@ -661,7 +647,7 @@ def test_facts_are_plain(text):
 
 
 def test_a_passing_fault_is_one_of_the_connection():
-    error = remote_worker.ServiceError
-    assert remote_worker.passing(error("gone", grpc.StatusCode.UNAVAILABLE))
-    assert not remote_worker.passing(error("the TLS handshake failed", grpc.StatusCode.UNAVAILABLE))
-    assert not remote_worker.passing(error("no", grpc.StatusCode.UNAUTHENTICATED))
+    error = client.ServiceError
+    assert client.passing(error("gone", grpc.StatusCode.UNAVAILABLE))
+    assert not client.passing(error("the TLS handshake failed", grpc.StatusCode.UNAVAILABLE))
+    assert not client.passing(error("no", grpc.StatusCode.UNAUTHENTICATED))

@@ -1,4 +1,4 @@
-"""Blocks leased to workers from outside: the same bits, and nothing is believed about which shards a sum is of."""
+"""Blocks leased to remote workers: the same bits, and a false claim about the shards of a sum is refused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pytest
 from outsiders import HERE, OUTSIDE, document, experiment, hands, train
 
 from metadist.training import blocks
-from metadist.wire.codec import decode_result, result_parts
-from metadist.workers.remote.messages import Answer
-from metadist.workers.remote.runner import ActorBench
+from metadist.wire.codec import ResultHeader, decode_result, result_parts
+from metadist.workers.remote.messages import Computed
+from metadist.workers.remote.runner import Runner
+
+pytestmark = pytest.mark.lane("services")
 
 TWO = {**OUTSIDE, "min": 2}
 
@@ -30,7 +32,7 @@ def given(run, *roles, **options):
     """What was leased while the run trained."""
     shards = []
     with hands(run, *roles) as working:
-        sha256, scheduler = train(run, watch=lambda _, shard: shards.append(shard), **options)
+        sha256, scheduler = train(run, fault=lambda _, shard: shards.append(shard), **options)
     return sha256, scheduler, shards, working
 
 
@@ -62,7 +64,7 @@ LIES = {
 def test_who_claims_to_have_summed_other_shards_is_dismissed(expected, lie, monkeypatch):
     lied = []
 
-    class Liar(ActorBench):
+    class Liar(Runner):
         def compute(self, lease):
             answer, call = super().compute(lease), lease.call
             if lied or not call.shard.leaf:
@@ -71,9 +73,9 @@ def test_who_claims_to_have_summed_other_shards_is_dismissed(expected, lie, monk
             slots, told = self._built[1].slots, LIES[lie](call.shard)
             result, _ = decode_result(b"".join(memoryview(p).tobytes() for p in answer.result), call.shard, slots)
             result = replace(result, tasks=told.count, weight=float(told.count))
-            return Answer(result_parts(result, told, slots, attempt=call.attempt, worker="liar"))
+            return Computed(result_parts(result, slots, ResultHeader(told, call.attempt, "liar")))
 
-    monkeypatch.setattr("metadist.workers.remote.runner.ActorBench", Liar)
+    monkeypatch.setattr("metadist.workers.remote.runner.Runner", Liar)
     sha256, scheduler, shards, working = given(experiment(document(TWO)), "learner", "learner")
     assert sha256 == expected
     [block] = lied

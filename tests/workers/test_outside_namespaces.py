@@ -1,4 +1,4 @@
-"""Two workers in network namespaces of their own, over TLS and a token, beside Ray actors; one is killed in mid-shard."""
+"""Two remote workers in network namespaces, over TLS and a token, next to Ray actors; one is killed in a shard."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import ports
 import pytest
 import tiny
 import tls
+from faults import everywhere
 
 from metadist.cli.display import plain
 from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers
-from metadist.experiment.description import Experiment
 from metadist.experiment.result import Result
-from metadist.experiment.train import train
+
+pytestmark = pytest.mark.lane("services")
 
 SHORT = [
     "evaluate.tasks=40",
@@ -43,7 +44,10 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def places():
-    """(how a command is started there, where it finds this machine) twice: in namespaces joined to ours by a pair of devices each."""
+    """Two places: (a prefix that starts a command there, this machine's address there).
+
+    Each place is a namespace that a pair of devices connects to ours.
+    """
     found, undo = [], ExitStack()
     try:
         with undo:
@@ -81,17 +85,18 @@ class Killer:
     def __init__(self, process: subprocess.Popen[str], meta_step: int) -> None:
         self.process, self.meta_step, self.leases = process, meta_step, 0
 
-    def __call__(self, scheduler, shard):
+    def __call__(self, executor, shard):
         if self.leases or shard.split != "train" or shard.meta_step < self.meta_step:
             return
-        for seat in scheduler.executor._outside._seats:
-            if seat.applicant.pid == self.process.pid and seat.leases:
-                self.leases = len(seat.leases)
+        for session in executor._remote.server.sessions:
+            if session.applicant.pid == self.process.pid and session.leases:
+                self.leases = len(session.leases)
                 os.kill(self.process.pid, signal.SIGKILL)
 
 
-def trained(made: dict, folder: Path, watch=None) -> Result:
-    return train(Experiment.of(build(made)), run_dir=str(folder), watch=watch, display=plain(), plots=False)
+def trained(made: dict, folder: Path, fault=None) -> Result:
+    wrap = everywhere(fault) if fault else None
+    return tiny.train(build(made), run_dir=str(folder), wrap=wrap, display=plain(), plots=False)
 
 
 @pytest.mark.long
@@ -151,9 +156,8 @@ def test_the_bits_of_one_process(tmp_path, places, name):
             if process.poll() is None:
                 process.kill()
     print(f"\n{name}: in one process    sha256 {alone.params_sha256}  {alone.wall_seconds:.1f} s")
-    print(
-        f"{name}: Ray and 2 outside  sha256 {together.params_sha256}  {seconds:.1f} s; killed with {killer.leases} leases; {together.retried}"
-    )
+    killed = f"killed with {killer.leases} leases; {together.retried}"
+    print(f"{name}: Ray and 2 outside  sha256 {together.params_sha256}  {seconds:.1f} s; {killed}")
     for text in said:
         print(text)
     assert together.params_sha256 == alone.params_sha256

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from tiny import train
 from toys import Blobs, Curves, Ragged, learner
 
 from metadist.algorithms import MAML, MetaSGD, ProtoNet, Reptile
@@ -16,10 +17,11 @@ from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.outer import OuterLoop
 from metadist.engine.agreement import mixed_disagrees
-from metadist.experiment.train import train
+from metadist.engine.plan import Device
+from metadist.learners import FewShotLearner
 from metadist.models import MLP, Conv4
 from metadist.workers import plan as plans
-from metadist.workers.plan import Device, make_plan, obey, sharing
+from metadist.workers.plan import device_facts, recorded_engine, sharing
 from metadist.workers.worker import Worker, numerics_fingerprint
 
 GIB = 2**30
@@ -33,7 +35,7 @@ def subject(algorithm=MAML(inner_steps=3), outer=LONG, family=Curves(), factory=
 
 
 def plan(s=None, device=CPU, groups=(), **settings):
-    return make_plan(s or subject(), EngineSettings(**settings), device, groups)
+    return (s or subject()).plan(EngineSettings(**settings), device, sharing(device, groups))
 
 
 # compile --------------------------------------------------------------------------------------------------------------
@@ -50,7 +52,7 @@ def test_a_long_run_is_compiled_and_a_short_one_is_not():
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    bare = Device.of(torch.device("cpu"), "a processor")
+    bare = device_facts(torch.device("cpu"), "a processor")
     assert bare.no_compiler == "no C++ compiler (g++ or clang++) is on its PATH"
     resolved = plan(device=bare)
     assert not resolved.engine.compile
@@ -186,6 +188,7 @@ def network(function):
     return Network
 
 
+@pytest.mark.lane("compile")
 @pytest.mark.parametrize(
     ("function", "why"), [pytest.param(NoForward, "fails", marks=pytest.mark.long), (WrongForward, "is off by")]
 )
@@ -223,8 +226,8 @@ def test_where_no_way_back_is_right():
     ("settings", "message"),
     [
         ({"precision": "tf32"}, "engine.precision: tf32 .*'a processor'. Use float32"),
-        ({"chunk": 3}, "engine.chunk: 3 is no power of two"),
-        ({"chunk": 0}, "engine.chunk: 0 is no power of two"),
+        ({"chunk": 3}, "engine.chunk: 3 is not a power of two"),
+        ({"chunk": 0}, "engine.chunk: 0 is not a power of two"),
         ({"dtype": "float64", "precision": "bfloat16"}, "engine.precision: bfloat16 .* engine.dtype: float64"),
         ({"deterministic": False}, "engine.deterministic: false needs engine.exact: false"),
         ({"wire": "bfloat16"}, "engine.wire: bfloat16 .* engine.exact: false"),
@@ -250,21 +253,21 @@ def test_a_resumed_run_keeps_its_engine(tmp_path, monkeypatch):
     asked = iter([False] * 3)
     half = train(tiny.experiment(*settings), run_dir=str(tmp_path / "run"), plots=False, stop=lambda: next(asked, True))
     assert half.params_sha256 != whole.params_sha256
-    monkeypatch.setattr("metadist.experiment.fleet.make_plan", lambda *_: pytest.fail("planned anew"))
+    monkeypatch.setattr(FewShotLearner, "plan", lambda *_: pytest.fail("planned again"))
     resumed = train(tiny.experiment(*settings), run_dir=str(tmp_path / "run"), plots=False, resume=True)
     assert resumed.params_sha256 == whole.params_sha256
 
 
 def test_a_manifest_s_engine_is_obeyed():
     recorded = {"compile": False, "differentiation": "mixed", "hessian": "reverse", "chunk": 2}
-    assert obey(recorded)(CPU).engine == Engine(differentiation="mixed", hessian="reverse", chunk=2)
-    assert obey({})(CPU).engine == Engine()
+    assert recorded_engine(recorded)(CPU).engine == Engine(differentiation="mixed", hessian="reverse", chunk=2)
+    assert recorded_engine({})(CPU).engine == Engine()
 
 
 @pytest.mark.parametrize("recorded", [{"compiler": "xla"}, {"differentiation": "implicit"}, {"chunk": 3}])
 def test_a_manifest_of_an_unknown_engine(recorded):
     with pytest.raises(ConfigError, match="manifest states an engine that this version doesn't know"):
-        obey(recorded)
+        recorded_engine(recorded)
 
 
 def test_learned_rates_and_images_walk_back_too():

@@ -1,4 +1,4 @@
-"""Real actors: killed, stopped, failing; and what the driver makes of it. Two actors serve most tests."""
+"""Real actors: killed, stopped, failing, and the driver's reaction. Two actors serve most tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections import Counter
-from pathlib import Path
 
 import families
 import psutil
@@ -17,10 +16,14 @@ import tiny
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
-from metadist.learners.few_shot import Learner
+from metadist.core.round import EvaluationRequest, MetaStepKey, run_rounds
+from metadist.learners.few_shot import FewShotLearner
 from metadist.training.evaluation import evaluate
 from metadist.training.scheduler import Scheduler
+from metadist.workers.faulty import Act, FaultyExecutor, Kill
 from metadist.workers.local import LocalExecutor
+from metadist.workers.numerics import Numerics
+from metadist.workers.settings import RunSettings
 
 SEED = 11
 
@@ -30,7 +33,7 @@ def mischief(tmp_path_factory):
     """A learner, and the function that tells its tasks what to do."""
     folder = tmp_path_factory.mktemp("mischief")
     toy = tiny.learner()
-    learner = Learner(
+    learner = FewShotLearner(
         toy.algorithm, toy.model, families.Mischief(k_shot=4, query_shots=4, folder=str(folder)), toy.outer
     )
 
@@ -40,10 +43,11 @@ def mischief(tmp_path_factory):
     return learner, tell
 
 
-def executor(learner, *groups, **options):
+def executor(learner, *groups, expected=None, exact=True, **options):
     from metadist.workers.ray.executor import RayExecutor
 
-    return RayExecutor(learner, groups, run="run", **{"patience": 300.0, **options})
+    settings = RunSettings("run", **{"patience": 300.0, **options})
+    return RayExecutor(learner, groups, settings, Numerics(groups, expected, exact))
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +63,12 @@ def told(mischief):
     mischief[1](None)
 
 
-def train(executor, learner, steps, first=0, state=None, watch=None, **options):
+def train(executor, learner, steps, first=0, state=None, **options):
     """``steps`` meta-steps; returns the final state and the scheduler."""
-    fleet = Scheduler(executor, learner, watch=watch, **{"patience": 300.0, **options})
+    fleet = Scheduler(executor, learner, **{"patience": 300.0, **options})
     state = learner.initial(SEED) if state is None else state
     for step in range(first, first + steps):
-        for round in learner.rounds("run", step, SEED, state, {}):
-            state = round.apply(state, fleet.run(round))
+        state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, SEED), state), fleet.sum)
     return state, fleet
 
 
@@ -114,21 +117,12 @@ def test_one_actor_gives_the_same_bits(cluster, mischief, expected):
 
 def test_killing_busy_actors_changes_nothing(actors, mischief, expected):
     settle(actors, 2)
-    due, killed = [3, 7, 12], []
-
-    def watch(scheduler, shard):
-        if (
-            due
-            and shard.meta_step == due[0]
-            and shard.index + shard.leaves > 2
-            and scheduler.retried["lost"] >= len(killed)
-        ):
-            due.pop(0)
-            killed.append(scheduler.executor.kill_busy())
-
-    state, fleet = train(actors, mischief[0], 20, watch=watch)
+    kill, faulty = Kill(), FaultyExecutor(actors)
+    for step in (3, 7, 12):
+        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.index + s.leaves > 2, kill)
+    state, fleet = train(faulty, mischief[0], 20)
     assert state.sha256() == expected(20)
-    assert len(set(killed)) == 3
+    assert len(set(kill.killed)) == 3
     assert fleet.retried["lost"] >= 3
     assert fleet.tasks_done == 200
 
@@ -137,12 +131,12 @@ def test_killing_busy_actors_changes_nothing(actors, mischief, expected):
 def test_killing_all_actors_at_once_changes_nothing(actors, mischief, expected):
     settle(actors, 2)
 
-    def watch(scheduler, shard):
-        if shard.meta_step == 5 and shard.index > 0 and not scheduler.retried:
-            for about in actors.workers().values():
-                os.kill(about["pid"], signal.SIGKILL)
+    def kill_all(executor, shard):
+        for about in executor.workers().values():
+            os.kill(about["pid"], signal.SIGKILL)
 
-    state, fleet = train(actors, mischief[0], 10, watch=watch)
+    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 5 and s.index > 0, Act(kill_all))
+    state, fleet = train(faulty, mischief[0], 10)
     assert state.sha256() == expected(10)
     assert fleet.retried["lost"] >= 2
 
@@ -151,21 +145,20 @@ def test_a_stopped_actor_is_backed_up_then_recycled(actors, mischief, expected):
     settle(actors, 2)
     stopped = []
 
-    def watch(scheduler, shard):
-        if shard.meta_step == 4 and shard.index > 1 and not stopped:
-            busy = next(m for m in actors._members.values() if m.about and m.calls)
-            stopped.append((busy.name, busy.about["pid"]))
-            os.kill(busy.about["pid"], signal.SIGSTOP)
+    def stop(executor, shard):
+        busy = next(m for m in executor._pool.members.values() if m.about and m.calls)
+        stopped.append((busy.name, busy.about["pid"]))
+        os.kill(busy.about["pid"], signal.SIGSTOP)
 
-    state, fleet = train(actors, mischief[0], 10, watch=watch, timeout=8)
+    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 4 and s.index > 1, Act(stop))
+    state, fleet = train(faulty, mischief[0], 10, timeout=8)
     assert state.sha256() == expected(10)
     [(name, pid)] = stopped
     more = fleet
     deadline = time.monotonic() + 180
     step = 10
     while name in actors.workers() and time.monotonic() < deadline:
-        for round in mischief[0].rounds("run", step, SEED, state, {}):
-            state = round.apply(state, more.run(round))
+        state, _ = run_rounds(mischief[0].meta_step(MetaStepKey("run", step, SEED), state), more.sum)
         step += 1
         time.sleep(0.1)
     assert name not in actors.workers()
@@ -245,7 +238,7 @@ def test_theta_is_decoded_once_per_actor_and_version(actors, mischief, cluster):
 
         return module.decodings
 
-    handles = [m.handle for m in actors._members.values()]
+    handles = [m.handle for m in actors._pool.members.values()]
     cluster.get([h.__ray_call__.remote(count_decodings) for h in handles])
     train(actors, mischief[0], 12)
     counts = cluster.get([h.__ray_call__.remote(decodings) for h in handles])
@@ -260,10 +253,8 @@ def test_another_theta_of_the_same_meta_step_is_seen(actors, mischief):
     fleet, local = Scheduler(actors, learner), Scheduler(LocalExecutor(learner), learner)
     for seed in (1, 2, 1):
         state = learner.initial(seed)
-        judged = [
-            f.run(learner.evaluation("run", 6, SEED, state, split="test", tasks=8, inner_steps=2))
-            for f in (fleet, local)
-        ]
+        request = EvaluationRequest(MetaStepKey("run", 6, SEED), "test", tasks=8, inner_steps=2)
+        judged = [f.records(learner.evaluation(request, state)) for f in (fleet, local)]
         assert judged[0].columns["loss"].tolist() == judged[1].columns["loss"].tolist()
 
 
@@ -281,7 +272,7 @@ def test_the_drivers_memory_is_flat(actors, mischief):
     grown, fleet = memory(actors, mischief[0], 150)
     assert grown < 12 << 20
     assert not fleet._outstanding
-    assert all(not m.calls for m in actors._members.values())
+    assert all(not m.calls for m in actors._pool.members.values())
 
 
 @pytest.mark.long
@@ -323,7 +314,7 @@ def test_another_fingerprint_than_the_runs_is_refused(cluster, mischief, actors)
     mine = next(iter(actors.workers().values()))["fingerprint"]
     other = {**mine, "torch": "1.0.0", "id": "0123"}
     with pytest.raises(
-        WorkerError, match=r"computes other bits than this run.*'torch': \('1.0.0'.*engine.exact: false"
+        WorkerError, match=r"has other numerics than this run's learners.*'torch': \('1.0.0'.*engine.exact: false"
     ):
         executor(mischief[0], WorkerGroup(gpus=0), expected=other)
     refused = executor(mischief[0], WorkerGroup(gpus=0), expected=mine)
@@ -343,17 +334,9 @@ def test_groups_with_other_threads_are_refused_unless_inexact(cluster, mischief)
 
 
 def test_a_family_that_fails_to_prepare_says_so(cluster, mischief):
-    learner = dataclasses.replace(mischief[0], tasks=Unprepared())
+    learner = dataclasses.replace(mischief[0], tasks=families.Unprepared())
     with pytest.raises(ConfigError, match="the sines are sold out"):
         executor(learner, WorkerGroup(gpus=0))
-
-
-@dataclasses.dataclass(frozen=True)
-class Unprepared(families.Sinusoid):
-    def prepare(self, device):
-        if "test_ray" in Path(psutil.Process().cmdline()[-1]).name:
-            return
-        raise ConfigError("the sines are sold out")
 
 
 def test_gpus_are_shared_per_group(monkeypatch):
@@ -373,12 +356,11 @@ def test_gpus_are_shared_per_group(monkeypatch):
 @pytest.mark.long
 def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
     """Validations, the choice of the best θ (not the last one here) and its test."""
-    from metadist.experiment.evaluate import evaluate_run
-    from metadist.experiment.train import train as run_training
+    from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
 
     overrides = ["outer.lr=0.3", "evaluate.every=1", "outer.meta_steps=7"]
     alone, fleet = (
-        run_training(
+        tiny.train(
             tiny.experiment(*overrides, f"workers=[{{min: {n}, max: {n}, gpus: 0}}]"),
             run_dir=str(tmp_path / str(n)),
             plots=False,
@@ -390,7 +372,7 @@ def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
     assert fleet.outcome.best_step == alone.outcome.best_step
     assert fleet.outcome.progress.validation == alone.outcome.progress.validation
     assert fleet.evaluations == alone.evaluations
-    assert evaluate_run(str(tmp_path / "0"), workers="1").evaluations == alone.evaluations
+    assert evaluate_run(str(tmp_path / "0"), EvaluationOptions(workers="1")).evaluations == alone.evaluations
 
 
 # ---- contributions in half precision
@@ -400,34 +382,23 @@ def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
 def test_rounded_contributions_train_about_as_well_and_survive_a_kill(cluster, mischief):
     learner = mischief[0]
 
-    def trained(watch=None, **options):
+    def trained(*faults, **options):
         workers = executor(learner, WorkerGroup(min=2, max=2, gpus=0), **options)
+        faulty = FaultyExecutor(workers)
+        for fault in faults:
+            faulty.fail_at(lambda s: s.meta_step == 30 and s.index > 0, fault)
         try:
-            state, fleet = train(workers, learner, 60, watch=watch)
-            losses = evaluate(
-                fleet,
-                learner,
-                state,
-                run="run",
-                meta_step=60,
-                seed=SEED,
-                split="validation",
-                tasks=100,
-                inner_steps=None,
-            ).loss
+            state, fleet = train(faulty, learner, 60)
+            request = EvaluationRequest(MetaStepKey("run", 60, SEED), "validation", tasks=100)
+            losses = evaluate(fleet, learner, state, request).loss
             return losses[-1], fleet, state
         finally:
             workers.close()
 
-    killed = []
-
-    def watch(scheduler, shard):
-        if shard.meta_step == 30 and shard.index > 0 and not killed:
-            killed.append(scheduler.executor.kill_busy())
-
+    kill = Kill()
     exact, measured, state = trained()
-    rounded, fleet, other = trained(watch, exact=False, wire="bfloat16")
-    assert killed
+    rounded, fleet, other = trained(kill, exact=False, wire="bfloat16")
+    assert any(kill.killed)
     assert fleet.retried["lost"] >= 1
     assert fleet.tasks_done == 600
     assert other.sha256() != state.sha256()

@@ -1,4 +1,4 @@
-"""Real actors and blocks: one call per worker and meta-step, and the bits of this process whatever happens within one."""
+"""Real actors and blocks: one call per worker and meta-step, and the bits of this process in spite of failures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections import Counter
 import families
 import pytest
 import tiny
+from faults import everywhere
 from test_ray import SEED, executor, settle
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import WorkerError
-from metadist.learners.few_shot import Learner
+from metadist.core.round import MetaStepKey, run_rounds
+from metadist.learners.few_shot import FewShotLearner
 from metadist.training import blocks
 from metadist.training.scheduler import Scheduler
 from metadist.workers.local import LocalExecutor
@@ -28,7 +30,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def learner(folder):
     toy = tiny.learner(f"outer.meta_batch_size={TASKS}", f"outer.shard_size={TASKS // SHARDS}")
-    return Learner(toy.algorithm, toy.model, families.Mischief(k_shot=4, query_shots=4, folder=str(folder)), toy.outer)
+    return FewShotLearner(
+        toy.algorithm, toy.model, families.Mischief(k_shot=4, query_shots=4, folder=str(folder)), toy.outer
+    )
 
 
 @pytest.fixture
@@ -55,13 +59,13 @@ class Training:
 
     def __init__(self, executor, learner, **options):
         self.given = []
-        self.fleet = Scheduler(executor, learner, watch=lambda _, shard: self.given.append(shard), **options)
+        self.fleet = Scheduler(everywhere(lambda _, s: self.given.append(s))(executor), learner, **options)
         self.learner, self.state, self.step = learner, learner.initial(SEED), 0
 
     def go(self, steps):
         for _ in range(steps):
-            for round in self.learner.rounds("run", self.step, SEED, self.state, {}):
-                self.state = round.apply(self.state, self.fleet.run(round))
+            rounds = self.learner.meta_step(MetaStepKey("run", self.step, SEED), self.state)
+            self.state, _ = run_rounds(rounds, self.fleet.sum)
             self.step += 1
         return self
 
@@ -70,8 +74,7 @@ class Training:
 
 
 def ready(actors, learner, count=2):
-    """So many workers that have computed before: one that has just started takes seconds for its first shard, and its answers come
-    too late."""
+    """Wait until ``count`` workers have computed: a new one takes seconds for its first shard, and answers too late."""
     settle(actors, count)
     training, deadline = Training(actors, learner), time.monotonic() + 60.0
     while len(training.fleet._paces) < count:
@@ -126,10 +129,9 @@ def test_the_failing_task_of_a_block_is_named(actors, learner, even, tell):
     tell("raise 21")
     with pytest.raises(WorkerError) as caught:
         training.go(1)
-    assert (
-        f"shard 10 (train tasks 20…21, seed {SEED}) failed alike twice: task 21: ValueError: the sine of task 21 is gone"
-        in str(caught.value)
-    )
+    message = str(caught.value)
+    assert f"shard 10 (train tasks 20…21, seed {SEED}) failed alike twice" in message
+    assert "twice: task 21: ValueError: the sine of task 21 is gone" in message
     assert "families.py" in details[0]
     assert max(s.leaves for s in training.given) == SHARDS // 2
 

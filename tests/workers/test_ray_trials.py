@@ -1,4 +1,4 @@
-"""Real actors that roll out and learn: killed, robbed of what they kept, fed damaged trials. Always the same parameters."""
+"""Real actors that roll out and learn: killed, without their outputs, with damaged trials; same parameters."""
 
 from __future__ import annotations
 
@@ -15,30 +15,26 @@ from pathlib import Path
 import psutil
 import pulls
 import pytest
+from test_ray import executor
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
+from metadist.core.round import EvaluationRequest, MetaStepKey, run_rounds
 from metadist.training.scheduler import Scheduler
-from metadist.workers.groups import expected_by_role
+from metadist.workers.faulty import Act, FaultyExecutor, Kill
 from metadist.workers.local import LocalExecutor
+from metadist.workers.numerics import expected_by_role
 
 SEED, STEPS = pulls.SEED, 6
 LEARNERS = WorkerGroup(min=2, max=2, gpus=0)
 ENVIRONMENTS = WorkerGroup(role="environment", min=2, max=2)
 
 
-def executor(learner, *groups, **options):
-    from metadist.workers.ray.executor import RayExecutor
-
-    return RayExecutor(learner, groups, run="run", **{"patience": 300.0, **options})
-
-
-def train(executor, learner, watch=None, **options):
-    fleet = Scheduler(executor, learner, watch=watch, **{"patience": 300.0, **options})
+def train(executor, learner, **options):
+    fleet = Scheduler(executor, learner, **{"patience": 300.0, **options})
     state = learner.initial(SEED)
     for step in range(STEPS):
-        for round in learner.rounds("run", step, SEED, state, {}):
-            state = round.apply(state, fleet.run(round))
+        state, _ = run_rounds(learner.meta_step(MetaStepKey("run", step, SEED), state), fleet.sum)
     return state.sha256(), fleet
 
 
@@ -125,39 +121,31 @@ def test_one_actor_gives_the_same_bits(cluster, folder, expected):
 
 @pytest.mark.parametrize("function", ["rollout", "gradient"])
 def test_killing_busy_actors_changes_nothing(fleet, expected, function):
-    due, killed = [1, 3], []
-
-    def watch(scheduler, shard):
-        if (
-            due
-            and shard.meta_step == due[0]
-            and shard.function == function
-            and scheduler.retried["lost"] >= len(killed)
-        ):
-            due.pop(0)
-            killed.append(scheduler.executor.kill_busy())
-
-    sha256, scheduler = train(*fleet, watch=watch)
+    (actors, learner), kill = fleet, Kill()
+    faulty = FaultyExecutor(actors)
+    for step in (1, 3):
+        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.function == function, kill)
+    sha256, scheduler = train(faulty, learner)
     assert sha256 == expected
-    assert len(set(killed)) == 2
+    assert len(set(kill.killed)) == 2
     assert scheduler.retried["lost"] >= 2
     assert scheduler.retried["missing"] == 0, "what a worker kept outlives it"
     assert scheduler.tasks_done == 12 * STEPS
 
 
-def on_second_epoch(change, steps=(1, 4)):
+def on_second_epoch(actors, change, steps=(1, 4)):
     """``change(executor)`` once in each of those meta-steps, in a round whose θ is another than the rollouts'."""
-    due = list(steps)
 
-    def watch(scheduler, shard):
-        if due and shard.meta_step == due[0] and shard.round == 3:
-            due.pop(0)
-            # Nobody may know the content any more.
-            for member in scheduler.executor._members.values():
-                member.holds.clear()
-            change(scheduler.executor)
+    def forget_and_change(executor, shard):
+        # Nobody may know the content any more.
+        for member in executor._pool.members.values():
+            member.holds.clear()
+        change(executor)
 
-    return watch
+    faulty = FaultyExecutor(actors)
+    for step in steps:
+        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.round == 3, Act(forget_and_change))
+    return faulty
 
 
 def damaged(executor):
@@ -165,22 +153,23 @@ def damaged(executor):
     from metadist.workers.ray.executor import pa, ray
 
     for key, output in list(executor._kept.outputs.items()):
-        content = bytearray(b"".join(p.to_pybytes() for p in ray.get(output.reference)))
+        content = bytearray(b"".join(p.to_pybytes() for p in ray.get(output.stored)))
         content[len(content) * 3 // 4] ^= 4
-        executor._kept.outputs[key] = replace(output, reference=ray.put([pa.py_buffer(bytes(content))]))
+        executor._kept.outputs[key] = replace(output, stored=ray.put([pa.py_buffer(bytes(content))]))
 
 
 def exchanged(executor):
     """Undamaged outputs, each under the name of another."""
     outputs = executor._kept.outputs
-    references = [o.reference for o in outputs.values()]
+    references = [o.stored for o in outputs.values()]
     for key, reference in zip(list(outputs), references[1:] + references[:1]):
-        outputs[key] = replace(outputs[key], reference=reference)
+        outputs[key] = replace(outputs[key], stored=reference)
 
 
 @pytest.mark.parametrize("change", [damaged, exchanged])
 def test_wrong_outputs_are_refused_and_rolled_out_anew(fleet, expected, change, caplog):
-    sha256, scheduler = train(*fleet, watch=on_second_epoch(change))
+    actors, learner = fleet
+    sha256, scheduler = train(on_second_epoch(actors, change), learner)
     assert sha256 == expected
     assert 4 <= scheduler.retried["missing"] <= 24
     reason = "hash mismatch" if change is damaged else "shard is"
@@ -213,12 +202,16 @@ def second_node(ray, cpus):
 
 @pytest.mark.long
 def test_outputs_that_died_with_their_node_are_rolled_out_anew(cluster):
-    """The node of the only environment worker dies when the first gradients are asked for, and with it what nobody fetched."""
+    """The node of the only environment worker dies at the first gradient, and with it the outputs that lie there."""
     learner = many(pulls.learner(role="environment"))
     local = LocalExecutor(learner)
     expected, _ = train(local, learner)
     local.close()
     here = int(cluster.available_resources()["CPU"]) - 1
+
+    class Filler:
+        """An actor that takes room; a local class, since actors can't import this file."""
+
     filler = cluster.remote(num_cpus=here)(Filler).remote()  # but for the learner this node is full
     cluster.get(filler.__ray_ready__.remote())
     killed = []
@@ -226,22 +219,21 @@ def test_outputs_that_died_with_their_node_are_rolled_out_anew(cluster):
         actors = executor(learner, WorkerGroup(gpus=0), WorkerGroup(role="environment", cpus=here), patience=90)
         try:
 
-            def watch(scheduler, shard):
-                if shard.meta_step == 2 and shard.function == "gradient" and not killed:
-                    killed.append([m.about["pid"] for m in actors._members.values() if m.group.role == "environment"])
-                    cluster.kill(filler)
-                    kill()
+            def kill_node(executor, shard):
+                killed.append(
+                    [m.about["pid"] for m in executor._pool.members.values() if m.group.role == "environment"]
+                )
+                cluster.kill(filler)
+                kill()
 
-            found, scheduler = train(actors, learner, watch=watch)
+            faulty = FaultyExecutor(actors)
+            faulty.fail_at(lambda s: s.meta_step == 2 and s.function == "gradient", Act(kill_node))
+            found, scheduler = train(faulty, learner)
         finally:
             actors.close()
     assert killed
     assert found == expected
     assert scheduler.retried["missing"] >= 1
-
-
-class Filler:
-    """An actor that takes room."""
 
 
 def test_theta_and_trials_are_decoded_once_per_actor(cluster, both, expected):
@@ -268,7 +260,7 @@ def test_theta_and_trials_are_decoded_once_per_actor(cluster, both, expected):
 
         return module.counted
 
-    handles = [m.handle for m in actors._members.values()]
+    handles = [m.handle for m in actors._pool.members.values()]
     cluster.get([h.__ray_call__.remote(count) for h in handles])
     assert train(actors, learner)[0] == expected
     for each in cluster.get([h.__ray_call__.remote(counted) for h in handles]):
@@ -282,8 +274,8 @@ def test_environment_workers_answer_with_references(apart, cluster):
     settle(actors, 3)
     big = many(learner)
     scheduler, state = Scheduler(actors, big), big.initial(SEED)
-    scheduler.run(next(big.rounds("run", 0, SEED, state, {})))
-    outputs = [o.reference for o in actors._kept.outputs.values()]
+    scheduler.run(next(big.meta_step(MetaStepKey("run", 0, SEED), state)))
+    outputs = [o.stored for o in actors._kept.outputs.values()]
     assert len(outputs) == 4
     places = cluster.experimental.get_object_locations(outputs)
     assert all(about["node_ids"] for about in places.values()), "inlined ones have none"
@@ -326,9 +318,8 @@ def test_an_environment_that_never_ends_loses_its_worker(apart, told, expected):
     sha256, scheduler = train(actors, learner, timeout=5)
     assert sha256 == expected, "another one has rolled it out"
     deadline = time.monotonic() + 180
-    judging = learner.evaluation(
-        "run", STEPS, SEED, learner.initial(SEED), split="validation", tasks=4, inner_steps=None
-    )
+    request = EvaluationRequest(MetaStepKey("run", STEPS, SEED), "validation", tasks=4)
+    judging = learner.evaluation(request, learner.initial(SEED))
     while scheduler._outstanding and time.monotonic() < deadline:
         scheduler.run(judging)
     settle(actors, 3)
@@ -357,7 +348,7 @@ OTHER = {"id": "other", "device": "GPU of yore", "threads": 2}
 def test_the_fingerprint_names_the_environments_where_they_compute_otherwise(apart, monkeypatch):
     actors, _ = apart
     settle(actors, 3)
-    monkeypatch.setitem(actors._expected, "environment", OTHER)
+    monkeypatch.setitem(actors._numerics.expected, "environment", OTHER)
     learner, *environments = actors.workers().values()
     assert learner["fingerprint"]["environment"] == OTHER
     assert all("environment" not in about["fingerprint"] for about in environments)
@@ -369,9 +360,11 @@ def test_roles_may_compute_differently_but_each_as_the_run_began(apart):
     mine = next(iter(actors.workers().values()))["fingerprint"]
     groups = (WorkerGroup(gpus=0), replace(ENVIRONMENTS, min=1, max=1))
     with pytest.raises(
-        WorkerError, match=r"environment-. on .* computes other bits than this run .*'threads': \(2, 1\)"
+        WorkerError, match=r"environment-. on .* has other numerics than this run's environments .*'threads': \(2, 1\)"
     ):
         executor(learner, *groups, expected={**mine, "environment": OTHER})
-    with pytest.raises(WorkerError, match="trials were rolled out on 'GPU of yore', .* go on with environment workers"):
+    with pytest.raises(
+        WorkerError, match="trials were rolled out on 'GPU of yore', .* continue with environment workers"
+    ):
         executor(learner, WorkerGroup(gpus=0), expected={**mine, "environment": OTHER})
     assert expected_by_role(mine, groups, True) == {"learner": mine, "environment": mine}, "learners rolled out before"

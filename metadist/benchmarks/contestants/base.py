@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metadist.core.random import TaskKey
 from metadist.core.state import State
 from metadist.core.task import Task
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 
 Gradient = dict[str, Tensor]
 
@@ -23,7 +23,7 @@ Gradient = dict[str, Tensor]
 class Problem:
     """θ and a shard of sampled tasks, the same for all; on the learner's device and in its dtype."""
 
-    learner: Learner
+    learner: FewShotLearner
     state: State
     tasks: Task
     keys: TaskKey

@@ -96,11 +96,11 @@ def metadist_compiled(problem: Problem) -> Contestant:
 def _ours(problem: Problem, compiled: bool) -> Contestant:
     """The one place that knows how a Learner is told to compile, and how it takes tasks that are sampled already."""
     from metadist.config.engine import EngineSettings
-    from metadist.workers.plan import Device, make_plan
+    from metadist.workers.plan import device_facts
 
     learner = copy.copy(problem.learner)
     settings = EngineSettings(compile="always" if compiled else "never", differentiation="unrolled")
-    learner.set_engine(make_plan(learner, settings, Device.of(problem.device, "this machine")).engine)
+    learner.set_engine(learner.plan(settings, device_facts(problem.device, "this machine")).engine)
     theta = {n: p.map(lambda t: t.to(problem.device)) for n, p in problem.state.theta(learner.slots).items()}
     return Contestant(
         lambda: learner.contribute_tasks(theta, problem.tasks, problem.keys, 0),

@@ -1,4 +1,4 @@
-"""Ray itself, as the driver meets it: a cluster that is joined or started here, what it has, what it says when it fails."""
+"""Join or start a Ray cluster, share out its GPUs, and shorten its errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from metadist.workers.ray import environment as ray_environment  # isort: skip  (must precede ray, which reads its environment on import)
+# Ray reads its environment when it is imported, so this import comes first.
+from metadist.workers.ray import environment as ray_environment  # isort: skip
 
 import ray
 
@@ -20,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def connect(groups: Sequence[WorkerGroup]) -> bool:
-    """Join the cluster in RAY_ADDRESS, or start one here with as many logical CPUs as are asked for; True if either was done."""
+    """Join the cluster at RAY_ADDRESS, or start one on this machine with enough logical CPUs for ``groups``.
+
+    Return False where Ray runs in this process already.
+    """
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
@@ -34,13 +38,16 @@ def connect(groups: Sequence[WorkerGroup]) -> bool:
                 cpus = max(os.cpu_count() or 1, sum(int(g.cpus * g.max + 0.999) for g in groups))
                 start_here(cpus, **quiet)
         return True
-    except Exception as error:  # Ray raises whatever it likes, a bare Exception included
+    except Exception as error:  # Ray raises many types, a bare Exception among them
         where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
         raise WorkerError(f"can't {where}: {short(error)}; use --workers 0 to train in this process") from error
 
 
 def start_here(cpus: int, **options: Any) -> None:
-    """A cluster of this machine alone. Ray gives a node 30 seconds to start, which a busy machine may exceed: it gets a second try."""
+    """Start a cluster of this machine alone.
+
+    Ray gives a node 30 seconds to start, which a busy machine may exceed, so there is a second try.
+    """
     for last in (False, True):
         try:
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
@@ -53,7 +60,10 @@ def start_here(cpus: int, **options: Any) -> None:
 
 
 def shared_gpus(groups: Sequence[WorkerGroup]) -> dict[WorkerGroup, float]:
-    """GPUs for each worker of a group; ``auto`` learners share evenly what the others leave, ``auto`` environments need none."""
+    """Return the GPUs of each worker by group.
+
+    Learners with ``auto`` share evenly the GPUs that other groups leave; environments with ``auto`` get none.
+    """
     left = ray.cluster_resources().get("GPU", 0.0) - sum(g.max * g.gpus for g in groups if g.gpus != "auto")
     share = max(0.0, left) / max(1, sum(g.max for g in groups if g.gpus == "auto" and g.role == "learner"))
     share = float(int(share)) if share >= 1 else math.floor(share * 1e4) / 1e4
@@ -61,7 +71,7 @@ def shared_gpus(groups: Sequence[WorkerGroup]) -> dict[WorkerGroup, float]:
 
 
 def short(error: BaseException) -> str:
-    """One line: Ray's own words, or what stands at the end of the remote traceback that they quote."""
+    """Return one line: Ray's message, or the last line of the remote traceback that the message quotes."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
     return " ".join(
         (lines[-1] if any("Traceback (most recent call last)" in line for line in lines) else " ".join(lines)).split()

@@ -1,6 +1,6 @@
-"""Ray's settings that must stand in the environment before ray is imported, and what must surround its start.
+"""Ray's settings in the environment, and the signal handlers around its start.
 
-Imported before ray, wherever ray is.
+Ray reads its environment when it is imported, so every module that imports ray imports this one first.
 """
 
 import contextlib
@@ -21,30 +21,33 @@ _has_token = (
     or (Path.home() / ".ray" / "auth_token").exists()
 )
 
-# A cluster of our own always asks for a token (Ray writes one to ~/.ray); somebody else's may know of none. Where ray is
-# imported already, its own default holds: its C++ part has read the mode, and would disagree with its children.
+# A cluster that this process starts requires a token (Ray writes one to ~/.ray); a cluster that it joins may have none.
+# Where ray is imported already, the mode stays as it is: Ray's C++ part has read it and its children must agree.
 if "ray" not in sys.modules and (ADDRESS is None or _has_token):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
-# Ray would try for a quarter of an hour to join what listens at the address but is no Ray.
+# Otherwise Ray tries for a quarter of an hour to join a server at the address that is not Ray's.
 if ADDRESS is not None:
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
 
-#: what travels with a call or its answer, not through the object store, whose round trips take a millisecond
+#: objects up to this size travel with a call or its answer: a round trip through the object store takes a millisecond
 INLINE_BYTES = 1 << 20
 os.environ.setdefault("RAY_max_direct_call_object_size", str(INLINE_BYTES + (64 << 10)))
 
-# Without it an actor that asked for no GPU may see them all.
+# Without this an actor that asked for no GPU may see all GPUs.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
-# Ray's workers are nice (15) to everything else: beside one other busy process per processor an actor would get a thirtieth of it.
+# Ray's workers have niceness 15 by default: with one other busy process per processor, an actor gets a thirtieth of it.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @contextlib.contextmanager
 def own_signals() -> Iterator[None]:
-    """Ray installs signal handlers when it starts (SIGTERM then raises SystemExit); afterwards the caller's stand again."""
+    """Restore the caller's signal handlers after Ray has started.
+
+    Ray installs handlers of its own, with which SIGTERM raises SystemExit.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -59,7 +62,7 @@ def own_signals() -> Iterator[None]:
 
 
 def reach(address: str, timeout: float = 10.0) -> None:
-    """ConnectionError at once where nothing listens: ray.init itself would try for many minutes."""
+    """Raise ConnectionError where nothing listens at ``address``: ray.init would try for many minutes."""
     found = re.fullmatch(r"(?:ray://)?\[?([^\]/]+?)\]?:(\d+)", address)
     if found is not None:
         socket.create_connection((found[1], int(found[2])), timeout=timeout).close()

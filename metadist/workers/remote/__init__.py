@@ -1,1 +1,3 @@
 """Workers that join over gRPC."""
+
+import metadist.rpc  # noqa: F401  (sets gRPC's environment variables before grpc is imported)

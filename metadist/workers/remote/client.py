@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -20,25 +19,35 @@ from metadist.workers.remote.codec import (
     Arriving,
     announced,
     answer_messages,
+    applicant_message,
     engine_of,
     failure_message,
     lease_of,
     terms_of,
 )
-from metadist.workers.remote.messages import Answer, Bench, Dismissal, Lease
+from metadist.workers.remote.messages import Applicant, Computed, Dismissal, Lease
+from metadist.workers.remote.runner import Runner
 
-__all__ = ["ServiceError", "connect", "converse", "passing", "wait_until_ready"]
+__all__ = ["ServiceError", "Shell", "connect", "converse", "passing", "wait_until_ready"]
 
-#: beats for every lease's length: two may get lost
+#: beats in the length of a lease: two may get lost
 BEATS = 4
-#: for what is still to be sent when a worker stops: a result, over a slow line
-LAST_WORDS_SECONDS = 60.0
-#: what ended the driver's side of the conversation
+#: seconds to send the last messages when a worker stops: a result may take long over a slow line
+LAST_MESSAGES_SECONDS = 60.0
+#: stands in the inbox for the end of the driver's side
 _END = object()
 
 
+@dataclass(frozen=True)
+class Shell:
+    """The worker's user: ``say`` shows a message; ``stopped`` returns True once the worker should stop."""
+
+    say: Callable[[str], None]
+    stopped: Callable[[], bool]
+
+
 def wait_until_ready(channel: grpc.Channel, seconds: float, stopped: Callable[[], bool]) -> bool:
-    """Whether the driver can be reached within so many seconds; gRPC tries with its own growing pauses."""
+    """Return whether the driver can be reached within ``seconds``; gRPC tries with growing pauses of its own."""
     ready = grpc.channel_ready_future(channel)
     try:
         for _ in range(max(1, int(seconds / 0.5))):
@@ -54,7 +63,7 @@ def wait_until_ready(channel: grpc.Channel, seconds: float, stopped: Callable[[]
 
 
 def passing(error: ServiceError) -> bool:
-    """Whether the connection is at fault, which may be there again later."""
+    """Return whether the error is one of the connection, which may work again later."""
     return error.code in (
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.CANCELLED,
@@ -63,7 +72,7 @@ def passing(error: ServiceError) -> bool:
 
 
 class _Outbox:
-    """What goes to the driver: messages, in the order in which they were put there, and beats where there are none."""
+    """Messages for the driver in the order of ``put`` and ``stream``, and beats while there are none."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Iterator[pb.FromWorker] | None] = queue.SimpleQueue()
@@ -91,42 +100,33 @@ class _Outbox:
 
 
 def converse(
-    channel: grpc.Channel,
-    address: str,
-    *,
-    name: str,
-    role: str,
-    process: str,
-    versions: dict[str, str],
-    bench: Bench,
-    say: Callable[[str], None],
-    stopped: Callable[[], bool],
+    channel: grpc.Channel, address: str, applicant: Applicant, runner: Runner, shell: Shell
 ) -> Dismissal | None:
-    """Work for the driver until it says that it is over, and return how; None where ``stopped`` ended it: the shard that was being
-    computed is finished and sent, what waited is given back.
+    """Work for the driver at ``address`` until it dismisses this worker, and return the dismissal.
 
-    Raises ServiceError where the connection fails, and MetadistError where this machine can't do what the run asks.
+    Return None where the user stopped the worker: the shard in progress is finished and sent, waiting leases are
+    given back. Raises ServiceError where the connection fails, and MetadistError where this machine can't do what the
+    run asks.
     """
     outbox, inbox = _Outbox(), queue.SimpleQueue[Any]()
-    hello = pb.Hello(name=name, role=role, host=platform.node(), pid=os.getpid(), versions=versions, process=process)
-    outbox.put(pb.FromWorker(hello=hello))
+    outbox.put(pb.FromWorker(hello=applicant_message(applicant)))
     with calling(address):
         answers = work_pb2_grpc.WorkStub(channel).Join(iter(outbox))
     reader = threading.Thread(target=_receive, args=(answers, inbox), name="lease-reader", daemon=True)
     reader.start()
     try:
-        return _Conversation(outbox, inbox, address, bench, say, stopped).run()
+        return _Conversation(outbox, inbox, address, runner, shell).run()
     except KeyboardInterrupt:
         outbox.put(pb.FromWorker(goodbye=pb.Goodbye(reason="it was interrupted by its user")))
         raise
     finally:
         outbox.close()
-        reader.join(LAST_WORDS_SECONDS)  # the driver ends its side when it has heard the last word
+        reader.join(LAST_MESSAGES_SECONDS)  # the driver ends its side when it has received the last message
         answers.cancel()
 
 
 def _receive(answers: Any, inbox: queue.SimpleQueue[Any]) -> None:
-    """Messages, and leases with their frames, until the driver's side ends: then that, or what went wrong."""
+    """Put messages, and leases with their frames, into the inbox; at the end ``_END`` or the error."""
     try:
         for message in answers:
             if message.WhichOneof("message") != "lease":
@@ -143,16 +143,10 @@ def _receive(answers: Any, inbox: queue.SimpleQueue[Any]) -> None:
 
 class _Conversation:
     def __init__(
-        self,
-        outbox: _Outbox,
-        inbox: queue.SimpleQueue[Any],
-        address: str,
-        bench: Bench,
-        say: Callable[[str], None],
-        stopped: Callable[[], bool],
+        self, outbox: _Outbox, inbox: queue.SimpleQueue[Any], address: str, runner: Runner, shell: Shell
     ) -> None:
         self._outbox, self._inbox, self._address = outbox, inbox, address
-        self._bench, self._say, self._stopped = bench, say, stopped
+        self._runner, self._say, self._stopped = runner, shell.say, shell.stopped
         self._shards = 0
 
     def run(self) -> Dismissal | None:
@@ -164,17 +158,17 @@ class _Conversation:
             if isinstance(item, Lease):
                 self._compute(item)
                 continue
-            what = item.WhichOneof("message")
-            if what == "dismissed":
+            kind = item.WhichOneof("message")
+            if kind == "dismissed":
                 return Dismissal(item.dismissed.reason, item.dismissed.then)
             try:
-                self._obey(what, item)
+                self._obey(kind, item)
             except MetadistError as error:
                 self._outbox.put(pb.FromWorker(goodbye=pb.Goodbye(reason=f"it can't work for this run: {error}")))
                 raise
 
     def _next(self) -> Any:
-        """The next message or lease; None when it is time to stop."""
+        """Return the next message or lease; None when it is time to stop."""
         while not self._stopped():
             try:
                 item = self._inbox.get(timeout=0.2)
@@ -182,42 +176,41 @@ class _Conversation:
                 continue
             if item is _END:
                 raise ServiceError(
-                    f"{self._address}: the driver ended the conversation without a word", grpc.StatusCode.UNAVAILABLE
+                    f"{self._address}: the driver ended the conversation without a reason", grpc.StatusCode.UNAVAILABLE
                 )
             if isinstance(item, grpc.RpcError):
                 with calling(self._address):
                     raise item
             if isinstance(item, Exception):
-                raise ServiceError(f"{self._address}: what the driver sent makes no sense ({item})")
+                raise ServiceError(f"{self._address}: the driver sent an invalid message ({item})")
             return item
         return None
 
-    def _obey(self, what: str, item: pb.ToWorker) -> None:
-        if what == "terms":
+    def _obey(self, kind: str, item: pb.ToWorker) -> None:
+        if kind == "terms":
             terms = terms_of(item.terms)
             self._outbox.beat_seconds = terms.lease_seconds / BEATS
             self._outbox.put(pb.FromWorker(beat=pb.Beat()))
             self._say(f"joined run {terms.run} as {terms.worker}; building its learner")
-            device, about = self._bench.start(terms)
+            device, about = self._runner.start(terms)
             self._outbox.put(pb.FromWorker(described=pb.Described(device=json.dumps(device), about=json.dumps(about))))
-        elif what == "engine":
+        elif kind == "engine":
             order = engine_of(item.engine)
             if order.engine.compile:
                 self._say("compiling…")
-            about = self._bench.configure(order)
+            about = self._runner.configure(order)
             self._outbox.put(pb.FromWorker(configured=pb.Configured(about=json.dumps(about))))
             self._say(f"ready on {about['fingerprint']['device']} (numerics {about['fingerprint']['id']})")
 
     def _compute(self, lease: Lease) -> None:
         shard, token = lease.call.shard, lease.call.token
-        answer = self._bench.compute(lease)
-        if isinstance(answer, Answer):
-            self._outbox.stream(answer_messages(token, answer))
-            before, self._shards = self._shards, self._shards + shard.leaves
-            if before == 0 or before // 100 < self._shards // 100:
-                self._say(
-                    f"{self._shards} shard{'s' if self._shards > 1 else ''} computed, the last of meta-step {shard.meta_step}"
-                )
-        else:
+        answer = self._runner.compute(lease)
+        if not isinstance(answer, Computed):
             self._outbox.put(failure_message(token, answer))
             self._say(f"{shard}: {answer.kind}: {answer.message}")
+            return
+        self._outbox.stream(answer_messages(token, answer))
+        before, self._shards = self._shards, self._shards + shard.leaves
+        if before == 0 or before // 100 < self._shards // 100:
+            count = f"{self._shards} shard{'s' if self._shards > 1 else ''}"
+            self._say(f"{count} computed, the last of meta-step {shard.meta_step}")

@@ -1,4 +1,4 @@
-"""Leases and what comes of them, as messages of ``metadist.work.v1`` and back. What a stranger sent is taken apart here."""
+"""Translate leases and their answers to messages of ``metadist.work.v1`` and back, and check untrusted messages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 from metadist.core.engine import Engine
 from metadist.core.round import OutputKey, Shard
+from metadist.workers.calls import Call, Content
 from metadist.workers.remote import work_pb2 as pb
-from metadist.workers.remote.messages import Answer, Applicant, Call, Configure, Failure, Lease, Terms
+from metadist.workers.remote.messages import Applicant, Computed, Configure, Failure, Lease, Terms
 
 CHUNK_BYTES = 1 << 20
-#: facts about a device or a worker are short, and so is what a person is told
+#: limits on the facts about a device or a worker, on messages for people, and on tracebacks
 FACTS_CHARACTERS, MESSAGE_CHARACTERS, DETAIL_CHARACTERS = 16 << 10, 2000, 20_000
 
 _SHARD = (
@@ -34,7 +35,7 @@ _SHARD = (
 
 
 class GarbledError(Exception):
-    """A message that is valid for protobuf and makes no sense here."""
+    """A message is valid protobuf, but its content is invalid or out of place."""
 
 
 # Frames ---------------------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def size_of(parts: Iterable[Any]) -> int:
 
 
 def chunks(frames: Iterable[Sequence[Any]]) -> Iterator[pb.Chunk]:
-    """The frames' bytes one after another, a frame beginning in a chunk of its own."""
+    """Yield the bytes of the frames one after another. Every frame begins in a new chunk."""
     for parts in frames:
         for part in parts:
             view = memoryview(part).cast("B")
@@ -54,7 +55,10 @@ def chunks(frames: Iterable[Sequence[Any]]) -> Iterator[pb.Chunk]:
 
 
 class Arriving:
-    """Frames whose sizes were announced, as their chunks arrive. Takes no more memory than what has arrived."""
+    """Collect the chunks of frames whose ``sizes`` were announced. Memory is used only for chunks that have arrived.
+
+    Without ``keep`` the chunks are counted and dropped.
+    """
 
     def __init__(self, sizes: Sequence[int], keep: bool = True) -> None:
         self.frames: list[list[bytes]] = [[] for _ in sizes]
@@ -67,10 +71,9 @@ class Arriving:
         return self._at == len(self._left)
 
     def take(self, data: bytes) -> None:
-        if self.complete or not 0 < len(data) <= self._left[self._at]:
-            raise GarbledError(
-                f"a chunk of {len(data)} bytes where {0 if self.complete else self._left[self._at]} are to come"
-            )
+        expected = 0 if self.complete else self._left[self._at]
+        if not 0 < len(data) <= expected:
+            raise GarbledError(f"a chunk of {len(data)} bytes; expected {expected} at most")
         if self._keep:
             self.frames[self._at].append(data)
         self._left[self._at] -= len(data)
@@ -85,20 +88,24 @@ class Arriving:
 
 
 def facts(text: str) -> dict[str, Any]:
-    """A JSON object of plain values, at most one level deep below."""
+    """Return a JSON object of plain values and of objects of plain values. Raises GarbledError for any other text."""
     if len(text) > FACTS_CHARACTERS:
         raise GarbledError(f"{len(text)} characters of facts; expected {FACTS_CHARACTERS} at most")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        raise GarbledError("facts that are no JSON") from None
+        raise GarbledError("the facts are no JSON") from None
     if not isinstance(found, dict):
-        raise GarbledError("facts that are no JSON object")
+        raise GarbledError("the facts are no JSON object")
     for value in found.values():
         for inner in value.values() if isinstance(value, dict) else [value]:
             if not isinstance(inner, (str, int, float, bool, type(None))):
-                raise GarbledError("facts that are no plain values")
+                raise GarbledError("the facts are no plain values")
     return found
+
+
+def applicant_message(applicant: Applicant) -> pb.Hello:
+    return pb.Hello(**asdict(applicant))
 
 
 def applicant_of(hello: pb.Hello) -> Applicant:
@@ -166,7 +173,7 @@ def lease_messages(
 
 
 def announced(lease: pb.Lease) -> list[int]:
-    """How many bytes each frame has that follows a lease."""
+    """Return the size in bytes of each frame that follows a lease."""
     theta = [lease.theta_bytes] if lease.HasField("theta_bytes") else []
     return theta + [need.bytes for need in lease.needs if need.HasField("bytes")]
 
@@ -185,14 +192,14 @@ def lease_of(message: pb.Lease, frames: Sequence[Sequence[bytes]]) -> Lease:
     return Lease(call, _content(theta), tuple(map(_content, outputs)))
 
 
-def _content(frame: Sequence[bytes] | None) -> Any:
+def _content(frame: Sequence[bytes] | None) -> Content | None:
     return None if frame is None else lambda: frame
 
 
-# What comes of them ---------------------------------------------------------------------------------------------------
+# Answers --------------------------------------------------------------------------------------------------------------
 
 
-def answer_messages(token: int, answer: Answer) -> Iterator[pb.FromWorker]:
+def answer_messages(token: int, answer: Computed) -> Iterator[pb.FromWorker]:
     frames = [answer.result] + ([answer.output] if answer.output is not None else [])
     output_bytes = None if answer.output is None else size_of(answer.output)
     yield pb.FromWorker(result=pb.Result(token=token, result_bytes=size_of(answer.result), output_bytes=output_bytes))

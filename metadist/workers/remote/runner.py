@@ -1,44 +1,54 @@
-"""A worker's own side, outside the cluster: the actor that it is, with a learner of its own, and failures as data."""
+"""The worker's side of a lease: an actor in this process, with a learner that is built from the run's config."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
 from metadist.core.errors import MetadistError, NonFiniteError
-from metadist.learners.few_shot import Learner
-from metadist.learners.trials import TrialLearner
+from metadist.learners.base import Learner
 from metadist.wire.codec import RejectedError
-from metadist.workers.actor import Actor
-from metadist.workers.remote.messages import Answer, Configure, Failure, Lease, MissingError, Terms
+from metadist.workers.actor import Actor, ActorSettings
+from metadist.workers.calls import MissingError
+from metadist.workers.remote.messages import Computed, Configure, Failure, Lease, Terms
 from metadist.workers.worker import TaskError
 
 
-class ActorBench:
-    """``build`` makes a learner of the run's config. ``device`` overrides the run's own choice."""
+class Runner:
+    """Build the run's learner with ``build(config)`` and compute leases; failures are returned as data.
 
-    def __init__(
-        self, build: Callable[[str], Learner | TrialLearner], device: str | None = None, gpus: float = 0.0
-    ) -> None:
+    ``device`` overrides the device of the run's config. ``gpus`` is 1 where this process may use a GPU.
+    """
+
+    def __init__(self, build: Callable[[str], Learner], device: str | None = None, gpus: float = 0.0) -> None:
         self._build, self._device, self._gpus = build, device, gpus
-        self._built: tuple[str, Learner | TrialLearner] | None = None
+        self._built: tuple[str, Learner] | None = None
 
     def start(self, terms: Terms) -> tuple[dict[str, Any], dict[str, Any]]:
-        if self._built is None or self._built[0] != terms.config:  # a driver that came back asks for the same
+        """Build the learner and load its data. Return the facts about the device and about this worker.
+
+        Raises MetadistError where this machine can't do what the config asks.
+        """
+        if self._built is None or self._built[0] != terms.config:  # a driver that resumes sends the same config
             self._built = terms.config, self._build(terms.config)
         device = self._device or terms.device
-        self._actor = Actor(self._built[1], terms.worker, terms.role, device, self._gpus, terms.threads, {})
+        self._actor = Actor(self._built[1], ActorSettings(terms.worker, terms.role, device, self._gpus, terms.threads))
         about = self._actor.start()
         return asdict(about.pop("describes")), about
 
     def configure(self, order: Configure) -> dict[str, Any]:
+        """Prepare to compute with the run's engine, and return the facts about this worker then.
+
+        Raises MetadistError where this machine can't do that.
+        """
         return self._actor.configure(order.engine, order.seed)
 
-    def compute(self, lease: Lease) -> Answer | Failure:
+    def compute(self, lease: Lease) -> Computed | Failure:
+        """Compute a lease."""
         theta = None if lease.theta is None else _buffers(lease.theta())
         outputs = [None if content is None else _buffers(content()) for content in lease.outputs]
         try:
@@ -53,8 +63,8 @@ class ActorBench:
             return Failure("error", str(error), error.tasks, "".join(traceback.format_exception(error)))
         except MetadistError as error:
             return Failure("unable", str(error))
-        return Answer(*answer) if lease.call.shard.keeps else Answer(answer)
+        return Computed(*answer) if lease.call.shard.keeps else Computed(answer)
 
 
-def _buffers(parts: Any) -> list[pa.Buffer]:
+def _buffers(parts: Iterable[Any]) -> list[pa.Buffer]:
     return [pa.py_buffer(p) for p in parts]

@@ -1,135 +1,133 @@
-"""The driver's side of ``metadist.work.v1``: a call per worker, between the desk and the wire."""
+"""Admit remote workers, and keep a session for each. The transport calls ``join`` and the sessions."""
 
 from __future__ import annotations
 
+import logging
+import queue
+import re
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import grpc
+from metadist.config.groups import WorkerGroup
+from metadist.workers.remote.messages import Applicant, Dismissal, DismissedError, Terms
+from metadist.workers.remote.session import Session
+from metadist.workers.settings import RunSettings
 
-from metadist.rpc.endpoint import Refused
-from metadist.workers.remote import work_pb2 as pb
-from metadist.workers.remote import work_pb2_grpc
-from metadist.workers.remote.codec import (
-    Arriving,
-    GarbledError,
-    applicant_of,
-    engine_message,
-    facts,
-    failure_of,
-    lease_messages,
-    terms_message,
-)
-from metadist.workers.remote.messages import Answer, Configure, Desk, Dismissal, DismissedError, Lease, Seat
-
-__all__ = ["Leases", "add_to_server"]
-
-add_to_server = work_pb2_grpc.add_WorkServicer_to_server
+log = logging.getLogger(__name__)
 
 
-class Leases(work_pb2_grpc.WorkServicer):
-    """Everything that a worker sends is bounded and checked for its place in the conversation before the desk hears of it."""
+@dataclass(frozen=True)
+class Offer:
+    """The part of a run that remote workers depend on.
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    ``config`` is the YAML document from which they build their learner, ``versions`` those of this driver. The leases
+    of a worker end when the driver receives nothing from it for ``lease_seconds``.
+    """
 
-    def Join(self, requests: Iterator[pb.FromWorker], context: Any) -> Iterator[pb.ToWorker]:
-        first = next(requests, None)
-        if first is None or first.WhichOneof("message") != "hello":
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "a worker begins with Hello")
-        try:
-            seat = self._desk.join(applicant_of(first.hello))
-        except DismissedError as error:
-            yield _dismissed(error.dismissal)
-            return
-        problems: list[Refused] = []
-        reader = threading.Thread(target=self._read, args=(requests, seat, problems), name="lease-reader", daemon=True)
-        reader.start()
-        context.add_callback(lambda: seat.left("its connection broke", guilty=True))
-        yield pb.ToWorker(terms=terms_message(seat.terms))
-        while context.is_active():
-            ended = not reader.is_alive()  # before the look at its problems: the last it does is to leave one
-            message = seat.next(0.25)
-            if problems:
-                raise problems[0]
-            if message is None and ended:
-                return
-            if isinstance(message, Dismissal):
-                yield _dismissed(message)
-                return
-            if isinstance(message, Configure):
-                yield pb.ToWorker(engine=engine_message(message))
-            elif isinstance(message, Lease):
-                yield from _sent(message, seat)
-
-    def _read(self, requests: Iterator[pb.FromWorker], seat: Seat, problems: list[Refused]) -> None:
-        try:
-            _listen(requests, seat)
-        except Refused as error:
-            seat.left(f"it was cut off: {error}")
-            problems.append(error)
-        except GarbledError as error:
-            seat.left(f"it sent what makes no sense: {error}")
-            problems.append(Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
-        except Exception as error:  # gRPC's own, of a connection that broke; the call's end says so, too
-            seat.left(f"its connection broke ({type(error).__name__})", guilty=True)
-        else:
-            seat.left("its connection ended without a goodbye", guilty=True)
+    config: str
+    versions: Mapping[str, str]
+    lease_seconds: float = 15.0
 
 
-def _sent(lease: Lease, seat: Seat) -> Iterator[pb.ToWorker]:
-    """A lease with the frames that go with it, fetched first: one that can't be had is the driver's to mend."""
-    theta = None if lease.theta is None else lease.theta()
-    outputs = []
-    for position, content in enumerate(lease.outputs):
-        try:
-            outputs.append(None if content is None else content())
-        except Exception as error:  # whatever the place where it lies may fail with
-            seat.unsent(
-                lease.call.token, position, f"an output that it needs can't be fetched ({type(error).__name__})"
+class Server:
+    """Admit applicants as long as their group has room, and collect the reports of all sessions.
+
+    ``join`` may be called from any thread; all other methods belong to the driver's thread.
+    """
+
+    def __init__(self, groups: Sequence[WorkerGroup], settings: RunSettings, offer: Offer, theta_bytes: int) -> None:
+        self.sessions: list[Session] = []
+        self.last_refusal = ""
+        self.farewell: Dismissal | None = None
+        self._groups, self._settings, self._offer, self._theta_bytes = groups, settings, offer, theta_bytes
+        self._lock = threading.Lock()  # guards the sessions and the farewell
+        self._reports: queue.SimpleQueue[tuple[Session, str, tuple[Any, ...]]] = queue.SimpleQueue()
+
+    def join(self, applicant: Applicant) -> Session:
+        """Return a session for ``applicant``. Raises DismissedError where it can't join."""
+        with self._lock:
+            if self.farewell is not None:
+                raise DismissedError(self.farewell)
+            group = self._group_for(applicant)
+            taken = {s.name for s in self.sessions}
+            for old in self.sessions:
+                if applicant.process and old.applicant.process == applicant.process:
+                    old.left("it reconnected")
+                    taken.discard(old.name)
+            if sum(s.group is group for s in self.sessions if s.name in taken) >= group.max:
+                raise DismissedError(Dismissal(f"all {group.max} places for {group.role}s are taken", "again"))
+            session = Session(
+                applicant,
+                self._terms(applicant, group, taken),
+                group,
+                self._report,
+                self._theta_bytes,
             )
+            self.sessions.append(session)
+            return session
+
+    def _report(self, session: Session, what: str, arguments: tuple[Any, ...]) -> None:
+        self._reports.put((session, what, arguments))
+
+    def _group_for(self, applicant: Applicant) -> WorkerGroup:
+        group = next((g for g in self._groups if g.role == applicant.role), None)
+        if group is None:
+            roles = ", ".join(sorted({g.role for g in self._groups}))
+            raise self.refused(applicant, f"this run takes no {applicant.role} from outside; it takes --role {roles}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", applicant.name):
+            raise self.refused(applicant, "--name: expected 1 to 64 letters, digits, '.', '_' or '-'")
+        mine, theirs = self._offer.versions["metadist"], applicant.versions.get("metadist", "none")
+        if mine != theirs:
+            reason = f"the run uses metadist {mine}, this worker has {theirs[:40]}; install the same version"
+            raise self.refused(applicant, reason)
+        return group
+
+    def _terms(self, applicant: Applicant, group: WorkerGroup, taken: set[str]) -> Terms:
+        wanted = f"outside-{applicant.name}"
+        names = [wanted, *(f"{wanted}-{i}" for i in range(1, len(taken) + 1))]
+        return Terms(
+            next(name for name in names if name not in taken),
+            group.role,
+            self._settings.run,
+            self._offer.config,
+            self._settings.device if group.role == "learner" else "cpu",
+            group.threads,
+            self._offer.lease_seconds,
+        )
+
+    def refused(self, applicant: Applicant, reason: str) -> DismissedError:
+        """Log a refusal, and return the error that tells the applicant."""
+        self.last_refusal = f"{applicant.name[:64]} on {applicant.host[:64]}: {reason}"
+        log.warning("refused a remote worker: %s", self.last_refusal)
+        return DismissedError(Dismissal(reason, "refused"))
+
+    def reports(self, timeout: float) -> Iterator[tuple[Session, str, tuple[Any, ...]]]:
+        """Wait up to ``timeout`` seconds for a report, and yield all reports of sessions that have not ended."""
+        try:
+            report = self._reports.get(timeout=timeout) if timeout > 0 else self._reports.get_nowait()
+            while True:
+                if report[0] in self.sessions:
+                    yield report
+                report = self._reports.get_nowait()
+        except queue.Empty:
             return
-    yield from lease_messages(lease.call, theta, outputs)
 
+    def silent(self) -> list[Session]:
+        """Return the sessions whose lease time has passed without a message."""
+        limit = time.monotonic() - self._offer.lease_seconds
+        return [s for s in self.sessions if s.last_heard < limit]
 
-def _listen(requests: Iterator[pb.FromWorker], seat: Seat) -> None:
-    for message in requests:
-        seat.heard()
-        kind = message.WhichOneof("message")
-        if kind == "described":
-            seat.described(facts(message.described.device), facts(message.described.about))
-        elif kind == "configured":
-            seat.configured(facts(message.configured.about))
-        elif kind == "result":
-            _take_result(message.result, requests, seat)
-        elif kind == "failure":
-            seat.failed(message.failure.token, failure_of(message.failure))
-        elif kind == "goodbye":
-            seat.left(" ".join(message.goodbye.reason.split())[:200] or "it said goodbye")
-        elif kind != "beat":
-            raise GarbledError(f"{kind or 'an empty message'} out of place")
+    def remove(self, session: Session) -> None:
+        with self._lock:
+            self.sessions.remove(session)
 
-
-def _take_result(result: pb.Result, requests: Iterator[pb.FromWorker], seat: Seat) -> None:
-    """Its chunks. Those of a lease that has ended are read past: the worker could not know."""
-    largest = seat.largest(result.token)
-    sizes = [result.result_bytes] + ([result.output_bytes] if result.HasField("output_bytes") else [])
-    for size, most in zip(sizes, largest or (1 << 31, 1 << 31)):
-        if not 0 <= size <= most:
-            raise Refused(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, f"a frame of {size} bytes; this shard's has {most} at most"
-            )
-    arriving = Arriving(sizes, keep=largest is not None)
-    while not arriving.complete:
-        message = next(requests, None)
-        if message is None or message.WhichOneof("message") != "chunk":
-            raise GarbledError("the chunks of a result end before it is whole")
-        seat.heard()
-        arriving.take(message.chunk.data)
-    if largest is not None:
-        seat.finished(result.token, Answer(*arriving.frames))
-
-
-def _dismissed(dismissal: Dismissal) -> pb.ToWorker:
-    return pb.ToWorker(dismissed=pb.Dismissed(reason=dismissal.reason[:2000], then=dismissal.then))
+    def close(self, farewell: Dismissal) -> None:
+        """End all sessions with ``farewell``, which later applicants receive too."""
+        with self._lock:
+            self.farewell = farewell
+            sessions, self.sessions = self.sessions, []
+        for session in sessions:
+            session.messages.put(farewell)

@@ -1,4 +1,4 @@
-"""A worker from outside, as the driver knows it: what it is to be told, what it holds, and the leases that it has."""
+"""One remote worker at the driver: the messages for it, the outputs that it holds, and its leases."""
 
 from __future__ import annotations
 
@@ -10,35 +10,39 @@ from typing import Any
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.round import Shard
-from metadist.workers.remote.messages import Answer, Applicant, Call, Failure, Message, Terms
+from metadist.workers.calls import Call
+from metadist.workers.remote.messages import Applicant, Computed, Failure, Message, Terms
 
-#: how many bytes a result may have beside those of θ, and a kept output
+#: the bytes that a result may have in addition to those of θ, and the bytes of a kept output
 RESULT_SLACK, OUTPUT_BYTES = 64 << 20, 1 << 30
-
-Report = Callable[["Seat", str, tuple[Any, ...]], None]
 
 
 @dataclass(eq=False)
-class Seat:
-    """What the transport calls (from its own threads) is passed on to the driver's thread by ``report``, which reads it in ``wait``."""
+class Session:
+    """A remote worker's session. The transport's threads call its methods, and all of them return immediately.
+
+    ``report`` passes the worker's messages on to the driver's thread, which alone changes ``leases`` and the fields
+    below it.
+    """
 
     applicant: Applicant
     terms: Terms
     group: WorkerGroup
-    report: Report
+    report: Callable[[Session, str, tuple[Any, ...]], None]
     theta_bytes: int
     messages: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
-    #: by token. The driver's thread alone changes it
-    leases: dict[int, Call] = field(default_factory=dict)
     last_heard: float = field(default_factory=time.monotonic)
+    #: token → call
+    leases: dict[int, Call] = field(default_factory=dict)
     device: Any = None
     about: dict[str, Any] | None = None
-    told_engine: bool = False
-    #: whether a result of its was ever counted: only such a worker's death can blame a shard
+    #: whether the engine was sent to it
+    configured: bool = False
+    #: whether one of its results was counted: only then its death can blame a shard
     proven: bool = False
     version: int = 0
     holds: set[int] = field(default_factory=set)
-    #: shards of this meta-step that it could not compute
+    #: shards of this meta-step at which it failed
     failed_at: set[Shard] = field(default_factory=set)
 
     @property
@@ -49,35 +53,40 @@ class Seat:
     def ready(self) -> bool:
         return self.about is not None
 
-    # What the transport calls -----------------------------------------------------------------------------------------
+    # For the transport ------------------------------------------------------------------------------------------------
 
     def heard(self) -> None:
+        """Note that the worker is alive."""
         self.last_heard = time.monotonic()
 
     def next(self, timeout: float) -> Message | None:
+        """Return the next message for the worker; None after ``timeout`` seconds without one."""
         try:
             return self.messages.get(timeout=timeout)
         except queue.Empty:
             return None
 
     def largest(self, token: int) -> tuple[int, int] | None:
+        """Return the bytes that the result and the output of a lease may have; None where the lease has ended."""
         call = self.leases.get(token)
         return None if call is None else (self.theta_bytes + RESULT_SLACK, OUTPUT_BYTES if call.shard.keeps else 0)
 
     def described(self, device: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         self.report(self, "described", (device, about))
 
-    def configured(self, about: Mapping[str, Any]) -> None:
+    def became_ready(self, about: Mapping[str, Any]) -> None:
         self.report(self, "configured", (about,))
 
-    def finished(self, token: int, answer: Answer) -> None:
+    def finished(self, token: int, answer: Computed) -> None:
         self.report(self, "finished", (token, answer))
 
     def failed(self, token: int, failure: Failure) -> None:
         self.report(self, "failed", (token, failure))
 
     def unsent(self, token: int, position: int, reason: str) -> None:
+        """Report that a lease was not sent, since the output at ``position`` of its needs could not be fetched."""
         self.report(self, "unsent", (token, position, reason))
 
     def left(self, reason: str, guilty: bool = False) -> None:
+        """Report that the worker is gone; ``guilty`` where the shard that it computed may be the reason."""
         self.report(self, "left", (reason, guilty))

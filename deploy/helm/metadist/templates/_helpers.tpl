@@ -19,7 +19,8 @@ securityContext:
 {{- end }}
 
 {{- define "metadist.container" -}}
-image: {{ printf "%s:%s" (required "image.repository is missing: the image of deploy/Dockerfile in your registry" .Values.image.repository) .Values.image.tag | quote }}
+{{- $missing := "image.repository is missing: the image of deploy/Dockerfile in your registry" }}
+image: {{ printf "%s:%s" (required $missing .Values.image.repository) .Values.image.tag | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext:
   allowPrivilegeEscalation: false

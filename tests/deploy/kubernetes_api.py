@@ -1,30 +1,29 @@
-"""Helm's own rendering of a chart: ``helm install`` against a listener that answers as an empty Kubernetes API would.
-
-``python helm_install.py CHART VALUES.json RELEASE NAMESPACE`` prints what Helm sent, as a JSON list. Run with a Python that has helm-sdkpy.
-"""
+"""A stand-in for the Kubernetes API: an empty cluster that accepts resources and keeps a list of them."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
-import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import yaml
 
 RESOURCES = {
-    "v1": [("secrets", "Secret"), ("configmaps", "ConfigMap")],
+    "v1": [("secrets", "Secret"), ("configmaps", "ConfigMap"), ("namespaces", "Namespace")],
     "ray.io/v1": [("rayjobs", "RayJob"), ("rayclusters", "RayCluster"), ("rayservices", "RayService")],
     "networking.k8s.io/v1": [("networkpolicies", "NetworkPolicy")],
 }
 VERBS = ["create", "delete", "get", "list", "patch", "update"]
-sent = []
 
 
-class Empty(BaseHTTPRequestHandler):
-    """An API server with those resources and nothing in it."""
+class EmptyCluster(BaseHTTPRequestHandler):
+    """Serve the discovery documents of ``RESOURCES`` and store what is created."""
 
     protocol_version = "HTTP/1.1"
+    created: list[dict]
 
     def answer(self, document, code=200, kind="application/json"):
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
@@ -55,17 +54,17 @@ class Empty(BaseHTTPRequestHandler):
         elif path.endswith("/secrets"):
             self.answer({"kind": "SecretList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": []})
         else:
-            self.answer(
-                {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}, 404
-            )
+            missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
+            self.answer(missing, 404)
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if "json" in self.headers["Content-Type"]:
-            sent.append(json.loads(body))
-            self.answer({**sent[-1], "metadata": {**sent[-1]["metadata"], "uid": "1", "resourceVersion": "1"}}, 201)
-        else:  # Helm's own record of the release, in protobuf: it gets it back
-            self.answer(body, 201, self.headers["Content-Type"])
+        body, kind = self.rfile.read(int(self.headers["Content-Length"])), self.headers["Content-Type"]
+        if "protobuf" in kind:  # Helm's own record of the release
+            self.answer(body, 201, kind)
+            return
+        document = yaml.safe_load(body)
+        self.created.append(document)
+        self.answer({**document, "metadata": {**document["metadata"], "uid": "1", "resourceVersion": "1"}}, 201)
 
     do_PUT = do_PATCH = do_POST
 
@@ -73,30 +72,23 @@ class Empty(BaseHTTPRequestHandler):
         pass
 
 
-def main(chart, values, release, namespace):
-    import helm_sdkpy as helm
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Empty)
+@contextmanager
+def empty_cluster(folder: Path) -> Iterator[tuple[Path, list[dict]]]:
+    """Yield (a kubeconfig file in ``folder``, the list of resources that clients create)."""
+    handler = type("Handler", (EmptyCluster,), {"created": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
-    kubeconfig = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [cluster],
-        "users": [{"name": "u", "user": {}}],
-        "current-context": "c",
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-    }
-    with open(values) as file:
-        given = json.load(file)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        json.dump(kubeconfig, file)
-        file.flush()
-        configuration = helm.Configuration(namespace=namespace, kubeconfig=file.name)
-        asyncio.run(helm.Lint(configuration).run(chart))
-        asyncio.run(helm.Install(configuration).run(release, chart, values=given, wait=False))
-    print(json.dumps(sent))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        kubeconfig = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+            "users": [{"name": "u", "user": {}}],
+            "current-context": "c",
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        }
+        (folder / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
+        yield folder / "kubeconfig", handler.created
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,14 +38,13 @@ class MetaStep:
         self,
         function: str,
         shards: Sequence[Shard],
-        then: Callable[[Contribution], State] | None = None,
         *,
         published: State | None = None,
         **settings: Any,
-    ) -> Generator[Round, None, Contribution]:
-        """A round of ``function`` on the trials of ``shards`` under θ (or what is ``published`` in its place); returns the sum.
+    ) -> Generator[Round, Contribution, Contribution]:
+        """Yield a round of ``function`` on the trials of ``shards`` and return its sum.
 
-        ``then`` makes the new θ of the sum. It runs as the round is applied: whoever runs the last round goes on no further.
+        Workers compute under the current state, or under ``published`` where it is given.
         """
         self.round += 1
         told = tuple(sorted({**self.settings, **settings}.items()))
@@ -62,36 +61,27 @@ class MetaStep:
             )
             for i, shard in enumerate(shards)
         ]
-        found: list[Contribution] = []
+        total = yield Round(self.round, self.state if published is None else published, asked)
+        return total
 
-        def apply(_: State, total: Contribution) -> State:
-            found.append(total)
-            if then is not None:
-                self.state = then(total)
-            return self.state
-
-        yield Round(self.round, self.state if published is None else published, asked, apply)
-        return found[0]
-
-    def descend(self, total: Contribution) -> State:
-        """θ ← outer(θ, Σ / Σ weight)."""
+    def descend(self, total: Contribution) -> None:
+        """Update the state: θ ← outer(θ, Σ contributions / Σ weights)."""
         count = int(self.state.outer[UPDATES].item())
         bare = replace(self.state, outer={n: v for n, v in self.state.outer.items() if n != UPDATES})
         new, extra = self.outer.update(self.slots, bare, total, self.meta_step, count=count)
         self.updates += 1
         self.report.update(extra)
-        return replace(new, outer={**new.outer, UPDATES: torch.tensor([count + 1.0], dtype=torch.float64)})
+        self.state = replace(new, outer={**new.outer, UPDATES: torch.tensor([count + 1.0], dtype=torch.float64)})
 
     def minibatch_rounds(
         self, function: str, epochs: int, minibatches: int, kl_limit: float | None = None
-    ) -> Generator[Round, None, None]:
-        """An update for every minibatch, until its mean KL divergence passes ``kl_limit``."""
+    ) -> Generator[Round, Contribution, None]:
+        """Yield a round and make an update for every minibatch, until the mean KL divergence of one exceeds ``kl_limit``."""
         for number, shards in enumerate(self._minibatches(epochs, minibatches)):
-            total = yield from self.ask(
-                function, shards, lambda total: self.descend(total) if total.weight else self.state
-            )
+            total = yield from self.ask(function, shards)
             if not total.weight:  # every trial of these shards was left out
                 continue
+            self.descend(total)
             self.describe(total)
             kl = total.metrics.get("kl", 0.0) / total.weight
             if number == 0 and "kl" in total.metrics:

@@ -1,4 +1,4 @@
-"""The control plane of a real run: a real client steers it over loopback, and training never waits for anyone."""
+"""The control service of a real run: a client steers it over loopback, and no client delays training."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from metadist.control import control_pb2_grpc as rpc
 from metadist.control.client import RemoteRun
 from metadist.control.command_log import CommandLog
 from metadist.control.commands import Command
-from metadist.control.feed import KEPT, Board
-from metadist.control.service import WATCHERS, services
-from metadist.control.steering import Steering
-from metadist.experiment.description import Quiet
+from metadist.control.feed import QUEUE_LENGTH, Feed
+from metadist.control.service import MAX_WATCHERS, services
+from metadist.control.steering import RunControl, RunInfo
 from metadist.rpc.endpoint import Endpoint, ServiceError, connect, serve
+from metadist.training.observers import Observer
+
+pytestmark = pytest.mark.lane("services")
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,10 @@ def test_status_and_every_command(live, remote):
     paused = obey(remote, "pause")
     assert remote.status().phase == "paused"
     time.sleep(0.3)
-    assert remote.status().meta_step == paused.meta_step, "nothing happens while it is paused"
-    assert any(f"metadist control {live.folder} resume" in note for note in live.notes), "the driver's display says so"
+    assert remote.status().meta_step == paused.meta_step, "a paused run does not train"
+    assert any(f"metadist control {live.folder} resume" in note for note in live.notes), (
+        "the driver's display shows how to resume"
+    )
     assert obey(remote, "pause").message == "paused already"
     assert obey(remote, "checkpoint").meta_step == paused.meta_step
     assert (live.folder / "checkpoints" / f"step-{paused.meta_step:08d}" / "manifest.json").exists()
@@ -78,7 +82,7 @@ def test_status_and_every_command(live, remote):
     assert after.commands[-1]["meta_step"] == changed.meta_step > paused.meta_step
 
 
-def test_refusals_have_the_reason_and_the_run_goes_on(live, remote):
+def test_refusals_have_the_reason_and_training_continues(live, remote):
     assert refused(remote, "set_workers", 3).code == grpc.StatusCode.FAILED_PRECONDITION
     assert "--resume --workers N" in str(refused(remote, "set_workers", 3))
     stub = rpc.ControlPlaneStub(connect(live.record["address"], live.record["token_file"]))
@@ -93,10 +97,9 @@ def test_refusals_have_the_reason_and_the_run_goes_on(live, remote):
 
 
 def test_a_command_waits_for_its_meta_step_and_is_obeyed_once(tmp_path):
-    """A run that is still starting: the call ends, the command stays, and sent again it is not another one."""
-    steering = Steering(
-        CommandLog(str(tmp_path)), Board(Quiet()), tiny.learner(), None, run_id="r", run_dir="d", asked={"learner": 0}
-    )
+    """While a run is starting, a call ends but its command waits; the same command sent again is not a second one."""
+    info = RunInfo("r", "d", {"learner": 0})
+    steering = RunControl(CommandLog(str(tmp_path)), Feed(Observer()), tiny.learner(), None, info)
     with serve(Endpoint(), services(steering)) as served, RemoteRun(served.address) as remote:
         command = Command("set_meta_batch_size", 4)
         for _ in range(2):
@@ -109,39 +112,39 @@ def test_a_command_waits_for_its_meta_step_and_is_obeyed_once(tmp_path):
 
 
 def test_watching(live, remote):
-    sights = []
-    for sight in remote.watch():
-        sights.append(sight)
-        if len(sights) == 20:
+    snapshots = []
+    for snapshot in remote.watch():
+        snapshots.append(snapshot)
+        if len(snapshots) == 20:
             break
-    steps = [s.meta_step for s in sights if s.kind == "step"]
+    steps = [s.meta_step for s in snapshots if s.kind == "step"]
     assert steps == sorted(set(steps))
-    assert all(s.values["loss"] > 0 and s.values["tasks_per_second"] > 0 for s in sights if s.kind == "step")
+    assert all(s.values["loss"] > 0 and s.values["tasks_per_second"] > 0 for s in snapshots if s.kind == "step")
     began = time.monotonic()
     list(remote.watch(0.5))
-    assert 0.5 <= time.monotonic() - began < 60, "for as long as was asked"
+    assert 0.5 <= time.monotonic() - began < 60, "watching ends after the given time"
 
 
-def test_readers_that_read_nothing_hold_up_nobody(live, remote):
-    """As many as may watch, none of them reading: training goes on, and what they missed is counted."""
+def test_watchers_that_do_not_read_delay_nobody(live, remote):
+    """The maximum of watchers, and none reads: training continues, and lost updates are counted."""
     channel = connect(live.record["address"], live.record["token_file"])
     stub = rpc.ControlPlaneStub(channel)
-    watches, first = zip(*[once_there_is_room(stub) for _ in range(WATCHERS)])
+    watches, first = zip(*[watch_when_free(stub) for _ in range(MAX_WATCHERS)])
     assert all(update.dropped == 0 for update in first)
     with pytest.raises(grpc.RpcError) as caught:
         next(stub.Watch(pb.WatchRequest()))
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     before = live.meta_step
     wait_for(lambda: live.meta_step > before + 20)
-    assert remote.status().phase == "training", "others are answered meanwhile"
+    assert remote.status().phase == "training", "other calls are answered meanwhile"
     for watch in watches:
         watch.cancel()
-    once_there_is_room(stub)[0].cancel()  # their places are free again
+    watch_when_free(stub)[0].cancel()  # the other watchers have left
     channel.close()
 
 
-def once_there_is_room(stub):
-    """A watch and its first update. The server hears of the end of another one, those of earlier tests included, up to half a second late."""
+def watch_when_free(stub):
+    """Return a watch and its first update. The server notices the end of another watch up to half a second late."""
     deadline = time.monotonic() + 60
     while True:
         watch = stub.Watch(pb.WatchRequest())
@@ -153,33 +156,33 @@ def once_there_is_room(stub):
             time.sleep(0.1)
 
 
-def test_a_slow_reader_misses_the_oldest():
-    """Through the whole way: more than gRPC's own buffers hold."""
-    board = Board(Quiet())
+def test_a_slow_reader_loses_the_oldest_updates():
+    """End to end, with more updates than gRPC's own buffers hold."""
+    feed = Feed(Observer())
 
     class Watched:
-        watch = staticmethod(board.watch)
+        watch = staticmethod(feed.watch)
 
     padding = {f"metric_{i}": 1.0 for i in range(500)}
     with serve(Endpoint(), services(Watched())) as served:
         channel = connect(served.address)
         watch = rpc.ControlPlaneStub(channel).Watch(pb.WatchRequest())
-        while not board._feeds:
+        while not feed._queues:
             time.sleep(0.01)
         began = time.monotonic()
-        for step in range(1, 20 * KEPT):
-            board.step(step, padding, 1.0)
+        for step in range(1, 20 * QUEUE_LENGTH):
+            feed.step(step, padding, 1.0)
         assert time.monotonic() - began < 60
-        board.close()
+        feed.close()
         seen = [(update.meta_step, update.dropped) for update in watch]
         channel.close()
-    assert seen[-1][0] == 20 * KEPT - 1, "the newest is there"
-    assert seen[-1][1] > 0, "and what is not is counted"
-    assert len(seen) + seen[-1][1] == 20 * KEPT - 1
+    assert seen[-1][0] == 20 * QUEUE_LENGTH - 1, "the newest update arrives"
+    assert seen[-1][1] > 0, "lost updates are counted"
+    assert len(seen) + seen[-1][1] == 20 * QUEUE_LENGTH - 1
 
 
-def test_who_gets_in(live, tmp_path):
-    """The token is this user's alone; without it nobody learns anything but that it serves."""
+def test_access(live, tmp_path):
+    """Only this user can read the token; without it a client learns only that the server is serving."""
     token = Path(live.record["token_file"])
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     (tmp_path / "wrong").write_text("0" * 64)
@@ -197,14 +200,14 @@ def test_who_gets_in(live, tmp_path):
     assert "metadist.control.v1.ControlPlane" in [s.name for s in answer.list_services_response.service]
 
 
-def test_stop_leaves_a_checkpoint_and_the_record_says_so(tmp_path):
+def test_stop_writes_a_checkpoint_and_the_record(tmp_path):
     with Live(tmp_path / "run") as live:
         with RemoteRun(live.record["address"], live.record["token_file"]) as remote:
             seen, ended = [], threading.Event()
 
             def watch():
-                for sight in remote.watch():
-                    seen.append(sight)
+                for snapshot in remote.watch():
+                    seen.append(snapshot)
                 ended.set()
 
             watcher = threading.Thread(target=watch)
@@ -212,7 +215,7 @@ def test_stop_leaves_a_checkpoint_and_the_record_says_so(tmp_path):
             wait_for(lambda: seen)
             stopped = obey(remote, "stop")
             watcher.join(120)
-            assert ended.is_set(), "those who watch are told that it is over"
+            assert ended.is_set(), "watchers see the end of the run"
         live.join()
     assert live.result.outcome.stopped == "interrupted"
     assert live.result.outcome.progress.meta_step == stopped.meta_step
@@ -236,7 +239,7 @@ def test_with_tls(tmp_path):
             plaintext.status()
 
 
-def test_where_no_port_can_be_had_the_run_trains_all_the_same(live, tmp_path):
+def test_without_a_port_the_run_trains(live, tmp_path):
     port = live.record["address"].rpartition(":")[2]
     with Live(tmp_path / "run", f"control.port={port}") as other:
         assert other.record["address"] is None

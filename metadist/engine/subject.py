@@ -1,0 +1,74 @@
+"""Define the interface of a learner that the engine compares and measures."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from metadist.core.algorithm import Algorithm, Theta
+from metadist.core.engine import Engine
+from metadist.core.model import Model
+from metadist.core.outer import OuterLoop
+from metadist.core.random import TaskKey
+from metadist.core.state import Contribution, Slot, State
+from metadist.core.task import Task, TaskFamily
+from metadist.engine.meta_gradient import MetaGradient
+
+
+class Subject(Protocol):
+    """A learner whose shards consist of task meta-gradients. The few-shot learner satisfies this protocol."""
+
+    algorithm: Algorithm
+    model: Model
+    tasks: TaskFamily
+    outer: OuterLoop
+    engine: Engine
+    device: torch.device
+    slots: dict[str, Slot]
+
+    @property
+    def meta_gradient(self) -> MetaGradient:
+        """Return the meta-gradient under ``engine``."""
+        ...
+
+    def meta_gradient_under(self, engine: Engine) -> MetaGradient:
+        """Return the meta-gradient under another engine; ``self.engine`` does not change."""
+        ...
+
+    def set_engine(self, engine: Engine) -> None:
+        """Compute all later contributions under ``engine``."""
+        ...
+
+    def initial(self, seed: int) -> State:
+        """Return the state before meta-step 0."""
+        ...
+
+    def sample(self, keys: TaskKey) -> Task:
+        """Return the tasks of ``keys``, stacked [T, …], on ``device``."""
+        ...
+
+    def contribute(self, theta: Theta, keys: TaskKey, meta_step: int) -> Contribution:
+        """Return the sum of the contributions of the tasks of ``keys``.
+
+        Raises NonFiniteError where a task's contribution has NaN or Inf.
+        """
+        ...
+
+    def tasks_alike(self) -> bool:
+        """Return whether training tasks have one size, so that one graph can serve them."""
+        ...
+
+    def eager(self) -> Subject:
+        """Return a copy that does not compile; everything else is equal, the device and the loaded data too."""
+        ...
+
+    def in_float64(self, algorithm: Algorithm) -> Subject:
+        """Return a copy with a float64 model, ``algorithm`` and the default engine, on the same device and data."""
+        ...
+
+
+def initial_theta(subject: Subject, seed: int) -> Theta:
+    """Return θ before meta-step 0 on the device of ``subject``."""
+    theta = subject.initial(seed).theta(subject.slots)
+    return {name: parameters.map(lambda t: t.to(subject.device)) for name, parameters in theta.items()}

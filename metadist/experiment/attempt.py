@@ -1,0 +1,71 @@
+"""One process's attempt at a run."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+import metadist
+from metadist.config.experiment import Experiment
+from metadist.storage.checkpoints import Checkpoints, Loaded
+from metadist.storage.run_directory import RunDirectory
+from metadist.training.progress import Progress
+from metadist.training.scheduler import Scheduler
+from metadist.workers.plan import Planner, recorded_engine, sharing
+
+
+@dataclass
+class Attempt:
+    """One process's attempt at a run: the run's directory, and the state at which this attempt begins.
+
+    ``earlier`` is the checkpoint that it resumes, or None. ``inexact`` names the workers whose numerics differ from
+    those that the run began with; later checkpoints hold the list as it is then.
+    """
+
+    experiment: Experiment
+    directory: RunDirectory
+    run_id: str
+    checkpoints: Checkpoints
+    earlier: Loaded | None
+    progress: Progress
+    inexact: list[str] = field(default_factory=list)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the earlier checkpoint; empty where the run is new."""
+        return {} if self.earlier is None else self.earlier.manifest
+
+    @property
+    def fingerprint(self) -> dict[str, Any] | None:
+        """The numerics fingerprint that the run began with."""
+        return self.manifest.get("fingerprint")
+
+    @property
+    def planner(self) -> Planner:
+        """Repeat the engine of the earlier checkpoint, or choose one."""
+        return recorded_engine(self.manifest.get("engine", {})) if self.earlier else planner_for(self.experiment)
+
+    def facts(self, workers: Scheduler) -> dict[str, Any]:
+        """Return the facts about this attempt that every checkpoint stores."""
+        first, plan = next(iter(workers.executor.workers().values())), workers.executor.plan
+        assert plan is not None, "workers that compute have a plan"
+        return {
+            "config": self.experiment.document,
+            "fingerprint": first["fingerprint"],
+            "engine": asdict(plan.engine),
+            "data_sha256": self.experiment.learner.data_sha256,
+            "versions": {
+                "metadist": metadist.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "inexact": self.inexact,
+        }
+
+
+def planner_for(experiment: Experiment) -> Planner:
+    """Return the planner of a new run: it resolves what the configuration leaves open."""
+    return lambda device: experiment.learner.plan(experiment.engine, device, sharing(device, experiment.workers))

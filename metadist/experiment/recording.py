@@ -1,0 +1,129 @@
+"""Record a run: the tracker around it, and the files at its end."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import metadist
+from metadist.config.schema import flatten
+from metadist.experiment.attempt import Attempt
+from metadist.experiment.load import tracking_root
+from metadist.experiment.result import Result
+from metadist.jobs import links
+from metadist.storage.run_directory import RunDirectory
+from metadist.tracking import Tracker, make_tracker
+from metadist.training.observers import Observer
+
+
+@dataclass
+class Recording:
+    """A started tracker and the status that the run ends with. ``undelivered`` and ``url`` are known at the end."""
+
+    tracker: Tracker
+    status: str = "FAILED"
+    undelivered: int = 0
+    url: str | None = None
+
+
+@contextmanager
+def recorded(attempt: Attempt, parent: str | None) -> Iterator[Recording]:
+    """Start the tracker of a run, and finish it with the status that the caller sets. Ctrl-C sets KILLED."""
+    recording = Recording(_start_tracker(attempt, parent))
+    try:
+        links.record(attempt.directory, None)
+        yield recording
+    except KeyboardInterrupt:
+        recording.status = "KILLED"
+        raise
+    finally:
+        timeout = 60.0 if recording.status == "FINISHED" else 10.0
+        recording.undelivered = recording.tracker.finish(recording.status, timeout=timeout)
+        recording.url = recording.tracker.url()
+        links.record(attempt.directory, recording.url)
+
+
+def _start_tracker(attempt: Attempt, parent: str | None) -> Tracker:
+    experiment, directory = attempt.experiment, attempt.directory
+    settings = experiment.tracking
+    tracker = make_tracker(
+        settings.uri,
+        spool=directory.scratch / "tracking",
+        experiment=settings.experiment,
+        runs_root=tracking_root(directory),
+    )
+    tags = {
+        "metadist.run_id": attempt.run_id,
+        "metadist.run_dir": directory.url,
+        "metadist.version": metadist.__version__,
+        "git.revision": _git_revision(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        **links.tags(),
+    }
+    tracker.start(
+        run_id=attempt.run_id,
+        name=directory.url.rsplit("/", 1)[-1],
+        params=flatten(experiment.document),
+        tags={k: v for k, v in tags.items() if v},
+        parent=parent,
+        mlflow_run_id=attempt.manifest.get("mlflow_run_id"),
+    )
+    if directory.local and (Path(directory.url) / "config.yaml").is_file():
+        tracker.artifact(Path(directory.url) / "config.yaml")
+    return tracker
+
+
+def _git_revision() -> str:
+    """Return the revision of the working directory, else of metadist's own checkout, else nothing."""
+    for folder in (Path.cwd(), Path(__file__).parent):
+        try:
+            command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+            return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return ""
+
+
+def inexact_marker(attempt: Attempt, observers: Observer, tracker: Tracker) -> Callable[[str], None]:
+    """Return a function that names one worker whose numerics differ from the run's, once, to everybody who follows the run."""
+
+    def mark(worker: str) -> None:
+        if worker not in attempt.inexact:
+            attempt.inexact.append(worker)
+            observers.note(f"the run is inexact from now on: {worker}")
+            tracker.tags({"metadist.inexact": "; ".join(attempt.inexact)})
+
+    return mark
+
+
+def write_result(directory: RunDirectory, result: Result, tracker: Tracker, *, plots: bool) -> None:
+    """Write model and scores to the run directory and the tracker; of a finished run also the registered model and the plots."""
+    result.export(f"{directory.url}/model.safetensors")
+    directory.write("result.json", json.dumps(result.as_dict(), indent=1))
+    if directory.local:
+        tracker.artifact(Path(directory.url) / "model.safetensors")
+    if result.evaluations:
+        directory.write("evaluation.json", json.dumps([e.as_dict() for e in result.evaluations], indent=1))
+    if result.interrupted:
+        return
+    # Matplotlib and MLflow's requirements take seconds to import.
+    if result.experiment.tracking.register:
+        from metadist.experiment.registration import log_models
+
+        log_models(tracker, directory, result, result.experiment.tracking.register)
+    if plots:
+        from metadist.experiment.reports import draw
+
+        for path in draw(result, directory.scratch / "plots"):
+            tracker.artifact(path, "plots")
+            directory.upload(path, f"plots/{path.name}")

@@ -1,0 +1,28 @@
+"""How one process runs an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from metadist.core.round import Executor
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """Where a run is recorded, whether it resumes, and what happens at its end.
+
+    ``run_dir`` is a folder or an fsspec URL (default: a new folder under ``METADIST_RUNS``, or the newest run on
+    ``resume``). ``run_id`` is the id of a new run; ``parent`` the id of its group of seeds. ``test`` and ``plots``
+    follow training. ``stop`` returns True once the run should stop with a checkpoint. ``wrap`` replaces the executor,
+    by one that injects faults for example.
+    """
+
+    run_dir: str | None = None
+    resume: bool = False
+    run_id: str | None = None
+    parent: str | None = None
+    test: bool = True
+    plots: bool = True
+    stop: Callable[[], bool] = lambda: False
+    wrap: Callable[[Executor], Executor] | None = None
