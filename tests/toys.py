@@ -15,58 +15,10 @@ from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
 from metadist.core.round import MetaStepKey, run_rounds
 from metadist.core.state import State, TreeSum
-from metadist.core.task import Classification, Examples, Task, TaskFamily
+from metadist.core.task import Examples, Task, TaskFamily
 from metadist.learners.few_shot import FewShotLearner
-
-
-@dataclass(frozen=True)
-class Curves(TaskFamily):
-    """y = sin(x A + b), another A and b for every task."""
-
-    rows: int = 6
-    query_rows: int = 4
-    input_shape: tuple[int, ...] = (2,)
-    outputs: int = 2
-
-    def sample(self, keys, split):
-        a, b = keys.stream("a").normal(2, 2), keys.stream("b").normal(1, 2)
-
-        def examples(name, rows):
-            x = keys.stream(name).normal(rows, 2)
-            # Spelled out and in float64: a float32 product's last bit depends on how many tasks are sampled at once.
-            inside = (
-                x[..., :1].double() * a[..., :1, :].double() + x[..., 1:].double() * a[..., 1:, :].double() + b.double()
-            )
-            return Examples(x, torch.sin(inside).float())
-
-        return Task(examples("support", self.rows), examples("query", self.query_rows))
-
-    def sample_task(self, key, split):
-        return self.sample(key, split)
-
-
-@dataclass(frozen=True)
-class Blobs(Classification):
-    """Noisy copies of one random pattern per class. Rows are shot-major, as everywhere."""
-
-    outputs: int = 3
-    shots: int = 2
-    query_shots: int = 2
-    input_shape: tuple[int, ...] = (4,)
-    noise: float = 0.5
-
-    def sample(self, keys, split):
-        centres = keys.stream("centres").normal(1, self.outputs, *self.input_shape)
-
-        def examples(name, shots):
-            x = centres + self.noise * keys.stream(name).normal(shots, self.outputs, *self.input_shape)
-            batch = keys.tasks.dim()
-            return Examples(x.flatten(batch, batch + 1), torch.arange(self.outputs).repeat(*keys.tasks.shape, shots))
-
-        return Task(examples("support", self.shots), examples("query", self.query_shots))
-
-    def sample_task(self, key, split):
-        return self.sample(key, split)
+from metadist.testing.toys import Blobs as Blobs
+from metadist.testing.toys import Curves as Curves
 
 
 @dataclass(frozen=True)

@@ -4,51 +4,18 @@ runtime.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
-from metadist.core.round import EvaluationRequest, MetaStepKey, WithOutput, run_rounds
-from metadist.core.state import Records, TreeSum
+from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.learners.trials import TrialLearner
 from metadist.rl.algorithm import TrialContext
-from metadist.rl.environment import Continuous, Discrete, MetaEnvironment, Step
-
-
-@dataclass(frozen=True)
-class Chance(MetaEnvironment):
-    """Observations are noise, an action pays its product with the task's number, and an episode ends with
-    probability ``end``.
-    """
-
-    episodes: int = 3
-    horizon: int = 4
-    end: float = 0.3
-    count: int = 3
-    continuous: bool = False
-
-    reset_noise = 2
-    step_noise = 4
-    observation_size = 2
-
-    @property
-    def actions(self):
-        return Continuous(2) if self.continuous else Discrete(self.count)
-
-    def sample(self, keys):
-        return {"number": keys.stream("number").uniform(1, low=-1.0, high=1.0).squeeze(-1)}
-
-    def reset(self, tasks, noise):
-        return noise, noise
-
-    def step(self, tasks, state, action, noise):
-        action = action.sum(-1) if self.continuous else action
-        observation = noise[:, 2:] - 0.5
-        return Step(observation, observation, tasks["number"] * action + noise[:, 1], noise[:, 0] < self.end)
+from metadist.rl.environment import Continuous
+from metadist.testing.running import Done, compute_round, meta_step
+from metadist.testing.toys import Chance as Chance
 
 
 def learner(algorithm, model, environment, *, dtype=torch.float32, batch=16, shard=4, lr=1e-2, **outer) -> TrialLearner:
@@ -78,32 +45,15 @@ def somewhere(learner, scale=0.3, seed=1) -> dict[str, Parameters]:
 
 def run(learner, round, kept):
     """A round's shards one after the other; what they keep goes to ``kept``."""
-    total, records = TreeSum(len(round.shards)), []
-    for shard in round.shards:
-        result = learner.compute(shard, round.parameters.slots, [kept[key] for key in shard.needs])
-        if isinstance(result, WithOutput):
-            kept[shard.key] = result.output
-            result = result.result
-        if round.reduce:
-            total.add(shard.index, result)
-        else:
-            records.append(result)
-    return total.result() if round.reduce else Records.concatenate(records)
+    return compute_round(learner, round, kept, {})
 
 
 def train(learner, meta_steps, *, seed=0, state=None, watch=lambda *_: None):
-    """(state, report of the last meta-step); ``watch(round, total)`` sees every round."""
-    state, report = learner.initial(seed) if state is None else state, {}
-    for meta_step in range(meta_steps):
-        kept = {}
-
-        def each(round, kept=kept):
-            total = run(learner, round, kept)
-            watch(round, total)
-            return total
-
-        state, report = run_rounds(learner.meta_step(MetaStepKey("run", meta_step, seed), state), each)
-    return state, report
+    """(state, report of the last meta-step); ``watch(round, state, total)`` sees every round."""
+    done = Done(learner.initial(seed) if state is None else state)
+    for number in range(meta_steps):
+        done = meta_step(learner, done.state, number, seed, watch)
+    return done.state, done.report
 
 
 def evaluate(learner, state, tasks, *, inner_steps=None, split="test"):

@@ -1,6 +1,4 @@
-"""Plug-ins of installed packages: found by name, listed with their package, and unable to break what does not use
-them.
-"""
+"""Plug-ins of installed packages: found by name, listed with their package, harmless to configs without them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,275 @@
+"""The properties of a task family."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metadist.core.random import SPLITS, TaskKey, seeded
+from metadist.core.task import Examples, Task, TaskFamily
+from metadist.testing import elsewhere, round_trips
+from metadist.testing.conditions import one_thread, other_generators
+from metadist.testing.differences import by_name, difference, not_finite
+from metadist.testing.failures import (
+    ImpureError,
+    InexactError,
+    RoundTripError,
+    RowError,
+    SameTasksError,
+    ShapeError,
+    usable,
+)
+
+COUNT = 6
+FROM_KEY = (
+    "draw from keys.stream(name), or from key.generator() for one task; never from torch, numpy, random, time or hash()"
+)
+
+
+def sampled(family: TaskFamily, split: str, *, seed: int = 0, meta_step: int = 2, tasks: Sequence[int] = ()) -> Task:
+    """Sample tasks ``tasks`` of ``split`` (the first few by default), padded rows cleared."""
+    key = TaskKey.of(seed, split, meta_step, list(tasks or range(COUNT)))
+    with usable(family, f"it can sample {split} tasks"):
+        task = family.sample(key, split)
+    if not isinstance(task, Task) or not all(isinstance(e, Examples) for e in (task.support, task.query)):
+        raise ShapeError(family, "sample() returns a Task of Examples", f"it returns {type(task).__name__}", _RETURN)
+    return Task(task.support.cleared(), task.query.cleared())
+
+
+_RETURN = "return Task(Examples(x, y), Examples(x, y)), stacked along a first dimension of tasks"
+
+
+def shapes(family: TaskFamily, split: str) -> None:
+    """Check that x is [T, N, *input_shape], y [T, N, …], a mask [T, N], values are finite and classes in range."""
+    task = sampled(family, split)
+    for name, e in (("support", task.support), ("query", task.query)):
+        rows = tuple(e.x.shape[:2])
+        if rows[:1] != (COUNT,) or tuple(e.y.shape[:2]) != rows or (e.mask is not None and tuple(e.mask.shape) != rows):
+            raise ShapeError(
+                family,
+                f"{COUNT} {split} tasks are stacked: x [{COUNT}, N, …], y [{COUNT}, N, …], mask [{COUNT}, N]",
+                f"{name}.x is {list(e.x.shape)}, {name}.y {list(e.y.shape)}"
+                + (f", {name}.mask {list(e.mask.shape)}" if e.mask is not None else ""),
+                _RETURN,
+            )
+        _inputs(family, split, name, e)
+        _targets(family, split, name, e)
+    stated = family.sizes(split)
+    found = (task.support.x.shape[1], task.query.x.shape[1])
+    if stated is not None and tuple(stated) != found:
+        values = f"sizes('{split}') is {tuple(stated)} and the tasks have {found} rows"
+        raise ShapeError(
+            family, "sizes(split) states the rows of every task", values, "correct sizes(), or return None"
+        )
+
+
+def _inputs(family: TaskFamily, split: str, name: str, e: Examples) -> None:
+    shape = family.input_shape
+    if shape is not None and tuple(e.x.shape[2:]) != tuple(shape):
+        values = f"{name}.x of {split} tasks has examples of shape {list(e.x.shape[2:])}"
+        raise ShapeError(family, f"examples have its input_shape {list(shape)}", values, "correct input_shape")
+    if not e.x.is_floating_point():
+        raise ShapeError(family, "x is floating-point", f"{name}.x is {e.x.dtype}", "convert it in sample()")
+    if bad := not_finite({f"{name}.x": e.x, f"{name}.y": e.y}):
+        raise ShapeError(
+            family, "tasks are finite", f"{bad} of {split} tasks has NaN or Inf", "clean the data in prepare()"
+        )
+    if e.mask is not None and not bool(e.mask.any(1).all()):
+        raise ShapeError(
+            family, "every task has examples", f"{name} of a {split} task is all padding", "sample more rows"
+        )
+
+
+def _targets(family: TaskFamily, split: str, name: str, e: Examples) -> None:
+    if family.kind == "classification":
+        ways, real = family.ways(split), e.y if e.mask is None else e.y[e.mask.bool()]
+        if e.y.dtype != torch.int64 or e.y.dim() != 2 or not bool(((real >= 0) & (real < ways)).all()):
+            raise ShapeError(
+                family,
+                f"targets of {split} tasks are int64 [T, N] in [0, {ways})",
+                f"{name}.y is {e.y.dtype} {list(e.y.shape)} from {real.min().item()} to {real.max().item()}",
+                "number the classes of each task from 0, and state their number by outputs (or ways(split))",
+            )
+    elif math.prod(e.y.shape[2:]) != family.outputs or not e.y.is_floating_point():
+        raise ShapeError(
+            family,
+            f"targets of {split} tasks have {family.outputs} floating-point values (outputs) for each example",
+            f"{name}.y is {e.y.dtype} {list(e.y.shape)}",
+            "set outputs to the target's dimension, or kind to 'classification'",
+        )
+
+
+def pure(family: TaskFamily, split: str) -> None:
+    """Check that the same key gives the same tasks under any state of the global random generators."""
+    first = by_name(sampled(family, split))
+    for salt in (1, 2):
+        with other_generators(salt):
+            second = by_name(sampled(family, split))
+        if differs := difference(first, second):
+            raise ImpureError(family, f"the same key gives the same {split} tasks", differs, FROM_KEY)
+
+
+def same_in_any_shard(family: TaskFamily, split: str) -> None:
+    """Check that a task has the same bits alone and among others."""
+    among = sampled(family, split)
+    for some in ([0], [4], [3, 4, 5], [5, 1]):
+        there = sampled(family, split, tasks=some)
+        for row, index in enumerate(some):
+            differs = difference(_rows(among, index), _rows(there, row))
+            if differs:
+                raise InexactError(
+                    family,
+                    f"{split} task {index} is the same in any shard",
+                    f"among tasks 0…{COUNT - 1} and among {some} {differs}",
+                    "compute every task from its own key; use no statistics of the batch, and float64 for sums",
+                )
+
+
+def _rows(task: Task, index: int) -> dict[str, Tensor]:
+    """Return the real rows of one task of a stack; the padding depends on the shard."""
+    found = dict[str, Tensor]()
+    for name, e in (("support", task.support), ("query", task.query)):
+        real = slice(None) if e.mask is None else e.mask[index].bool()
+        found |= {f"{name}.x": e.x[index][real], f"{name}.y": e.y[index][real]}
+    return found
+
+
+def distinct(family: TaskFamily, split: str) -> None:
+    """Check that tasks differ by index, by seed and, in training, by meta-step."""
+    whole = sampled(family, split)
+    first = _rows(whole, 0)
+    if not any(difference(first, _rows(whole, i)) for i in range(1, COUNT)):
+        raise SameTasksError(family, "tasks differ by index", f"{split} tasks 0…{COUNT - 1} are all the same", FROM_KEY)
+    others = {"seed": sampled(family, split, seed=1)}
+    if split == "train":
+        others["meta-step"] = sampled(family, split, meta_step=3)
+    for name, other in others.items():
+        if not difference(by_name(whole), by_name(other)):
+            values = f"{COUNT} {split} tasks are the same for another {name}"
+            raise SameTasksError(family, f"tasks differ by {name}", values, FROM_KEY)
+
+
+def judges_by_row(family: TaskFamily, split: str) -> None:
+    """Check that loss and metric give one finite value per example, from that example alone."""
+    task = pytree.tree_map(lambda t: t[0], sampled(family, split))
+    real = slice(None) if task.query.mask is None else task.query.mask.bool()
+    target = task.query.y[real]
+    target = target.double() if target.is_floating_point() else target
+    if len(target) < 2:
+        target = target.repeat(3, *(1,) * (target.dim() - 1))
+    right, guess = _predictions(family, split, target)
+    order = torch.arange(len(target)).roll(1)[:-1]
+    for name, judge in (("loss", family.loss), ("metric", family.metric)):
+        remedy = (
+            f"write {name}(prediction [N, …], target [N, …]) with reduction='none', averaged over all but dimension 0"
+        )
+        with usable(family, f"its {name} can be computed, also under torch.func.vmap", remedy):
+            values, some = judge(guess, target), judge(guess[order], target[order])
+            mapped = torch.func.vmap(judge)(guess.unsqueeze(0), target.unsqueeze(0))
+        if tuple(values.shape) != (len(target),) or tuple(mapped.shape) != (1, len(target)):
+            found = f"for {len(target)} examples it has shape {list(values.shape)}"
+            raise ShapeError(family, f"its {name} is one value per example", found, remedy)
+        if not_finite({name: values}):
+            raise ShapeError(family, f"its {name} is finite", f"it is {values.tolist()}", remedy)
+        if some.shape != values[order].shape or not torch.allclose(some.double(), values[order].double(), rtol=1e-6):
+            found = f"of the rows {order.tolist()} alone it is {some.tolist()}, and among all {values[order].tolist()}"
+            raise RowError(family, f"the {name} of an example depends on that example alone", found, remedy)
+    best, usual = (float(family.metric(p, target).double().mean()) for p in (right, guess))
+    if (best < usual) if family.higher_is_better else (best > usual):
+        raise RowError(
+            family,
+            f"with higher_is_better={family.higher_is_better} its metric prefers right predictions",
+            f"it is {best:.6g} for right predictions and {usual:.6g} for random ones",
+            "correct higher_is_better, or the metric",
+        )
+
+
+def _predictions(family: TaskFamily, split: str, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return right predictions and random ones, in float64."""
+    generator = seeded(0, "predictions")
+    if family.kind != "classification":
+        return target, torch.randn(target.shape, generator=generator, dtype=torch.float64)
+    ways = family.ways(split)
+    right = 20.0 * (target.unsqueeze(-1) == torch.arange(ways)).double()
+    return right, torch.randn(*target.shape, ways, generator=generator, dtype=torch.float64)
+
+
+def agrees_with_sample_task(family: TaskFamily, split: str) -> None:
+    """Check that ``sample_task`` gives the tasks of ``sample``, where the family has both."""
+    cls = type(family)
+    if cls.sample_task is TaskFamily.sample_task or cls.sample is TaskFamily.sample:
+        return
+    key = TaskKey.of(0, split, 2, list(range(COUNT)))
+    with usable(family, "sample_task() gives one task"):
+        alone = family.sample_task(key.each()[4], split)
+    if differs := difference(_rows(sampled(family, split), 4), _rows(pytree.tree_map(lambda t: t[None], alone), 0)):
+        raise InexactError(family, "sample_task() and sample() give the same tasks", differs, "share their code")
+
+
+#: name → property of one split, each a function that raises a PropertyError
+TASK_PROPERTIES: dict[str, Callable[[TaskFamily, str], None]] = {
+    "shapes": shapes,
+    "pure": pure,
+    "same_in_any_shard": same_in_any_shard,
+    "distinct": distinct,
+    "judges_by_row": judges_by_row,
+    "agrees_with_sample_task": agrees_with_sample_task,
+}
+
+
+def travels(family: TaskFamily, *, another_process: bool) -> None:
+    """Check that config and pickling give the same family, and that another process samples the same tasks."""
+    round_trips.config(family)
+    there = round_trips.pickled(family, family)
+    there.prepare(torch.device("cpu"))
+    protocols = {split: family.protocol(split) for split in SPLITS}
+    with usable(family, "its protocol(split) is written to JSON", "return a dict of numbers, texts and lists"):
+        json.dumps(protocols)
+    for split in SPLITS:
+        with other_generators(3):
+            differs = difference(by_name(sampled(family, split)), by_name(sampled(there, split)))
+        if differs:
+            raise RoundTripError(family, f"a pickled copy samples the same {split} tasks", differs, FROM_KEY)
+    if not another_process:
+        return
+    here = hashes(family)
+    with usable(
+        family, "another process can sample its tasks", "make its module importable there, and its data loadable"
+    ):
+        found = elsewhere.call(hashes, family)
+    for name, digest in here.items():
+        if found[name] != digest:
+            values = f"{name} has the SHA-256 {digest[:12]}… here and {found[name][:12]}… there"
+            raise ImpureError(family, "another process samples the same tasks", values, FROM_KEY)
+
+
+def hashes(family: TaskFamily) -> dict[str, str]:
+    """Return the SHA-256 of every tensor of the first tasks, by split and name."""
+    family.prepare(torch.device("cpu"))
+    return {
+        f"{split} {name}": hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+        for split in SPLITS
+        for name, tensor in by_name(sampled(family, split)).items()
+    }
+
+
+@one_thread()
+def check_tasks(family: TaskFamily, *, splits: Sequence[str] = SPLITS, another_process: bool = True) -> None:
+    """Check a task family: pure in the key, exact across shards, distinct tasks, shapes, loss and metric, round trips.
+
+    Raises a PropertyError that names the property, the values and the remedy. ``another_process=False`` saves the
+    seconds that a new Python process takes; only that process shows values that depend on ``hash()`` or on the
+    process itself.
+    """
+    with usable(family, "it can load its data"):
+        family.prepare(torch.device("cpu"))
+    for split in splits:
+        for property in TASK_PROPERTIES.values():
+            property(family, split)
+    travels(family, another_process=another_process)
