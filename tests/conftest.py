@@ -36,6 +36,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(autouse=True)
+def unrendered(request, monkeypatch):
+    """Plots are built and their files are empty: to render them takes two thirds of a short run.
+
+    Tests that look at the pictures are marked ``renders``.
+    """
+    if request.node.get_closest_marker("renders") is None:
+        from matplotlib.figure import Figure
+
+        monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
+
+
 @pytest.fixture(scope="session")
 def data():
     """The folder of real data."""
@@ -62,7 +74,9 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory, worker_id):
-    """``empty_store(path)`` puts an empty MLflow store there: MLflow takes ten seconds to make one, so one is made per session."""
+    """``empty_store(path)`` puts an empty MLflow store there: MLflow takes ten seconds to make one, so one is made
+    per session.
+    """
     from metadist.tracking.mlflow_uri import prepare_sqlite
 
     folder = tmp_path_factory.getbasetemp()

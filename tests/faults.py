@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from metadist.core.round import Executor, Shard
-from metadist.workers.faulty import Call, FaultyExecutor
+from metadist.workers.faulty import Act, FaultyExecutor
 
 
 def everywhere(action: Callable[[Any, Shard], object]) -> Callable[[Executor], Executor]:
     """A ``wrap``: ``action(executor, shard)`` runs after every submission."""
-    return lambda executor: FaultyExecutor(executor).fail_at(lambda shard: True, Call(action), times=None)
+    return lambda executor: FaultyExecutor(executor).fail_at(lambda shard: True, Act(action), times=None)

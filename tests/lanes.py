@@ -1,7 +1,9 @@
-"""Lanes: what a test needs besides this process. A test that no lane claims is fast, and a fast test fails if it starts any of it.
+"""Lanes: what a test needs besides this process.
 
-A module claims a lane with ``pytestmark = pytest.mark.lane("services")``, a test with ``@pytest.mark.lane("ray")``; the nearest
-claim counts. Tests of the folder ``deploy`` and tests that use the fixture ``cluster`` are claimed without a word.
+A test that no lane claims is fast, and a fast test fails if it starts any of it.
+
+A module claims a lane with ``pytestmark = pytest.mark.lane("services")``, a test with ``@pytest.mark.lane("ray")``;
+the nearest claim counts. Tests of the folder ``deploy`` and tests that use certain fixtures need no mark.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import pytest
 from metadist.engine.compiled import Compiled
 
 FAST = "fast"
-#: lane → the reason that a test belongs to it; in the order in which the lanes run, the fast lane fills the gaps at the end
+#: lane → the reason that a test belongs to it; in the order in which the lanes run, the fast lane fills the gaps at
+#: the end
 LANES = {
     "ray": "starts a Ray cluster or joins one",
     "compile": "compiles a graph",
@@ -24,6 +27,10 @@ LANES = {
     "deploy": "checks or runs the files of deploy/ and cluster/",
     FAST: "needs this process only",
 }
+#: fixture → the lane of the tests that use it
+FIXTURES = {"cluster": "ray", "server": "services", "bucket": "services"}
+#: serves the commands of ``metadist control`` in every run: the one gRPC server that a fast test may start
+CONTROL = "metadist.experiment.lifecycle"
 #: programs that no fast test starts: interpreters, Ray's processes, compilers
 PROGRAMS = ("python", "metadist", "ray", "gcs_server", "mlflow", "g++", "gcc", "c++", "clang")
 
@@ -35,8 +42,9 @@ def lane_of(item: pytest.Item) -> str:
         if lane not in LANES:
             raise pytest.UsageError(f"{item.nodeid}: lane {lane!r}; expected one of {', '.join(LANES)}")
         return lane
-    if "cluster" in getattr(item, "fixturenames", ()):
-        return "ray"
+    for fixture, lane in FIXTURES.items():
+        if fixture in getattr(item, "fixturenames", ()):
+            return lane
     return "deploy" if "deploy" in item.path.relative_to(Path(__file__).parent).parts[:1] else FAST
 
 
@@ -59,24 +67,36 @@ def assign(items: list[pytest.Item]) -> None:
 _LANE: pytest.StashKey[str] = pytest.StashKey()
 
 
+def _callers() -> set[str]:
+    """The modules on the stack."""
+    frame, found = sys._getframe(1), set()
+    while frame is not None:
+        found.add(frame.f_globals.get("__name__", ""))
+        frame = frame.f_back
+    return found
+
+
 class Guard:
     """A plugin that fails a fast test where it does what belongs to another lane.
 
-    Audit hooks see sockets and processes of Python; gRPC's servers and the compilation of graphs are watched at their entrance.
+    Audit hooks see sockets and processes of Python; gRPC's servers and the compilation of graphs are watched at their
+    entrance.
     """
 
     def __init__(self) -> None:
         self._fast = False
         self._seen: list[str] = []
         sys.addaudithook(self._audit)
-        self._watch(grpc, "server", "starts a gRPC server")
+        self._watch(grpc, "server", "starts a gRPC server", allowed=CONTROL)
         self._watch(Compiled, "_compile", "compiles a graph")
 
-    def _watch(self, owner: Any, name: str, deed: str) -> None:
+    def _watch(self, owner: Any, name: str, deed: str, allowed: str = "") -> None:
+        """Refuse calls of ``owner.name`` unless the module ``allowed`` is among the callers."""
         original = getattr(owner, name)
 
         def watched(*arguments: Any, **options: Any) -> Any:
-            self._refuse(deed)
+            if self._fast and allowed not in _callers():
+                self._refuse(deed)
             return original(*arguments, **options)
 
         setattr(owner, name, watched)
@@ -88,7 +108,8 @@ class Guard:
             self._refuse(f"binds a socket to {arguments[1]}")
         elif event == "subprocess.Popen":
             program = Path(str(arguments[0] or arguments[1][0])).name
-            if program.startswith(PROGRAMS):
+            # A library that asks its C part for the version while it is imported is no server.
+            if program.startswith(PROGRAMS) and "importlib._bootstrap" not in _callers():
                 self._refuse(f"starts {program}")
 
     def _refuse(self, deed: str) -> None:

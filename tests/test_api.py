@@ -44,6 +44,7 @@ def parts(**changes: object) -> dict[str, object]:
     }
 
 
+@pytest.mark.lane("services")
 def test_import_is_light() -> None:
     program = "import metadist, sys; print([m for m in ('torch', 'ray', 'mlflow', 'pyarrow') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"

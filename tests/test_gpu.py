@@ -13,7 +13,7 @@ from metadist.core.engine import Engine
 from metadist.core.random import TaskKey
 from metadist.workers.worker import Worker
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.lane("compile"), pytest.mark.gpu]
 
 
 def experiment(name: str, *overrides: str) -> Experiment:
@@ -80,6 +80,7 @@ def test_conv4_repeats_bit_for_bit(tmp_path) -> None:
     assert len(hashes) == 1
 
 
+@pytest.mark.lane("ray")
 def test_workers_share_a_gpu(tmp_path) -> None:
     alone = train(experiment("sinusoid_maml", "engine.device=cuda"), run_dir=str(tmp_path / "alone"), plots=False)
     document = override(

@@ -141,6 +141,7 @@ def python(code, *arguments, **environment):
     )
 
 
+@pytest.mark.lane("services")
 def test_importing_metadist_does_nothing():
     done = python(
         """
@@ -155,6 +156,7 @@ def test_importing_metadist_does_nothing():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.lane("services")
 def test_every_public_name_is_there():
     done = python("import metadist\nfor name in metadist.__all__: getattr(metadist, name)")
     assert done.returncode == 0, done.stderr
@@ -173,6 +175,7 @@ def test_old_names_of_modules_import_the_same_modules():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.lane("services")
 def test_training_in_this_process_needs_neither_ray_nor_mlflow(tmp_path):
     done = python(
         """

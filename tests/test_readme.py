@@ -24,6 +24,8 @@ import metadist
 from metadist.cli.app import app
 from metadist.tracking.mlflow_uri import prepare_sqlite
 
+pytestmark = pytest.mark.lane("ray")
+
 ROOT = Path(__file__).parent.parent
 #: pages with commands for users; the recipes of docs/extend.md have a test of their own
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
@@ -137,6 +139,8 @@ def shortened(command: str) -> list[str]:
         less = {"20": "4", "0,1,2,4": "0,1", "0,1,2": "0,1", "3": "1", "5": "2"}
         words = [less.get(w, w) for w in words]
         return words[:3] + [f"outer.meta_batch_size={8 if trials else 4}", "outer.shard_size=2"] + words[3:]
+    if words[1] == "plan":
+        return [*words, "model.filters=8", "outer.shard_size=2"]
     if words[1] == "bench":
         return [*words, "--seconds", "0.1", "--eager"]  # compiling has tests of its own
     if words[1] in ("evaluate", "oracle"):
@@ -266,6 +270,12 @@ def test_every_file_and_name_exists(page: str) -> None:
         if not texts or (name and not re.search(rf"^ *(?:def|class) {name}\b", texts[0], re.MULTILINE)):
             missing.append(f"{path}: {name}")
     assert not missing
+
+
+def test_every_decision_is_in_the_index() -> None:
+    index = read("docs/decisions/README.md")
+    files = [p.name for p in (ROOT / "docs/decisions").glob("*.md") if p.name != "README.md"]
+    assert [name for name in files if f"({name})" not in index] == []
 
 
 def test_readme_is_short() -> None:

@@ -25,9 +25,6 @@ class CNP(Algorithm):
     [N, D]. The objective is the Gaussian negative log-likelihood of the query set.
     """
 
-    def outputs(self, family: TaskFamily) -> int | None:
-        return family.outputs
-
     def compatible(self, family: TaskFamily, model: Model) -> str | None:
         if family.kind != "regression":
             return "its Gaussian likelihood needs real-valued targets"

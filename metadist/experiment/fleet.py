@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -191,7 +191,7 @@ class _Start:
             return remote
         own = self.own(remote.plan)
         stack.callback(own.close)
-        remote.obey(cast(Plan, own.plan))
+        remote.obey(own.plan)
         remote.await_minimum(patience, needed)
         return JointExecutor(own, remote, division.roles, self.numerics)
 

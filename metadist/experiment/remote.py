@@ -132,9 +132,8 @@ def build(config: str) -> Learner:
 def work(address: str, options: WorkerOptions, shell: Shell) -> str:
     """Work for the driver at ``address`` until its run is over, and return why it ended.
 
-    With ``options.stay`` the worker goes on to work for later runs. It waits for a driver that can't be reached or
-    that disappears during a run, ``options.patience`` seconds at a time. Raises MetadistError where waiting can't
-    help.
+    With ``options.stay`` it continues with later runs. The worker waits for a driver that can't be reached or that
+    disappears during a run, ``options.patience`` seconds at a time. Raises MetadistError where waiting can't help.
     """
     from metadist.workers.remote.client import ServiceError, connect, converse, passing, wait_until_ready
     from metadist.workers.remote.runner import Runner

@@ -91,7 +91,7 @@ def render(target: str, document: dict[str, Any], wanted: Rendering, folder: Pat
     Raises ``ConfigError`` for options that the target cannot use and for workers that fit no node.
     """
     config = build(document)
-    document = config.document
+    document = dict(config.document)
     run_id = wanted.run_id or new_run_id(config.name)
     for key, value in (
         ("--run-id", run_id),

@@ -72,7 +72,7 @@ class Corrupt(Fault):
 
 
 @dataclass(frozen=True)
-class Call(Fault):
+class Act(Fault):
     """``action(executor, shard)`` runs right after the submission. Its exceptions reach the scheduler's caller."""
 
     action: Callable[[Any, Shard], object]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from metadist.core.round import Event, Failed, Finished, Shard
+from metadist.core.round import Event, Failed, Finished, HasEngine, Shard
 from metadist.core.state import State
 from metadist.workers.kept_outputs import KeepingExecutor
 from metadist.workers.numerics import Numerics
@@ -35,7 +35,7 @@ class JointExecutor:
         self._asked: dict[tuple[Shard, int], Side] = {}
         #: of this meta-step: the side that failed last at a shard
         self._failed: dict[Shard, Side] = {}
-        self.plan = own.plan
+        self.plan: HasEngine | None = own.plan
         #: not where this process computes: it receives no results meanwhile
         self.blocks = own.blocks
 

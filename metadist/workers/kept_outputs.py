@@ -7,22 +7,23 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from metadist.core.round import Executor, Failed, OutputKey, Shard
+from metadist.engine.plan import Plan
 from metadist.workers.calls import Call, Content, Settled
 
-Theta = TypeVar("Theta")
-Stored = TypeVar("Stored")
+ThetaT = TypeVar("ThetaT")
+StoredT = TypeVar("StoredT")
 
 
 @dataclass(frozen=True)
-class KeptOutput(Generic[Stored]):
+class KeptOutput(Generic[StoredT]):
     """The output of ``shard``, made by the call ``token``, in the form in which the executor stores outputs."""
 
     shard: Shard
     token: int
-    stored: Stored
+    stored: StoredT
 
 
-class KeptOutputs(Generic[Theta, Stored]):
+class KeptOutputs(Generic[ThetaT, StoredT]):
     """The outputs of a meta-step's shards, and the θ of every round that has outputs.
 
     Lost outputs are computed again under the θ of their round.
@@ -30,12 +31,12 @@ class KeptOutputs(Generic[Theta, Stored]):
 
     def __init__(self) -> None:
         #: round → (version, θ). One meta-step publishes several θ: of its rounds, its validation, the test of the best
-        self.thetas: dict[int, tuple[int, Theta]] = {}
-        self.outputs: dict[OutputKey, KeptOutput[Stored]] = {}
+        self.thetas: dict[int, tuple[int, ThetaT]] = {}
+        self.outputs: dict[OutputKey, KeptOutput[StoredT]] = {}
         self._rounds: set[int] = set()
         self._version = self._token = 0
 
-    def publish(self, round: int, theta: Theta) -> None:
+    def publish(self, round: int, theta: ThetaT) -> None:
         """Add the θ of ``round``. Round 0 drops all outputs; every round drops the θs that no output comes from."""
         if round == 0:
             self._rounds.clear()
@@ -48,12 +49,12 @@ class KeptOutputs(Generic[Theta, Stored]):
         """Keep the θ of this round, although all outputs of the round may lie elsewhere."""
         self._rounds.add(round)
 
-    def keep(self, shard: Shard, stored: Stored, token: int | None = None) -> None:
+    def keep(self, shard: Shard, stored: StoredT, token: int | None = None) -> None:
         """Keep the output of ``shard``, made by the call ``token``; without a token the output gets a new one."""
         self.hold(shard.round)
         self.outputs[shard.key] = KeptOutput(shard, self._new_token() if token is None else token, stored)
 
-    def keep_answer(self, call: Call, stored: Stored) -> bool:
+    def keep_answer(self, call: Call, stored: StoredT) -> bool:
         """Keep the output that ``call`` made. Return False where the round has another θ by now."""
         current = self.thetas.get(call.shard.round)
         if current is None or current[0] != call.version:
@@ -65,7 +66,7 @@ class KeptOutputs(Generic[Theta, Stored]):
         """Return the keys of the outputs that ``shard`` needs and that are not here."""
         return tuple(key for key in shard.needs if key not in self.outputs)
 
-    def needed(self, shard: Shard) -> tuple[KeptOutput[Stored], ...]:
+    def needed(self, shard: Shard) -> tuple[KeptOutput[StoredT], ...]:
         """Return the outputs that ``shard`` needs, in the order of ``shard.needs``."""
         return tuple(self.outputs[key] for key in shard.needs)
 
@@ -90,18 +91,20 @@ class KeptOutputs(Generic[Theta, Stored]):
         return lost
 
 
-class KeepingExecutor(Executor, ABC, Generic[Theta, Stored]):
+class KeepingExecutor(Executor, ABC, Generic[ThetaT, StoredT]):
     """An executor that keeps outputs in ``_kept``, and shares outputs with another executor."""
 
+    plan: Plan | None
+
     def __init__(self) -> None:
-        self._kept: KeptOutputs[Theta, Stored] = KeptOutputs()
+        self._kept: KeptOutputs[ThetaT, StoredT] = KeptOutputs()
 
     @abstractmethod
-    def content_of(self, output: KeptOutput[Stored]) -> Content:
+    def content_of(self, output: KeptOutput[StoredT]) -> Content:
         """Return the output as a frame that is fetched when it is read."""
 
     @abstractmethod
-    def stored_from(self, shard: Shard, content: Content) -> Stored:
+    def stored_from(self, shard: Shard, content: Content) -> StoredT:
         """Return the output of ``shard`` in the form in which this executor stores outputs."""
 
     def lacking(self, shard: Shard) -> tuple[OutputKey, ...]:

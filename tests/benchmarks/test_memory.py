@@ -1,4 +1,7 @@
-"""The memory benchmark: figures that fit each other. Peaks are of processes of their own; nothing here depends on a time."""
+"""The memory benchmark: figures that fit each other.
+
+Peaks are of processes of their own; nothing here depends on a time.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from metadist.benchmarks import bench, memory
 from metadist.core.errors import ConfigError
 
 
+@pytest.mark.lane("services")
 @pytest.mark.long
 @pytest.mark.data
 @pytest.mark.parametrize("model", ["conv4", "transformer"])

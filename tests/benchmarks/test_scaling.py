@@ -9,6 +9,7 @@ from metadist.benchmarks import bench, scaling
 from metadist.core.errors import ConfigError
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_actors_and_processes_compute_and_the_rest_is_measured() -> None:
     report = scaling.run(tiny.document(), workers=[2], steps=8, sizes=[0.5])

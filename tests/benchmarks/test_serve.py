@@ -8,7 +8,7 @@ import tiny
 from metadist.benchmarks import bench
 from metadist.core.errors import ConfigError
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.lane("services"), pytest.mark.long]
 
 
 def test_report():

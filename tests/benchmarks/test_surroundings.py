@@ -11,6 +11,7 @@ from metadist.config.document import read_document
 from metadist.core.errors import ConfigError
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_memory_of_the_driver_is_flat() -> None:
     (case,) = bench("driver-memory", document=read_document("sinusoid_maml"), steps=2000)["cases"].values()

@@ -12,6 +12,7 @@ from metadist.core.round import Shard
 from metadist.core.state import Contribution
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_every_direction_is_measured_against_a_memcpy() -> None:
     report = bench("transport", sizes=[0.5, 6], wire="bfloat16", rounds=2)  # inline, and through the object store

@@ -18,6 +18,8 @@ import tiny
 
 from metadist.tracking.spool import read_json
 
+pytestmark = pytest.mark.lane("services")
+
 #: long enough to be killed in: a second or more of meta-steps, a checkpoint after each
 STEPS = 120
 OFTEN = ["checkpoint.every=1", f"outer.meta_steps={STEPS}", "evaluate.every=20", "outer.meta_batch_size=6"]
@@ -122,12 +124,14 @@ def test_killed_drivers_lose_nothing(tmp_path, expected):
     ]
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_killed_drivers_of_actors_leave_none_behind(tmp_path, expected):
     result, _ = kill_and_resume(tmp_path, 1, "--workers", "2")
     assert result["params_sha256"] == expected.params_sha256
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -212,16 +216,19 @@ def test_ctrl_c_checkpoints_closes_mlflow_and_can_be_resumed(tmp_path):
     assert tiny.last_json(done.stdout)["run_id"] == about["run_id"]
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_sigterm_is_like_ctrl_c_with_actors_too(tmp_path):
     check_interrupted(tmp_path, *interrupt(tmp_path, signal.SIGTERM, "--workers", "1"))
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_ctrl_c_in_a_terminal_reaches_the_actors_too(tmp_path):
     check_interrupted(tmp_path, *interrupt(tmp_path, signal.SIGINT, "--workers", "1", group=True))
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_while_ray_starts(tmp_path, number):
     process = tiny.start(
@@ -257,6 +264,7 @@ def children(process) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_the_second_ctrl_c_stops_at_once(tmp_path, workers):
@@ -297,6 +305,7 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path, workers):
 # Joining --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lane("ray")
 def test_a_cluster_that_is_not_there_is_one_line_after_a_bounded_wait(tmp_path):
     began = time.monotonic()
     done = tiny.run("train", tiny.write(tmp_path), "--workers", "1", folder=tmp_path, RAY_ADDRESS="127.0.0.1:6399")
@@ -308,6 +317,7 @@ def test_a_cluster_that_is_not_there_is_one_line_after_a_bounded_wait(tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_no_gpu_is_one_line_after_a_bounded_wait(tmp_path):
     done = tiny.run(
@@ -325,6 +335,7 @@ def test_no_gpu_is_one_line_after_a_bounded_wait(tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.lane("ray")
 @pytest.mark.long
 def test_actors_find_ones_own_module_and_stdout_stays_clean(tmp_path):
     """The command line, the tasks of a module in the working directory, two actors: the same hash as without."""

@@ -41,6 +41,7 @@ def mistake(result, *expected):
 HEAVY = ("torch", "ray", "mlflow", "pyarrow", "numpy", "matplotlib", "yaml")
 
 
+@pytest.mark.lane("services")
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], []])
 def test_help_imports_nothing_heavy_and_is_quick(arguments, tmp_path):
     code = f"""
@@ -81,7 +82,8 @@ def test_list_describes_each_in_a_line(cli, what, some):
 def test_list_of_something_else(cli):
     mistake(
         cli("list", "algorithm"),
-        "'algorithm' is not one of algorithms, tasks, environments, models, trackers, configs; did you mean 'algorithms'?",
+        "'algorithm' is not one of algorithms, tasks, environments, models, trackers, configs; did you mean "
+        "'algorithms'?",
     )
 
 
@@ -95,6 +97,7 @@ def test_unknown_commands_and_options_exit_with_2(cli, arguments):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.lane("services")
 def test_python_dash_m_is_the_command(tmp_path):
     assert "meta-training" in tiny.run("--help", folder=tmp_path).stdout
 
@@ -504,9 +507,11 @@ def test_init_from_what_does_not_fit(cli, config, tmp_path):
 
 def test_an_error_in_ones_own_task_is_named_with_task_and_seed(cli, config, tmp_path):
     (tmp_path / "mybroken.py").write_text(
-        "from metadist.tasks.sinusoid import Sinusoid\nfrom dataclasses import dataclass\n\n@dataclass(frozen=True, kw_only=True)\n"
+        "from metadist.tasks.sinusoid import Sinusoid\nfrom dataclasses import dataclass\n\n@dataclass(frozen=True, "
+        "kw_only=True)\n"
         "class Broken(Sinusoid):\n    def sample(self, keys, split):\n"
-        "        if split == 'train' and keys.meta_step == 4 and 5 in keys.tasks.tolist():\n            raise ValueError('no\\nsine')\n"
+        "        if split == 'train' and keys.meta_step == 4 and 5 in keys.tasks.tolist():\n            raise "
+        "ValueError('no\\nsine')\n"
         "        return super().sample(keys, split)\n"
     )
     overrides = ["tasks={name: 'mybroken:Broken'}", "checkpoint.every=100"]

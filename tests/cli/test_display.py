@@ -46,6 +46,7 @@ def test_notes_are_shown_as_they_are(message):
     assert message in shown.getvalue()
 
 
+@pytest.mark.lane("services")
 def test_a_terminal_gets_a_bar(tmp_path):
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "metadist", "train", str(tiny.write(tmp_path, "outer.meta_steps=30")), "--json"]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from ray_cluster import BIN, RayCluster
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.lane("ray")]
 
 LINES = """
 import torch

@@ -37,6 +37,7 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.lane("services")
 def test_a_half_finished_group_goes_on_to_the_mean_of_all_seeds(runs):
     document = tiny.document("tracking.uri=auto")
     asked = itertools.count()

@@ -253,6 +253,7 @@ def test_stopping_while_paused(tmp_path, monkeypatch):
         assert run(tmp_path / name, "checkpoint.every=100", resume=True).outcome.progress.meta_step == 6
 
 
+@pytest.mark.lane("services")
 @pytest.mark.long
 def test_mlflow_has_the_commands(tmp_path, monkeypatch):
     Commander(monkeypatch, {3: [size(4)]})

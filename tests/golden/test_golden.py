@@ -74,7 +74,8 @@ ENGINES = {
 CASES = [(name, "eager") for name in CONFIGS] + [
     (name, engine) for engine, (_, names) in ENGINES.items() for name in names
 ]
-MARKED = [pytest.param(*case, marks=pytest.mark.long) if case[1] == "compiled-mixed" else case for case in CASES]
+COMPILED, LONG = pytest.mark.lane("compile"), pytest.mark.long
+MARKS = {"compiled": [COMPILED], "compiled-mixed": [COMPILED, LONG]}
 
 
 def engine_of(engine):
@@ -96,7 +97,7 @@ def fingerprint(engine="eager"):
     return numerics_fingerprint(torch.device("cpu"), torch.get_num_threads(), torch.float32, engine_of(engine))
 
 
-@pytest.mark.parametrize(("name", "engine"), MARKED)
+@pytest.mark.parametrize(("name", "engine"), [pytest.param(*c, marks=MARKS.get(c[1], ())) for c in CASES])
 def test_every_bit(name, engine):
     """Two runs give the same bits, and the recorded bits on a machine with a recorded fingerprint."""
     digest = trajectory(name, torch.float32, engine)[0].sha256()
@@ -109,7 +110,7 @@ def test_every_bit(name, engine):
 
 
 @pytest.mark.parametrize(
-    ("name", "engine"), [pytest.param(*c, marks=pytest.mark.long) if "compiled" in c[1] else c for c in CASES]
+    ("name", "engine"), [pytest.param(*c, marks=[COMPILED, LONG]) if "compiled" in c[1] else c for c in CASES]
 )
 def test_the_same_values_on_any_machine(name, engine):
     state, losses = trajectory(name, torch.float64, engine)

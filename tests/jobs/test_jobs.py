@@ -190,6 +190,7 @@ def server(request):
     running.shutdown()
 
 
+@pytest.mark.lane("services")
 @pytest.mark.parametrize(
     ("server", "error", "says"),
     [

@@ -18,6 +18,7 @@ from metadist.serving.service import AdaptationService
 pytestmark = pytest.mark.lane("services")
 
 
+@pytest.mark.lane("services")
 def test_a_connection_without_a_request_is_closed(monkeypatch):
     monkeypatch.setattr(FirstRequestTimeout, "SECONDS", 0.3)
     with serving.serve(AdaptationService([served()]), Endpoint(), 0) as running:

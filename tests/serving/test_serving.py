@@ -186,6 +186,7 @@ def test_folders_that_are_wrong(images, monkeypatch, support, query, words):
         predict_folders(ModelSource("run"), support, query)
 
 
+@pytest.mark.lane("services")
 def test_from_the_command_line(images, tmp_path):
     """Serve in a process of its own, predict with it, stop it: no traceback appears."""
     token = tmp_path / "token"

@@ -12,6 +12,8 @@ import pytest
 
 from metadist.storage import checkpoints as checkpoint
 
+pytestmark = pytest.mark.lane("services")
+
 KILLED = textwrap.dedent("""
     import os, random, shutil, signal, sys, time, traceback
     import torch

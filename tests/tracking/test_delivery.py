@@ -15,6 +15,8 @@ pytest.importorskip("mlflow")
 from metadist.tracking import log_group, make_tracker, replay, undelivered
 from metadist.tracking.spool import read_json
 
+pytestmark = pytest.mark.lane("services")
+
 DRIVER = Path(__file__).parent / "driver.py"
 
 
@@ -25,7 +27,9 @@ def timed(calls: list[float], function, *arguments) -> None:
 
 
 def assert_fast(calls: list[float]) -> None:
-    """A call that waits for the server takes its timeout, two seconds; the scheduler of busy shared cores takes 50 ms now and then."""
+    """A call that waits for the server takes its timeout, two seconds; the scheduler of busy shared cores takes 50
+    ms now and then.
+    """
     calls = sorted(calls)
     assert calls[len(calls) // 2] < 0.05
     assert calls[-1] < 1.9

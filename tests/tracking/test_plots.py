@@ -10,6 +10,8 @@ from matplotlib import image
 
 from metadist.tracking import plots
 
+pytestmark = pytest.mark.renders
+
 
 def drawn(path) -> tuple[int, int]:
     """The size of the picture, which must not be blank."""

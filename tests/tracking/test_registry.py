@@ -49,6 +49,7 @@ def root(tmp_path, monkeypatch):
     mlflow.set_tracking_uri(before)
 
 
+@pytest.mark.lane("services")
 def test_the_best_run_is_champion_and_answers_as_it_does_in_process(root):
     trained(root / "a")
     assert register_run(str(root / "a"), "sinus") == "1"
@@ -91,6 +92,7 @@ def test_a_name_that_cannot_be_registered_is_refused_at_once(root):
         trained(root / "a", "tracking.register=a/b")
 
 
+@pytest.mark.lane("services")
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_fresh_environment_loads_it(root):
@@ -101,7 +103,8 @@ def test_a_fresh_environment_loads_it(root):
     model = next(root.glob("mlartifacts/**/MLmodel")).parent
     subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", str(model / "requirements.txt")], check=True)
     code = (
-        "import mlflow, numpy as np; m = mlflow.pyfunc.load_model('models:/sinus@champion'); x = np.linspace(-5, 5, 10, dtype=np.float32)[:, None]; "
+        "import mlflow, numpy as np; m = mlflow.pyfunc.load_model('models:/sinus@champion'); x = np.linspace(-5, 5, "
+        "10, dtype=np.float32)[:, None]; "
         "print(m.predict({'support_x': x, 'support_y': np.sin(x), 'query_x': x}).shape)"
     )
     environment = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "METADIST_DATA")}

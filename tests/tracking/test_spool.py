@@ -186,6 +186,7 @@ print(spool.lost)
 """
 
 
+@pytest.mark.lane("services")
 @pytest.mark.parametrize("outage", ["short", "long"])
 def test_a_full_disk_is_warned_of_and_survived(tmp_path, outage):
     done = subprocess.run(

@@ -12,6 +12,7 @@ from metadist.tracking.mlflow_uri import artifact_location, resolve_uri, sqlite_
 from metadist.tracking.ui import ui_command
 
 
+@pytest.mark.lane("services")
 def test_importing_tracking_imports_neither_mlflow_nor_matplotlib():
     check = "import sys, metadist.tracking, metadist.tracking.ui, metadist.tracking.plots\n"
     check += "sys.exit(bool({'mlflow', 'matplotlib', 'torch'} & set(sys.modules)))"

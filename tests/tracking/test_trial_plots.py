@@ -9,6 +9,8 @@ from matplotlib import image
 
 from metadist.tracking import trial_plots as plots
 
+pytestmark = pytest.mark.renders
+
 
 def drawn(path) -> None:
     assert image.imread(path)[..., :3].std() > 0.01

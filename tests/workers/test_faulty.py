@@ -12,7 +12,7 @@ import tiny
 from metadist.core.errors import WorkerError
 from metadist.core.round import Executor, MetaStepKey, run_rounds
 from metadist.training.scheduler import MAX_DEATHS, Scheduler
-from metadist.workers.faulty import Call, Corrupt, Delay, FaultyExecutor, Kill, Lose
+from metadist.workers.faulty import Act, Corrupt, Delay, FaultyExecutor, Kill, Lose
 from metadist.workers.local import LocalExecutor
 
 SEED, STEPS = 3, 2
@@ -93,7 +93,7 @@ def test_several_faults_at_one_shard_disturb_one_attempt_each(learner, expected)
 
 def test_an_action_sees_the_wrapped_executor_and_this_process_kills_nobody(learner):
     seen, kill = [], Kill()
-    train(learner, (second, Call(lambda executor, shard: seen.append((type(executor), shard.index)))), (second, kill))
+    train(learner, (second, Act(lambda executor, shard: seen.append((type(executor), shard.index)))), (second, kill))
     assert seen == [(LocalExecutor, 1)]
     train(learner, (second, kill))
     assert kill.killed == [None]

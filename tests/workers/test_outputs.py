@@ -90,7 +90,7 @@ def test_a_lost_output_whose_own_needs_are_lost_too(seed):
 def test_an_output_that_is_always_lost_ends_the_run():
     with pytest.raises(
         WorkerError,
-        match=rf"meta-step 0, round 1, shard . .*seed {SEED}.* lacked what it needs {MAX_FAILURES + 1} times",
+        match=rf"meta-step 0, round 1, shard . .*seed {SEED}.* lacked outputs that it needs {MAX_FAILURES + 1} times",
     ):
         train(pulls.learner(), forgetful(random.Random(0), 1.0, rounds=[0, 1]))
 

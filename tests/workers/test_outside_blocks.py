@@ -10,8 +10,10 @@ from outsiders import HERE, OUTSIDE, document, experiment, hands, train
 
 from metadist.training import blocks
 from metadist.wire.codec import ResultHeader, decode_result, result_parts
-from metadist.workers.remote.messages import Answer
+from metadist.workers.remote.messages import Computed
 from metadist.workers.remote.runner import Runner
+
+pytestmark = pytest.mark.lane("services")
 
 TWO = {**OUTSIDE, "min": 2}
 
@@ -71,7 +73,7 @@ def test_who_claims_to_have_summed_other_shards_is_dismissed(expected, lie, monk
             slots, told = self._built[1].slots, LIES[lie](call.shard)
             result, _ = decode_result(b"".join(memoryview(p).tobytes() for p in answer.result), call.shard, slots)
             result = replace(result, tasks=told.count, weight=float(told.count))
-            return Answer(result_parts(result, slots, ResultHeader(told, call.attempt, "liar")))
+            return Computed(result_parts(result, slots, ResultHeader(told, call.attempt, "liar")))
 
     monkeypatch.setattr("metadist.workers.remote.runner.Runner", Liar)
     sha256, scheduler, shards, working = given(experiment(document(TWO)), "learner", "learner")

@@ -23,6 +23,8 @@ from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers
 from metadist.experiment.result import Result
 
+pytestmark = pytest.mark.lane("services")
+
 SHORT = [
     "evaluate.tasks=40",
     "evaluate.test_tasks=40",

@@ -188,6 +188,7 @@ def network(function):
     return Network
 
 
+@pytest.mark.lane("compile")
 @pytest.mark.parametrize(
     ("function", "why"), [pytest.param(NoForward, "fails", marks=pytest.mark.long), (WrongForward, "is off by")]
 )

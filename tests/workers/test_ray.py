@@ -20,7 +20,7 @@ from metadist.core.round import EvaluationRequest, MetaStepKey, run_rounds
 from metadist.learners.few_shot import FewShotLearner
 from metadist.training.evaluation import evaluate
 from metadist.training.scheduler import Scheduler
-from metadist.workers.faulty import Call, FaultyExecutor, Kill
+from metadist.workers.faulty import Act, FaultyExecutor, Kill
 from metadist.workers.local import LocalExecutor
 from metadist.workers.numerics import Numerics
 from metadist.workers.settings import RunSettings
@@ -135,7 +135,7 @@ def test_killing_all_actors_at_once_changes_nothing(actors, mischief, expected):
         for about in executor.workers().values():
             os.kill(about["pid"], signal.SIGKILL)
 
-    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 5 and s.index > 0, Call(kill_all))
+    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 5 and s.index > 0, Act(kill_all))
     state, fleet = train(faulty, mischief[0], 10)
     assert state.sha256() == expected(10)
     assert fleet.retried["lost"] >= 2
@@ -150,7 +150,7 @@ def test_a_stopped_actor_is_backed_up_then_recycled(actors, mischief, expected):
         stopped.append((busy.name, busy.about["pid"]))
         os.kill(busy.about["pid"], signal.SIGSTOP)
 
-    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 4 and s.index > 1, Call(stop))
+    faulty = FaultyExecutor(actors).fail_at(lambda s: s.meta_step == 4 and s.index > 1, Act(stop))
     state, fleet = train(faulty, mischief[0], 10, timeout=8)
     assert state.sha256() == expected(10)
     [(name, pid)] = stopped

@@ -21,7 +21,7 @@ from metadist.config.groups import WorkerGroup
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.round import EvaluationRequest, MetaStepKey, run_rounds
 from metadist.training.scheduler import Scheduler
-from metadist.workers.faulty import Call, FaultyExecutor, Kill
+from metadist.workers.faulty import Act, FaultyExecutor, Kill
 from metadist.workers.local import LocalExecutor
 from metadist.workers.numerics import expected_by_role
 
@@ -144,7 +144,7 @@ def on_second_epoch(actors, change, steps=(1, 4)):
 
     faulty = FaultyExecutor(actors)
     for step in steps:
-        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.round == 3, Call(forget_and_change))
+        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.round == 3, Act(forget_and_change))
     return faulty
 
 
@@ -227,7 +227,7 @@ def test_outputs_that_died_with_their_node_are_rolled_out_anew(cluster):
                 kill()
 
             faulty = FaultyExecutor(actors)
-            faulty.fail_at(lambda s: s.meta_step == 2 and s.function == "gradient", Call(kill_node))
+            faulty.fail_at(lambda s: s.meta_step == 2 and s.function == "gradient", Act(kill_node))
             found, scheduler = train(faulty, learner)
         finally:
             actors.close()

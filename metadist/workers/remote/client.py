@@ -25,7 +25,7 @@ from metadist.workers.remote.codec import (
     lease_of,
     terms_of,
 )
-from metadist.workers.remote.messages import Answer, Applicant, Dismissal, Lease
+from metadist.workers.remote.messages import Applicant, Computed, Dismissal, Lease
 from metadist.workers.remote.runner import Runner
 
 __all__ = ["ServiceError", "Shell", "connect", "converse", "passing", "wait_until_ready"]
@@ -205,7 +205,7 @@ class _Conversation:
     def _compute(self, lease: Lease) -> None:
         shard, token = lease.call.shard, lease.call.token
         answer = self._runner.compute(lease)
-        if not isinstance(answer, Answer):
+        if not isinstance(answer, Computed):
             self._outbox.put(failure_message(token, answer))
             self._say(f"{shard}: {answer.kind}: {answer.message}")
             return

@@ -11,7 +11,7 @@ from metadist.core.engine import Engine
 from metadist.core.round import OutputKey, Shard
 from metadist.workers.calls import Call, Content
 from metadist.workers.remote import work_pb2 as pb
-from metadist.workers.remote.messages import Answer, Applicant, Configure, Failure, Lease, Terms
+from metadist.workers.remote.messages import Applicant, Computed, Configure, Failure, Lease, Terms
 
 CHUNK_BYTES = 1 << 20
 #: limits on the facts about a device or a worker, on messages for people, and on tracebacks
@@ -199,7 +199,7 @@ def _content(frame: Sequence[bytes] | None) -> Content | None:
 # Answers --------------------------------------------------------------------------------------------------------------
 
 
-def answer_messages(token: int, answer: Answer) -> Iterator[pb.FromWorker]:
+def answer_messages(token: int, answer: Computed) -> Iterator[pb.FromWorker]:
     frames = [answer.result] + ([answer.output] if answer.output is not None else [])
     output_bytes = None if answer.output is None else size_of(answer.output)
     yield pb.FromWorker(result=pb.Result(token=token, result_bytes=size_of(answer.result), output_bytes=output_bytes))

@@ -24,7 +24,7 @@ from metadist.workers.calls import Call, Content
 from metadist.workers.kept_outputs import KeepingExecutor, KeptOutput, KeptOutputs
 from metadist.workers.numerics import Numerics
 from metadist.workers.plan import Planner
-from metadist.workers.remote.messages import Answer, Configure, Dismissal, Failure, Lease
+from metadist.workers.remote.messages import Computed, Configure, Dismissal, Failure, Lease
 from metadist.workers.remote.server import Offer, Server
 from metadist.workers.remote.session import Session
 from metadist.workers.settings import RunSettings
@@ -140,7 +140,7 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         }
         self._settings.note(f"{session.name} joined from {applicant.host} ({fingerprint.get('device')})")
 
-    def _finished(self, session: Session, token: int, answer: Answer) -> None:
+    def _finished(self, session: Session, token: int, answer: Computed) -> None:
         call = session.leases.pop(token, None)
         if call is None:
             return
@@ -156,7 +156,7 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         session.proven = True
         self._events.append(event)
 
-    def _checked(self, session: Session, call: Call, answer: Answer) -> Finished:
+    def _checked(self, session: Session, call: Call, answer: Computed) -> Finished:
         """Decode an answer and keep its output. Raises RejectedError where the answer must not be used."""
         shard, frame = call.shard, [pa.py_buffer(p) for p in answer.result]
         result, header = decode_result(frame, shard, self._learner.slots)

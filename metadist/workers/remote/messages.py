@@ -70,7 +70,7 @@ class Dismissal:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Computed:
     """A computed shard: the frames, in parts, of its result and of the output that it keeps."""
 
     result: Sequence[Any]

@@ -14,7 +14,7 @@ from metadist.learners.base import Learner
 from metadist.wire.codec import RejectedError
 from metadist.workers.actor import Actor, ActorSettings
 from metadist.workers.calls import MissingError
-from metadist.workers.remote.messages import Answer, Configure, Failure, Lease, Terms
+from metadist.workers.remote.messages import Computed, Configure, Failure, Lease, Terms
 from metadist.workers.worker import TaskError
 
 
@@ -47,7 +47,7 @@ class Runner:
         """
         return self._actor.configure(order.engine, order.seed)
 
-    def compute(self, lease: Lease) -> Answer | Failure:
+    def compute(self, lease: Lease) -> Computed | Failure:
         """Compute a lease."""
         theta = None if lease.theta is None else _buffers(lease.theta())
         outputs = [None if content is None else _buffers(content()) for content in lease.outputs]
@@ -63,7 +63,7 @@ class Runner:
             return Failure("error", str(error), error.tasks, "".join(traceback.format_exception(error)))
         except MetadistError as error:
             return Failure("unable", str(error))
-        return Answer(*answer) if lease.call.shard.keeps else Answer(answer)
+        return Computed(*answer) if lease.call.shard.keeps else Computed(answer)
 
 
 def _buffers(parts: Iterable[Any]) -> list[pa.Buffer]:

@@ -21,7 +21,7 @@ from metadist.workers.remote.codec import (
     lease_messages,
     terms_message,
 )
-from metadist.workers.remote.messages import Answer, Configure, Dismissal, DismissedError, Lease
+from metadist.workers.remote.messages import Computed, Configure, Dismissal, DismissedError, Lease
 from metadist.workers.remote.server import Server
 from metadist.workers.remote.session import Session
 
@@ -134,7 +134,7 @@ def _take_result(result: pb.Result, requests: Iterator[pb.FromWorker], session: 
         session.heard()
         arriving.take(message.chunk.data)
     if largest is not None:
-        session.finished(result.token, Answer(*arriving.frames))
+        session.finished(result.token, Computed(*arriving.frames))
 
 
 def _dismissed(dismissal: Dismissal) -> pb.ToWorker:

@@ -11,12 +11,10 @@ from typing import Any
 from metadist.config.groups import WorkerGroup
 from metadist.core.round import Shard
 from metadist.workers.calls import Call
-from metadist.workers.remote.messages import Answer, Applicant, Failure, Message, Terms
+from metadist.workers.remote.messages import Applicant, Computed, Failure, Message, Terms
 
 #: the bytes that a result may have in addition to those of θ, and the bytes of a kept output
 RESULT_SLACK, OUTPUT_BYTES = 64 << 20, 1 << 30
-
-Report = Callable[["Session", str, tuple[Any, ...]], None]
 
 
 @dataclass(eq=False)
@@ -30,7 +28,7 @@ class Session:
     applicant: Applicant
     terms: Terms
     group: WorkerGroup
-    report: Report
+    report: Callable[[Session, str, tuple[Any, ...]], None]
     theta_bytes: int
     messages: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
     last_heard: float = field(default_factory=time.monotonic)
@@ -79,7 +77,7 @@ class Session:
     def became_ready(self, about: Mapping[str, Any]) -> None:
         self.report(self, "configured", (about,))
 
-    def finished(self, token: int, answer: Answer) -> None:
+    def finished(self, token: int, answer: Computed) -> None:
         self.report(self, "finished", (token, answer))
 
     def failed(self, token: int, failure: Failure) -> None:
