@@ -1,4 +1,6 @@
-"""Toy doubles of meta-reinforcement learning: an environment whose episodes end by chance, and a meta-step without a runtime."""
+"""Toy doubles of meta-reinforcement learning: an environment whose episodes end by chance, and a meta-step without a
+runtime.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from metadist.rl.environment import Continuous, Discrete, MetaEnvironment, Step
 
 @dataclass(frozen=True)
 class Chance(MetaEnvironment):
-    """Observations are noise, an action pays its product with the task's number, and an episode ends with probability ``end``."""
+    """Observations are noise, an action pays its product with the task's number, and an episode ends with
+    probability ``end``.
+    """
 
     episodes: int = 3
     horizon: int = 4

@@ -18,7 +18,7 @@ from metadist.rpc.grpc_guard import Refused
 from metadist.serving.batching import Batcher
 from metadist.serving.cache import HandleCache, ReplicaCache
 from metadist.serving.metrics import ServiceMetrics
-from metadist.serving.model import ServedAdaptation, DivergedAdaptation, InvalidInput, ServedModel
+from metadist.serving.model import DivergedAdaptation, InvalidInput, ServedAdaptation, ServedModel
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20

@@ -1,7 +1,7 @@
 """What every algorithm, task family and model in the dicts must keep, in every combination. Nothing is named here.
 
-A new one is tested by its line in the dict; a combination that makes no sense is one that it refuses in one line. Every pair
-meets in the default run, every triple in the long one.
+A new one is tested by its line in the dict; a combination that makes no sense is one that it refuses in one line.
+Every pair meets in the default run, every triple in the long one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 from toys import train
 
 from metadist.algorithms import ALGORITHMS
-from metadist.core.algorithm import Algorithm
+from metadist.core.algorithm import Algorithm, with_inner_steps
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
@@ -88,7 +88,9 @@ SHORT = covering(FITTING)
 
 @pytest.fixture(scope="module", autouse=True)
 def data(tmp_path_factory):
-    """A ``METADIST_DATA`` that serves every family: noisy copies of one pattern per class, as folders and as Omniglot's array."""
+    """A ``METADIST_DATA`` that serves every family: noisy copies of one pattern per class, as folders and as
+    Omniglot's array.
+    """
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     patterns = rng.integers(0, 256, (30, 1, 7, 7)).repeat(4, 2).repeat(4, 3)
     images = np.clip(patterns + rng.normal(0, 90, (30, 20, 28, 28)), 0, 255).astype(np.uint8)
@@ -201,10 +203,9 @@ def test_evaluation_has_a_column_per_step(subject):
     state, shard = start(subject), shards(subject, "evaluate", "validation")[0]
     for steps in (None, 0, 3):
         columns = subject.compute(dataclasses.replace(shard, settings=(("inner_steps", steps),)), state.slots).columns
-        own = getattr(subject.algorithm, "inner_steps", None)
-        expected = 1 if own is None else 1 + (own if steps is None else steps)
+        taken = with_inner_steps(subject.algorithm, steps).inner_steps
         for name in ("loss", subject.tasks.metric_name):
-            assert columns[name].shape == (shard.count, expected)
+            assert columns[name].shape == (shard.count, 1 + taken)
             assert columns[name].dtype == torch.float64
             assert columns[name].isfinite().all()
         assert columns["task"].tolist() == list(range(shard.count))

@@ -1,4 +1,5 @@
-"""What every meta-environment, policy and algorithm of meta-reinforcement learning must keep, in every combination that fits.
+"""What every meta-environment, policy and algorithm of meta-reinforcement learning must keep, in every combination
+that fits.
 
 A new one is tested by its line in the dict. Every pair meets in the default run, every triple in the long one.
 """

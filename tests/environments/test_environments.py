@@ -1,4 +1,4 @@
-"""What all native meta-environments have in common."""
+"""Test the rules that hold for all native meta-environments."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def random_actions(environment, batch, t):
 
 
 def journey(environment, keys, rows, steps=12):
-    """Observations, rewards and ends of the trials ``rows`` of 50, in which actions depend on the row alone."""
+    """Return observations, rewards and ends of the trials ``rows`` of 50; actions depend on the row alone."""
     tasks = environment.sample(keys)
     noise = keys.stream("environment").uniform(steps, environment.step_noise)
     state, observation = environment.reset(tasks, noise[:, 0])
@@ -65,7 +65,7 @@ def test_splits_seeds_and_meta_steps_have_tasks_of_their_own(environment):
 
 @pytest.mark.parametrize("environment", ALL, ids=repr)
 def test_a_policy_can_play_it(environment):
-    """Through the one loop that learners use: shapes, types, and as many episodes as were asked for."""
+    """The learners' rollout gives the right shapes, types and number of episodes."""
     keys, continuous = TaskKey.of(0, "train", 0, range(20)), not isinstance(environment.actions, Discrete)
     model = Model(
         lambda: GRU(hidden=8).build_policy(environment.observation_size, environment.actions.size, continuous)

@@ -1,4 +1,6 @@
-"""Plug-ins of installed packages: found by name, listed with their package, and unable to break what does not use them."""
+"""Plug-ins of installed packages: found by name, listed with their package, and unable to break what does not use
+them.
+"""
 
 from __future__ import annotations
 
