@@ -74,7 +74,9 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory, worker_id):
-    """``empty_store(path)`` puts an empty MLflow store there: MLflow takes ten seconds to make one, so one is made per session."""
+    """``empty_store(path)`` puts an empty MLflow store there: MLflow takes ten seconds to make one, so one is made
+    per session.
+    """
     from metadist.tracking.mlflow_uri import prepare_sqlite
 
     folder = tmp_path_factory.getbasetemp()

@@ -1,4 +1,6 @@
-"""A contract of import-linter: modules that strings name (``"metadist.serving.load:build_replica"``) come from a list."""
+"""A contract of import-linter: modules that strings name (``"metadist.serving.load:build_replica"``) come from a
+list.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Lanes: what a test needs besides this process. A test that no lane claims is fast, and a fast test fails if it starts any of it.
+"""Lanes: what a test needs besides this process.
 
-A module claims a lane with ``pytestmark = pytest.mark.lane("services")``, a test with ``@pytest.mark.lane("ray")``; the nearest
-claim counts. Tests of the folder ``deploy`` and tests that use certain fixtures need no mark.
+A test that no lane claims is fast, and a fast test fails if it starts any of it.
+
+A module claims a lane with ``pytestmark = pytest.mark.lane("services")``, a test with ``@pytest.mark.lane("ray")``;
+the nearest claim counts. Tests of the folder ``deploy`` and tests that use certain fixtures need no mark.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import pytest
 from metadist.engine.compiled import Compiled
 
 FAST = "fast"
-#: lane → the reason that a test belongs to it; in the order in which the lanes run, the fast lane fills the gaps at the end
+#: lane → the reason that a test belongs to it; in the order in which the lanes run, the fast lane fills the gaps at
+#: the end
 LANES = {
     "ray": "starts a Ray cluster or joins one",
     "compile": "compiles a graph",
@@ -76,7 +79,8 @@ def _callers() -> set[str]:
 class Guard:
     """A plugin that fails a fast test where it does what belongs to another lane.
 
-    Audit hooks see sockets and processes of Python; gRPC's servers and the compilation of graphs are watched at their entrance.
+    Audit hooks see sockets and processes of Python; gRPC's servers and the compilation of graphs are watched at their
+    entrance.
     """
 
     def __init__(self) -> None:

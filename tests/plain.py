@@ -1,4 +1,6 @@
-"""The reference: one task after the other, ordinary autograd, no torch.func and nothing of metadist but its random streams."""
+"""The reference: one task after the other, ordinary autograd, no torch.func and nothing of metadist but its random
+streams.
+"""
 
 from __future__ import annotations
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import socket
 
-#: below those that the kernel gives to every connection (from 32768 on) and above those that Ray gives to its workers (to 19999):
-#: nobody takes one between the moment it is chosen and the moment it is bound, but another test that draws the same number
+#: below those that the kernel gives to every connection (from 32768 on) and above those that Ray gives to its workers
+#: (to 19999):
+#: nobody takes one between the moment it is chosen and the moment it is bound, but another test that draws the same
+#: number
 RANGE = range(20_000, 32_768)
 _draw = random.SystemRandom()
 

@@ -139,6 +139,8 @@ def shortened(command: str) -> list[str]:
         less = {"20": "4", "0,1,2,4": "0,1", "0,1,2": "0,1", "3": "1", "5": "2"}
         words = [less.get(w, w) for w in words]
         return words[:3] + [f"outer.meta_batch_size={8 if trials else 4}", "outer.shard_size=2"] + words[3:]
+    if words[1] == "plan":
+        return [*words, "model.filters=8", "outer.shard_size=2"]
     if words[1] == "bench":
         return [*words, "--seconds", "0.1", "--eager"]  # compiling has tests of its own
     if words[1] in ("evaluate", "oracle"):

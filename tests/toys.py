@@ -1,4 +1,6 @@
-"""Toy doubles: task families without data, a module with everything in it, and how a test makes a FewShotLearner of them."""
+"""Toy doubles: task families without data, a module with everything in it, and how a test makes a FewShotLearner of
+them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from metadist.testing.toys import Curves as Curves
 
 @dataclass(frozen=True)
 class Ragged(TaskFamily):
-    """``family`` with task i cut to so many support and query rows that tasks differ: padded and masked by ``stack``."""
+    """``family`` with task i cut to so many support and query rows that tasks differ: padded and masked by
+    ``stack``.
+    """
 
     family: TaskFamily = Curves()
 
@@ -43,7 +47,9 @@ class Ragged(TaskFamily):
 
 
 class Everything(nn.Module):
-    """A user's module: batch norm, layer norm, weights tied across layers, buffers of two dtypes, a scalar parameter, dropout."""
+    """A user's module: batch norm, layer norm, weights tied across layers, buffers of two dtypes, a scalar
+    parameter, dropout.
+    """
 
     def __init__(self, channels=1, outputs=3, size=6):
         super().__init__()
@@ -92,7 +98,10 @@ def somewhere(learner, seed=1) -> dict[str, Parameters]:
 
 
 def train(learner, meta_steps, *, seed=0, reports=None) -> State:
-    """The outer loop without a runtime: every round's shards one after the other. ``reports`` receives each meta-step's."""
+    """The outer loop without a runtime: every round's shards one after the other.
+
+    ``reports`` receives each meta-step's.
+    """
     state = learner.initial(seed)
 
     def run(round):

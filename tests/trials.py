@@ -1,4 +1,6 @@
-"""Toy doubles of meta-reinforcement learning: an environment whose episodes end by chance, and a meta-step without a runtime."""
+"""Toy doubles of meta-reinforcement learning: an environment whose episodes end by chance, and a meta-step without a
+runtime.
+"""
 
 from __future__ import annotations
 

@@ -16,12 +16,12 @@ from metadist.core.algorithm import Theta
 from metadist.core.model import Model
 from metadist.core.parameters import Parameters
 from metadist.core.state import Records
-from metadist.engine.meta_gradient import jvp, tree_sum, vjp
+from metadist.engine.functions import jvp, tree_sum, vjp
 from metadist.rl.algorithm import EPISODES_SHOWN, PolicySearch, Settings, Sums, TrialContext
 from metadist.rl.baseline import linear_baseline, returns_to_go
 from metadist.rl.environment import MetaEnvironment
 from metadist.rl.policy import Policy, PolicyPerTask
-from metadist.rl.trial import VALID, Trials, advantages, rollout
+from metadist.rl.trial import VALID, Repetition, Trials, advantages, rollout
 
 Data = dict[str, Tensor]
 """Trajectories by column: observation [N, T, O], action [N, T] or [N, T, A], and log_probability, advantage, valid
@@ -92,7 +92,8 @@ class MAMLRL(PolicySearch):
         phi = theta["model"].map(lambda t: t.expand(count, *t.shape))
         for stage in range(inner_steps + 1):
             policy = PolicyPerTask(bound.model, phi, bound.actions)
-            trials = rollout(context.environment, policy, keys, tasks=repeated, episodes=1, stage=stage, serial=serial)
+            repetition = Repetition(episodes=1, stage=stage, serial=serial)
+            trials = rollout(context.environment, policy, keys, tasks=repeated, repetition=repetition)
             data = self.examined(trials, context.environment.horizon)
             yield policy, trials, data
             if stage < inner_steps:
@@ -142,9 +143,8 @@ class MAMLRL(PolicySearch):
         tasks, columns = context.environment.sample(context.keys), dict[str, list[Tensor]](greedy=[], sampled=[])
         steps = self.inner_steps if inner_steps is None else inner_steps
         for stage, (policy, trials, _) in enumerate(self.stages(theta, context, steps, tasks)):
-            greedy = rollout(
-                context.environment, policy, context.keys, greedy=True, tasks=tasks, episodes=1, stage=stage
-            )
+            repetition = Repetition(episodes=1, stage=stage)
+            greedy = rollout(context.environment, policy, context.keys, greedy=True, tasks=tasks, repetition=repetition)
             columns["greedy"].append(greedy.by_episode(1).squeeze(1))
             columns["sampled"].append(self._mean(trials.by_episode(1)))
         return {n: torch.stack(c, 1) for n, c in columns.items()}

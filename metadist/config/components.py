@@ -130,7 +130,8 @@ def _policy_factory(model: object, environment: MetaEnvironment) -> Callable[[],
     if not isinstance(model, PolicyConfig):
         fits = [name for name, cls in MODELS.items() if issubclass(cls, PolicyConfig)]
         raise ConfigError(
-            f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}, or a class "
+            f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}, or a "
+            "class "
             "of your own with build_policy()"
         )
     actions = environment.actions

@@ -147,6 +147,7 @@ def _counts(workers: str, trials: bool) -> dict[str, int]:
         counts[role] = int(number)
     if counts.get("environment") and counts.get("learner") == 0:
         raise ConfigError(
-            f"--workers {workers}: environments alone learn nothing; expected at least learners=1, or 0 to compute all in this process"
+            f"--workers {workers}: environments alone learn nothing; expected at least learners=1, or 0 to compute "
+            "all in this process"
         )
     return counts

@@ -46,9 +46,11 @@ class EngineSettings:
             )
         if self.exact and not self.deterministic:
             raise ConfigError(
-                "engine.deterministic: false needs engine.exact: false: kernels whose bits vary can't give the same parameters twice"
+                "engine.deterministic: false needs engine.exact: false: kernels whose bits vary can't give the same "
+                "parameters twice"
             )
         if self.wire == "bfloat16" and self.exact:
             raise ConfigError(
-                "engine.wire: bfloat16 with error feedback makes a contribution depend on what its worker sent before; it needs engine.exact: false"
+                "engine.wire: bfloat16 with error feedback makes a contribution depend on what its worker sent "
+                "before; it needs engine.exact: false"
             )

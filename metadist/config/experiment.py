@@ -46,7 +46,9 @@ class Component(Generic[T]):
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything that a run depends on. Every field is a key of a config (``tasks`` is ``environment`` for meta-environments).
+    """Everything that a run depends on.
+
+    Every field is a key of a config (``tasks`` is ``environment`` for meta-environments).
 
     A new setting is one field here, or one field of a section; reading, defaults, ``--print-config``, the manifest and
     the comparison on ``--resume`` follow from it.
@@ -84,7 +86,8 @@ class Experiment:
         for i, group in groups:
             if self.outside.listen is None:
                 raise ConfigError(
-                    f"workers.{i}.outside: true, but there is no address to connect to; give outside: {{listen: HOST:PORT}}, "
+                    f"workers.{i}.outside: true, but there is no address to connect to; give outside: "
+                    f"{{listen: HOST:PORT}}, "
                     "or --outside HOST:PORT"
                 )
             if group.role == "environment" and self.tasks_key == "tasks":
@@ -95,7 +98,8 @@ class Experiment:
                 raise ConfigError(f"workers.{i}: two groups of {group.role}s from outside; expected one for each role")
         if groups and self.engine.wire != "exact":
             raise ConfigError(
-                f"engine.wire: {self.engine.wire} is for workers of the Ray cluster; with workers from outside use exact"
+                f"engine.wire: {self.engine.wire} is for workers of the Ray cluster; with workers from outside use "
+                "exact"
             )
 
     @property

@@ -116,7 +116,10 @@ def settings(key: str, value: object, cls: type[T]) -> T:
 
 
 def typed(key: str, value: object, hint: object) -> object:
-    """Return ``value`` as a ``hint``: a plain type, a dataclass, or a tuple of dataclasses. ConfigError where it is not one."""
+    """Return ``value`` as a ``hint``: a plain type, a dataclass, or a tuple of dataclasses.
+
+    ConfigError where it is not one.
+    """
     if dataclasses.is_dataclass(hint):
         return settings(key, value, typing.cast(type, hint))
     (item, *_) = typing.get_args(hint) or (None,)

@@ -206,7 +206,9 @@ class Momentum(Transformation):
 
 @dataclass(frozen=True)
 class ScaleByAdam(Transformation):
-    """Replace the gradient by m̂ / (√v̂ + ε) (Kingma, Ba 2015, algorithm 1), with m as ``first`` and v as ``second``."""
+    """Replace the gradient by m̂ / (√v̂ + ε) (Kingma, Ba 2015, algorithm 1), with m as ``first`` and v as
+    ``second``.
+    """
 
     betas: tuple[float, float]
     eps: float

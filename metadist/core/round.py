@@ -97,7 +97,10 @@ Report = dict[str, float]
 """Metrics of one meta-step by name, for plots."""
 
 Rounds = Generator[Round, Contribution, "tuple[State, Report]"]
-"""The rounds of one meta-step. The generator is sent the sum of each round, and returns the new state and the report."""
+"""The rounds of one meta-step.
+
+The generator is sent the sum of each round, and returns the new state and the report.
+"""
 
 
 def run_rounds(rounds: Rounds, run: Callable[[Round], Contribution]) -> tuple[State, Report]:
@@ -135,7 +138,10 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard's result. Its memory belongs to the receiver. ``stats`` are the worker's measurements (seconds, bytes, memory)."""
+    """A shard's result.
+
+    Its memory belongs to the receiver. ``stats`` are the worker's measurements (seconds, bytes, memory).
+    """
 
     shard: Shard
     attempt: int
@@ -146,7 +152,8 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A shard without a result: ``lost`` with its worker, ``rejected`` by a check, an ``error`` in the task code, or ``missing`` outputs.
+    """A shard without a result: ``lost`` with its worker, ``rejected`` by a check, an ``error`` in the task code, or
+    ``missing`` outputs.
 
     ``missing`` names the outputs to compute again; it is empty where another attempt is enough.
     """
@@ -225,7 +232,10 @@ class Executor(Protocol):
         ...
 
     def resize(self, role: str, count: int) -> None:
-        """Continue with ``count`` workers of ``role``. New ones start in the background; removed ones lose their shards."""
+        """Continue with ``count`` workers of ``role``.
+
+        New ones start in the background; removed ones lose their shards.
+        """
         ...
 
     def kill_busy(self) -> str | None:

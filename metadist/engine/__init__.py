@@ -1,1 +1,1 @@
-"""Compute the meta-gradient of a shard: unrolled, mixed, compiled; and predict its memory."""
+"""Compute the meta-gradient of a shard: unrolled, mixed, compiled; predict its memory."""

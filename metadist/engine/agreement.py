@@ -40,7 +40,7 @@ def _contribution(subject: Subject, seed: int, keys: TaskKey) -> Contribution:
 
 
 def mixed_disagrees(subject: Subject, engine: Engine, tolerance: float = 1e-8) -> str | None:
-    """Compare one task's gradient under ``engine`` with the unrolled one, both in float64, over at most two inner steps.
+    """Compare one task's gradient under ``engine`` with the unrolled one, in float64 over at most two inner steps.
 
     Return the difference (or the error) as text, or None if the relative difference of every slot is within
     ``tolerance``. An operator may lack a forward derivative or have a wrong one that raises no error (batch norm's

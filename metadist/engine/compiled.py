@@ -1,50 +1,54 @@
-"""Functions of tensors as compiled graphs, each traced once per signature.
+"""Compile functions of tensors to graphs, each function once per signature.
 
-``make_fx`` runs the Python once and records what reaches the dispatcher, so that ``vmap``, ``grad``, dataclasses, function
-modes and a user's own code need nothing but to be functions of tensors. Inductor then compiles the recorded graph whole;
-its cache on disk lets the other processes of a node load what the first one compiled.
+``make_fx`` runs the Python code once and records the operators that reach the dispatcher, so ``vmap``, ``grad``,
+dataclasses, function modes and a user's own code need only be functions of tensors. Inductor then compiles the whole
+graph; its cache on disk lets the other processes of a node load the code that the first process compiled.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from metadist.core.errors import ConfigError
 from metadist.engine.block_sums import DECOMPOSITIONS
 from metadist.engine.channels_last import channels_last
+from metadist.engine.functions import Call
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-#: shards of more shapes than this are no case for compiling
+#: more shapes of shards than this are not worth compiling
 MAX_SIGNATURES = 16
 
 
 class Compiled:
-    """``run(name, function, *arguments)``, compiled once for every (name, shapes of the arguments' tensors).
+    """Run functions of tensors as compiled graphs, one for every (name, shapes of the arguments' tensors).
 
     Whole numbers among the arguments become 0-d tensors, so that one graph serves every meta-step and inner step.
-    ``around(name)`` surrounds each compilation: a node's lock, a message.
+    Each compilation runs inside ``around(name)``: a lock of the node, a log message. ``seconds`` is the time that
+    compilation took.
     """
 
     def __init__(
-        self, device: torch.device, around: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+        self,
+        device: torch.device,
+        around: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
     ) -> None:
         self.device, self.around = device, around
         self.seconds = 0.0
-        self._functions: dict[tuple[Any, ...], tuple[Callable[..., Any], Any]] = {}
+        self._functions: dict[tuple[Hashable, ...], tuple[_Graph, pytree.TreeSpec]] = {}
 
-    def runner(self, *static: Any) -> Callable[..., Any]:
-        """A run function whose functions also depend on ``static`` (hashable)."""
+    def runner(self, *static: Hashable) -> Call:
+        """Return a ``Call`` for functions that depend on ``static`` as well as on their arguments."""
 
-        def run(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        def run(name: str, function: Callable[..., T], *arguments: object) -> T:
             leaves, spec = pytree.tree_flatten(arguments)
             tensors = [t if isinstance(t, Tensor) else torch.tensor(t, device=self.device) for t in leaves]
             key = (name, *static, *((t.shape, t.dtype) for t in tensors))
@@ -52,21 +56,22 @@ class Compiled:
                 self._functions[key] = self._compile(name, function, spec, tensors)
             compiled, returned = self._functions[key]
             results = compiled(*(t.contiguous() for t in tensors))
-            if self.device.type == "cuda":  # a replayed CUDA graph writes its results where it wrote the last ones
+            if self.device.type == "cuda":  # a replay of a CUDA graph overwrites the results of the last replay
                 results = [t.clone() for t in results]
-            return pytree.tree_unflatten(list(results), returned)
+            result: T = pytree.tree_unflatten(list(results), returned)
+            return result
 
         return run
 
     def _compile(
-        self, name: str, function: Callable[..., Any], spec: Any, tensors: list[Tensor]
-    ) -> tuple[Callable[..., Any], Any]:
+        self, name: str, function: Callable[..., object], spec: pytree.TreeSpec, tensors: list[Tensor]
+    ) -> tuple[_Graph, pytree.TreeSpec]:
         if sum(key[0] == name for key in self._functions) >= MAX_SIGNATURES:
             raise ConfigError(
-                f"engine.compile: this run has more than {MAX_SIGNATURES} different shapes of shards (tasks of unequal size?), each "
-                "of which would be compiled; use engine.compile=never"
+                f"engine.compile: this run has more than {MAX_SIGNATURES} different shapes of shards (tasks of unequal "
+                "size?), and each would be compiled; use engine.compile=never"
             )
-        examples: list[Any] = [t.contiguous() for t in tensors]
+        examples = [t.contiguous() for t in tensors]
         began = time.perf_counter()
         import torch._inductor.config  # takes a second
 
@@ -75,20 +80,28 @@ class Compiled:
             if self.device.type == "cpu":
                 channels_last(graph)
             _write_apart(graph)
-            # The loop over kernels outside of Python: a CUDA graph, or C++, which saves a fifth of a small shard's time.
+            # The loop over kernels runs outside Python, as a CUDA graph or in C++: a fifth of a small shard's time.
             settings = {"triton.cudagraphs": True} if self.device.type == "cuda" else {"cpp_wrapper": True}
             with torch.no_grad(), torch._inductor.config.patch(settings):
-                compiled = torch._inductor.standalone_compile(graph, examples, dynamic_shapes="from_example_inputs")
-                compiled(*examples)  # the kernels are compiled in the background and awaited here
+                compiled = torch._inductor.standalone_compile(graph, [*examples], dynamic_shapes="from_example_inputs")
+                compiled(*examples)  # Inductor compiles the kernels in the background; this call waits for them
         self.seconds += time.perf_counter() - began
         return compiled, returned
 
 
-def trace(function: Callable[..., Any], spec: Any, examples: list[Tensor]) -> tuple[torch.fx.GraphModule, Any]:
-    """``function`` of the flattened arguments as a graph of ATen operators, and the structure of what it returns."""
+_Graph = Callable[..., Sequence[Tensor]]
+
+
+def trace(
+    function: Callable[..., object], spec: pytree.TreeSpec, examples: list[Tensor]
+) -> tuple[GraphModule, pytree.TreeSpec]:
+    """Trace ``function`` to a graph of ATen operators on flat arguments; return the graph and its results' structure.
+
+    ``examples`` are the leaves of the arguments, ``spec`` is their structure.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    returned = None
+    returned: pytree.TreeSpec | None = None
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         nonlocal returned
@@ -96,25 +109,32 @@ def trace(function: Callable[..., Any], spec: Any, examples: list[Tensor]) -> tu
         return leaves
 
     graph = make_fx(flat, decomposition_table=DECOMPOSITIONS)(*examples)
+    assert isinstance(graph, GraphModule) and returned is not None
     return graph, returned
-
-
-def _write_apart(graph: torch.fx.GraphModule) -> None:
-    """Give what indexed writes go into memory of its own: Inductor would write in place, also where a tensor is expanded and
-    all rows are one (pytorch#183986). Forward mode makes such zeros for the derivative of every indexing."""
-    for node in list(graph.graph.nodes):
-        name = getattr(getattr(node.target, "_schema", None), "name", "")
-        if name not in _INDEXED_WRITES or all(node.args[0].meta["val"].stride()):
-            continue
-        with graph.graph.inserting_before(node):
-            own = graph.graph.call_function(
-                torch.ops.aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format}
-            )
-        node.args = (own, *node.args[1:])
-    graph.recompile()
 
 
 _INDEXED_WRITES = {
     f"aten::{name}"
     for name in ("index_put", "_unsafe_index_put", "_index_put_impl", "index_add", "index_copy", "index_fill")
 }
+
+
+def _write_apart(module: GraphModule) -> None:
+    """Clone the destination of every indexed write whose rows share memory.
+
+    Inductor writes in place, also into an expanded tensor, whose rows are all the same memory (pytorch#183986). Forward
+    mode makes such zeros for the derivative of every indexing.
+    """
+    for node in list(module.graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.name not in _INDEXED_WRITES:
+            continue
+        written = node.args[0]
+        assert isinstance(written, Node)
+        if all(written.meta["val"].stride()):
+            continue
+        with module.graph.inserting_before(node):
+            own = module.graph.call_function(
+                torch.ops.aten.clone.default, (written,), {"memory_format": torch.contiguous_format}
+            )
+        node.args = (own, *node.args[1:])
+    module.recompile()

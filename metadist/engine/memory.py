@@ -1,34 +1,43 @@
-"""How much memory a shard takes, told from one task with one and with two inner steps, before anything large is allocated.
+"""Predict the memory of a shard from one task with one and with two inner steps, before any large allocation.
 
-Eager: the task is computed, and the bytes that are alive are counted as tensors come and go; autograd holds on to more than
-its graph still needs. Compiled: they are read off the traced graph, where each tensor lives until its last use.
+Eager: compute the task and count the bytes that are alive as tensors are created and freed, because autograd keeps more
+than its graph still needs. Compiled: read the bytes off the traced graph, where each tensor lives until its last use.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metadist.core.algorithm import with_inner_steps
+from metadist.core.algorithm import Theta, with_inner_steps
 from metadist.core.engine import Engine
 from metadist.core.random import TaskKey
+from metadist.core.task import Task
 from metadist.engine.compiled import trace
-from metadist.engine.meta_gradient import MetaGradient, directly
+from metadist.engine.functions import directly
+from metadist.engine.meta_gradient import MetaGradient
 from metadist.engine.subject import Subject, initial_theta
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one task: ``first`` at one inner step, ``further`` for every other, ``state`` of one φ with its moments;
-    ``shared`` is the sum over tasks, whatever their number."""
+    """The bytes of one task: ``first`` with one inner step, ``further`` for each other step.
+
+    ``state`` counts the bytes of one φ with its moments. ``shared`` counts those of the sum over tasks, which do not
+    grow with the number of tasks.
+    """
 
     shared: int
     first: int
@@ -37,13 +46,16 @@ class Footprint:
     state: int
 
     def peak(self, tasks: int) -> int:
-        """Predicted for ``tasks`` at once, beside what the process held before."""
+        """Predict the bytes that ``tasks`` tasks add to those of the process when they are computed together."""
         return self.shared + tasks * (self.first + self.further * max(0, self.inner_steps - 1))
 
 
 def footprint(subject: Subject, engine: Engine) -> Footprint:
-    """Of one task's contribution under ``engine``. An upper bound where shards are compiled: a fused operator keeps in
-    registers what is counted here. Not counted is what a library takes besides (the workspaces of convolutions)."""
+    """Measure one task's contribution under ``engine``.
+
+    The result is an upper bound where shards are compiled: a fused operator keeps in registers some of the tensors that
+    count here. The workspaces that libraries allocate (for convolutions) do not count.
+    """
     steps = subject.algorithm.inner_steps
     peak = _traced_peak if engine.compile else _measured_peak
     one, two = (peak(subject, engine, min(k, steps)) for k in (1, 2))
@@ -52,11 +64,11 @@ def footprint(subject: Subject, engine: Engine) -> Footprint:
 
 
 def allocated_bytes(subject: Subject) -> int:
-    """All that one task's unrolled contribution ever allocates: more than its peak."""
+    """Return all bytes that one task's unrolled contribution allocates, more than its peak."""
     return _measured(subject, Engine(), subject.algorithm.inner_steps).total
 
 
-def _one_task(subject: Subject) -> tuple[Any, Any, TaskKey, Tensor]:
+def _one_task(subject: Subject) -> tuple[Theta, Task, TaskKey, Tensor]:
     keys = TaskKey.of(0, "train", 0, [0])
     return (
         initial_theta(subject, 0),
@@ -81,14 +93,25 @@ def _state_bytes(subject: Subject) -> int:
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of storages from the operator that makes them to the end of their last tensor."""
+    """Count the bytes of storages from the operator that creates them to the end of their last tensor.
+
+    ``alive`` counts those that exist now, ``most`` is the maximum of ``alive``, ``total`` counts all that ever existed.
+    """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.most = self.total = 0
-        self._known: dict[int, Any] = {t.untyped_storage()._cdata: None for t in given}
+        self._known: dict[int, weakref.ref[torch.UntypedStorage] | None] = {
+            t.untyped_storage()._cdata: None for t in given
+        }
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload[..., T],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> T:
         result = func(*args, **(kwargs or {}))
         for t in pytree.tree_leaves(result):
             if isinstance(t, Tensor) and t.device.type != "meta" and not t._is_zerotensor():
@@ -96,14 +119,14 @@ class _Alive(TorchDispatchMode):
         self.most = max(self.most, self.alive)
         return result
 
-    def _count(self, storage: Any) -> None:
+    def _count(self, storage: torch.UntypedStorage) -> None:
         name, size = storage._cdata, storage.nbytes()
         if name not in self._known:
             self._known[name] = weakref.ref(storage, partial(self._gone, name, size))
             self.alive += size
             self.total += size
 
-    def _gone(self, name: int, size: int, _: Any) -> None:
+    def _gone(self, name: int, size: int, _: object) -> None:
         self.alive -= size
         del self._known[name]
 
@@ -111,7 +134,8 @@ class _Alive(TorchDispatchMode):
 def _measured(subject: Subject, engine: Engine, steps: int) -> _Alive:
     gradient = _with_steps(subject, engine, steps)
     theta, tasks, keys, keep = _one_task(subject)
-    with _Alive(pytree.tree_leaves((theta, tasks, keep))) as alive:
+    alive = _Alive(pytree.tree_leaves((theta, tasks, keep)))
+    with alive:
         gradient.sums(directly, theta, tasks, keys, 0, keep)
     return alive
 
@@ -124,7 +148,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-# Of graphs ------------------------------------------------------------------------------------------------------------
+# Compiled graphs ------------------------------------------------------------------------------------------------------
 
 
 def _traced_peak(subject: Subject, engine: Engine, steps: int) -> int:
@@ -133,8 +157,8 @@ def _traced_peak(subject: Subject, engine: Engine, steps: int) -> int:
     most = 0
     held: list[tuple[weakref.ref[Tensor], int]] = []
 
-    def run(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Called piece by piece: what lies between the pieces is alive while one of them runs."""
+    def run(name: str, function: Callable[..., T], *arguments: object) -> T:
+        """Trace one piece; the results of earlier pieces that later ones need are alive while this one runs."""
         nonlocal most
         leaves, spec = pytree.tree_flatten(arguments)
         tensors = [t if isinstance(t, Tensor) else torch.tensor(t, device=subject.device) for t in leaves]
@@ -151,29 +175,31 @@ def _traced_peak(subject: Subject, engine: Engine, steps: int) -> int:
     return most
 
 
-def _count(arguments: Any) -> int:
+def _count(arguments: object) -> int:
     return len(pytree.tree_leaves(arguments))
 
 
-def peak_bytes(graph: torch.fx.GraphModule, skip: int = 0) -> int:
-    """The most bytes that are alive at once while ``graph`` runs in order, each tensor until its last use; its first
-    ``skip`` inputs are the caller's and not counted."""
+def peak_bytes(graph: GraphModule, skip: int = 0) -> int:
+    """Return the most bytes that are alive together while ``graph`` runs in order, each tensor until its last use.
+
+    The first ``skip`` inputs belong to the caller and do not count.
+    """
     nodes = list(graph.graph.nodes)
-    owner: dict[Any, Any] = {}
+    owner: dict[Node, Node] = {}
     for node in nodes:
         source = _viewed(node)
         owner[node] = owner[source] if source is not None else node
-    last: dict[Any, int] = {}
+    last: dict[Node, int] = {}
     for position, node in enumerate(nodes):
         for used in (node, *node.all_input_nodes):
             last[owner[used]] = position
-    ending: dict[int, list[Any]] = {}
+    ending: dict[int, list[Node]] = {}
     for node, position in last.items():
         ending.setdefault(position, []).append(node)
     inputs = [n for n in nodes if n.op == "placeholder"]
     free = set(inputs[:skip])
     alive = most = 0
-    sizes: dict[Any, int] = {}
+    sizes: dict[Node, int] = {}
     for position, node in enumerate(nodes):
         if owner[node] is node and node not in free and node.op in ("placeholder", "call_function"):
             sizes[node] = sum(_bytes(t) for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor))
@@ -184,12 +210,12 @@ def peak_bytes(graph: torch.fx.GraphModule, skip: int = 0) -> int:
     return most
 
 
-def _viewed(node: Any) -> Any:
-    """The input whose memory ``node`` shows, if it is a view or picks one of several results."""
+def _viewed(node: Node) -> Node | None:
+    """Return the input whose memory ``node`` shares, if ``node`` is a view or one of several results."""
     if node.op != "call_function" or not node.all_input_nodes:
         return None
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:  # getitem
+    if not isinstance(node.target, OpOverload):  # operator.getitem
         return node.all_input_nodes[0]
+    schema = node.target._schema
     aliased = any(r.alias_info is not None for r in schema.returns)
     return node.all_input_nodes[0] if aliased or schema.name in ("aten::_unsafe_view", "aten::_reshape_alias") else None

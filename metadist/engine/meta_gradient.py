@@ -1,76 +1,55 @@
-"""What one task contributes, and its sum over the tasks of a shard: differentiation through the inner loop, or back over its steps.
+"""Compute the contribution of one task, and its sum over the tasks of a shard.
 
-``vmap`` is of the *per-task* gradient throughout: differentiating through a vmapped loss is wrong for batch norm's
-second order.
+Unrolled differentiation records the inner loop; mixed differentiation goes back over its steps. ``vmap`` is of the
+*per-task* gradient throughout: the gradient of a vmapped loss is wrong for batch norm's second order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar, Union
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, func
+from torch import Tensor
 from torch.func import grad, vmap
 
 from metadist.core.algorithm import Algorithm, TaskContext, Theta
 from metadist.core.engine import Engine
-from metadist.core.inner_loop import InnerLoop, InnerState
+from metadist.core.inner_loop import Descent, InnerLoop, InnerState, Moments
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import TaskKey
 from metadist.core.task import Task, TaskFamily
-from metadist.engine.convolution import REPLACEMENTS
+from metadist.engine.functions import Call, added, apart, directly, jvp, kept_sum, mapped, vjp
 
+T = TypeVar("T")
 Values = dict[str, Parameters]
 """Slot → gradient or delta."""
 Metrics = dict[str, Tensor]
 Names = frozenset[tuple[str, str]]
 """(slot, tensor) pairs."""
-Run = Callable[..., Any]
-"""``run(name, function, *arguments)``: a function of tensors, called as it is or compiled."""
-
-
-#: typed as returning two or three values
-vjp: Any = func.vjp
-jvp: Any = func.jvp
+StepIndex = Union[int, Tensor]
+"""A meta-step or inner step: an int, or a 0-d int64 tensor in compiled shards."""
+Cotangent = Union[InnerState, tuple[()]]
+"""A cotangent of an inner state, or () for none: ``vmap`` refuses None."""
 
 BUFFERS = "buffers."
 
 
 def fixed(theta: Theta) -> dict[str, Tensor]:
-    """Frozen parameters and buffers, by name."""
+    """Return frozen parameters and buffers by name."""
     return {n: t for slot in theta if slot == "frozen" or slot.startswith(BUFFERS) for n, t in theta[slot].items()}
-
-
-def directly(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
-def tree_sum(stacked: Tensor) -> Tensor:
-    """The sum over the leading dimension as a balanced binary tree, like ``TreeSum``: the sums of complete subtrees
-    (chunks of a power of two) can be summed on without changing a bit."""
-    terms = list(stacked.unbind(0))
-    while len(terms) > 1:
-        terms = [torch.add(*terms[i : i + 2]) if i + 1 < len(terms) else terms[i] for i in range(0, len(terms), 2)]
-    return terms[0]
-
-
-def kept_sum(keep: Tensor, tree: Any) -> Any:
-    """Σ of every tensor [T, …] over the tasks that ``keep`` [T] holds true for."""
-
-    def total(t: Tensor) -> Tensor:
-        return tree_sum(torch.where(keep.view(-1, *(1,) * (t.dim() - 1)), t, torch.zeros_like(t)))
-
-    return pytree.tree_map(total, tree)
 
 
 @dataclass(frozen=True)
 class MetaGradient:
-    """Per-task contributions of one algorithm. ``learned`` names the slots whose rule is ``gradient``; ``held`` what an
-    inner step depends on besides φ (mixed differentiation follows no other path)."""
+    """Compute the contributions of tasks for one algorithm under one engine.
+
+    ``learned`` names the slots whose rule is ``gradient``. ``held`` names the tensors of θ that an inner step depends
+    on besides φ (``held_by_steps``): mixed differentiation follows no other dependence of a step on θ.
+    """
 
     algorithm: Algorithm
     model: Model
@@ -81,38 +60,45 @@ class MetaGradient:
     held: Names = frozenset()
 
     def bind(self, theta: Theta, key: TaskKey | None, training: bool) -> BoundModel:
-        return self.model.bind(fixed(theta), key, training, self.engine, REPLACEMENTS if self.engine.compile else None)
+        """Return the model with θ's frozen parameters and buffers, for one task."""
+        return self.model.bind(fixed(theta), key, training, self.engine)
 
     def values(self, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
-        """Every task's gradient (or delta), and its loss and metric on the query set, stacked [T, …]; never compiled."""
+        """Compute every task's gradient (or delta), query loss and query metric, stacked [T, …]; never compiled."""
         if self.walks_back:
-            return self._mixed(directly, theta, tasks, keys, meta_step)
-        return vmap(self._single(theta, keys, meta_step))(tasks, keys.tasks)
+            return self._mixed(_Shard(self, directly, self.flat(theta), tasks, keys, meta_step))
+        values, metrics = vmap(self._single(theta, keys, meta_step))(tasks, keys.tasks)
+        return values, metrics
 
     def sums(
-        self, run: Run, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
+        self, run: Call, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Σ of ``values`` over the tasks that ``keep`` [T] holds true for: slot vectors, and metrics [2] in float64."""
+        """Sum ``values`` over the tasks for which ``keep`` [T] is true: slot vectors, and metrics [2] in float64."""
 
         def reduce(values: Values, metrics: Metrics, keep: Tensor) -> tuple[dict[str, Tensor], Tensor]:
             slots = {n: self.layouts[n].flatten(p) for n, p in kept_sum(keep, values).items()}
             return slots, torch.stack([kept_sum(keep, v.double()) for v in metrics.values()])
 
         if self.walks_back:
-            values, metrics = self._mixed(run, theta, tasks, keys, meta_step)
+            values, metrics = self._mixed(_Shard(self, run, self.flat(theta), tasks, keys, meta_step))
             return run("sum", reduce, values, metrics, keep)
 
         def whole(
-            vectors: dict[str, Tensor], tasks: Task, indices: Tensor, key_step: Any, meta_step: Any, keep: Tensor
-        ) -> Any:
-            single = self._single(self._named(vectors), replace(keys, meta_step=key_step), meta_step)
+            vectors: dict[str, Tensor],
+            tasks: Task,
+            indices: Tensor,
+            key_step: StepIndex,
+            meta_step: StepIndex,
+            keep: Tensor,
+        ) -> tuple[dict[str, Tensor], Tensor]:
+            single = self._single(self.named(vectors), replace(keys, meta_step=key_step), meta_step)
             return reduce(*vmap(single)(tasks, indices), keep)
 
-        return run("shard", whole, self._flat(theta), tasks, keys.tasks, keys.meta_step, meta_step, keep)
+        return run("shard", whole, self.flat(theta), tasks, keys.tasks, keys.meta_step, meta_step, keep)
 
     @property
     def cannot_walk_back(self) -> str | None:
-        """Why there are no inner steps to walk back over, or None."""
+        """Return the reason why mixed differentiation is impossible, or None."""
         if self.algorithm.contribution == "delta":
             return "the algorithm contributes a delta, and differentiates through nothing"
         if not isinstance(self.algorithm, InnerLoop) or type(self.algorithm).adapt is not InnerLoop.adapt:
@@ -121,16 +107,19 @@ class MetaGradient:
 
     @property
     def walks_back(self) -> bool:
+        """Whether differentiation is mixed: back over the inner steps."""
         return self.engine.differentiation == "mixed" and self.cannot_walk_back is None
 
-    def context(self, keys: TaskKey, index: Tensor, meta_step: Any) -> TaskContext:
+    def context(self, keys: TaskKey, index: Tensor, meta_step: StepIndex) -> TaskContext:
+        """Return the training context of the task with ``index``, a scalar."""
         return TaskContext(replace(keys, tasks=index), meta_step, True, self.family)
 
-    def _flat(self, theta: Theta) -> dict[str, Tensor]:
-        """θ as few tensors: what a compiled graph takes to be called depends on the number of its arguments."""
+    def flat(self, theta: Theta) -> dict[str, Tensor]:
+        """Return θ as one vector for each slot: a call of a compiled graph takes longer the more arguments it has."""
         return {n: self.layouts[n].flatten(p) for n, p in theta.items()}
 
-    def _named(self, vectors: Mapping[str, Tensor]) -> dict[str, Parameters]:
+    def named(self, vectors: Mapping[str, Tensor]) -> dict[str, Parameters]:
+        """Return θ of ``flat``'s vectors."""
         return {n: self.layouts[n].unflatten(v) for n, v in vectors.items()}
 
     def _learned(self, theta: Theta) -> Values:
@@ -139,16 +128,18 @@ class MetaGradient:
     def _metrics(self, context: TaskContext, loss: Tensor, prediction: Tensor, task: Task) -> Metrics:
         return {"loss": loss, self.family.metric_name: context.metric(prediction, task.query)}
 
-    # Through the inner loop -------------------------------------------------------------------------------------------
+    # Unrolled: through the recorded inner loop ------------------------------------------------------------------------
 
-    def _single(self, theta: Theta, keys: TaskKey, meta_step: Any) -> Callable[[Task, Tensor], tuple[Values, Metrics]]:
+    def _single(
+        self, theta: Theta, keys: TaskKey, meta_step: StepIndex
+    ) -> Callable[[Task, Tensor], tuple[Values, Metrics]]:
         def single(task: Task, index: Tensor) -> tuple[Values, Metrics]:
             context = self.context(keys, index, meta_step)
             model = self.bind(theta, context.key, True)
             if self.algorithm.contribution == "delta":
                 phi = self.algorithm.adapt(model, theta, task.support, context)[-1]
                 prediction = self.algorithm.predict(model, phi, task.query.x)
-                delta = self.algorithm.delta(theta, phi)
+                delta = dict(self.algorithm.delta(theta, phi))
                 return delta, self._metrics(context, context.loss(prediction, task.query), prediction, task)
 
             def objective(learned: Values) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -162,65 +153,42 @@ class MetaGradient:
 
         return single
 
-    # Back over the inner steps ----------------------------------------------------------------------------------------
+    # Mixed: back over the inner steps ---------------------------------------------------------------------------------
 
-    def _mixed(self, run: Run, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
-        """∇θ by the reverse recursion λ_t = ∂U/∂φᵀ λ_{t+1} + ∇²L c over the inner steps U (Kemaev et al. 2025, section 3).
+    def _mixed(self, shard: _Shard) -> tuple[Values, Metrics]:
+        """Compute ∇θ by the reverse recursion λ_t = ∂U/∂φᵀ λ_{t+1} + ∇²L c over the inner steps U.
 
-        Only the states (φ_t, moments) are stored; each step is computed anew on the way back. Every piece is a function of
-        its own, so that compiling takes as long for fifty steps as for one.
+        Only the states (φ_t, moments) stay in memory; the way back recomputes each step (Kemaev et al. 2025, sec. 3).
         """
-        algorithm: Any = self.algorithm
-        steps, vectors = algorithm.inner_steps, self._flat(theta)
-
-        def over_tasks(single: Callable[..., Any], batched: int) -> Callable[..., Any]:
-            """``single(context, theta, task, *batched, *shared)`` over the tasks of a shard."""
-
-            def whole(
-                vectors: dict[str, Tensor], tasks: Task, indices: Tensor, key_step: Any, meta_step: Any, *rest: Any
-            ) -> Any:
-                here, theta = replace(keys, meta_step=key_step), self._named(vectors)
-                each, shared = rest[:batched], rest[batched:]
-
-                def one(task: Task, index: Tensor, *each: Any) -> Any:
-                    return single(self.context(here, index, meta_step), theta, task, *each, *shared)
-
-                return pytree.tree_map(_apart, vmap(one)(tasks, indices, *each))
-
-            return whole
-
-        def piece(
-            name: str, single: Callable[..., Any], each: tuple[Any, ...] = (), shared: tuple[Any, ...] = ()
-        ) -> Any:
-            return run(
-                name,
-                over_tasks(single, len(each)),
-                vectors,
-                tasks,
-                keys.tasks,
-                keys.meta_step,
-                meta_step,
-                *each,
-                *shared,
-            )
-
-        states = [piece("start", self._start)]
+        steps = self.algorithm.inner_steps
+        states = [shard.piece("start", self._start)]
         for step in range(steps):
-            states.append(piece("step", self._step, (states[-1],), (step,)))
-        judged = states if algorithm.whole_trajectory else states[-1:]
-        gradient, cotangents, held, metrics = piece("outer", self._outer, (judged,))
-        cotangents = [()] * (len(states) - len(judged)) + cotangents  # () : no pull; vmap takes no None
-        back = cotangents.pop()
+            states.append(shard.piece("step", self._step, (states[-1],), (step,)))
+        judged = states if self.algorithm.whole_trajectory else states[-1:]
+        gradient, cotangents, pulled, metrics = shard.piece("outer", self._outer, (judged,))
+        cotangents = [*[()] * (len(states) - len(judged)), *cotangents]
+        cotangent = cotangents.pop()
         for step in reversed(range(steps)):
-            extra = cotangents.pop()
-            back, held = piece("back", self._back, (states[step], back, held, extra), (step,))
+            # No name may hold a state or a cotangent that was used: it would stay in memory.
+            cotangent, pulled = shard.piece(
+                "back", self._back, (states[step], cotangent, pulled, cotangents.pop()), (step,)
+            )
             states.pop()
-        return piece("end", self._end, (gradient, back, held)), metrics
+        return shard.piece("end", self._end, (gradient, cotangent, pulled)), metrics
 
-    def _start(self, context: TaskContext, theta: Theta, task: Task) -> InnerState:
-        phi, moments = self.descent(context, theta, task).start
+    def descent(self, context: TaskContext, theta: Theta, task: Task) -> Descent:
+        """Return the inner loop of one task. The algorithm must be an ``InnerLoop`` (``cannot_walk_back`` is None)."""
+        return self._inner_loop.descent(self.bind(theta, context.key, True), theta, task.support, context)
+
+    @property
+    def _inner_loop(self) -> InnerLoop:
+        assert isinstance(self.algorithm, InnerLoop)
+        return self.algorithm
+
+    def _start(self, bound: _BoundTask) -> InnerState:
+        phi, moments = bound.descent().start
         if self.engine.compile and moments.first:
-            # As a number it would be a constant of every step's graph, each to be compiled.
+            # A number would be a constant of each step's graph, and each step would be compiled.
             moments = replace(
                 moments,
                 count=torch.full((), float(moments.count), dtype=self.model.dtype, device=self.model.device),
@@ -228,32 +196,25 @@ class MetaGradient:
             )
         return phi, moments
 
-    def descent(self, context: TaskContext, theta: Theta, task: Task) -> Any:
-        algorithm: Any = self.algorithm
-        return algorithm.descent(self.bind(theta, context.key, True), theta, task.support, context)
+    def _step(self, bound: _BoundTask, state: InnerState, step: StepIndex) -> InnerState:
+        return self._inner_loop.step(bound.descent(), state, step)
 
-    def _step(self, context: TaskContext, theta: Theta, task: Task, state: InnerState, step: Any) -> InnerState:
-        algorithm: Any = self.algorithm
-        return algorithm.step(self.descent(context, theta, task), state, step)
-
-    def _outer(
-        self, context: TaskContext, theta: Theta, task: Task, states: list[InnerState]
-    ) -> tuple[Values, list[InnerState], Values, Metrics]:
-        """∂ of the objective with respect to θ directly, and to the states; and nothing yet of what the steps pull on."""
+    def _outer(self, bound: _BoundTask, states: list[InnerState]) -> tuple[Values, list[Cotangent], Values, Metrics]:
+        """Differentiate the objective: by θ directly, by the states, and zeros, where the steps' gradients add up."""
 
         def objective(learned: Values, states: list[InnerState]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            given = {**theta, **learned}
-            descent = self.descent(context, given, task)
+            given = {**bound.theta, **learned}
+            descent = bound.descent(given)
             trajectory = [descent.finish(*state) for state in states]
-            model = self.bind(theta, context.key, True)
-            loss, prediction = self.algorithm.objective(model, given, trajectory, task, context)
+            model = self.bind(bound.theta, bound.context.key, True)
+            loss, prediction = self.algorithm.objective(model, given, trajectory, bound.task, bound.context)
             return loss, (loss.detach(), prediction.detach())
 
         (direct, cotangents), (loss, prediction) = grad(objective, argnums=(0, 1), has_aux=True)(
-            self._learned(theta), states
+            self._learned(bound.theta), states
         )
-        nothing = pytree.tree_map(torch.zeros_like, self._held(theta))
-        return direct, cotangents, nothing, self._metrics(context, loss, prediction, task)
+        zeros = mapped(torch.zeros_like, self._held(bound.theta))
+        return direct, cotangents, zeros, self._metrics(bound.context, loss, prediction, bound.task)
 
     def _held(self, theta: Theta) -> Values:
         slots = sorted({slot for slot, _ in self.held})
@@ -261,84 +222,144 @@ class MetaGradient:
 
     def _back(
         self,
-        context: TaskContext,
-        theta: Theta,
-        task: Task,
+        bound: _BoundTask,
         state: InnerState,
-        back: InnerState,
-        before: Values,
-        extra: Any,
-        step: Any,
+        cotangent: InnerState,
+        pulled: Values,
+        outer: Cotangent,
+        step: StepIndex,
     ) -> tuple[InnerState, Values]:
-        """(λ of the state before the step, what its pull on θ adds up to) from λ of the state behind it."""
-        algorithm: Any = self.algorithm
-        held = self._held(theta)
+        """Go back over one step, from ``state`` to the next state.
 
-        def descent(held: Values) -> Any:
-            return self.descent(context, {**theta, **{slot: theta[slot].replace(p) for slot, p in held.items()}}, task)
+        ``cotangent`` is that of the next state, ``pulled`` the sum of the later steps' gradients by θ, and ``outer``
+        the objective's direct cotangent of ``state``. Return the cotangent of ``state`` and the new sum.
+        """
+        held = self._held(bound.theta)
+
+        def descent(held: Values) -> Descent:
+            return bound.descent({**bound.theta, **{slot: bound.theta[slot].replace(p) for slot, p in held.items()}})
 
         if self.engine.hessian == "reverse":
 
             def stepped(state: InnerState, held: Values) -> InnerState:
-                return algorithm.step(descent(held), state, step)
+                return self._inner_loop.step(descent(held), state, step)
 
             _, pull = vjp(stepped, state, held)
-            pulled, pulled_held = pull(back)
+            through_state, through_held = pull(cotangent)
         else:
-            pulled, pulled_held = self._forward_over_reverse(descent, state, held, back, step)
-        if extra:
-            pulled = _add(pulled, extra)
-        return pulled, _add(before, pulled_held)
+            through_state, through_held = self._forward_over_reverse(descent, state, held, cotangent, step)
+        if outer:
+            through_state = added(through_state, outer)
+        return through_state, added(pulled, through_held)
 
     def _forward_over_reverse(
-        self, descent: Callable[[Values], Any], state: InnerState, held: Values, back: InnerState, step: Any
+        self,
+        descent: Callable[[Values], Descent],
+        state: InnerState,
+        held: Values,
+        cotangent: InnerState,
+        step: StepIndex,
     ) -> tuple[InnerState, Values]:
-        algorithm: Any = self.algorithm
         here, (phi, moments) = descent(held), state
-        # The update of plain SGD is linear in the gradient: its derivative doesn't need to know it.
-        linear = algorithm.inner_optimizer == "sgd" and not isinstance(here.rate, (Parameters, Tensor))
-        gradient = phi.zeros() if linear else grad(here.loss)(phi, step)
+        # The update of plain SGD is linear in the gradient, so its derivative needs no value of the gradient.
+        linear = self._inner_loop.inner_optimizer == "sgd" and not isinstance(here.rate, (Parameters, Tensor))
+        gradient: Parameters = phi.zeros() if linear else grad(here.loss)(phi, step)
 
-        def update(phi: Parameters, moments: Any, gradient: Parameters, held: Values) -> InnerState:
-            return algorithm.update(phi, gradient, descent(held).rate, moments)
+        def update(phi: Parameters, moments: Moments, gradient: Parameters, held: Values) -> InnerState:
+            return self._inner_loop.update(phi, gradient, descent(held).rate, moments)
 
         _, pull = vjp(update, phi, moments, gradient, held)
-        through_phi, through_moments, tangent, through_rate = pull(back)
+        through_phi, through_moments, tangent, through_rate = pull(cotangent)
         if here.first_order:
             return (through_phi, through_moments), through_rate
 
-        def gradients(phi: Parameters, held: Values) -> Any:
-            return grad(lambda phi, held: descent(held).loss(phi, step), argnums=(0, 1))(phi, held)
+        def gradients(phi: Parameters, held: Values) -> tuple[Parameters, Values]:
+            result: tuple[Parameters, Values] = grad(lambda phi, held: descent(held).loss(phi, step), argnums=(0, 1))(
+                phi, held
+            )
+            return result
 
-        still = pytree.tree_map(torch.zeros_like, held)
-        _, (curved, crossed) = jvp(gradients, (phi, held), (tangent, still))
-        return (through_phi + curved, through_moments), _add(through_rate, crossed)
+        zeros = mapped(torch.zeros_like, held)
+        _, (curved, crossed) = jvp(gradients, (phi, held), (tangent, zeros))
+        return (through_phi + curved, through_moments), added(through_rate, crossed)
 
-    def _end(
-        self, context: TaskContext, theta: Theta, task: Task, gradient: Values, back: InnerState, held: Values
-    ) -> Values:
-        """The direct gradient, the pull of the steps, and that of φ_0's dependence on θ."""
-        _, pull = vjp(lambda learned: self._start(context, {**theta, **learned}, task), self._learned(theta))
-        (first,) = pull(back)
-        total = _add(gradient, first)
-        for slot, pulled in held.items():
-            total[slot] = total[slot].replace({n: total[slot][n] + t for n, t in pulled.items()})
+    def _end(self, bound: _BoundTask, gradient: Values, cotangent: InnerState, pulled: Values) -> Values:
+        """Add the direct gradient, the gradient by way of φ_0's dependence on θ, and that of the steps."""
+
+        def start(learned: Values) -> InnerState:
+            return self._start(replace(bound, theta={**bound.theta, **learned}))
+
+        _, pull = vjp(start, self._learned(bound.theta))
+        (first,) = pull(cotangent)
+        total = added(gradient, first)
+        for slot, values in pulled.items():
+            total[slot] = total[slot].replace({n: total[slot][n] + t for n, t in values.items()})
         return total
 
 
-def _apart(t: Tensor) -> Tensor:
-    """With memory of its own: forward mode makes each tangent as its φ lies in memory, be that one row that all tasks share or
-    a piece of a vector (as long as the vector, then)."""
-    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone(memory_format=torch.contiguous_format)
+@dataclass(frozen=True)
+class _BoundTask:
+    """One task under ``vmap``, with its context and θ."""
+
+    gradient: MetaGradient
+    context: TaskContext
+    theta: Theta
+    task: Task
+
+    def descent(self, theta: Theta | None = None) -> Descent:
+        """Return the task's inner loop under its own θ or another."""
+        return self.gradient.descent(self.context, self.theta if theta is None else theta, self.task)
 
 
-def _add(a: Any, b: Any) -> Any:
-    return pytree.tree_map(torch.add, a, b)
+@dataclass(frozen=True)
+class _Shard:
+    """Run the pieces of a shard's mixed gradient over its tasks; ``vectors`` is θ.
+
+    Each piece is a separate function, so that compilation takes as long for fifty inner steps as for one.
+    """
+
+    gradient: MetaGradient
+    run: Call
+    vectors: dict[str, Tensor]
+    tasks: Task
+    keys: TaskKey
+    meta_step: int
+
+    def piece(
+        self, name: str, single: Callable[..., T], each: tuple[object, ...] = (), shared: tuple[StepIndex, ...] = ()
+    ) -> T:
+        """Run ``single(bound_task, *each, *shared)`` over the tasks; ``each`` and the results are stacked [T, …]."""
+        count = len(each)
+
+        def whole(
+            vectors: dict[str, Tensor],
+            tasks: Task,
+            indices: Tensor,
+            key_step: StepIndex,
+            meta_step: StepIndex,
+            *rest: object,
+        ) -> T:
+            keys, theta = replace(self.keys, meta_step=key_step), self.gradient.named(vectors)
+            stacked, common = rest[:count], rest[count:]
+
+            def one(task: Task, index: Tensor, *own: object) -> T:
+                context = self.gradient.context(keys, index, meta_step)
+                return single(_BoundTask(self.gradient, context, theta, task), *own, *common)
+
+            result: T = vmap(one)(tasks, indices, *stacked)
+            return mapped(apart, result)
+
+        keys = self.keys
+        return self.run(
+            name, whole, self.vectors, self.tasks, keys.tasks, keys.meta_step, self.meta_step, *each, *shared
+        )
 
 
 def held_by_steps(gradient: MetaGradient, theta: Theta, task: Task, key: TaskKey) -> Names:
-    """What the first inner step depends on besides its state: found by ordinary autograd, which tells None from zero."""
-    algorithm: Any = gradient.algorithm
+    """Find the tensors of θ that an inner step depends on besides its state.
+
+    Ordinary autograd finds them: it distinguishes None (no dependence) from zero, which ``torch.func`` does not.
+    """
     leaves = {
         (slot, n): t.detach().clone().requires_grad_() for slot in gradient.learned for n, t in theta[slot].items()
     }
@@ -347,8 +368,10 @@ def held_by_steps(gradient: MetaGradient, theta: Theta, task: Task, key: TaskKey
         context = gradient.context(key, key.tasks, 0)
         descent = gradient.descent(context, given, task)
         phi = descent.phi.map(lambda t: t.detach().clone().requires_grad_())
-        outputs = [descent.loss(phi, step) for step in range(algorithm.inner_steps)]
+        outputs = [descent.loss(phi, step) for step in range(gradient.algorithm.inner_steps)]
         outputs += [t.sum() for t in pytree.tree_leaves(descent.rate) if isinstance(t, Tensor)]
         outputs = [o for o in outputs if o.requires_grad]
-        found = torch.autograd.grad(sum(outputs), list(leaves.values()), allow_unused=True) if outputs else []
+        if not outputs:
+            return frozenset()
+        found = torch.autograd.grad(sum(outputs[1:], outputs[0]), list(leaves.values()), allow_unused=True)
     return frozenset(name for name, g in zip(leaves, found) if g is not None)

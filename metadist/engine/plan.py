@@ -1,7 +1,7 @@
 """Choose the engine of a run: resolve every ``auto`` once, from the configuration and the workers' device.
 
-The memory plan is read off graphs: one task's meta-gradient is traced for one and for two inner steps, the bytes that are alive at each
-operator are counted, and the peak is proportional to steps and tasks.
+The memory plan is read off graphs: one task's meta-gradient is traced for one and for two inner steps, the bytes that
+are alive at each operator are counted, and the peak is proportional to steps and tasks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from metadist.engine.subject import Subject
 
 #: under ``auto``, runs of fewer inner and outer passes over a task end before a compiler does
 WORTH_COMPILING = 50_000
-#: under ``auto``, a shard that takes less than this many times a core's cache is computed whole: a second call of the graph costs more
-#: than the memory traffic that it saves (MLP, 25 tasks in 1.2 times a cache: 1.07 ms whole, 1.66 in chunks of 16, 1.96 of 8)
+#: under ``auto``, a shard that takes less than this many times a core's cache is computed whole: a second call of the
+#: graph costs more
+#: than the memory traffic that it saves (MLP, 25 tasks in 1.2 times a cache: 1.07 ms whole, 1.66 in chunks of 16, 1.96
+#: of 8)
 CACHES_WORTH_CHUNKING = 4
 #: share of a chunked shard's computation that padding may cost under ``auto``
 MAX_PADDING = 0.15
-#: under ``auto``, graphs of more inner steps take minutes to compile; the graphs of mixed mode do not grow with inner steps
+#: under ``auto``, graphs of more inner steps take minutes to compile; the graphs of mixed mode do not grow with inner
+#: steps
 MAX_COMPILED_STEPS = 5
 #: share of a device's memory that a plan may fill
 USABLE = 0.6
@@ -94,7 +97,8 @@ class Plan:
 
 
 def plan_shards(subject: Subject, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
-    """Resolve ``request`` for the shards of ``subject`` on workers that compute on ``device``; ``sharing`` workers share its memory.
+    """Resolve ``request`` for the shards of ``subject`` on workers that compute on ``device``; ``sharing`` workers
+    share its memory.
 
     ConfigError where the request cannot be met.
     """
@@ -224,8 +228,8 @@ def _chosen_differentiation(
 
 def _hessian(subject: Subject, request: EngineRequest, engine: Engine, reasons: dict[str, str]) -> Engine:
     """Choose the order of differentiation for mixed mode, by a comparison in float64."""
-    # Eagerly, forward mode lacks the fused kernels and holds tangents of all tensors: 1.6 times the time of unrolled on a transformer
-    # against 1.3 in reverse. A compiled forward graph needs one pass less.
+    # Eagerly, forward mode lacks the fused kernels and holds tangents of all tensors: 1.6 times the time of unrolled
+    # on a transformer against 1.3 in reverse. A compiled forward graph needs one pass less.
     first: Hessian
     second: Hessian
     first, second = ("forward", "reverse") if engine.compile else ("reverse", "forward")

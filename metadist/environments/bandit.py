@@ -1,4 +1,4 @@
-"""Multi-armed bandits (Duan et al., "RL²", 2016, §3.1): a trial is n pulls, each an episode of one step."""
+"""Define multi-armed bandits (Duan et al., "RL²", 2016, §3.1): a trial is n pulls, each an episode of one step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from metadist.rl.policy import standard_normal
 
 
 class Arms(MetaEnvironment):
-    """What bandits have in common: a task is the means of its arms, ``mean`` [B, arms]; the observation is a constant 0.
+    """The base of all bandits: a task is the means of its arms, ``mean`` [B, arms]; the observation is a constant 0.
 
-    A Bernoulli arm pays where the step's one uniform lies below its mean, so that all policies share a trial's luck: had two
-    pulled the same arm at the same step, they would have been paid the same.
+    A Bernoulli arm pays where the step's uniform number is below its mean. All policies have the same random numbers in
+    a trial: two policies that pull the same arm at the same step get the same reward.
     """
 
     horizon = 1
     step_noise = 1
     arms: int
+    #: whether rewards are N(mean, 1); otherwise they are Bernoulli
+    gaussian: bool = False
+    #: whether a pull of one arm carries no information about the others
+    independent: bool = True
 
     @property
     def observation_size(self) -> int:
@@ -43,13 +47,13 @@ class Arms(MetaEnvironment):
         return Step(state, observation, self.pay(_of(tasks["mean"], action), noise), terminated)
 
     def pay(self, mean: Tensor, noise: Tensor) -> Tensor:
-        """The reward [B] of pulling arms with these means [B]."""
+        """Return the reward [B] of a pull of arms with these means [B]."""
         return (noise.squeeze(-1) < mean).to(torch.float32)
 
     def restart(
         self, tasks: Tasks, state: Any, observation: Tensor, ended: Tensor, noise: Tensor
     ) -> tuple[Any, Tensor]:
-        return state, observation  # a pull leaves nothing behind
+        return state, observation  # a pull does not change the state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +71,15 @@ class Bandit(Arms):
 
     def __post_init__(self) -> None:
         one_of("environment.reward", self.reward, ("bernoulli", "gaussian"))
-        for name, least in (("arms", 2), ("episodes", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"environment.{name}: {getattr(self, name)} is below {least}")
+        self.check_least(arms=2, episodes=1)
         if not self.prior_deviation > 0:
-            raise ConfigError(f"environment.prior_deviation: {self.prior_deviation} is not above 0")
+            raise ConfigError(
+                f"environment.prior_deviation: {self.prior_deviation} is not above 0; use a positive number"
+            )
+
+    @property
+    def gaussian(self) -> bool:  # type: ignore[override]
+        return self.reward == "gaussian"
 
     @property
     def step_noise(self) -> int:  # type: ignore[override]
@@ -91,5 +99,5 @@ class Bandit(Arms):
 
 
 def _of(table: Tensor, index: Tensor) -> Tensor:
-    """table [B, N], index [B] → [B]."""
+    """Select one entry of each row: table [B, N], index [B] → [B]."""
     return table.gather(1, index.unsqueeze(1)).squeeze(1)

@@ -1,4 +1,7 @@
-"""Gymnasium's bodies with rewards of our own. Imports MuJoCo: to be imported by whoever builds one."""
+"""Define Gymnasium's robots with the rewards of meta-learning tasks.
+
+This module imports MuJoCo: import it only where a robot is built.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 
 
 class CheetahAtSpeed(HalfCheetahEnv):
-    """``task``: the speed to run at."""
+    """A cheetah that runs at the speed ``task``, in metres a second."""
 
     task = 0.0
 
@@ -18,7 +21,7 @@ class CheetahAtSpeed(HalfCheetahEnv):
 
 
 class CheetahInDirection(HalfCheetahEnv):
-    """``task``: 1 to run forwards, −1 to run backwards."""
+    """A cheetah that runs forwards where ``task`` is 1 and backwards where it is −1."""
 
     task = 1.0
 
@@ -27,7 +30,7 @@ class CheetahInDirection(HalfCheetahEnv):
 
 
 class AntInDirection(AntEnv):
-    """As ``CheetahInDirection``."""
+    """An ant that runs forwards where ``task`` is 1 and backwards where it is −1."""
 
     task = 1.0
 

@@ -1,4 +1,4 @@
-"""Two-armed bandits whose arms tell of each other (Wang et al., "Learning to reinforcement learn", 2016, §3.1.2)."""
+"""Define two-armed bandits with correlated arms (Wang et al., "Learning to reinforcement learn", 2016, §3.1.2)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from metadist.core.errors import ConfigError, one_of
+from metadist.core.errors import one_of
 from metadist.core.random import TaskKey
 from metadist.environments.bandit import Arms
 from metadist.rl.environment import Tasks
@@ -20,8 +20,8 @@ SHARES = {"easy": 0.1, "medium": 0.25, "hard": 0.4}
 class CorrelatedBandit(Arms):
     """Two Bernoulli arms, p₂ = 1 − p₁, pulled ``episodes`` times.
 
-    ``arms_are``: uniform (p₁ ~ U[0, 1]), easy (p₁ is .1 or .9), medium (.25 or .75), hard (.4 or .6), or independent (both
-    U[0, 1], so that nothing is to be learned of one arm by pulling the other).
+    ``arms_are``: uniform (p₁ ~ U[0, 1]), easy (p₁ is .1 or .9), medium (.25 or .75), hard (.4 or .6), or independent
+    (both U[0, 1]: a pull of one arm carries no information about the other).
     """
 
     episodes: int = 100
@@ -31,8 +31,11 @@ class CorrelatedBandit(Arms):
 
     def __post_init__(self) -> None:
         one_of("environment.arms_are", self.arms_are, ("uniform", *SHARES, "independent"))
-        if self.episodes < 1:
-            raise ConfigError(f"environment.episodes: {self.episodes} is below 1")
+        self.check_least(episodes=1)
+
+    @property
+    def independent(self) -> bool:  # type: ignore[override]
+        return self.arms_are == "independent"
 
     def sample(self, keys: TaskKey) -> Tasks:
         drawn = keys.stream("arms").uniform(2)

@@ -1,4 +1,4 @@
-"""A grid with a hidden goal (Zintgraf et al., "VariBAD", ICLR 2020, §5.1)."""
+"""Define a grid with a hidden goal (Zintgraf et al., "VariBAD", ICLR 2020, §5.1)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ MOVES = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))
 
 @dataclass(frozen=True, kw_only=True)
 class Gridworld(MetaEnvironment):
-    """+1 for every step that ends on the goal, −.1 for the others; every episode begins in (0, 0) and lasts ``horizon`` steps.
+    """A square grid; the reward is +1 for every step that ends on the goal and −.1 for every other step.
 
-    The goal is any cell but the four that are at most one step from the start in x and in y: 21 with ``size`` 5. A task is
-    ``goal`` [B] int64, the cell's number size · y + x. The observation is the cell one-hot, not (x, y) as in the paper: a policy
-    has to remember cells that it has seen, and of a one-hot cell its first layer is already a table.
+    Every episode begins in (0, 0) and lasts ``horizon`` steps. The goal is any cell except the four that are at most
+    one step from the start in x and in y: 21 goals with ``size`` 5. A task is ``goal`` [B] int64, the cell's number
+    size · y + x. The observation is the cell one-hot, not (x, y) as in the paper: a policy must remember the cells
+    that it has seen, and with a one-hot cell its first layer is a lookup table.
 
-    The splits draw from the same goals, by keys of their own. With ``held_out_goals`` h, validation and test have h goals each
-    that no other split has; which, is the same in every run.
+    The splits sample the same goals with different keys. With ``held_out_goals`` h, validation and test have h goals
+    each that no other split has; these goals are the same in every run.
     """
 
     size: int = 5
@@ -35,12 +36,11 @@ class Gridworld(MetaEnvironment):
     held_out_goals: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("size", 3), ("horizon", 1), ("episodes", 1), ("held_out_goals", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"environment.{name}: {getattr(self, name)} is below {least}")
+        self.check_least(size=3, horizon=1, episodes=1, held_out_goals=0)
         if 2 * self.held_out_goals >= (count := self.size**2 - 4):
             raise ConfigError(
-                f"environment.held_out_goals: {self.held_out_goals} each for validation and test leaves none of {count} goals to train on"
+                f"environment.held_out_goals: {self.held_out_goals} each for validation and test leaves none of "
+                f"{count} goals for training; expected at most {(count - 1) // 2}"
             )
 
     @property
@@ -52,7 +52,7 @@ class Gridworld(MetaEnvironment):
         return Discrete(len(MOVES))
 
     def goals(self, split: str) -> Tensor:
-        """The cells that are goals in ``split``: int64 [G]."""
+        """Return the cells that are goals in ``split``: int64 [G]."""
         cells = [y * self.size + x for y in range(self.size) for x in range(self.size) if max(x, y) > 1]
         if not self.held_out_goals:
             return torch.tensor(cells)
@@ -84,7 +84,7 @@ class Gridworld(MetaEnvironment):
 
 @lru_cache(maxsize=16)
 def _following(size: int, device: torch.device) -> Tensor:
-    """[cells · moves]: where a move leads; walls stop it."""
+    """Return the cell after every move from every cell: int64 [cells · moves]; a move into a wall has no effect."""
 
     def inside(at: int) -> int:
         return min(max(at, 0), size - 1)

@@ -1,11 +1,11 @@
-"""Any Gymnasium environment that can ``sample_tasks`` and ``set_task``."""
+"""Adapt any Gymnasium environment that has ``sample_tasks`` and ``set_task``."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,24 +17,27 @@ import torch
 
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.random import TaskKey
-from metadist.environments.simulated import OnError, SimulatedEnvironment, Task, as_text
+from metadist.environments.simulated import OnError, SimulatedEnvironment, TaskValues, as_text
 from metadist.rl.environment import Tasks
 
-#: the field of a task that is no dict
+#: the field name of a task that is not a dict
 ONLY = "task"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gymnasium(SimulatedEnvironment):
-    """``make`` is ``package.module:function``; called with ``arguments`` it returns an environment as Gymnasium 1.x has them, with
+    """A meta-environment of the user's Gymnasium 1.x environment.
 
-    - ``sample_tasks(count, generator)`` → ``count`` tasks, drawn from ``generator`` (numpy.random.Generator) alone; it may also take
-      ``split``, to keep train, validation and test tasks apart. Of the older form ``sample_tasks(count)``, what it draws from its own
-      ``np_random`` and from ``numpy.random`` is keyed. A task is a number, an array, or a dict of both, always of the same fields and shapes.
-    - ``set_task(task)``, of a task as it was sampled.
-    - ``reset(seed=…)``, which forgets all that came before.
+    ``make`` is ``package.module:function``. Called with ``arguments``, the function returns an environment with
 
-    ``measures`` are entries of a step's info that are kept beside the trials.
+    - ``sample_tasks(count, generator)`` → ``count`` tasks, sampled from ``generator`` (numpy.random.Generator) alone.
+      The method can also take ``split``, to separate train, validation and test tasks. For the older form
+      ``sample_tasks(count)``, the environment's own ``np_random`` and ``numpy.random`` are keyed by the task. A task
+      is a number, an array, or a dict of both, always with the same fields and shapes.
+    - ``set_task(task)``, for a task as it was sampled.
+    - ``reset(seed=…)``, after which nothing depends on earlier episodes.
+
+    ``measures`` are entries of a step's info that are measured for reports.
     """
 
     make: str = ""
@@ -49,7 +52,8 @@ class Gymnasium(SimulatedEnvironment):
         module, colon, name = self.make.partition(":")
         if not (module and colon and name):
             raise ConfigError(
-                f"environment.make: '{self.make}'; expected package.module:function, which returns a Gymnasium environment"
+                f"environment.make: '{self.make}'; expected package.module:function, a function that returns a "
+                "Gymnasium environment"
             )
 
     @property
@@ -61,8 +65,8 @@ class Gymnasium(SimulatedEnvironment):
         return tuple(self._template)
 
     @cached_property
-    def _template(self) -> Task:
-        """The first task there is: all others must be of its fields and shapes."""
+    def _template(self) -> TaskValues:
+        """Return the first task; all others must have its fields and shapes."""
         return self._drawn(TaskKey.of(0, "train", 0, [0]))[0]
 
     def build(self, kind: int) -> Any:
@@ -73,7 +77,7 @@ class Gymnasium(SimulatedEnvironment):
             imported = import_module(module)
         except ImportError as error:
             raise ConfigError(
-                f"environment.make: '{self.make}': {error}; modules are looked for in the working directory and on PYTHONPATH"
+                f"environment.make: '{self.make}': {error}; expected a module in the working directory or on PYTHONPATH"
             ) from error
         if not callable(maker := getattr(imported, name, None)):
             raise ConfigError(
@@ -90,7 +94,7 @@ class Gymnasium(SimulatedEnvironment):
                 raise ConfigError(f"environment.make: {self.make} made a {type(made).__name__} without {method}()")
         return made
 
-    def set_task(self, simulator: Any, task: Task) -> None:
+    def set_task(self, simulator: Any, task: TaskValues) -> None:
         _attribute(simulator, "set_task")(task[ONLY] if set(task) == {ONLY} else task)
 
     def sample(self, keys: TaskKey) -> Tasks:
@@ -103,33 +107,35 @@ class Gymnasium(SimulatedEnvironment):
             for n in template
         }
 
-    def _drawn(self, keys: TaskKey) -> list[Task]:
-        """One task for each key, from a generator of its own."""
+    def _drawn(self, keys: TaskKey) -> list[TaskValues]:
+        """Sample one task for each key, each from its own generator."""
         simulator = self._one(0)
         sample = _attribute(simulator, "sample_tasks")
         taken = inspect.signature(sample).parameters
         found = []
         for words in keys.stream("task").bits(4).cpu().tolist():
             generator = np.random.default_rng(words)
-            with _nothing_unkeyed(simulator, generator, words):
+            with _keyed_generators(simulator, generator, words):
                 options = {n: v for n, v in (("generator", generator), ("split", keys.split)) if n in taken}
                 try:
                     (task,) = sample(1, **options)
                 except Exception as error:
                     raise ConfigError(
-                        f"environment {self.title}: sample_tasks(1) raised {type(error).__name__}: {error}; expected one task"
+                        f"environment {self.title}: sample_tasks(1) raised {type(error).__name__}: {error}; expected "
+                        "one task"
                     ) from error
             found.append(self._as_data(task))
         self._idle[0].append(simulator)
         return found
 
-    def _as_data(self, task: Any) -> Task:
+    def _as_data(self, task: Any) -> TaskValues:
         parts = dict(task) if isinstance(task, Mapping) else {ONLY: task}
         for name, value in parts.items():
             array = np.asarray(value)
             if not isinstance(name, str) or array.dtype.kind not in "fiub":
                 raise ConfigError(
-                    f"environment {self.title}: a task's field {name!r} is {str(value)[:80]!r}; expected a number or an array of numbers"
+                    f"environment {self.title}: a task's field {name!r} is {str(value)[:80]!r}; expected a number or "
+                    "an array of numbers"
                 )
         if not parts:
             raise ConfigError(
@@ -137,16 +143,18 @@ class Gymnasium(SimulatedEnvironment):
             )
         return {name: np.asarray(value) for name, value in parts.items()}
 
-    def _check(self, task: Task, template: Task) -> None:
+    def _check(self, task: TaskValues, template: TaskValues) -> None:
         for name in task:
             if name not in template:
                 raise ConfigError(
-                    f"environment {self.title}: unknown task field '{name}'{nearest(name, template)}; the first task has: {_listed(template)}"
+                    f"environment {self.title}: unknown task field '{name}'{nearest(name, template)}; the first task "
+                    f"has: {_listed(template)}"
                 )
         for name, first in template.items():
             if name not in task:
                 raise ConfigError(
-                    f"environment {self.title}: task field '{name}' is missing in {as_text(task)}; the first task has: {_listed(template)}"
+                    f"environment {self.title}: task field '{name}' is missing in {as_text(task)}; the first task has: "
+                    f"{_listed(template)}"
                 )
             if task[name].shape != first.shape or task[name].dtype != first.dtype:
                 raise ConfigError(
@@ -159,7 +167,7 @@ class Gymnasium(SimulatedEnvironment):
 
 
 def _attribute(environment: Any, name: str) -> Any:
-    """Of the environment or, since Gymnasium's wrappers don't hand attributes on, of one that it wraps."""
+    """Return an attribute of the environment or of one that it wraps (Gymnasium's wrappers forward no attributes)."""
     while environment is not None:
         if hasattr(environment, name):
             return getattr(environment, name)
@@ -168,8 +176,8 @@ def _attribute(environment: Any, name: str) -> Any:
 
 
 @contextmanager
-def _nothing_unkeyed(simulator: Any, generator: np.random.Generator, words: list[int]) -> Any:
-    """What is drawn from the environment's own generator or from NumPy's global one is keyed as well."""
+def _keyed_generators(simulator: Any, generator: np.random.Generator, words: list[int]) -> Iterator[None]:
+    """Key the environment's own generator and NumPy's global one by the task."""
     inner = getattr(simulator, "unwrapped", simulator)
     before = np.random.get_state()
     np.random.seed(words)

@@ -1,4 +1,4 @@
-"""Walking robots whose task is a speed or a direction (Finn, Abbeel & Levine 2017, §5.3), on Gymnasium's v5 bodies and MuJoCo."""
+"""Define robots whose task is a speed or a direction (Finn, Abbeel & Levine 2017, §5.3), on Gymnasium's v5 robots."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any, ClassVar
 
 from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
-from metadist.environments.simulated import OnError, SimulatedEnvironment, Task
+from metadist.environments.simulated import OnError, SimulatedEnvironment, TaskValues
 from metadist.rl.environment import Tasks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Locomotion(SimulatedEnvironment):
-    """What they have in common. ``control_cost`` weighs |action|² in the reward; published code has .05, Gymnasium .1.
+    """The base of all robots. ``control_cost`` weighs |action|² in the reward; published code has .05, Gymnasium .1.
 
-    Joints turn at ten radians a second and more where everything else that the policy sees is about 1: they are shown multiplied by
-    ``joint_speed_scale``. The body's speed, in metres a second, is kept beside trials as ``x_velocity``.
+    Joints turn at ten radians a second and more, while all other observations are about 1: the observation has joint
+    speeds times ``joint_speed_scale``. ``x_velocity``, the body's speed in metres a second, is measured for reports.
     """
 
     episodes: int = 2
@@ -27,7 +27,7 @@ class Locomotion(SimulatedEnvironment):
 
     measures = ("x_velocity",)
     needs = ("gymnasium", "mujoco")
-    #: where they are in an observation
+    #: the joint speeds in an observation
     joint_speeds: ClassVar[slice] = slice(11, 17)
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class Locomotion(SimulatedEnvironment):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"environment.{name}: {getattr(self, name)}; expected 0 or more")
 
-    def set_task(self, simulator: Any, task: Task) -> None:
+    def set_task(self, simulator: Any, task: TaskValues) -> None:
         (simulator.task,) = task.values()
 
     def observed(self, observation: Any) -> Any:
@@ -81,7 +81,10 @@ class HalfCheetahVel(Locomotion):
 
 @dataclass(frozen=True, kw_only=True)
 class HalfCheetahDir(Locomotion):
-    """Run forwards or backwards: reward direction · v − cost. A task is ``direction`` [B], 1 or −1; all splits have both."""
+    """Run forwards or backwards: reward direction · v − cost.
+
+    A task is ``direction`` [B], 1 or −1; all splits have both.
+    """
 
     def sample(self, keys: TaskKey) -> Tasks:
         return {"direction": keys.stream("direction").integers(2, 1).squeeze(-1) * 2.0 - 1.0}
@@ -94,8 +97,11 @@ class HalfCheetahDir(Locomotion):
 
 @dataclass(frozen=True, kw_only=True)
 class AntDir(HalfCheetahDir):
-    """As HalfCheetahDir, with four legs; Gymnasium's reward for being healthy and cost of contacts stay, and an episode ends
-    where the ant falls or jumps. ``contact_forces``: shown to the policy, which then sees 105 numbers in place of 27."""
+    """HalfCheetahDir's task for an ant, a robot with four legs.
+
+    Gymnasium's healthy reward and contact cost are part of the reward, and an episode ends where the ant falls or
+    jumps. With ``contact_forces`` the observation has them, and 105 numbers in place of 27.
+    """
 
     control_cost: float = 0.5
     contact_forces: bool = False

@@ -1,4 +1,4 @@
-"""Meta-World's meta-learning benchmarks (Yu et al., CoRL 2019; version 3)."""
+"""Adapt Meta-World's meta-learning benchmarks (Yu et al., CoRL 2019; version 3)."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ import torch
 
 from metadist.core.errors import ConfigError, nearest, one_of
 from metadist.core.random import TaskKey
-from metadist.environments.simulated import OnError, SimulatedEnvironment, Task
+from metadist.environments.simulated import OnError, SimulatedEnvironment, TaskValues
 from metadist.rl.environment import Tasks
 
 #: a task's ``parameters``: three or six numbers, padded with zeros
 WIDTH = 6
 
 Listed = tuple[np.ndarray, np.ndarray]
-"""Every task of a split: which family [N] int64, and its parameters [N, WIDTH] float64."""
+"""The tasks of a split: their families [N] int64 and their parameters [N, WIDTH] float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetaWorld(SimulatedEnvironment):
     """ML1 (one ``family``, goals differ), ML10 or ML45 (families differ, and goals). The goal is hidden.
 
-    Train and test tasks are the benchmark's own lists, 50 goals a family, of ``task_seed``; ML10 and ML45 are tested on five
-    families that training has not. Meta-World has no validation split: here it is other goals of the training families. Lists of
-    different ``task_seed`` have no goal in common (Meta-World's own neighbouring seeds do: the test goals of one are the
-    training goals of the next).
+    Train and test tasks are the benchmark's own lists for ``task_seed``, 50 goals for each family; the test tasks of
+    ML10 and ML45 come from five families without training tasks. Meta-World has no validation split: here validation
+    tasks have other goals of the training families. Lists of different ``task_seed`` have no goal in common
+    (Meta-World's own neighbouring seeds do: the test goals of one are the training goals of the next).
 
-    A task is ``family`` [B] int64 and ``parameters`` [B, 6] float64, where goal and object are. ``success`` is kept beside trials; an
-    episode succeeds where any of its steps does, and doesn't end there. ``horizon`` is 500 at most.
+    A task is ``family`` [B] int64 and ``parameters`` [B, 6] float64, the positions of goal and object. ``success`` is
+    measured for reports; an episode succeeds where any of its steps does, and does not end there. ``horizon`` is 500 at
+    most.
     """
 
     benchmark: Literal["ML1", "ML10", "ML45"] = "ML1"
@@ -56,7 +57,10 @@ class MetaWorld(SimulatedEnvironment):
         self.check_settings()
         one_of("environment.benchmark", self.benchmark, ("ML1", "ML10", "ML45"))
         if self.horizon > 500:
-            raise ConfigError(f"environment.horizon: {self.horizon} is above 500, where Meta-World ends an episode")
+            raise ConfigError(
+                f"environment.horizon: {self.horizon} is above 500, the length of a Meta-World episode; expected "
+                "1 to 500"
+            )
         if not 0 <= self.task_seed < 1 << 30:
             raise ConfigError(f"environment.task_seed: {self.task_seed}; expected 0 to {(1 << 30) - 1}")
 
@@ -65,7 +69,7 @@ class MetaWorld(SimulatedEnvironment):
         return f"Meta-World {self.benchmark}" + (f" {self.family}" if self.benchmark == "ML1" else "")
 
     def tasks_of(self, split: str) -> Listed:
-        """All tasks of ``split``."""
+        """Return all tasks of ``split``."""
         return listed(self.benchmark, families()[self.first_kind], self.task_seed, split)
 
     def prepare(self, device: torch.device) -> None:
@@ -90,11 +94,11 @@ class MetaWorld(SimulatedEnvironment):
         known = families()
         if self.family not in known:
             raise ConfigError(
-                f"environment.family: '{self.family}' is none of Meta-World's{nearest(self.family, known)}"
+                f"environment.family: '{self.family}' is not a family of Meta-World{nearest(self.family, known)}"
             )
         return known.index(self.family)
 
-    def kind(self, task: Task) -> int:
+    def kind(self, task: TaskValues) -> int:
         return task["family"]
 
     def build(self, kind: int) -> Any:
@@ -102,12 +106,12 @@ class MetaWorld(SimulatedEnvironment):
 
         return list(ALL_V3_ENVIRONMENTS.values())[kind]()
 
-    def set_task(self, simulator: Any, task: Task) -> None:
-        from metaworld.types import Task as Their
+    def set_task(self, simulator: Any, task: TaskValues) -> None:
+        from metaworld.types import Task as MetaWorldTask
 
         vector = task["parameters"][: simulator._random_reset_space.low.size]
         data = {"rand_vec": vector, "env_cls": type(simulator), "partially_observable": True}
-        simulator.set_task(Their(families()[task["family"]], pickle.dumps(data)))
+        simulator.set_task(MetaWorldTask(families()[task["family"]], pickle.dumps(data)))
 
     def protocol(self, split: str) -> dict[str, Any]:
         about: dict[str, Any] = {
@@ -119,7 +123,7 @@ class MetaWorld(SimulatedEnvironment):
 
 
 def families() -> list[str]:
-    """Meta-World's fifty, in the order that numbers them."""
+    """Return Meta-World's fifty families, in the order of their numbers."""
     from metaworld import ALL_V3_ENVIRONMENTS
 
     return list(ALL_V3_ENVIRONMENTS)
@@ -127,8 +131,9 @@ def families() -> list[str]:
 
 @lru_cache(maxsize=16)
 def listed(benchmark: str, family: str, task_seed: int, split: str) -> Listed:
-    """The tasks of ``split``, from a file in the cache where they have been listed before: ML45 takes half a minute."""
-    name = f"metaworld-{version('metaworld')}-{benchmark}-{family if benchmark == 'ML1' else 'all'}-{task_seed}-{split}.npz"
+    """Return the tasks of ``split``, from a file in the cache if there is one: a list of ML45 takes half a minute."""
+    of = family if benchmark == "ML1" else "all"
+    name = f"metaworld-{version('metaworld')}-{benchmark}-{of}-{task_seed}-{split}.npz"
     folder = Path(os.environ.get("METADIST_CACHE") or "~/.cache/metadist").expanduser()
     with (
         suppress(OSError, EOFError, ValueError, KeyError, BadZipFile),
@@ -151,7 +156,7 @@ def _existing(folder: Path) -> Path:
 def _made(benchmark: str, family: str, task_seed: int, split: str) -> Listed:
     import metaworld
 
-    # ML1 takes its test goals from the seed after the one given: every task_seed has three seeds of its own.
+    # ML1 takes its test goals from the next seed: every task_seed has three seeds of its own.
     seed = 3 * task_seed + 2 * (split == "validation")
     made = metaworld.ML1(family, seed) if benchmark == "ML1" else getattr(metaworld, benchmark)(seed)
     tasks = made.test_tasks if split == "test" else made.train_tasks

@@ -1,4 +1,4 @@
-"""2D point navigation (Finn, Abbeel & Levine, "Model-agnostic meta-learning", ICML 2017, §5.3)."""
+"""Define 2D point navigation (Finn, Abbeel & Levine, "Model-agnostic meta-learning", ICML 2017, §5.3)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from metadist.rl.environment import Continuous, MetaEnvironment, Step, Tasks
 
 @dataclass(frozen=True, kw_only=True)
 class Navigation(MetaEnvironment):
-    """A point starts at (0, 0) and is to reach a goal, uniform in [−.5, .5]², that it can't see; it sees its position.
+    """A point starts at (0, 0) and moves to a hidden goal, uniform in [−.5, .5]²; the observation is its position.
 
-    Paper and code differ; this follows the code, whose figures are the published ones (about −40 before adaptation): the reward is
-    minus the *distance* (the paper says squared distance: ``reward: squared``), and an episode ends with both coordinates
-    closer than .01 (the paper: distance). An action is a velocity in units of ``speed``, clipped to [−1, 1] in each coordinate: the
-    code's environment takes ±.1, and its wrapper hands the policy [−1, 1].
+    Paper and code differ. This environment follows the code, which gives the published figures (about −40 before
+    adaptation): the reward is minus the *distance* (the paper says squared distance: ``reward: squared``), and an
+    episode ends with both coordinates closer than .01 (the paper: distance). An action is a velocity in units of
+    ``speed``, clipped to [−1, 1] in each coordinate: the code's environment takes ±.1, and its wrapper scales it to
+    [−1, 1].
 
     A task is ``goal`` [B, 2].
     """
@@ -32,11 +33,9 @@ class Navigation(MetaEnvironment):
 
     def __post_init__(self) -> None:
         one_of("environment.reward", self.reward, ("distance", "squared"))
-        for name in ("horizon", "episodes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"environment.{name}: {getattr(self, name)} is below 1")
+        self.check_least(horizon=1, episodes=1)
         if not self.speed > 0:
-            raise ConfigError(f"environment.speed: {self.speed} is not above 0")
+            raise ConfigError(f"environment.speed: {self.speed} is not above 0; use a positive number")
 
     @property
     def observation_size(self) -> int:

@@ -1,4 +1,4 @@
-"""Environments that are Python objects, stepped one by one behind the batched interface: the state of a batch is the objects."""
+"""Run Python simulators behind the batched interface: the state of a batch is a list of simulators."""
 
 from __future__ import annotations
 
@@ -24,76 +24,81 @@ from metadist.rl.environment import Actions, MetaEnvironment, Step, Tasks
 log = logging.getLogger(__name__)
 
 OnError = Literal["retry", "skip", "abort"]
-Task = dict[str, Any]
-"""One task: numbers and arrays by name."""
+TaskValues = dict[str, Any]
+"""One task: numbers and arrays by field name."""
 
 
 class EnvironmentFault(Exception):
-    """An environment raised, or gave what it must not. The message names it and the task."""
+    """An environment raised, or returned an invalid value. The message names the environment and the task."""
 
 
 @dataclass(eq=False)
-class Running:
-    """A batch of trials under way: B simulators with their tasks, and how far each has come."""
+class RunningTrials:
+    """A batch of B trials in progress: each trial's task, simulator, episode and step.
 
-    tasks: list[Task]
+    ``clock`` counts the steps of the current episode. ``over`` marks episodes that have ended.
+    """
+
+    tasks: list[TaskValues]
     simulators: list[Any]
     measured: Any
     kinds: list[int]
     episode: list[int]
     clock: list[int]
     over: list[bool]
-    #: environments that have broken down: their trials are left out
+    #: trials that do not count, because their simulator failed
     broken: list[bool]
 
 
 class SimulatedEnvironment(MetaEnvironment):
     """Subclass it as a frozen dataclass, and write ``sample``, ``build`` and ``set_task``.
 
-    A simulator is what Gymnasium calls an environment: ``reset(seed=…)`` and ``step(action)``. Its seed comes from the trial's
-    noise, so a trial is a pure function of its key, provided that ``reset(seed=…)`` forgets all that came before: simulators
-    are used for one trial after another. One that raised is never used again.
+    A simulator is an environment in Gymnasium's sense: ``reset(seed=…)`` and ``step(action)``. Its seed comes from the
+    trial's noise, so a trial is a pure function of its key, provided that nothing after ``reset(seed=…)`` depends on
+    earlier episodes: a simulator runs one trial after another. A simulator that raised is never used again.
 
-    ``on_error``, where one raises or gives what is no step: ``retry`` (the shard is computed once more; the same failure twice
-    ends the run), ``skip`` (the trial is left out: none of its steps is valid) or ``abort`` (the run ends at once).
+    ``on_error`` says what follows where a simulator raises or returns an invalid step: ``retry`` (compute the shard
+    once more; the same failure twice ends the run), ``skip`` (leave the trial out: none of its steps is valid) or
+    ``abort`` (end the run immediately).
     """
 
     reset_noise = 2
     on_error: OnError = "retry"
-    #: entries of a step's info that are kept beside trials
+    #: entries of a step's info that are measured for reports
     measures: tuple[str, ...] = ()
-    #: modules that it needs, and the extra that brings them
+    #: required modules, and the extra that installs them
     needs: ClassVar[tuple[str, ...]] = ("gymnasium",)
     extra: ClassVar[str] = "rl"
 
-    # What a subclass writes -------------------------------------------------------------------------------------------
+    # A subclass writes these ------------------------------------------------------------------------------------------
 
     def build(self, kind: int) -> Any:
-        """A new simulator for tasks of ``kind``."""
+        """Return a new simulator for tasks of ``kind``."""
         raise NotImplementedError
 
-    def set_task(self, simulator: Any, task: Task) -> None:
+    def set_task(self, simulator: Any, task: TaskValues) -> None:
+        """Give ``task`` to the simulator, for all episodes until the next call."""
         raise NotImplementedError
 
-    def kind(self, task: Task) -> int:
-        """Which simulators can do ``task``, where one kind can't do all."""
+    def kind(self, task: TaskValues) -> int:
+        """Return the kind of simulator for ``task``; override it where one kind does not suit all tasks."""
         return 0
 
     @property
     def first_kind(self) -> int:
-        """The kind of simulator whose spaces are those of all."""
+        """Return the kind of simulator whose spaces hold for all kinds."""
         return 0
 
     @cached_property
     def task_fields(self) -> tuple[str, ...]:
-        """What a task is made of."""
+        """Return the names of a task's fields."""
         return tuple(self.sample(TaskKey.of(0, "train", 0, [0])))
 
-    # What it looks like -----------------------------------------------------------------------------------------------
+    # Spaces and settings ----------------------------------------------------------------------------------------------
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """Return the environment's name in messages."""
         return type(self).__name__
 
     @cached_property
@@ -116,13 +121,11 @@ class SimulatedEnvironment(MetaEnvironment):
         return {**super().protocol(split), **{name: version(name) for name in self.needs}}
 
     def check_settings(self) -> None:
-        """What every subclass's settings have in common; to be called by its ``__post_init__``."""
+        """Check the settings that all subclasses have. Call it in ``__post_init__``."""
         one_of("environment.on_error", self.on_error, ("retry", "skip", "abort"))
-        for name in ("episodes", "horizon"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"environment.{name}: {getattr(self, name)} is below 1")
+        self.check_least(episodes=1, horizon=1)
 
-    # Simulators are kept between trials, and don't travel between processes ------------------------------------------
+    # Simulators: kept between trials, not sent to other processes ----------------------------------------------------
 
     @cached_property
     def _idle(self) -> defaultdict[int, list[Any]]:
@@ -138,34 +141,36 @@ class SimulatedEnvironment(MetaEnvironment):
         return self.build(kind)
 
     def check_installed(self) -> None:
+        """Raise ConfigError where a required module is not installed."""
         for name in self.needs:
             try:
                 import_module(name)
             except ModuleNotFoundError as error:
                 raise ConfigError(
-                    f"environment {self.title} needs {name}, which is not installed: pip install 'metadist[{self.extra}]'"
+                    f"environment {self.title} needs {name}, which is not installed: "
+                    f"pip install 'metadist[{self.extra}]'"
                 ) from error
 
     # Trials -----------------------------------------------------------------------------------------------------------
 
-    def reset(self, tasks: Tasks, noise: Tensor) -> tuple[Running, Tensor]:
+    def reset(self, tasks: Tasks, noise: Tensor) -> tuple[RunningTrials, Tensor]:
         values = self._values(tasks)
         count = len(values)
         measured = np.full((count, len(self.measures)), np.nan, np.float32)
-        state = Running(
+        state = RunningTrials(
             values, [None] * count, measured, [0] * count, [0] * count, [0] * count, [True] * count, [False] * count
         )
         weakref.finalize(state, _give_back, self._idle, state.kinds, state.simulators).atexit = False
         return state, self._begin(state, range(count), noise, np.zeros((count, self.observation_size), np.float32))
 
     def restart(
-        self, tasks: Tasks, state: Running, observation: Tensor, ended: Tensor, noise: Tensor
-    ) -> tuple[Running, Tensor]:
+        self, tasks: Tasks, state: RunningTrials, observation: Tensor, ended: Tensor, noise: Tensor
+    ) -> tuple[RunningTrials, Tensor]:
         shown = observation.cpu().numpy().copy()
         return state, self._begin(state, ended.nonzero().flatten().tolist(), noise, shown)
 
-    def _begin(self, state: Running, rows: Iterable[int], noise: Tensor, shown: Any) -> Tensor:
-        """Begin an episode in ``rows``; ``shown`` [B, O] with their observations."""
+    def _begin(self, state: RunningTrials, rows: Iterable[int], noise: Tensor, shown: Any) -> Tensor:
+        """Begin an episode in ``rows``; return ``shown`` [B, O] with their observations replaced."""
         words = (noise.double() * 2**24).long()
         seeds = (words[:, 0] * 2**24 + words[:, 1]).tolist()
         for row in rows:
@@ -181,13 +186,13 @@ class SimulatedEnvironment(MetaEnvironment):
                 self._broken(state, row, error)
         return torch.from_numpy(shown).to(noise.device)
 
-    def _take(self, state: Running, row: int) -> None:
+    def _take(self, state: RunningTrials, row: int) -> None:
         state.kinds[row] = self.kind(state.tasks[row])
         simulator = self._one(state.kinds[row])
         self.set_task(simulator, state.tasks[row])
         state.simulators[row] = simulator
 
-    def step(self, tasks: Tasks, state: Running, action: Tensor, noise: Tensor) -> Step:
+    def step(self, tasks: Tasks, state: RunningTrials, action: Tensor, noise: Tensor) -> Step:
         actions, count = self.spaces.taken(action.detach().cpu().numpy()), len(state.simulators)
         shown, reward = np.zeros((count, self.observation_size), np.float32), np.zeros(count, np.float32)
         terminated = np.array(state.over)
@@ -206,8 +211,8 @@ class SimulatedEnvironment(MetaEnvironment):
         observation, rewards, ends = (torch.from_numpy(t).to(action.device) for t in (shown, reward, terminated))
         return Step(state, observation, rewards, ends, measured)
 
-    def _advance(self, state: Running, row: int, action: Any, shown: Any) -> tuple[float, bool]:
-        """A step of one trial: its reward, and whether the episode has come to its own end; the observation is put into ``shown``."""
+    def _advance(self, state: RunningTrials, row: int, action: Any, shown: Any) -> tuple[float, bool]:
+        """Step one trial: return its reward and whether the episode ended; write the observation to ``shown`` [O]."""
         found = _parts(
             state.simulators[row].step(action), "step()", ("observation", "reward", "terminated", "truncated", "info")
         )
@@ -222,20 +227,20 @@ class SimulatedEnvironment(MetaEnvironment):
         return self._finite(number(reward, "the reward"), "the reward"), ended
 
     def observed(self, observation: Any) -> Any:
-        """An observation as the policy is shown it: an array [O]."""
+        """Return the policy's observation: an array [O]."""
         return self._finite(self.spaces.observed(observation), "the observation")
 
     def _finite(self, value: Any, what: str) -> Any:
-        # With ``retry`` whoever rolls out refuses NaN, and knows the tasks' numbers.
+        # With ``retry`` the rollout refuses NaN, and names the tasks' numbers.
         if self.on_error != "retry" and not np.isfinite(value).all():
-            raise Misbehaved(f"{what} has NaN or Inf")
+            raise Misbehaved(f"{what} has NaN or Inf; expected finite numbers")
         return value
 
-    def left_out(self, state: Running) -> Tensor | None:
+    def left_out(self, state: RunningTrials) -> Tensor | None:
         return torch.tensor(state.broken) if any(state.broken) else None
 
-    def _broken(self, state: Running, row: int, error: Exception) -> None:
-        """What ``on_error`` says. The simulator may be in any state, and isn't used again."""
+    def _broken(self, state: RunningTrials, row: int, error: Exception) -> None:
+        """Act on a failure as ``on_error`` says. The simulator's state is unknown, so it is not used again."""
         if isinstance(error, ConfigError):
             raise error
         state.simulators[row], state.over[row], state.broken[row] = None, True, True
@@ -252,8 +257,8 @@ class SimulatedEnvironment(MetaEnvironment):
             raise EnvironmentFault(message) from error
         log.warning("%s; the trial is left out", message)
 
-    def _values(self, tasks: Tasks) -> list[Task]:
-        """Tasks apart, as numbers and arrays."""
+    def _values(self, tasks: Tasks) -> list[TaskValues]:
+        """Split a batch of tasks into single tasks of numbers and arrays."""
         known = self.task_fields
         for name in tasks:
             if name not in known:
@@ -279,13 +284,14 @@ def _give_back(idle: defaultdict[int, list[Any]], kinds: list[int], simulators: 
 def _parts(found: Any, call: str, expected: tuple[str, ...]) -> Any:
     if not isinstance(found, tuple) or len(found) != len(expected):
         got = f"{len(found)} values" if isinstance(found, tuple) else f"a {type(found).__name__}"
-        raise Misbehaved(f"{call} gave {got}; expected ({', '.join(expected)})")
+        raise Misbehaved(f"{call} returned {got}; expected ({', '.join(expected)})")
     if not isinstance(found[-1], Mapping):
         raise Misbehaved(f"the info of {call} is a {type(found[-1]).__name__}; expected a dict")
     return found
 
 
-def as_text(task: Task) -> str:
+def as_text(task: TaskValues) -> str:
+    """Return the task as text for messages."""
     return (
         "{"
         + ", ".join(f"{n}: {np.array2string(np.asarray(v), precision=6, threshold=12)}" for n, v in task.items())

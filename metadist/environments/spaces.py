@@ -1,4 +1,4 @@
-"""Gymnasium's spaces as tensors: what an observation and an action come to. Imports Gymnasium only where it is used."""
+"""Convert between Gymnasium's spaces and arrays. This module imports Gymnasium only inside functions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from metadist.rl.environment import Actions, Continuous, Discrete
 
 
 class Misbehaved(ValueError):
-    """An environment gave what it must not; the message says what, and what is expected."""
+    """An environment returned an invalid value; the message names the value and the expected ones."""
 
 
 @dataclass(frozen=True)
 class Spaces:
     """The spaces of the environment ``name``: observations become vectors [O], actions are one choice or a vector [A].
 
-    A bounded action is asked for in [−1, 1] and clipped to it; an unbounded one is passed on as it is.
+    The policy's action for a bounded space is in [−1, 1] and is clipped to it, then scaled to the bounds. An unbounded
+    action reaches the environment unchanged.
     """
 
     name: str
@@ -33,13 +34,15 @@ class Spaces:
         if isinstance(self.action, spaces.Box):
             if np.isfinite(self.action.low).any() != np.isfinite(self.action.high).all():
                 raise ConfigError(
-                    f"environment {self.name}: action space {self.action} is bounded in part; expected bounds everywhere or nowhere"
+                    f"environment {self.name}: action space {self.action} is bounded in part; expected bounds "
+                    "everywhere or nowhere"
                 )
         elif not isinstance(self.action, spaces.Discrete):
             raise ConfigError(f"environment {self.name}: action space {self.action}; expected a Box or Discrete")
         if not isinstance(self.observation, spaces.Space) or not self.observation.is_np_flattenable:
             raise ConfigError(
-                f"environment {self.name}: observation space {self.observation} can't be made a vector; expected a Box, say"
+                f"environment {self.name}: observation space {self.observation} can't become a vector; expected a "
+                "space that Gymnasium can flatten, for example a Box"
             )
 
     @cached_property
@@ -54,7 +57,7 @@ class Spaces:
 
     @cached_property
     def _box(self) -> tuple[int, ...] | None:
-        """The shape of an observation, where all of it is one array."""
+        """Return the shape of an observation that is one array, or None."""
         from gymnasium import spaces
 
         return self.observation.shape if isinstance(self.observation, spaces.Box) else None
@@ -69,12 +72,12 @@ class Spaces:
 
     @cached_property
     def _symmetric(self) -> bool:
-        """Whether an action is taken as it is asked for."""
+        """Whether an action in [−1, 1] needs no scaling."""
         assert self._bounds is not None
         return bool((self._bounds[0] == -1).all() and (self._bounds[1] == 1).all())
 
     def observed(self, value: Any) -> Any:
-        """An observation as an array [O] of numbers."""
+        """Convert an observation to an array [O] of numbers. Raises Misbehaved where it is not in the space."""
         if self._box is None:
             return self._flattened(value)
         array = np.asarray(value)
@@ -94,7 +97,7 @@ class Spaces:
         return flatten(self.observation, value)
 
     def taken(self, actions: Any) -> Any:
-        """A policy's actions, [B] int64 or [B, A] float32, each as ``step`` takes it."""
+        """Convert a policy's actions, [B] int64 or [B, A] float32, to actions of the environment's ``step``."""
         if self._bounds is None:
             return [action + int(self.action.start) for action in actions.tolist()]
         low, high = self._bounds
@@ -106,7 +109,7 @@ class Spaces:
 
 
 def number(value: Any, what: str) -> float:
-    """``value``, where it is one number."""
+    """Return ``value`` as a float. Raises Misbehaved where it is not one number; ``what`` names it."""
     try:
         array = np.asarray(value)
         if array.size == 1 and array.dtype.kind in "fiub":

@@ -1,4 +1,4 @@
-"""Random finite Markov decision processes (Osband et al. 2013; Duan et al., "RL²", 2016, §3.2)."""
+"""Define random finite Markov decision processes (Osband et al. 2013; Duan et al., "RL²", 2016, §3.2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
 from metadist.rl.environment import Discrete, MetaEnvironment, Step, Tasks
 from metadist.rl.policy import standard_normal
@@ -16,10 +15,10 @@ from metadist.rl.policy import standard_normal
 
 @dataclass(frozen=True, kw_only=True)
 class TabularMDP(MetaEnvironment):
-    """reward ~ N(μ_sa, 1), μ_sa ~ N(1, 1); P(· | s, a) ~ Dirichlet(1); every episode begins in state 0.
+    """An MDP with reward ~ N(μ_sa, 1), μ_sa ~ N(1, 1) and P(· | s, a) ~ Dirichlet(1); every episode begins in state 0.
 
-    A task is ``reward`` μ [B, S, A] and ``below`` [B, S, A, S]: the probability of moving to a state up to s′, whose last is 1.
-    The observation is the state, one-hot.
+    A task is ``reward`` μ [B, S, A] and ``below`` [B, S, A, S], the cumulative probability of the next states 0 … s′
+    (the last is 1). The observation is the state, one-hot.
     """
 
     states: int = 10
@@ -30,9 +29,7 @@ class TabularMDP(MetaEnvironment):
     step_noise = 3
 
     def __post_init__(self) -> None:
-        for name in ("states", "actions_each", "horizon", "episodes"):
-            if getattr(self, name) < (least := 2 if name in ("states", "actions_each") else 1):
-                raise ConfigError(f"environment.{name}: {getattr(self, name)} is below {least}")
+        self.check_least(states=2, actions_each=2, horizon=1, episodes=1)
 
     @property
     def observation_size(self) -> int:
@@ -44,7 +41,8 @@ class TabularMDP(MetaEnvironment):
 
     def sample(self, keys: TaskKey) -> Tasks:
         shape = (self.states, self.actions_each)
-        # Dirichlet(1): exponentials, normalised. Running sums are taken one by one, so a row's bits don't depend on its neighbours.
+        # Dirichlet(1): normalised exponentials. A running sum adds one by one, so a row's bits do not depend on other
+        # rows.
         exponential = -torch.log1p(-keys.stream("transition").uniform(*shape, self.states).double())
         sums = exponential.cumsum(-1)
         return {
@@ -53,7 +51,7 @@ class TabularMDP(MetaEnvironment):
         }
 
     def transition(self, tasks: Tasks) -> Tensor:
-        """P [B, S, A, S], float64."""
+        """Return P [B, S, A, S], float64."""
         return tasks["below"].double().diff(dim=-1, prepend=torch.zeros_like(tasks["below"][..., :1]).double())
 
     def reset(self, tasks: Tasks, noise: Tensor) -> tuple[Any, Tensor]:

@@ -91,7 +91,10 @@ class Learner(ABC):
 
     @abstractmethod
     def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result | WithOutput:
-        """Compute one shard under the slot vectors ``theta``, with the kept outputs that the shard needs. A pure function."""
+        """Compute one shard under the slot vectors ``theta``, with the kept outputs that the shard needs.
+
+        A pure function.
+        """
 
     def set_engine(self, engine: Engine, around: Surround | None = None) -> None:
         """Compute shards with ``engine``. ``around(name)`` is a context that surrounds each compilation."""
@@ -157,7 +160,8 @@ class Learner(ABC):
             for name in set(initial) & set(given):
                 if initial[name].shape != given[name].shape:
                     raise ConfigError(
-                        f"init_from: '{name}' has shape {list(given[name].shape)}, this model's has {list(initial[name].shape)}"
+                        f"init_from: '{name}' has shape {list(given[name].shape)}, this model's has "
+                        f"{list(initial[name].shape)}"
                     )
             chosen = {n: given[n].to(initial[n].dtype) for n in initial if n in given}
             declared[slot_name] = (slot, initial.replace(chosen))

@@ -25,7 +25,7 @@ def try_tasks(learner: Subject, seed: int) -> None:
     """
     state = learner.initial(seed)
     for split in ("train", "validation"):
-        # As many as in a shard: one task alone is never padded.
+        # A whole shard: one task alone is never padded.
         keys = TaskKey.of(seed, split, 0, range(min(learner.outer.shard_size, learner.outer.meta_batch_size)))
         try:
             task = learner.sample(keys)
@@ -44,7 +44,8 @@ def try_tasks(learner: Subject, seed: int) -> None:
                 _check_participation(learner, state, one)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(
-                f"model: '{type(learner.model.module).__name__}' fails on {split} tasks with inputs {list(one.support.x.shape)} and "
+                f"model: '{type(learner.model.module).__name__}' fails on {split} tasks with inputs "
+                f"{list(one.support.x.shape)} and "
                 f"targets {list(one.support.y.shape)}: {first_line(error)}"
             ) from error
 
@@ -72,7 +73,7 @@ def try_trials(learner: Learner, seed: int) -> None:
 
 
 def _check_participation(learner: Subject, state: State, task: Task) -> None:
-    """A missing gradient is an error. Ordinary autograd tells None from zero; torch.func does not."""
+    """Refuse learned parameters without a gradient. Autograd distinguishes None from zero; torch.func does not."""
     if learner.algorithm.contribution == "delta":
         return
     theta = {slot: p.map(torch.clone) for slot, p in state.theta(learner.slots).items()}
@@ -116,7 +117,8 @@ def _check_output(learner: Subject, state: State, task: Task, split: str) -> Non
             output = tuple(bound(theta["model"], task.query.x).shape)
             if output != (task.query.x.shape[0], needed):
                 raise ConfigError(
-                    f"model: '{type(learner.model.module).__name__}' puts out shape {list(output)} for {task.query.x.shape[0]} "
+                    f"model: '{type(learner.model.module).__name__}' puts out shape {list(output)} for "
+                    f"{task.query.x.shape[0]} "
                     f"inputs; tasks.n_way = {needed} needs [{task.query.x.shape[0]}, {needed}]"
                 )
         phi = at_most_one_step(learner.algorithm).adapt(bound, theta, task.support, context)[-1]
@@ -125,6 +127,7 @@ def _check_output(learner: Subject, state: State, task: Task, split: str) -> Non
     expected = (task.query.x.shape[0], ways) if classes else tuple(task.query.y.shape)
     if shape != expected:
         raise ConfigError(
-            f"model: '{type(learner.model.module).__name__}' predicts shape {list(shape)} where the {split} tasks need {list(expected)}"
+            f"model: '{type(learner.model.module).__name__}' predicts shape {list(shape)} where the {split} tasks "
+            f"need {list(expected)}"
         )
     context.loss(prediction, task.query), context.metric(prediction, task.query)

@@ -51,7 +51,9 @@ class Evaluation:
         return self.median[-1]
 
     def metrics(self) -> dict[str, float]:
-        """Return ``eval/<split>/…``: the metric by adaptation step, and the last one's interval, median and divergence rate."""
+        """Return ``eval/<split>/…``: the metric by adaptation step, and the last one's interval, median and
+        divergence rate.
+        """
         prefix, last = f"eval/{self.split}/{self.metric}", len(self.mean) - 1
         values = {f"{prefix}/step_{k}": self.mean[k] for k in range(last + 1) if k in STEPS_SHOWN or k == last}
         values |= {prefix: self.mean[last], f"{prefix}/ci95": self.ci95[last], f"{prefix}/median": self.median[last]}
@@ -167,7 +169,9 @@ def summary_of(whole: torch.Tensor) -> dict[str, float]:
 
 
 def with_task_list(protocol: dict[str, object], records: Records, aside: tuple[str, ...]) -> dict[str, object]:
-    """Add a hash that names the tasks: a task is a function of (seed, split, index) and of the protocol without ``aside``."""
+    """Add a hash that names the tasks: a task is a function of (seed, split, index) and of the protocol without
+    ``aside``.
+    """
     listed = {k: v for k, v in protocol.items() if k not in aside}
     indices = records.columns["task"].tolist()
     text = json.dumps([listed, indices], sort_keys=True, default=str)

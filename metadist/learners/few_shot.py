@@ -1,4 +1,4 @@
-"""The Learner: a pure function (state, which tasks) → contribution, and the rounds of a meta-step."""
+"""The few-shot learner: a pure function (state, shard) → contribution, and the round of a meta-step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from metadist.core.state import Contribution, Records, State, TreeSum
 from metadist.core.task import Examples, Task, TaskFamily
 from metadist.engine.agreement import compiled_disagrees
 from metadist.engine.compiled import Compiled
-from metadist.engine.meta_gradient import MetaGradient, Run, directly, fixed, held_by_steps
+from metadist.engine.functions import Call, directly
+from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
 from metadist.learners.base import Learner, Surround
 from metadist.learners.dry_run import try_tasks
@@ -58,7 +59,8 @@ class FewShotLearner(Learner):
         reason = self.algorithm.compatible(self.tasks, self.model)
         if reason:
             raise ConfigError(
-                f"algorithm '{type(self.algorithm).__name__}' does not suit tasks '{type(self.tasks).__name__}' with model "
+                f"algorithm '{type(self.algorithm).__name__}' does not suit tasks '{type(self.tasks).__name__}' with "
+                "model "
                 f"'{type(self.model.module).__name__}': {reason}"
             )
         self.slots = {name: slot for name, (slot, _) in self._declare(0).items()}
@@ -138,18 +140,19 @@ class FewShotLearner(Learner):
         return self._compiled.seconds
 
     def tasks_alike(self) -> bool:
-        """Whether training tasks have one size (seen on two shards), so that one graph can serve them."""
+        """Return whether training tasks have one size (of two shards), so that one graph can serve them."""
         size = self.outer.shard_size
         first, second = (self.sample(TaskKey.of(0, "train", 0, range(i * size, i * size + size))) for i in (0, 1))
         shapes = [[t.shape for t in torch.utils._pytree.tree_leaves(task)] for task in (first, second)]
         return shapes[0] == shapes[1] and first.support.mask is None and first.query.mask is None
 
     def sample(self, keys: TaskKey) -> Task:
-        """The shard's tasks, on the learner's device; keys stay on the CPU."""
+        """Return the tasks of ``keys`` on the learner's device. The keys stay on the CPU."""
         task = self.tasks.sample(keys, keys.split).to(self.device, self.model.dtype)
         if (task.support.mask is not None or task.query.mask is not None) and self.model.normalises_over_batch:
             raise ConfigError(
-                "model: batch normalisation over padded rows would mix padding into the statistics; these tasks differ in "
+                "model: batch normalisation over padded rows would mix padding into the statistics; these tasks "
+                "differ in "
                 "size, so use norm: group or layer (or a task family whose tasks are of one size)"
             )
         return Task(task.support.cleared(), task.query.cleared())
@@ -187,20 +190,20 @@ class FewShotLearner(Learner):
         return replace(gradient, held=held_by_steps(gradient, theta, task, keys.each()[0].to(self.device)))
 
     def contribute(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int) -> Contribution:
-        """Σ over the shard's tasks of each one's gradient (or delta), with loss and metric on the query set."""
+        """Return the sum of the tasks' gradients (or deltas), with loss and metric on the query sets."""
         return self.contribute_tasks(theta, self.sample(keys), keys, meta_step)
 
     def contribute_tasks(
         self, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int
     ) -> Contribution:
-        """``contribute`` of tasks that were sampled already, ``engine.chunk`` of them at a time."""
+        """Return the contribution of sampled tasks, ``engine.chunk`` tasks at a time."""
         count, size = len(keys.tasks), self.engine.chunk
         if size is None or size >= count:
             return self._contribute_chunk(theta, tasks, keys, meta_step)
         starts = range(0, count, size)
         total = TreeSum[Contribution](len(starts), Contribution.absorb)
         for index, start in enumerate(starts):
-            # Copied to aligned memory, where kernels do what they do for a whole shard.
+            # A copy has aligned memory, where kernels compute the same bits as for a whole shard.
             chunk = torch.utils._pytree.tree_map(lambda t, start=start: t[start : start + size].clone(), tasks)
             some = replace(keys, tasks=keys.tasks[start : start + size])
             total.add(index, self._contribute_chunk(theta, chunk, some, meta_step))
@@ -219,14 +222,14 @@ class FewShotLearner(Learner):
         finite = self._finite_tasks(values) | ~keep.cpu()
         bad = tuple(int(i) for i in keys.tasks.cpu()[~finite])
         if self.non_finite == "skip" and bad:
-            # Not by the compiled graph: what one task spoils in it need not be what it spoils here.
+            # Not with the compiled graph: there, one task with NaN may affect other tasks than here.
             return self._sum(directly, theta, tasks, keys, meta_step, keep & finite.to(keep.device))
         indices = keys.tasks[keep].tolist()
         what = f"tasks {list(bad)} gave NaN or Inf" if bad else f"the sum over tasks {indices} overflows"
         raise NonFiniteError(f"{what} (seed {keys.seed}, meta-step {meta_step})", bad)
 
     def _sum(
-        self, run: Run, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
+        self, run: Call, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
     ) -> Contribution:
         slots, metrics = self.meta_gradient.sums(run, theta, tasks, keys, meta_step, keep)
         count, names = sum(keep.tolist()), ("loss", self.tasks.metric_name)
@@ -235,7 +238,7 @@ class FewShotLearner(Learner):
         )
 
     def _padded(self, tasks: Task, keys: TaskKey) -> tuple[Task, TaskKey, Tensor]:
-        """To the size of a full chunk by repeating the last task, where shards are compiled: one graph then serves them all."""
+        """Pad compiled shards to a full chunk by repeating the last task: one graph then serves all shards."""
         count = len(keys.tasks)
         keep = torch.ones(count, dtype=torch.bool, device=self.device)
         missing = (self.engine.chunk or self.outer.shard_size) - count if self.engine.compile else 0
@@ -270,7 +273,10 @@ class FewShotLearner(Learner):
     def evaluate(
         self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int, inner_steps: int | None = None
     ) -> Records:
-        """Loss and metric of every task after 0, 1, …, k adaptation steps: columns [T, k+1] in float64, and the index [T]."""
+        """Return loss and metric of every task after 0, 1, …, k adaptation steps.
+
+        Columns [T, k+1] in float64, and the index of each task [T].
+        """
         algorithm = with_inner_steps(self.algorithm, inner_steps)
 
         def single(task: Task, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,7 +299,10 @@ class FewShotLearner(Learner):
         )
 
     def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Phi, support: Tensor, x: Tensor) -> Tensor:
-        """Predictions for x [N, …], normalised as ``normalization`` says; ``support`` holds the support set's inputs."""
+        """Return predictions for x [N, …], normalised as ``normalization`` says.
+
+        ``support`` holds the inputs of the support set.
+        """
         if self.normalization == "transductive":
             return algorithm.predict(model, phi, x)
 
@@ -305,7 +314,7 @@ class FewShotLearner(Learner):
     # For one task, outside a fleet ------------------------------------------------------------------------------------
 
     def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Phi:
-        """φ_k for one support set: what ``predict`` takes."""
+        """Return φ_k for one support set: the argument of ``predict``."""
         algorithm = with_inner_steps(self.algorithm, inner_steps)
         key = TaskKey.of(0, "test", 0, [0]).each()[0]
         context = TaskContext(key, 0, False, self.tasks)
@@ -314,6 +323,9 @@ class FewShotLearner(Learner):
             return algorithm.adapt(self.bind(theta, None, False), theta, support, context)[-1]
 
     def predict(self, state: State, phi: Phi, x: Tensor, support: Examples) -> Tensor:
-        """Predictions for x [N, …] with φ adapted to ``support``, beside which inductive normalisation sees each of them."""
+        """Return predictions for x [N, …] with φ.
+
+        Inductive normalisation puts each query into one batch with ``support``.
+        """
         with torch.no_grad():
             return self._judge(self.algorithm, self.bind(state.theta(self.slots), None, False), phi, support.x, x)

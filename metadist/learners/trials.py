@@ -1,4 +1,7 @@
-"""The learner of meta-reinforcement learning: a rollout round, then gradient rounds over minibatches of whole trials."""
+"""The learner of meta-reinforcement learning.
+
+A meta-step is a rollout round, followed by gradient rounds over minibatches of whole trials.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +30,16 @@ from metadist.rl.environment import MetaEnvironment
 from metadist.rl.trust_region import DIRECTION, trust_region_rounds
 from metadist.rl.updates import UPDATES, MetaStep
 
-#: what stands for a surrogate's sums that are not finite
-FAR = {"improvement": -1e100, "kl": 1e100}
+#: replaces sums of a surrogate that are not finite: the line search then refuses the step
+REFUSED = {"improvement": -1e100, "kl": 1e100}
 
 
 @dataclass
 class TrialLearner(Learner):
-    """One experiment's mathematics: algorithm, policy, meta-environment and outer loop. Knows nothing of workers or files.
+    """The mathematics of one experiment: algorithm, policy, meta-environment and outer loop.
 
-    ``outer.meta_batch_size`` counts trials. ``rollout_role`` is the role of the workers that roll out.
-    ``policy`` is how evaluation chooses actions, where one figure is wanted: ``greedy`` or ``sampled``.
+    ``outer.meta_batch_size`` counts trials. ``rollout_role`` is the role of the workers that compute rollouts. ``policy`` is
+    the choice of actions (``greedy`` or ``sampled``) whose return is the score.
     """
 
     gradients = ("gradient", "value_gradient", "fisher")
@@ -54,7 +57,8 @@ class TrialLearner(Learner):
         reason = self.algorithm.compatible(self.tasks, self.model)
         if reason:
             raise ConfigError(
-                f"algorithm '{type(self.algorithm).__name__}' does not suit environment '{type(self.tasks).__name__}' with model "
+                f"algorithm '{type(self.algorithm).__name__}' does not suit environment "
+                f"'{type(self.tasks).__name__}' with model "
                 f"'{type(self.model.module).__name__}': {reason}"
             )
         self._check_outer(self.outer)
@@ -66,12 +70,14 @@ class TrialLearner(Learner):
         shards = math.ceil(outer.meta_batch_size / outer.shard_size)
         if self.algorithm.minibatches > shards:
             raise ConfigError(
-                f"algorithm.minibatches: {self.algorithm.minibatches} of {shards} shards (outer.meta_batch_size {outer.meta_batch_size} "
+                f"algorithm.minibatches: {self.algorithm.minibatches} of {shards} shards (outer.meta_batch_size "
+                f"{outer.meta_batch_size} "
                 f"÷ outer.shard_size {outer.shard_size}); a minibatch is made of whole shards, so use smaller ones"
             )
         if self.algorithm.trust_region is not None and self.algorithm.fits_value and outer.weight_decay:
             raise ConfigError(
-                f"outer.weight_decay: {outer.weight_decay} would move the policy beside its trust region; use 0 with optimizer: trpo"
+                f"outer.weight_decay: {outer.weight_decay} would move the policy beside its trust region; use 0 with "
+                "optimizer: trpo"
             )
 
     # The rounds of a meta-step ----------------------------------------------------------------------------------------
@@ -104,7 +110,7 @@ class TrialLearner(Learner):
         return step.state, report
 
     def _described(self, statistics: Mapping[str, float]) -> dict[str, float]:
-        """What a person wants to see of the rollouts: returns and explained variances, per trial and by episode."""
+        """Return the metrics of the rollouts: returns and explained variances, per trial and by episode."""
         per_trial = statistics["steps"] / statistics["trials"]
         found = {"return": statistics["return"] * per_trial}
         episodes = self.algorithm.episodes(self.tasks)
@@ -170,7 +176,7 @@ class TrialLearner(Learner):
     # What a worker does -----------------------------------------------------------------------------------------------
 
     def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result | WithOutput:
-        """Slot vectors, a shard and the outputs that it needs in; its result, and what is to be kept for later rounds, out."""
+        """Compute a shard: a rollout, an evaluation, or an update round on the trials in ``inputs``."""
         keys = TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count)).to(
             self.device
         )
@@ -190,7 +196,7 @@ class TrialLearner(Learner):
     def _learn(
         self, shard: Shard, theta: Theta, trials: Records, settings: dict[str, Any], context: TrialContext
     ) -> Contribution:
-        """What a shard of a later round comes to, on the trials of the first."""
+        """Compute a shard of an update round on the trials of the rollout round."""
         algorithm, sums = self.algorithm.at(shard.meta_step), dict[str, float]()
         slots: dict[str, Parameters] = {}
         if shard.function == "gradient":
@@ -205,7 +211,7 @@ class TrialLearner(Learner):
             )
             # A step too far may overflow: that is for the line search to refuse, where the scheduler takes NaN for a
             # fault.
-            sums = {n: v if math.isfinite(v) else FAR[n] for n, v in sums.items()}
+            sums = {n: v if math.isfinite(v) else REFUSED[n] for n, v in sums.items()}
         else:
             raise ValueError(
                 f"unknown function '{shard.function}'; expected rollout, evaluate, surrogate or one of {self.gradients}"

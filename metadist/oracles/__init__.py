@@ -1,4 +1,4 @@
-"""Oracles and classical methods: what a learned policy is held against, in the same trials."""
+"""Compare learned policies with oracles and classical methods, in the same trials."""
 
 from metadist.oracles.compare import ORACLES, Row, compare, methods, play, possible, row, score
 

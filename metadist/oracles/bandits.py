@@ -1,4 +1,4 @@
-"""How bandits have been played before: indices, posterior sampling, chance, and the exact optimum where it can be had."""
+"""Play bandits by classical methods: indices, posterior sampling, random actions, and the exact optimum."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
-from metadist.environments.bandit import Bandit
 from metadist.oracles.bayes_optimal import Solution, solve
 from metadist.oracles.gittins import bernoulli_index, normal_index
 from metadist.oracles.play import Agent, Method, Random
@@ -19,24 +18,27 @@ from metadist.rl.policy import standard_normal
 
 
 class KnownArm(Agent):
-    """Pulls the best arm, which it knows: no learner can do better, and none can do as well."""
+    """Pull the best arm of the task: an upper bound for every learner."""
 
     def act(self, t: int, state: Any) -> Tensor:
         return self.tasks["mean"].argmax(1)
 
 
-class Learner(Agent):
-    """Keeps each arm's ``pulls`` and ``sums`` of rewards [B, arms], takes arms for independent, and pulls the one of highest ``index``."""
+class IndexAgent(Agent):
+    """Count each arm's ``pulls`` and ``sums`` of rewards [B, arms], and pull the arm of the highest ``index``.
+
+    The posterior assumes independent arms.
+    """
 
     def __init__(self, environment: Any, tasks: Tasks, keys: TaskKey) -> None:
         super().__init__(environment, tasks, keys)
         self.pulls = torch.zeros(tasks["mean"].shape, dtype=torch.float64, device=self.device)
         self.sums = torch.zeros_like(self.pulls)
-        self.gaussian = getattr(environment, "reward", "bernoulli") == "gaussian"
+        self.gaussian = environment.gaussian
         self.precision = environment.prior_deviation**-2 if self.gaussian else 2.0
 
     def index(self, t: int) -> Tensor:
-        """[B, arms]."""
+        """Return the index of each arm at step ``t``: [B, arms]."""
         raise NotImplementedError
 
     def act(self, t: int, state: Any) -> Tensor:
@@ -49,17 +51,17 @@ class Learner(Agent):
 
     @property
     def count(self) -> Tensor:
-        """Pulls, and those that the prior is worth: of Beta(1, 1) two."""
+        """Return the pulls plus the prior's weight in pulls: two for Beta(1, 1)."""
         return self.pulls + self.precision
 
     @property
     def mean(self) -> Tensor:
-        """The posterior's."""
+        """Return the posterior means."""
         prior = self.environment.prior_mean * self.precision if self.gaussian else 1.0
         return (self.sums + prior) / self.count
 
     def draw(self, t: int, i: int = 0) -> Tensor:
-        """Means from the posterior: the ``i``-th draw at step ``t``."""
+        """Draw means from the posterior: the ``i``-th draw at step ``t``."""
         stream = self.keys.stream("oracle", step=t, call=i)
         if not self.gaussian:
             return beta(stream, 1 + self.sums, 1 + self.pulls - self.sums)
@@ -67,23 +69,24 @@ class Learner(Agent):
         return self.mean + standard_normal(stream.uniform(2 * arms)) / self.count.sqrt()
 
     def log_density(self, means: Tensor) -> Tensor:
-        """Of means [B, arms] in the posterior, up to a constant: [B]."""
+        """Return the posterior log density [B] of means [B, arms], up to a constant."""
         if self.gaussian:
             return -0.5 * (self.count * (means - self.mean).square()).sum(1)
         return (torch.xlogy(self.sums, means) + torch.xlogy(self.pulls - self.sums, 1 - means)).sum(1)
 
 
-class Greedy(Learner):
-    """The highest posterior mean."""
+class GreedyArm(IndexAgent):
+    """Pull the arm of the highest posterior mean."""
 
     def index(self, t: int) -> Tensor:
         return self.mean
 
 
-class EpsilonGreedy(Greedy):
-    """Any arm with probability ε, else the highest posterior mean.
+class EpsilonGreedyArm(GreedyArm):
+    """Pull a random arm with probability ε, otherwise the arm of the highest posterior mean.
 
-    Of ε ∈ {.01, .02, .05, .1} the best is .01 with 10 pulls and .05 with 500; .02 loses less than .02, 0.1 and 6 there.
+    Of ε ∈ {.01, .02, .05, .1} the best is .01 with 10 pulls and .05 with 500. With .02 the return is lower by less than
+    .02 with 10 pulls, 0.1 with 100 and 6 with 500.
     """
 
     epsilon = 0.02
@@ -93,10 +96,11 @@ class EpsilonGreedy(Greedy):
         return torch.where(chance < self.epsilon, (which * self.pulls.shape[1]).long(), super().act(t, state))
 
 
-class UCB1(Learner):
-    """mean + c √(2 ln t / pulls), counting one success and one failure beforehand (Auer et al. 2002; Duan et al. 2016).
+class UCB1(IndexAgent):
+    """Pull by mean + c √(2 ln t / pulls) (Auer et al. 2002), with one success and one failure in advance (Duan et al.).
 
-    Of c ∈ {.1, .15, .2, .3}, .15 is the best by .02 with 10 pulls, and .2 the best, or as good, with 100 and 500.
+    Of c ∈ {.1, .15, .2, .3}, .15 is the best by .02 with 10 pulls, and .2 is the best, or equal to it, with 100 and
+    500.
     """
 
     constant = 0.2
@@ -105,18 +109,19 @@ class UCB1(Learner):
         return self.mean + self.constant * (2 * torch.tensor(t + 1.0, dtype=torch.float64).log() / self.count).sqrt()
 
 
-class Thompson(Learner):
-    """The highest of means drawn from the posterior (Thompson 1933)."""
+class Thompson(IndexAgent):
+    """Pull the arm of the highest mean in a draw from the posterior (Thompson 1933)."""
 
     def index(self, t: int) -> Tensor:
         return self.draw(t)
 
 
-class OptimisticThompson(Learner):
-    """The best arm of the likeliest of 20 draws from the posterior.
+class OptimisticThompson(IndexAgent):
+    """Pull the best arm of the likeliest of 20 draws from the posterior.
 
-    So Duan et al. 2016 describe their optimistic variant, and this gives their figures. The original doesn't (May et al., JMLR 2012:
-    no draw counts for less than its mean): 5.98 ± .02 with 10 pulls of 5 arms, where they have 6.5 and this 6.44 ± .03.
+    This is the optimistic variant as Duan et al. 2016 describe it, and it gives their figures: 6.44 ± .03 with 10 pulls
+    of 5 arms, where they report 6.5. The original (May et al., JMLR 2012: no draw counts for less than its mean) gives
+    5.98 ± .02.
     """
 
     draws = 20
@@ -127,8 +132,11 @@ class OptimisticThompson(Learner):
         return torch.stack(drawn)[likeliest, torch.arange(len(likeliest), device=self.device)]
 
 
-class Gittins(Learner):
-    """The highest Gittins index, discounted by 1 − 1 / pulls of a trial, which is as good as 1 − 2 / or 3 / pulls with 10 to 500."""
+class Gittins(IndexAgent):
+    """Pull the arm of the highest Gittins index, with the discount 1 − 1 / pulls of a trial.
+
+    1 − 2 / pulls and 1 − 3 / pulls give equal returns with 10 to 500 pulls.
+    """
 
     def __init__(self, environment: Any, tasks: Tasks, keys: TaskKey) -> None:
         super().__init__(environment, tasks, keys)
@@ -142,8 +150,11 @@ class Gittins(Learner):
         return table[self.sums.long(), (self.pulls - self.sums).long()]
 
 
-class Optimal(Learner):
-    """Exactly Bayes-optimal for independent Bernoulli arms ~ U[0, 1]: ``bayes_optimal.solve``."""
+class Optimal(IndexAgent):
+    """Play exactly Bayes-optimally for independent Bernoulli arms ~ U[0, 1] (``bayes_optimal.solve``).
+
+    Raises ConfigError for Gaussian rewards.
+    """
 
     solution: Solution
 
@@ -151,7 +162,7 @@ class Optimal(Learner):
         super().__init__(environment, tasks, keys)
         if self.gaussian:
             raise ConfigError(
-                "optimal: of bandits with environment.reward 'gaussian' no exact optimum is known; expected 'bernoulli'"
+                "optimal: no exact optimum is known for environment.reward 'gaussian'; use 'bernoulli', or 'gittins'"
             )
         self.solution = solve(environment.arms, environment.episodes)
 
@@ -160,18 +171,20 @@ class Optimal(Learner):
         return self.solution.worth(t, pulls * (pulls + 1) // 2 + wins).to(self.device)
 
 
-class OptimalCorrelated(Learner):
-    """Exactly Bayes-optimal where p₂ = 1 − p₁: either arm tells the same, so the likelier one is best, and no pull is spent on
-    finding out. The priors are symmetric, so the likelier one is that which more rewards and fewer failures speak for."""
+class OptimalCorrelated(IndexAgent):
+    """Play exactly Bayes-optimally where p₂ = 1 − p₁.
+
+    Both arms give the same information, so no pull needs to explore, and the arm with the higher posterior mean is
+    best. The priors are symmetric, so that is the arm whose wins minus losses are above those of the other arm.
+    """
 
     def index(self, t: int) -> Tensor:
-        speaks = 2 * self.sums - self.pulls
-        return speaks - speaks.flip(1)
+        evidence = 2 * self.sums - self.pulls
+        return evidence - evidence.flip(1)
 
 
 def _optimal(environment: Any, tasks: Tasks, keys: TaskKey) -> Agent:
-    independent = isinstance(environment, Bandit) or environment.arms_are == "independent"
-    return (Optimal if independent else OptimalCorrelated)(environment, tasks, keys)
+    return (Optimal if environment.independent else OptimalCorrelated)(environment, tasks, keys)
 
 
 METHODS: dict[str, Method] = {
@@ -181,8 +194,8 @@ METHODS: dict[str, Method] = {
     "ucb1": UCB1,
     "thompson": Thompson,
     "optimistic_thompson": OptimisticThompson,
-    "epsilon_greedy": EpsilonGreedy,
-    "greedy": Greedy,
+    "epsilon_greedy": EpsilonGreedyArm,
+    "greedy": GreedyArm,
     "random": Random,
 }
-"""The reference first."""
+"""Name → method; the first is the reference."""

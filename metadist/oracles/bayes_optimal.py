@@ -1,4 +1,4 @@
-"""The exact Bayes-optimal policy of a small Bernoulli bandit, by dynamic programming over what has been seen."""
+"""Compute the exact Bayes-optimal policy of a small Bernoulli bandit, by dynamic programming over beliefs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from torch import Tensor
 from metadist.core.errors import ConfigError
 from metadist.core.random import seeded
 
-#: states that a solution may have; 2,000,000 take seconds and some hundred MB
+#: the largest number of states; 2,000,000 take seconds and some hundred MB
 LIMIT = 3_000_000
 
 
 @dataclass(frozen=True)
 class Codes:
-    """An arm's past, (successes, failures), as one number: ``mean`` of its posterior, the numbers after a win and after a loss, and
-    64 random bits. A state is the multiset of its arms' pasts, known by the sum of their bits: arms may be exchanged."""
+    """The pasts of an arm, (successes, failures), as numbers.
+
+    For each past: the ``mean`` of its posterior, the past after a win, the past after a loss, and 64 random bits. A
+    state is the multiset of its arms' pasts; the sum of their bits identifies it, because arms are exchangeable.
+    """
 
     mean: Tensor
     win: Tensor
@@ -27,6 +30,7 @@ class Codes:
 
     @classmethod
     def of(cls, pulls: int) -> Codes:
+        """Return the pasts of at most ``pulls`` pulls."""
         t = torch.arange(pulls + 1).repeat_interleave(torch.arange(1, pulls + 2))
         s = torch.cat([torch.arange(n + 1) for n in range(pulls + 1)])
         lose = (t + 1) * (t + 2) // 2 + s
@@ -36,7 +40,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Solution:
-    """After w pulls: the states' sums, sorted, and what the pulls that are left are worth. ``value``: before the first."""
+    """A solved bandit: ``layers[w]`` has the states after w pulls, as sorted sums, and their values."""
 
     arms: int
     codes: Codes
@@ -44,16 +48,17 @@ class Solution:
 
     @property
     def value(self) -> float:
+        """Return the expected return of a trial."""
         return float(self.layers[0][1])
 
     def worth(self, w: int, pasts: Tensor) -> Tensor:
-        """Of pulling each arm after w pulls: pasts [B, arms] → float64 [B, arms]."""
+        """Return the value of pulling each arm after w pulls: pasts [B, arms] → float64 [B, arms]."""
         codes = self.codes
         mean = codes.mean[pasts]
         if w + 1 == len(self.layers):
             return mean
         own = codes.bits[pasts]
-        # With more arms than pulls some are never touched, and of those the solution leaves out as many as it can.
+        # With more arms than pulls some are never pulled, and the solution leaves out as many of these as it can.
         rest = own.sum(1, keepdim=True) - (own.shape[1] - self.arms) * codes.bits[0] - own
         sums, values = self.layers[w + 1]
         won, lost = (
@@ -64,7 +69,10 @@ class Solution:
 
 @lru_cache(maxsize=4)
 def solve(arms: int, pulls: int) -> Solution:
-    """Bellman's equation over beliefs, arms Beta(1, 1) at first. Raises ConfigError where that has more than ``LIMIT`` states."""
+    """Solve Bellman's equation over beliefs, from Beta(1, 1) for every arm.
+
+    Raises ConfigError where there are more than ``LIMIT`` states.
+    """
     expected = count_states(min(arms, pulls), pulls)
     if expected is None:
         raise ConfigError(
@@ -92,7 +100,7 @@ def solve(arms: int, pulls: int) -> Solution:
 
 
 def _children(codes: Codes, states: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The states after one more pull: their sums, sorted, and for each a parent's number, an arm and whether it won."""
+    """Return the states after one more pull: sorted sums, and for each a parent's number, an arm and whether it won."""
     own = codes.bits[states]
     rest = sums.unsqueeze(1) - own
     reached = torch.stack((rest + codes.bits[codes.lose[states]], rest + codes.bits[codes.win[states]]), -1)
@@ -105,9 +113,9 @@ def _children(codes: Codes, states: Tensor, sums: Tensor) -> tuple[Tensor, Tenso
 
 @lru_cache(maxsize=64)
 def count_states(arms: int, pulls: int) -> list[int] | None:
-    """How many states there are after 0 … pulls − 1 pulls, or None where all together are more than ``LIMIT``.
+    """Count the states after 0 … pulls − 1 pulls; return None where their sum is above ``LIMIT``.
 
-    A state is a multiset of at most ``arms`` pasts other than (0, 0), of which there are m + 1 with m pulls.
+    A state is a multiset of at most ``arms`` pasts other than (0, 0); there are m + 1 pasts with m pulls.
     """
     table = [[1] + [0] * (pulls - 1)] + [[0] * pulls for _ in range(arms)]
     for m in range(1, pulls):

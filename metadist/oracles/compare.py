@@ -1,4 +1,4 @@
-"""Which methods there are for an environment, and how well they do on the same trials."""
+"""List the methods for an environment and compare their returns in the same trials."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ ORACLES: dict[type[MetaEnvironment], Mapping[str, Method]] = {
     Gridworld: goals.GRIDWORLD,
     Navigation: goals.NAVIGATION,
 }
-"""Environment → name → method; the first that an environment allows is the oracle that scores refer to."""
+"""Environment → name → method; the first possible method of an environment is the oracle of scores."""
 
 
 def methods(environment: MetaEnvironment) -> Mapping[str, Method]:
+    """Return the methods for ``environment`` by name. Raises ConfigError where there are none."""
     for cls in type(environment).__mro__:
         if cls in ORACLES:
             return ORACLES[cls]
     known = ", ".join(cls.__name__ for cls in ORACLES)
     raise ConfigError(
-        f"environment.name: there are no oracles for '{type(environment).__name__}'; there are for {known}"
+        f"environment.name: there are no oracles for '{type(environment).__name__}'; expected one of {known}"
     )
 
 
 def play(environment: MetaEnvironment, name: str, keys: TaskKey) -> Tensor:
-    """The returns by episode, float64 [B, episodes], of the method called ``name`` in the trials of ``keys``."""
+    """Return the returns by episode, float64 [B, episodes], of the method ``name`` in the trials of ``keys``."""
     known = methods(environment)
     one_of("oracle", name, known)
     return play_with(environment, known[name], keys)
 
 
 def possible(environment: MetaEnvironment) -> list[str]:
-    """The methods that ``environment`` is not beyond."""
+    """Return the names of the methods that can play ``environment`` with its settings."""
     keys, found = TaskKey.of(0, "test", 0, [0]), []
     for name, method in methods(environment).items():
         try:
@@ -56,14 +57,17 @@ def possible(environment: MetaEnvironment) -> list[str]:
 
 
 def score(mean: float, oracle: float, random: float) -> float:
-    """Percent of the way from ``random`` to ``oracle``."""
+    """Return ``mean`` in percent of the way from ``random`` to ``oracle``."""
     return 100 * (mean - random) / (oracle - random)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method's return per trial: ``mean`` ± ``error`` (standard), its ``percent`` of (oracle − random), and what it gets more
-    than the oracle in the same trial, ``difference`` ± ``difference_error``; ``by_episode``: mean returns."""
+    """A method's return per trial: ``mean`` ± ``error`` (standard error), and its ``percent`` of (oracle − random).
+
+    ``difference`` ± ``difference_error`` is the return minus the oracle's in the same trial. ``by_episode`` holds mean
+    returns.
+    """
 
     name: str
     mean: float
@@ -82,15 +86,15 @@ def compare(
     seed: int = 0,
     split: str = "test",
     batch: int = 1000,
-    device: torch.device | str = "cpu",
 ) -> list[Row]:
-    """All ``names`` (default: all that are possible) on the first ``trials`` trials of ``split``, which are those of an evaluation.
+    """Play the methods ``names`` (default: all possible ones) in the first ``trials`` trials of ``split``.
 
-    The oracle is the first of the possible methods in ``ORACLES``; it and ``random`` are played whether or not they are named.
+    An evaluation has the same trials. The oracle is the first possible method in ``ORACLES``; the oracle and ``random``
+    play even if ``names`` omits them. ``batch`` trials are in memory together.
     """
     one_of("split", split, SPLITS)
     if trials < 2:
-        raise ConfigError(f"trials: {trials} is below 2, and one trial has no standard error")
+        raise ConfigError(f"trials: {trials} is below 2, and one trial has no standard error; expected 2 or more")
     allowed = possible(environment)
     oracle = allowed[0]
     names = list(allowed if names is None else names)
@@ -98,14 +102,14 @@ def compare(
         one_of("oracle", name, methods(environment))
     returns: dict[str, Tensor] = {}
     parts = [range(start, min(start + batch, trials)) for start in range(0, trials, batch)]
-    keys = [TaskKey.of(seed, split, 0, part).to(torch.device(device)) for part in parts]
+    keys = [TaskKey.of(seed, split, 0, part) for part in parts]
     for name in dict.fromkeys([oracle, "random", *names]):
-        returns[name] = torch.cat([play(environment, name, part).cpu() for part in keys])
+        returns[name] = torch.cat([play(environment, name, part) for part in keys])
     return [row(name, returns[name], returns[oracle], returns["random"]) for name in names]
 
 
 def row(name: str, returns: Tensor, oracle: Tensor, random: Tensor) -> Row:
-    """One line of the table, from returns by episode [trials, episodes] in the same trials."""
+    """Return one row of the table, from returns by episode [trials, episodes] in the same trials."""
     totals, best = returns.sum(1), oracle.sum(1)
     mean, more = totals.mean().item(), totals - best
     percent = score(mean, best.mean().item(), random.sum(1).mean().item())

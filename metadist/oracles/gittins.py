@@ -1,4 +1,4 @@
-"""Gittins indices: what an arm is worth, knowing that pulling it teaches about it (Gittins, J. R. Stat. Soc. B 1979)."""
+"""Compute Gittins indices: an arm's value, including the information from its pulls (J. R. Stat. Soc. B 1979)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 @lru_cache(maxsize=8)
 def bernoulli_index(pulls: int, discount: float, grid: int = 401) -> Tensor:
-    """The index of an arm after s successes and f failures from Beta(1, 1): float64 [pulls, pulls] at [s, f], s + f < pulls.
+    """Compute the index of an arm after s successes and f failures from Beta(1, 1): float64 [pulls, pulls] at [s, f].
 
-    By calibration (Gittins, Glazebrook & Weber, "Multi-armed bandit allocation indices", 2011, §1.6): the sure reward λ a pull at
-    which pulling on and taking λ for ever are worth the same. Backwards from so many pulls that what follows counts little, for all
-    λ of a grid at once; between neighbours of the grid the advantage of pulling is nearly linear.
+    Entries with s + f < pulls are defined. The index is found by calibration (Gittins, Glazebrook & Weber,
+    "Multi-armed bandit allocation indices", 2011, §1.6): it is the constant reward λ per pull for which further pulls
+    and λ for ever have equal values. The recursion goes backwards from a number of pulls after which rewards count
+    little, for all λ of a grid together; between neighbours of the grid the advantage of pulling is nearly linear.
     """
     charge = torch.linspace(0, 1, grid, dtype=torch.float64)
     depth = pulls + math.ceil(3 / (1 - discount))
     s = torch.arange(depth + 1, dtype=torch.float64).unsqueeze(1)
-    advantage = ((s + 1) / (depth + 2) - charge) / (1 - discount)  # as though the mean were known by then
+    advantage = ((s + 1) / (depth + 2) - charge) / (1 - discount)  # the mean counts as known there
     index = torch.zeros(pulls, pulls, dtype=torch.float64)
     for t in reversed(range(depth)):
         worth = advantage.clamp_(min=0)
@@ -36,16 +37,17 @@ def bernoulli_index(pulls: int, discount: float, grid: int = 401) -> Tensor:
 
 @lru_cache(maxsize=8)
 def normal_index(pulls: int, discount: float, precision: float, grid: int = 801) -> Tensor:
-    """How far the index of an arm with normal rewards of variance 1 lies above its posterior mean after n pulls: float64 [pulls].
+    """Compute the index minus the posterior mean after n pulls, for normal rewards of variance 1: float64 [pulls].
 
-    The prior's precision is ``precision``; the distance depends on n alone (Gittins et al. 2011, §8.2). So a charge of 0 will do: the
-    distance is how far below 0 a mean may be for pulling to be worth its while. Backwards over means in posterior deviations.
+    The prior's precision is ``precision``. The difference depends on n alone (Gittins et al. 2011, §8.2), so a constant
+    reward of 0 suffices: the difference is minus the lowest mean for which a pull is worth as much as 0. The recursion
+    goes backwards over means in units of the posterior's deviation.
     """
     depth = pulls + math.ceil(3 / (1 - discount))
     z = torch.linspace(-6, 6, grid, dtype=torch.float64)
     steps = torch.linspace(-4, 4, 41, dtype=torch.float64)
     weights = (-0.5 * steps.square()).softmax(0)
-    worth = z.clamp(min=0) / (precision + depth) ** 0.5 / (1 - discount)  # as though the mean were known by then
+    worth = z.clamp(min=0) / (precision + depth) ** 0.5 / (1 - discount)  # the mean counts as known there
     distance = torch.zeros(pulls, dtype=torch.float64)
     for n in reversed(range(depth)):
         known = precision + n

@@ -1,4 +1,4 @@
-"""The gridworld and 2D navigation for one who knows the goal."""
+"""Play the gridworld and 2D navigation with a known goal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STAY, _UP, _RIGHT, _DOWN, _LEFT = range(5)
 
 
 class KnownCell(Agent):
-    """Walks to the goal by a shortest way, and stays."""
+    """Walk to the goal by a shortest path, and stay there."""
 
     def act(self, t: int, state: Any) -> Tensor:
         size, goal = self.environment.size, self.tasks["goal"]
@@ -24,7 +24,7 @@ class KnownCell(Agent):
 
 
 class KnownPoint(Agent):
-    """Comes as near as it can in each coordinate by itself: nothing is nearer at any step."""
+    """Move towards the goal in each coordinate separately: no other policy is closer to the goal at any step."""
 
     def act(self, t: int, state: Any) -> Tensor:
         return (self.tasks["goal"] - state) / self.environment.speed

@@ -1,8 +1,8 @@
-"""How finite MDPs have been explored before: all plan in a model that they build of what they have seen (Duan et al. 2016, §3.2).
+"""Explore finite MDPs by classical methods, which plan in a model of their observations (Duan et al. 2016, §3.2).
 
-The prior is that of their table, which had it from TabulaRL: P ~ Dirichlet(1), as is true, and mean rewards ~ N(0, 1), whereas the
-truth is N(1, 1). Actions that haven't been tried are thus thought to be poor. It matters: with N(1, 1) ``greedy`` gets 154, not 138,
-at 10 episodes, and ``psrl`` 134, not 138.
+The prior is that of the paper's table, from TabulaRL: P ~ Dirichlet(1), which is true, and mean rewards ~ N(0, 1),
+where the true distribution is N(1, 1). The methods therefore expect low rewards of actions that they have not tried.
+The prior matters: with N(1, 1) ``greedy`` gets 154, not 138, at 10 episodes, and ``psrl`` 134, not 138.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from metadist.rl.policy import standard_normal
 
 
 def action_values(reward: Tensor, transition: Tensor, horizon: int) -> Tensor:
-    """Q of the best policy with h steps gone, by backward induction: reward [B, S, A], P [B, S, A, S] → [H, B, S, A]."""
+    """Compute the best policy's Q [H, B, S, A] after h steps, from reward [B, S, A] and P [B, S, A, S]."""
     found = [reward]
     for _ in range(horizon - 1):
-        # Not a matrix product: alike rows must give alike bits, so that ties stay ties in any batch.
+        # Not a matrix product: equal rows must give equal bits, so that ties stay ties in any batch.
         found.append(reward + (transition * found[-1].amax(-1)[:, None, None]).sum(-1))
     return torch.stack(found[::-1])
 
 
 def optimistic_action_values(reward: Tensor, transition: Tensor, slack: Tensor, horizon: int) -> Tensor:
-    """The same in the best model whose P(· | s, a) is within ``slack`` [B, S, A] of ``transition`` in L1 (Jaksch et al. 2010, fig. 2)."""
+    """Compute Q [H, B, S, A] in the best model whose P(· | s, a) is within ``slack`` [B, S, A] of ``transition`` in L1.
+
+    Jaksch et al. 2010, fig. 2.
+    """
     found = [reward]
     for _ in range(horizon - 1):
         value, order = found[-1].amax(-1).sort(-1, descending=True)
@@ -43,8 +46,11 @@ def optimistic_action_values(reward: Tensor, transition: Tensor, slack: Tensor, 
     return torch.stack(found[::-1])
 
 
-class Planner(Agent):
-    """Follows the best policy of a model, ``values``, which is made anew for each episode, or with ``each_step`` for each step."""
+class PlanningAgent(Agent):
+    """Follow the best policy of a model, by the model's ``values`` at the episode's start.
+
+    With ``each_step`` compute the values at every step.
+    """
 
     each_step = False
 
@@ -55,7 +61,7 @@ class Planner(Agent):
         self.sums = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
 
     def values(self, t: int) -> Tensor:
-        """Q [H, B, S, A]."""
+        """Return Q [H, B, S, A] for the rest of the episode from step ``t``."""
         raise NotImplementedError
 
     def act(self, t: int, state: Any) -> Tensor:
@@ -65,7 +71,7 @@ class Planner(Agent):
         return self.pick(t, self.plan[gone][torch.arange(len(state), device=self.device), state])
 
     def pick(self, t: int, worth: Tensor) -> Tensor:
-        """One of the actions, by what they are worth [B, A]."""
+        """Choose an action [B] by the actions' values ``worth`` [B, A]."""
         return worth.argmax(1)
 
     def learn(self, t: int, state: Any, action: Tensor, reward: Tensor, following: Any) -> None:
@@ -76,23 +82,23 @@ class Planner(Agent):
 
     @property
     def visits(self) -> Tensor:
-        """[B, S, A]."""
+        """Return the number of visits [B, S, A]."""
         return self.counts.sum(-1)
 
     def model(self) -> tuple[Tensor, Tensor]:
-        """The posterior's mean: reward [B, S, A], P [B, S, A, S]."""
+        """Return the posterior's mean: reward [B, S, A], P [B, S, A, S]."""
         concentration = self.counts + 1
         return self.sums / (self.visits + 1), concentration / concentration.sum(-1, keepdim=True)
 
     def draw(self, t: int, sample: int = 0) -> tuple[Tensor, Tensor]:
-        """A model from the posterior."""
+        """Draw a model from the posterior: the ``sample``-th draw at step ``t``."""
         transition = dirichlet(self.keys.stream("oracle transition", step=t, call=sample), self.counts + 1)
         noise = self.keys.stream("oracle reward", step=t, call=sample).uniform(2 * self.sums[0].numel())
         return self.model()[0] + standard_normal(noise).view(self.shape) / (self.visits + 1).sqrt(), transition
 
 
-class KnownMDP(Planner):
-    """Value iteration in the MDP itself, which it knows."""
+class KnownMDP(PlanningAgent):
+    """Plan in the task's own MDP."""
 
     def values(self, t: int) -> Tensor:
         return action_values(
@@ -100,11 +106,11 @@ class KnownMDP(Planner):
         )
 
 
-class Greedy(Planner):
-    """The best policy of the posterior's mean.
+class GreedyPlanner(PlanningAgent):
+    """Follow the best policy of the posterior's mean.
 
-    Actions that haven't been tried are worth exactly the same to it, and one of them is taken by chance at every step, so that an
-    episode that comes back to a state tries another. Taking the first, it gets 129 at 10 episodes in place of 138.
+    Actions without a trial have equal values, and a random one of them is taken at every step, so that an episode that
+    returns to a state tries another action. With the first of them the return at 10 episodes is 129 in place of 138.
     """
 
     def values(self, t: int) -> Tensor:
@@ -115,8 +121,8 @@ class Greedy(Planner):
         return torch.where(best, self.uniform(t, worth.shape[1]), -1.0).argmax(1)
 
 
-class EpsilonGreedy(Greedy):
-    """Any action with probability ε ∈ {.05, .1, .2, .3}, else greedy."""
+class EpsilonGreedyPlanner(GreedyPlanner):
+    """Take a random action with probability ε, otherwise the greedy one; .1 is the best of ε ∈ {.05, .1, .2, .3}."""
 
     epsilon = 0.1
 
@@ -125,15 +131,15 @@ class EpsilonGreedy(Greedy):
         return torch.where(chance < self.epsilon, (which * worth.shape[1]).long(), super().pick(t, worth))
 
 
-class PSRL(Planner):
-    """The best policy of a model drawn from the posterior, for an episode (Strens 2000; Osband et al. 2013)."""
+class PSRL(PlanningAgent):
+    """Follow the best policy of a model drawn from the posterior, for an episode (Strens 2000; Osband et al. 2013)."""
 
     def values(self, t: int) -> Tensor:
         return action_values(*self.draw(t), self.environment.horizon)
 
 
-class OPSRL(Planner):
-    """The best that any of several drawn models says of each action (Osband & Van Roy 2017, §5)."""
+class OPSRL(PlanningAgent):
+    """Take each action's highest value in several models drawn from the posterior (Osband & Van Roy 2017, §5)."""
 
     samples = 10
 
@@ -144,11 +150,11 @@ class OPSRL(Planner):
         return best
 
 
-class BEB(Planner):
-    """The posterior's mean, with a bonus β / (1 + visits) on every reward (Kolter & Ng 2009, eq. 3).
+class BEB(PlanningAgent):
+    """Plan in the posterior's mean, with a bonus β / (1 + visits) on every reward (Kolter & Ng 2009, eq. 3).
 
-    Of β ∈ {.5, 1, 2, 3}, 1 is best with 10 episodes (and gives the table's 150), 2 with 25 to 100 (and gets more than the table: there
-    1 would give its figure for 25).
+    Of β ∈ {.5, 1, 2, 3}, 1 is the best with 10 episodes and gives the table's 150; 2 is the best with 25 to 100 and
+    gives more than the table (β = 1 gives the table's figure for 25).
     """
 
     def values(self, t: int) -> Tensor:
@@ -161,16 +167,19 @@ class BEB(Planner):
 
 
 class BEBEachStep(BEB):
-    """The same, planning anew at every step, as Kolter & Ng do and the table didn't: the best method here. β ∈ {1, 1.5, 2, 3}."""
+    """Plan like BEB, but at every step, as Kolter & Ng do and the table does not: the best method here.
+
+    1.5 is the best of β ∈ {1, 1.5, 2, 3}.
+    """
 
     bonus, each_step = 1.5, True
 
 
-class UCRL2(Planner):
-    """The best policy of the most optimistic model that is still plausible (Jaksch et al. 2010).
+class UCRL2(PlanningAgent):
+    """Follow the best policy of the most optimistic plausible model (Jaksch et al. 2010).
 
-    Around the posterior's mean, as TabulaRL has it: rewards within w √(4 ln(2 S A t / δ) / n), P within √S times that in L1, n visits,
-    δ = .05, with w ∈ {.1, .2, .3, .4} for the proof's 1.
+    Models are plausible around the posterior's mean, as in TabulaRL: rewards within w √(4 ln(2 S A t / δ) / n), P
+    within √S times that bound in L1, for n visits and δ = .05. w is .3, of w ∈ {.1, .2, .3, .4}; in the proof it is 1.
     """
 
     width = 0.3
@@ -190,8 +199,8 @@ METHODS: dict[str, Method] = {
     "ucrl2": UCRL2,
     "beb": BEB,
     "beb_each_step": BEBEachStep,
-    "epsilon_greedy": EpsilonGreedy,
-    "greedy": Greedy,
+    "epsilon_greedy": EpsilonGreedyPlanner,
+    "greedy": GreedyPlanner,
     "random": Random,
 }
-"""The reference first."""
+"""Name → method; the first is the reference."""

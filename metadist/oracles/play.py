@@ -1,4 +1,4 @@
-"""Agents that are written, not learned, in the same trials as policies: the same tasks and the same luck."""
+"""Play programmed agents in the same trials as policies: the same tasks and the same random numbers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from metadist.rl.environment import Discrete, MetaEnvironment, Tasks
 
 
 class Agent:
-    """Plays a batch of trials. It may look into the environment's state; one that looks into ``tasks`` is an upper bound.
+    """The base of all agents: plays a batch of trials.
 
-    Whatever it draws comes from streams of ``keys``, so that it does the same in every batch.
+    An agent sees the environment's state. An agent that reads ``tasks`` gives an upper bound. All random numbers come
+    from streams of ``keys``, so that an agent acts the same in every batch.
     """
 
     def __init__(self, environment: Any, tasks: Tasks, keys: TaskKey) -> None:
@@ -23,23 +24,23 @@ class Agent:
         self.device = keys.tasks.device
 
     def act(self, t: int, state: Any) -> Tensor:
-        """The actions at the trial's step ``t``."""
+        """Return the actions at the trial's step ``t``."""
         raise NotImplementedError
 
     def learn(self, t: int, state: Any, action: Tensor, reward: Tensor, following: Any) -> None:
-        """What came of it."""
+        """Update the agent's statistics with the step's reward and next state."""
 
     def uniform(self, t: int, *shape: int) -> Tensor:
-        """The agent's own luck at step ``t``: [B, *shape] float32."""
+        """Return the agent's uniform random numbers of step ``t``: [B, *shape] float32."""
         return self.keys.stream("oracle", step=t).uniform(*shape)
 
 
 Method = Callable[[Any, Tasks, TaskKey], Agent]
-"""(environment, tasks, keys) → agent. Raises ConfigError where the environment is beyond it."""
+"""(environment, tasks, keys) → agent. Raises ConfigError for environments that the method cannot play."""
 
 
 class Random(Agent):
-    """Uniform actions; where they are continuous, in [−1, 1]."""
+    """Take uniform actions, in [−1, 1] where they are continuous."""
 
     def act(self, t: int, state: Any) -> Tensor:
         actions = self.environment.actions
@@ -50,13 +51,13 @@ class Random(Agent):
 
 @torch.no_grad()
 def play_with(environment: MetaEnvironment, method: Method, keys: TaskKey) -> Tensor:
-    """The returns by episode, float64 [B, episodes], of ``method`` in the trials that ``core.trial.rollout`` has for ``keys``."""
+    """Return the returns by episode, float64 [B, episodes], of ``method`` in the trials of ``rl.trial.rollout``."""
     tasks, device, batch = environment.sample(keys), keys.tasks.device, len(keys.tasks)
     agent = method(environment, tasks, keys)
     stepping = keys.stream("environment").uniform(environment.steps, environment.step_noise)
     starting = keys.stream("reset").uniform(environment.episodes, environment.reset_noise)
     each = torch.arange(batch, device=device)
-    # One column more than there are episodes: the rewards of trials that are over.
+    # One column more than episodes, for the rewards of trials that have ended.
     returns = torch.zeros(batch, environment.episodes + 1, dtype=torch.float64, device=device)
     episode, clock = torch.zeros_like(each), torch.zeros_like(each)
     state, observation = environment.reset(tasks, starting[:, 0])

@@ -1,4 +1,4 @@
-"""Draws from posteriors that are pure functions of the task's key: gamma, and with it beta and Dirichlet."""
+"""Sample gamma, beta and Dirichlet distributions as pure functions of the task's key."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from metadist.core.random import Stream, philox, uniform
 
-#: the first counter of rejected proposals' words: beyond those that exponentials take
+#: the first counter of the proposals' words, above those of the exponentials
 _PROPOSALS = 1 << 24
 
 
 def standard_gamma(stream: Stream, shape: Tensor) -> Tensor:
-    """Gamma(shape, 1) for shape [B, n] ≥ 1: float64 [B, n], of float32 precision.
+    """Sample Gamma(shape, 1) for shape [B, n] ≥ 1: float64 [B, n], of float32 precision.
 
-    Marsaglia & Tsang, "A simple method for generating gamma variables", ACM TOMS 2000; where the shape is 1, as it is for all that
-    has not been seen, an exponential.
+    Marsaglia & Tsang, "A simple method for generating gamma variables", ACM TOMS 2000. Where the shape is 1 (no
+    observation yet), an exponential.
     """
     count = shape.shape[-1]
     drawn = -torch.log1p(-stream.uniform(count).double())
@@ -43,12 +43,12 @@ def standard_gamma(stream: Stream, shape: Tensor) -> Tensor:
 
 
 def beta(stream: Stream, a: Tensor, b: Tensor) -> Tensor:
-    """Beta(a, b), a and b [B, n] ≥ 1: float64 [B, n]."""
+    """Sample Beta(a, b) for a and b [B, n] ≥ 1: float64 [B, n]."""
     x, y = standard_gamma(stream, torch.cat((a, b), -1)).chunk(2, -1)
     return x / (x + y)
 
 
 def dirichlet(stream: Stream, concentration: Tensor) -> Tensor:
-    """Dirichlet over the last dimension of concentration [B, …, n] ≥ 1: float64."""
+    """Sample Dirichlet over the last dimension of ``concentration`` [B, …, n] ≥ 1: float64."""
     drawn = standard_gamma(stream, concentration.flatten(1)).view_as(concentration)
     return drawn / drawn.sum(-1, keepdim=True)

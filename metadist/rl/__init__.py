@@ -1,1 +1,1 @@
-"""Meta-reinforcement learning: environments, policies, trials and their algorithms."""
+"""Define meta-reinforcement learning: environments, policies, trials and their algorithms."""

@@ -1,4 +1,4 @@
-"""Meta-environments: distributions over MDPs, whose tasks are data and whose steps are taken for a whole batch at once."""
+"""Define meta-environments: distributions over MDPs whose tasks are tensors and whose steps are batched."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
 
 Tasks = Mapping[str, Tensor]
-"""What a task is, as named tensors [B, …]: enough to run it anywhere."""
+"""A batch of tasks as named tensors [B, …], complete: a task runs in any process."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class Discrete:
 
     @property
     def size(self) -> int:
-        """Features that show an action to the policy."""
+        """Return the number of features that encode an action for the policy."""
         return self.count
 
 
 @dataclass(frozen=True)
 class Continuous:
-    """An action is a float32 vector [size]; the environment clips it to what it can do."""
+    """An action is a float32 vector [size]; the environment clips it to its own bounds."""
 
     size: int
 
@@ -40,9 +41,11 @@ Actions = Union[Discrete, Continuous]
 
 @dataclass(frozen=True)
 class Step:
-    """What a batch of environments answers: the next state, observation [B, O] float32, reward [B] float32, and whether the
-    episode has come to an end of its own [B] bool (``horizon`` ends it anyway). ``measured``: what else there is to see, by
-    name [B] float32; no policy is shown it."""
+    """The result of one step: the next state, observation [B, O] and reward [B] float32, ``terminated`` [B] bool.
+
+    ``terminated`` marks episodes that ended by themselves (``horizon`` ends the others). ``measured`` holds further
+    values by name, [B] float32, for reports; the policy does not see them.
+    """
 
     state: Any
     observation: Tensor
@@ -55,7 +58,7 @@ class MetaEnvironment:
     """A distribution over MDPs. Subclass it as a frozen dataclass and write ``sample``, ``reset`` and ``step``.
 
     A *trial* is ``episodes`` episodes of at most ``horizon`` steps in one task. All three methods are pure functions of
-    their arguments; whatever is random comes as ``noise``: uniform float32 in [0, 1), keyed by (run seed, split,
+    their arguments. Their only source of randomness is ``noise``: uniform float32 in [0, 1), keyed by (run seed, split,
     meta-step, task, step), [B, reset_noise] and [B, step_noise].
     """
 
@@ -64,7 +67,7 @@ class MetaEnvironment:
 
     episodes: int
     horizon: int
-    #: how many uniform numbers ``reset`` and ``step`` take for each environment
+    #: how many uniform numbers ``reset`` and ``step`` take for each task
     reset_noise: int = 0
     step_noise: int = 0
     #: SHA-256 of the data, which every worker and a resumed run must share; None for environments without data
@@ -82,27 +85,31 @@ class MetaEnvironment:
 
     @property
     def steps(self) -> int:
-        """Steps of a trial at most."""
+        """Return the maximum number of steps of a trial."""
         return self.episodes * self.horizon
 
     def prepare(self, device: torch.device) -> None:
-        """Load what is large. Called once in every process that steps environments."""
+        """Load large data. Called once in every process that steps environments."""
 
     def sample(self, keys: TaskKey) -> Tasks:
-        """The tasks of ``keys`` ([B] indices), on the device of ``keys.tasks``."""
+        """Return the tasks of ``keys`` ([B] indices), on the device of ``keys.tasks``."""
         raise NotImplementedError
 
     def reset(self, tasks: Tasks, noise: Tensor) -> tuple[Any, Tensor]:
-        """The beginning of an episode: (state, observation [B, O])."""
+        """Begin an episode in every task: return (state, observation [B, O])."""
         raise NotImplementedError
 
     def step(self, tasks: Tasks, state: Any, action: Tensor, noise: Tensor) -> Step:
+        """Take one step in every task."""
         raise NotImplementedError
 
     def restart(
         self, tasks: Tasks, state: Any, observation: Tensor, ended: Tensor, noise: Tensor
     ) -> tuple[Any, Tensor]:
-        """Begin the next episode where ``ended`` [B]; the others go on. States that are no trees of tensors override it."""
+        """Begin the next episode where ``ended`` [B] is true; keep state and observation elsewhere.
+
+        Environments whose state is not a pytree of tensors override this method.
+        """
         new = self.reset(tasks, noise)
         if bool(ended.all()):
             return new
@@ -110,12 +117,19 @@ class MetaEnvironment:
         def choose(a: Tensor, b: Tensor) -> Tensor:
             return torch.where(ended.view(-1, *(1,) * (a.dim() - 1)), a, b)
 
-        return pytree.tree_map(choose, new, (state, observation))
+        chosen: tuple[Any, Tensor] = pytree.tree_map(choose, new, (state, observation))
+        return chosen
+
+    def check_least(self, **least: int) -> None:
+        """Raise ConfigError where a field is below its least value. Call it in ``__post_init__``."""
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ConfigError(f"environment.{name}: {getattr(self, name)} is below {value}; use {value} or more")
 
     def left_out(self, state: Any) -> Tensor | None:
-        """Which trials [B] bool are not to count, since their environment has broken down; None: all count."""
+        """Return which trials [B] bool do not count because their environment failed; None if all count."""
         return None
 
     def protocol(self, split: str) -> dict[str, Any]:
-        """What a score on ``split`` must be read with."""
+        """Return the facts that a reader needs with a score on ``split``."""
         return {"episodes": self.episodes, "horizon": self.horizon}

@@ -1,11 +1,11 @@
-"""Policies: a module that maps what an agent sees to a distribution over actions, a value and its next memory."""
+"""Define policies: modules that map features and memory to a distribution over actions, a value and the next memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,12 @@ from metadist.core.model import BoundModel
 from metadist.rl.environment import Actions, Discrete
 
 
+@runtime_checkable
 class PolicyModule(Protocol):
     """An ``nn.Module``: ``forward(features [B, T, F], memory [B, M])`` → (head [B, T, A], value [B, T], memory [B, M]).
 
-    The memory is one tensor, zeros at the start of a trial. ``sees_history`` False: the features are the observation
-    alone (a reactive policy, as MAML-RL and the memoryless control want).
+    The memory is one tensor of ``memory_size`` M, zeros at the start of a trial. Where ``sees_history`` is false, the
+    features are the observation alone (a reactive policy, for MAML-RL and for the memoryless baseline).
     """
 
     sees_history: bool
@@ -40,7 +41,7 @@ class Categorical:
         return self.count
 
     def sample(self, head: Tensor, noise: Tensor) -> Tensor:
-        # By the inverse distribution function: the last class takes what rounding leaves above the last but one.
+        # By the inverse distribution function: the last class takes the probability that rounding leaves over.
         below = head.softmax(-1).cumsum(-1)[..., :-1]
         return (noise > below).sum(-1)
 
@@ -99,20 +100,22 @@ class Gaussian:
 
 
 def distribution(actions: Actions) -> Categorical | Gaussian:
-    """How policies act where ``actions`` are allowed."""
+    """Return the distribution of a policy with these actions."""
     return Categorical(actions.count) if isinstance(actions, Discrete) else Gaussian(actions.size)
 
 
 def standard_normal(noise: Tensor) -> Tensor:
-    """Uniform [..., 2 n] → standard normal float32 [..., n] (Box–Muller), rounded from float64."""
+    """Transform uniform [..., 2 n] to standard normal float32 [..., n] (Box–Muller), rounded from float64."""
     u1, u2 = noise.double().chunk(2, -1)
     return ((-2.0 * torch.log1p(-u1)).sqrt() * torch.cos(2.0 * math.pi * u2)).to(torch.float32)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a policy is shown at a step besides the observation: its last action and reward, and whether an episode has just
-    begun. All zero at the first step of a trial (Duan et al. 2016, section 2.2)."""
+    """The inputs of a policy besides the observation: its last action and reward, and whether an episode has begun.
+
+    All are zero at the first step of a trial (Duan et al. 2016, section 2.2).
+    """
 
     action: Tensor
     reward: Tensor
@@ -120,6 +123,7 @@ class Seen:
 
     @classmethod
     def nothing(cls, batch: int, size: int, device: torch.device) -> Seen:
+        """Return the inputs at the first step of a trial; an action has ``size`` features."""
         return cls(*(torch.zeros(batch, n, device=device) for n in (size, 1, 1)))
 
 
@@ -132,8 +136,9 @@ class Policy:
     actions: Actions
 
     @property
-    def module(self) -> Any:
-        return self.model.model.module
+    def module(self) -> PolicyModule:
+        """Return the policy's module; ``TrialAlgorithm.compatible`` has checked it."""
+        return cast(PolicyModule, self.model.model.module)
 
     @property
     def distribution(self) -> Categorical | Gaussian:
@@ -144,30 +149,34 @@ class Policy:
         return self.module.memory_size
 
     def start(self, batch: int, device: torch.device) -> Tensor:
-        """The memory [B, M] at the start of a trial."""
+        """Return the memory [B, M] at the start of a trial."""
         return torch.zeros(batch, self.memory_size, dtype=self.model.model.dtype, device=device)
 
     def features(self, observation: Tensor, seen: Seen) -> Tensor:
-        """[..., F]: what the module takes, in its dtype."""
+        """Return the module's input [..., F] in its dtype."""
         parts = [observation, seen.action, seen.reward, seen.begun] if self.module.sees_history else [observation]
         return torch.cat(parts, -1).to(self.model.model.dtype)
 
     def step(self, observation: Tensor, seen: Seen, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of a batch: head [B, A], value [B], memory [B, M]."""
+        """Compute one step of a batch: head [B, A], value [B], memory [B, M]."""
         head, value, memory = self(self.features(observation, seen).unsqueeze(1), memory)
         return head.squeeze(1), value.squeeze(1), memory
 
     def held(self) -> Policy:
-        """The same, sooner, for many steps without gradients; to the last bit where the parameters are aligned in memory, as its own always are."""
+        """Return the same policy for many steps without gradients: its module holds the parameters, which is faster.
+
+        The results have the same bits where the parameters are aligned in memory; a module's own always are.
+        """
         return replace(self, model=self.model.holding(self.parameters))
 
     def __call__(self, features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.model(self.parameters, features, memory)
+        head, value, memory = self.model(self.parameters, features, memory)
+        return head, value, memory
 
 
 @dataclass(frozen=True)
 class PolicyPerTask(Policy):
-    """A policy with parameters [tasks, …] of each task's own: rows of a batch [tasks · n, …] belong to task after task."""
+    """A policy with separate parameters [tasks, …] for each task; a batch [tasks · n, …] has n rows for each task."""
 
     def held(self) -> Policy:
         return self
@@ -176,8 +185,8 @@ class PolicyPerTask(Policy):
         tasks = len(next(iter(self.parameters.values())))
 
         def apart(t: Tensor) -> Tensor:
-            return t.unflatten(0, (tasks, -1))
+            return torch.unflatten(t, 0, (tasks, -1))
 
-        found: tuple[Tensor, ...] = torch.func.vmap(self.model)(self.parameters, apart(features), apart(memory))
-        head, value, memory = (t.flatten(0, 1) for t in found)
+        results: tuple[Tensor, ...] = torch.func.vmap(self.model)(self.parameters, apart(features), apart(memory))
+        head, value, memory = (t.flatten(0, 1) for t in results)
         return head, value, memory

@@ -1,4 +1,7 @@
-"""Trials: n episodes in one task, with the policy's memory kept from one to the next. The one place that knows about both."""
+"""Roll out trials: n episodes in one task, with the policy's memory kept between episodes.
+
+No other module uses both environments and policies.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ VALID, TERMINATED, EPISODE_END, TRIAL_END = 1, 2, 4, 8
 
 @dataclass(frozen=True)
 class Trials:
-    """A batch of B trials, T steps each at most; steps after a trial's end are padding (their ``VALID`` bit is off).
+    """A batch of B trials of at most T steps; steps after a trial's end are padding (their ``VALID`` bit is off).
 
     observation [B, T, O], action [B, T] int64 or [B, T, A], log_probability, value, reward [B, T], flags [B, T] uint8,
-    task [B] int64. ``measured``: by name [B, T], what the environment gave to be seen; it isn't recorded.
+    task [B] int64. ``measured`` [B, T] by name holds the environment's values for reports; ``records`` omits them.
     """
 
     observation: Tensor
@@ -39,26 +42,30 @@ class Trials:
 
     @classmethod
     def of(cls, records: Records) -> Trials:
+        """Return the trials of ``records``."""
         columns: dict[str, Any] = {name: records.columns[name] for name in cls.columns()}
         return cls(**columns)
 
     @classmethod
     def columns(cls) -> list[str]:
-        """The names of what is recorded."""
+        """Return the names of the recorded tensors, in the order of the fields."""
         return [f.name for f in fields(cls) if f.name != "measured"]
 
     def records(self) -> Records:
+        """Return the trials as columns, without ``measured``."""
         return Records({name: getattr(self, name) for name in self.columns()})
 
     def to(self, device: torch.device) -> Trials:
+        """Return the trials on ``device``."""
         measured = {name: t.to(device) for name, t in self.measured.items()}
         return Trials(**{name: getattr(self, name).to(device) for name in self.columns()}, measured=measured)
 
     def flag(self, bit: int) -> Tensor:
+        """Return whether ``bit`` is set: bool [B, T]."""
         return (self.flags & bit) != 0
 
     def seen(self, policy: Policy) -> Seen:
-        """What the policy had been shown at every step: [B, T, …], shifted by one, zeros at the trial's start."""
+        """Return the policy's inputs besides the observation [B, T, …], which are zero at the trial's first step."""
 
         def shift(t: Tensor) -> Tensor:
             return torch.cat([torch.zeros_like(t[:, :1]), t[:, :-1]], 1)
@@ -67,25 +74,38 @@ class Trials:
         return Seen(shift(action), shift(self.reward.unsqueeze(-1)), shift(ended.unsqueeze(-1)))
 
     def episode(self) -> Tensor:
-        """Which episode every step belongs to, from 0: int64 [B, T]."""
+        """Return the episode of every step, from 0: int64 [B, T]."""
         return torch.cat([torch.zeros_like(self.task).unsqueeze(1), self.flag(EPISODE_END).cumsum(1)[:, :-1]], 1)
 
     def by_episode(self, episodes: int) -> Tensor:
-        """The return of every episode: float64 [B, episodes]."""
+        """Return the return of every episode: float64 [B, episodes]."""
         reward = torch.where(self.flag(VALID), self.reward, torch.zeros_like(self.reward)).double()
         returns = torch.zeros(len(reward), episodes, dtype=torch.float64, device=reward.device)
         return returns.scatter_add_(1, self.episode().clamp(max=episodes - 1), reward)
 
     def counted(self) -> Tensor:
-        """Which trials weren't left out: bool [B]."""
+        """Return which trials count (their environment did not fail): bool [B]."""
         return self.flag(VALID).any(1)
 
     def highest(self, name: str, episodes: int) -> Tensor:
-        """The highest value that was measured in every episode, NaN where there was none: float64 [B, episodes]."""
+        """Return the highest measured value of every episode, NaN where there is none: float64 [B, episodes]."""
         seen = torch.where(self.flag(VALID), self.measured[name], torch.nan).double().nan_to_num(-torch.inf)
         found = seen.new_full((len(seen), episodes), -torch.inf)
         found.scatter_reduce_(1, self.episode().clamp(max=episodes - 1), seen, "amax")
         return torch.where(found.isneginf(), torch.nan, found)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """One of several rollouts of the same task, each with its own noise.
+
+    It has ``episodes`` episodes in place of the environment's number. ``stage`` and ``serial`` ([B, 1] or a number,
+    below 2¹⁴) key the noise.
+    """
+
+    episodes: int
+    stage: int = 0
+    serial: Tensor | int = 0
 
 
 @torch.no_grad()
@@ -96,94 +116,130 @@ def rollout(
     *,
     greedy: bool = False,
     tasks: Tasks | None = None,
-    episodes: int | None = None,
-    stage: int = 0,
-    serial: Tensor | int = 0,
+    repetition: Repetition | None = None,
 ) -> Trials:
-    """Every task of ``keys`` for one trial. ``greedy``: the likeliest action in place of a drawn one.
+    """Roll out one trial of every task of ``keys``.
 
-    ``episodes``: as many in place of the environment's. Where a task is rolled out more than once, ``stage`` and ``serial``
-    ([B, 1], below 2¹⁴) give each time noise of its own.
+    ``greedy`` takes the likeliest action in place of a sampled one. ``tasks`` are the sampled tasks of ``keys``.
+    Raises NonFiniteError where the environment returns a reward or observation of NaN or Inf.
     """
-    device, episodes, policy = keys.tasks.device, environment.episodes if episodes is None else episodes, policy.held()
-    tasks = environment.sample(keys) if tasks is None else tasks
-    batch, length, distribution = len(keys.tasks), episodes * environment.horizon, policy.distribution
-    acting = keys.stream("action", stage, serial).uniform(length, distribution.words)
-    none = acting[..., :0]
-    stepping = (
-        keys.stream("environment", stage, serial).uniform(length, environment.step_noise)
-        if environment.step_noise
-        else none
-    )
-    starting = (
-        keys.stream("reset", stage, serial).uniform(episodes, environment.reset_noise)
-        if environment.reset_noise
-        else none
-    )
-
-    memory = policy.start(batch, device)
-    episode = torch.zeros(batch, dtype=torch.int64, device=device)
-    clock = torch.zeros(batch, dtype=torch.int64, device=device)
-    live = torch.ones(batch, dtype=torch.bool, device=device)
-    with spent("environment"):
-        state, observation = environment.reset(tasks, _at(starting, episode))
-    observation, _ = _finite(observation, observation[:, 0], live, keys)
-    seen = Seen.nothing(batch, policy.actions.size, device)
-    columns: dict[str, list[Tensor]] = {name: [] for name in Trials.columns() if name != "task"}
-    measured: dict[str, list[Tensor]] = {}
-    for t in range(length):
-        with spent("inference"):
-            head, value, memory = policy.step(observation, seen, memory)
-            action = distribution.mode(head) if greedy else distribution.sample(head, acting[:, t])
-        with spent("environment"):
-            step = environment.step(tasks, state, action, stepping[:, t])
-        observed, reward = _finite(step.observation, step.reward, live, keys)
-        clock = clock + 1
-        ended = (step.terminated | (clock >= environment.horizon)) & live
-        episode = episode + ended
-        over = episode >= episodes
-        flags = live * VALID + (step.terminated & live) * TERMINATED + ended * EPISODE_END + (ended & over) * TRIAL_END
-        for name, column in (
-            ("observation", observation),
-            ("action", action),
-            ("log_probability", distribution.log_probability(head, action)),
-            ("value", value),
-            ("reward", reward),
-            ("flags", flags.to(torch.uint8)),
-        ):
-            columns[name].append(column)
-        for name, column in step.measured.items():
-            measured.setdefault(name, []).append(column)
-        seen = Seen(distribution.features(action), reward.unsqueeze(-1), ended.float().unsqueeze(-1))
-        state, observation, live = step.state, observed, live & ~over
-        if not bool(live.any()):
+    part = Repetition(environment.episodes) if repetition is None else repetition
+    sampled = environment.sample(keys) if tasks is None else tasks
+    batch = _Batch(environment, policy.held(), keys, sampled, part)
+    for t in range(batch.length):
+        batch.step(t, greedy)
+        if not bool(batch.live.any()):
             break
-        if bool(ended.any()):
-            with spent("environment"):
-                state, observation = environment.restart(
-                    tasks, state, observation, ended & live, _at(starting, episode.clamp(max=episodes - 1))
-                )
-            observation, _ = _finite(observation, reward, live, keys)
-            clock = torch.where(ended, 0, clock)
-    found = {n: torch.stack(c, 1) for n, c in columns.items()}
-    trials = Trials(**found, task=keys.tasks, measured={n: torch.stack(c, 1) for n, c in measured.items()})
-    left_out = environment.left_out(state)
-    return (
-        trials
-        if left_out is None
-        else replace(trials, flags=trials.flags.masked_fill(left_out.to(device).unsqueeze(1), 0))
-    )
+        batch.restart()
+    return batch.trials()
+
+
+class _Batch:
+    """A batch of trials in progress. ``live`` marks the trials that have not ended, [B] bool."""
+
+    def __init__(
+        self, environment: MetaEnvironment, policy: Policy, keys: TaskKey, tasks: Tasks, part: Repetition
+    ) -> None:
+        self.environment, self.policy, self.keys, self.tasks = environment, policy, keys, tasks
+        self.distribution, self.episodes = policy.distribution, part.episodes
+        self.length = part.episodes * environment.horizon
+        self._draw_noise(part)
+        batch, device = len(keys.tasks), keys.tasks.device
+        self.memory = policy.start(batch, device)
+        self.episode = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.clock = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.live = torch.ones(batch, dtype=torch.bool, device=device)
+        with spent("environment"):
+            self.state, observation = environment.reset(tasks, _at(self.starting, self.episode))
+        self.observation, self.reward = _finite(observation, observation[:, 0], self.live, keys)
+        self.ended = torch.zeros_like(self.live)
+        self.seen = Seen.nothing(batch, policy.actions.size, device)
+        self.columns: dict[str, list[Tensor]] = {name: [] for name in Trials.columns() if name != "task"}
+        self.measured: dict[str, list[Tensor]] = {}
+
+    def _draw_noise(self, part: Repetition) -> None:
+        """Draw the noise of all steps: ``acting`` and ``stepping`` [B, T, …], ``starting`` [B, episodes, …]."""
+        environment, keys, key = self.environment, self.keys, (part.stage, part.serial)
+        self.acting = keys.stream("action", *key).uniform(self.length, self.distribution.words)
+        self.stepping = self.starting = self.acting[..., :0]
+        if environment.step_noise:
+            self.stepping = keys.stream("environment", *key).uniform(self.length, environment.step_noise)
+        if environment.reset_noise:
+            self.starting = keys.stream("reset", *key).uniform(part.episodes, environment.reset_noise)
+
+    def step(self, t: int, greedy: bool) -> None:
+        """Choose an action at step ``t``, step the environment and record both."""
+        with spent("inference"):
+            head, value, self.memory = self.policy.step(self.observation, self.seen, self.memory)
+            if greedy:
+                action = self.distribution.mode(head)
+            else:
+                action = self.distribution.sample(head, self.acting[:, t])
+        with spent("environment"):
+            step = self.environment.step(self.tasks, self.state, action, self.stepping[:, t])
+        observed, self.reward = _finite(step.observation, step.reward, self.live, self.keys)
+        flags = self._flags(step.terminated)
+        self._record("observation", self.observation)
+        self._record("action", action)
+        self._record("log_probability", self.distribution.log_probability(head, action))
+        self._record("value", value)
+        self._record("reward", self.reward)
+        self._record("flags", flags)
+        for name, column in step.measured.items():
+            self.measured.setdefault(name, []).append(column)
+        features = self.distribution.features(action)
+        self.seen = Seen(features, self.reward.unsqueeze(-1), self.ended.float().unsqueeze(-1))
+        self.state, self.observation = step.state, observed
+        self.live = self.live & (self.episode < self.episodes)
+
+    def _flags(self, terminated: Tensor) -> Tensor:
+        """Advance clocks and episodes; return the step's flags [B] uint8."""
+        live = self.live
+        self.clock = self.clock + 1
+        self.ended = (terminated | (self.clock >= self.environment.horizon)) & live
+        self.episode = self.episode + self.ended
+        over = self.ended & (self.episode >= self.episodes)
+        flags = live * VALID + (terminated & live) * TERMINATED + self.ended * EPISODE_END + over * TRIAL_END
+        return flags.to(torch.uint8)
+
+    def _record(self, name: str, column: Tensor) -> None:
+        self.columns[name].append(column)
+
+    def restart(self) -> None:
+        """Begin the next episode in the trials whose episode has ended."""
+        if not bool(self.ended.any()):
+            return
+        noise = _at(self.starting, self.episode.clamp(max=self.episodes - 1))
+        with spent("environment"):
+            self.state, observation = self.environment.restart(
+                self.tasks, self.state, self.observation, self.ended & self.live, noise
+            )
+        self.observation, _ = _finite(observation, self.reward, self.live, self.keys)
+        self.clock = torch.where(self.ended, 0, self.clock)
+
+    def trials(self) -> Trials:
+        """Return the recorded trials, without the valid flags of trials whose environment failed."""
+        measured = {n: torch.stack(c, 1) for n, c in self.measured.items()}
+        columns = {n: torch.stack(c, 1) for n, c in self.columns.items()}
+        trials = Trials(**columns, task=self.keys.tasks, measured=measured)
+        left_out = self.environment.left_out(self.state)
+        if left_out is None:
+            return trials
+        return replace(trials, flags=trials.flags.masked_fill(left_out.to(trials.flags.device).unsqueeze(1), 0))
 
 
 def _at(noise: Tensor, episode: Tensor) -> Tensor:
-    """[B, E, n] and [B] → [B, n]."""
+    """Select each trial's noise of its own episode: [B, E, n] and [B] → [B, n]."""
     if not noise.shape[-1]:
         return noise[:, 0]
     return noise[torch.arange(len(episode), device=noise.device), episode]
 
 
 def _finite(observation: Tensor, reward: Tensor, live: Tensor, keys: TaskKey) -> tuple[Tensor, Tensor]:
-    """Both, without what trials that are over may still give: NaN there would spoil gradients, masked or not."""
+    """Return observation and reward with zeros in the rows of ended trials that are not finite.
+
+    A NaN there would make gradients NaN, even where a mask excludes the row. Raises NonFiniteError for live trials.
+    """
     finite = torch.isfinite(reward) & torch.isfinite(observation).all(-1)
     if bool(finite.all()):
         return observation, reward
@@ -196,9 +252,10 @@ def _finite(observation: Tensor, reward: Tensor, live: Tensor, keys: TaskKey) ->
 
 
 def advantages(trials: Trials, discount: float, gae_lambda: float, reward_scale: float) -> Tensor:
-    """Generalised advantage estimates [B, T] (Schulman et al. 2016, eq. 16), across episode ends, cut at the trial's end.
+    """Compute generalised advantage estimates [B, T] (Schulman et al. 2016, eq. 16).
 
-    Values are those of scaled rewards; so are the advantages.
+    They continue across the ends of episodes and stop at the trial's end. Values and advantages are in units of the
+    scaled reward.
     """
     valid, last = trials.flag(VALID), trials.flag(TRIAL_END)
     going_on = (valid & ~last).to(trials.value.dtype)

@@ -1,4 +1,4 @@
-"""One policy update within a bounded mean KL divergence (Schulman et al., "Trust region policy optimization", ICML 2015)."""
+"""Update a policy once within a bounded mean KL divergence (TRPO: Schulman et al., ICML 2015)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from metadist.core.round import Round
 from metadist.core.state import Contribution, State
 from metadist.rl.updates import MetaStep
 
-#: the slot by which workers are told a direction in parameter space
+#: the slot that carries a direction in parameter space to the workers
 DIRECTION = "direction"
-#: each step of the line search is so much of the one before
+#: factor between one step of the line search and the next
 BACKTRACK = 0.8
 
 
 @dataclass(frozen=True)
 class TrustRegion:
-    """Mean KL divergence of a step at most; conjugate-gradient steps; what is added to the Fisher matrix's diagonal; steps of the
-    line search at most."""
+    """The bounds of an update.
+
+    ``kl`` is the largest mean KL divergence, ``cg_steps`` the number of conjugate-gradient steps, ``damping`` the term
+    added to the Fisher matrix's diagonal, and ``backtracks`` the largest number of line-search steps.
+    """
 
     kl: float
     cg_steps: int
@@ -31,9 +34,10 @@ class TrustRegion:
 
 
 def trust_region_rounds(step: MetaStep, region: TrustRegion) -> Generator[Round, Contribution, None]:
-    """A gradient round; a round of Fisher-vector products for each conjugate-gradient step; rounds of the line search.
+    """Yield a gradient round, a round of Fisher-vector products per conjugate-gradient step, and line-search rounds.
 
-    Every sum is the canonical one, and the driver's own arithmetic is float64 by blocks: the same bits for any number of workers.
+    Every sum is the canonical sum, and the driver's own arithmetic is float64 in blocks: the bits are the same for any
+    number of workers.
     """
     total = yield from step.ask("gradient", step.rolled)
     step.describe(total)
@@ -54,7 +58,10 @@ def trust_region_rounds(step: MetaStep, region: TrustRegion) -> Generator[Round,
 def conjugate_gradient(
     b: Tensor, product: Callable[[Tensor], Generator[Round, Contribution, Tensor]], region: TrustRegion
 ) -> Generator[Round, Contribution, tuple[Tensor, Tensor]]:
-    """x and A x, where A = F + damping · I and x solves A x = b as well as ``cg_steps`` products F p can (Hestenes & Stiefel 1952)."""
+    """Return x and A x, where A = F + damping · I and x approximates the solution of A x = b (Hestenes & Stiefel 1952).
+
+    ``product(p)`` yields rounds and returns F p; there are at most ``cg_steps`` of them.
+    """
     x, residual = torch.zeros_like(b), b
     p, square = b, dot(b, b)
     for _ in range(region.cg_steps):
@@ -62,7 +69,7 @@ def conjugate_gradient(
             break
         image = (yield from product(p)) + region.damping * p
         bend = dot(p, image)
-        if not bend > 0:  # rounding, or a divergence that is flat along p
+        if not bend > 0:  # rounding, or a divergence without curvature along p
             break
         x, residual = x + square / bend * p, residual - square / bend * image
         last, square = square, dot(residual, residual)
@@ -71,9 +78,10 @@ def conjugate_gradient(
 
 
 def _line_search(step: MetaStep, region: TrustRegion, whole: Tensor) -> Generator[Round, Contribution, None]:
-    """θ ← θ + fraction · ``whole`` for the first fraction that improves the surrogate within the bound; or θ stays (appendix C).
+    """Set θ ← θ + fraction · ``whole`` for the first fraction that improves the surrogate within the bound.
 
-    θ and ``whole`` are published once more each time; workers add them up, since the divergence is measured from θ.
+    θ does not change if no fraction does (appendix C). Each round publishes θ and ``whole``, and the workers add them,
+    because they measure the divergence from θ.
     """
     published = _with(step.state, whole)
     for number in range(region.backtracks):
@@ -97,7 +105,7 @@ def _with(state: State, direction: Tensor) -> State:
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """Σ a b in float64 by blocks of fixed size, so that the result doesn't depend on the number of threads."""
+    """Compute Σ a b in float64 in blocks of fixed size, so that the result does not depend on the number of threads."""
     terms = a.double() * b.double()
     while terms.numel() > 1024:
         terms = torch.nn.functional.pad(terms, (0, -terms.numel() % 1024)).view(-1, 1024).sum(1)

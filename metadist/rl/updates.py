@@ -1,4 +1,4 @@
-"""One meta-step of meta-reinforcement learning under way: which trials it learns from, θ as it stands, and its rounds."""
+"""The update rounds of one meta-step of meta-reinforcement learning."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from metadist.core.round import Round, Shard
 from metadist.core.state import Contribution, Slot, State
 
 UPDATES = "updates"
-"""Of the outer state: how many updates came before. Early stops make them another number than meta-steps × minibatches."""
+"""Name in the outer state: the number of updates so far. Early stops make it differ from meta-steps × minibatches."""
 
 
 @dataclass
 class MetaStep:
-    """``rolled``: the shards of round 0, whose outputs later rounds need. ``settings``: what every shard is told.
-    ``report`` receives metrics as they are known."""
+    """A meta-step in progress: its trials, its current state, and its update rounds.
+
+    ``rolled`` are the shards of round 0, whose outputs later rounds need. ``settings`` go to every shard. ``report``
+    collects the metrics.
+    """
 
     meta_step: int
     seed: int
@@ -76,7 +79,9 @@ class MetaStep:
     def minibatch_rounds(
         self, function: str, epochs: int, minibatches: int, kl_limit: float | None = None
     ) -> Generator[Round, Contribution, None]:
-        """Yield a round and make an update for every minibatch, until the mean KL divergence of one exceeds ``kl_limit``."""
+        """Yield a round and make an update for every minibatch, until the mean KL divergence of one exceeds
+        ``kl_limit``.
+        """
         for number, shards in enumerate(self._minibatches(epochs, minibatches)):
             total = yield from self.ask(function, shards)
             if not total.weight:  # every trial of these shards was left out
@@ -90,7 +95,7 @@ class MetaStep:
                 return
 
     def _minibatches(self, epochs: int, minibatches: int) -> Iterator[list[Shard]]:
-        """Whole shards in a new order every epoch, keyed by the meta-step."""
+        """Yield minibatches of whole shards, in a new order every epoch, keyed by the meta-step."""
         generator = seeded(self.seed, f"minibatches/{self.meta_step}")
         for _ in range(epochs):
             order = torch.randperm(len(self.rolled), generator=generator)
@@ -98,7 +103,7 @@ class MetaStep:
                 yield [self.rolled[i] for i in part.tolist()]
 
     def describe(self, total: Contribution) -> None:
-        """Add a round's metrics to the means that are reported."""
+        """Add the metrics of a round to the means in the report."""
         for name, value in total.metrics.items():
             seen, weight = self._means.get(name, (0.0, 0.0))
             self._means[name] = seen + value, weight + total.weight

@@ -1,4 +1,4 @@
-"""n-way k-shot episodes from a set of labelled images, a whole shard at once."""
+"""Sample n-way k-shot episodes from a set of labelled images, a shard of episodes together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Rotations = Literal["classes", "slot", "none"]
 
 @dataclass(frozen=True, eq=False)
 class _Split:
-    """The classes of one split: their names, first image and number of images, the last two int64 [classes]."""
+    """The classes of one split: names, index of the first image and number of images, the last two int64 [classes]."""
 
     names: tuple[str, ...]
     first: Tensor
@@ -29,13 +29,13 @@ class _Split:
 
     @cached_property
     def fewest(self) -> tuple[int, str]:
-        """The smallest number of images, and the class that has it."""
+        """Return the smallest number of images, and its class."""
         return min(zip(self.counts.tolist(), self.names))
 
 
 @dataclass(frozen=True, eq=False)
 class _Prepared:
-    """``pixels`` holds the ``images`` of the set; where any are turned, four times as many (see ``images.turned``)."""
+    """The loaded data. ``pixels`` holds ``images`` images, or four times as many with rotations (``images.turned``)."""
 
     pixels: Tensor
     images: int
@@ -45,13 +45,13 @@ class _Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes(Classification):
-    """n classes of a split and, of each, k support and q query images, all drawn without replacement.
+    """An episode has n classes of a split, with k support and q query images each, all drawn without replacement.
 
-    A class's label is its place in the ordered draw, so a class has another label in every task. Rows are *shot-major*:
-    row s·n + w is image s of the class labelled w, and the first n·j rows are a balanced j-shot set. x is float32
+    A class's label is its position in the draw, so a class has another label in every task. Rows are *shot-major*: row
+    s·n + w is image s of the class with label w, and the first n·j rows are a balanced j-shot set. x is float32
     [rows, channels, height, width] in [0, 1], y int64 [rows]. ``train_*`` replace a number in training alone.
 
-    A subclass says how to ``load`` the images and how their classes are split.
+    A subclass defines ``load`` and ``split_classes``.
     """
 
     n_way: int = 5
@@ -70,19 +70,19 @@ class Episodes(Classification):
         object.__setattr__(self, "outputs", self.n_way)
 
     def load(self) -> ImageSet:
-        """The images, from wherever they are."""
+        """Load the images."""
         raise NotImplementedError
 
     def split_classes(self, images: ImageSet) -> dict[str, list[int]]:
-        """split → indices of its classes in ``images.names``."""
+        """Return each split's classes as indices in ``images.names``."""
         raise NotImplementedError
 
     def rotations_in(self, split: str) -> Rotations:
-        """What turning an image by 90° makes of it in ``split``."""
+        """Return the use of quarter turns in ``split``: new classes, one random turn for each class, or none."""
         return "none"
 
     def shape(self, split: str) -> tuple[int, int, int]:
-        """(n_way, k_shot, query_shots) of ``split``."""
+        """Return (n_way, k_shot, query_shots) of ``split``."""
         if split == "train":
             return (
                 self.train_n_way or self.n_way,
@@ -102,12 +102,13 @@ class Episodes(Classification):
             for c in splits.setdefault(split, []):
                 if c in seen:
                     raise DataError(
-                        f"class '{images.names[c]}' is in the {seen[c]} split and again in {split}; a class belongs in one"
+                        f"class '{images.names[c]}' is in the {seen[c]} split and again in {split}; put each class in "
+                        "one split"
                     )
                 seen[c] = split
         counts = torch.tensor(images.counts)
         first = counts.cumsum(0) - counts
-        # The splits belong to the fingerprint: a split file that differs on one node must not pass for the same data.
+        # The splits are part of the fingerprint: a node with another split file has other data.
         described = json.dumps([images.sha256, {s: [images.names[c] for c in splits[s]] for s in SPLITS}])
         prepared = _Prepared(
             on_device(turned(images) if any(self.rotations_in(s) != "none" for s in SPLITS) else images, device),
@@ -120,27 +121,28 @@ class Episodes(Classification):
     def _ready(self) -> _Prepared:
         if "_prepared" not in self.__dict__:
             self.prepare(torch.device("cpu"))
-        return self.__dict__["_prepared"]
+        prepared: _Prepared = self.__dict__["_prepared"]
+        return prepared
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
 
     @property
     def data_sha256(self) -> str:
-        """SHA-256 over the pixels, class names and splits: all that tasks depend on besides the configuration."""
+        """Return the SHA-256 over pixels, class names and splits; tasks depend on nothing else but the config."""
         return self._ready().data_sha256
 
     @property
     def pixels(self) -> Tensor:
-        """The images that ``draw`` numbers, u8 [N, channels, height, width], on the device that they were prepared for."""
+        """Return the images that ``draw`` indexes, u8 [N, channels, height, width], on the prepared device."""
         return self._ready().pixels
 
     def class_names(self, split: str) -> tuple[str, ...]:
-        """The classes of ``split``, in the order in which they are numbered."""
+        """Return the classes of ``split``, in the order of their numbers."""
         return self._ready().splits[split].names
 
     def _checked(self, split: str) -> tuple[_Split, int]:
-        """The split and how many classes there are to draw from, once it is known to be able to fill an episode."""
+        """Return the split and its number of classes. Raises ConfigError where it is too small for an episode."""
         part = self._ready().splits[split]
         n, k, q = self.shape(split)
         classes = len(part.names) * (4 if self.rotations_in(split) == "classes" else 1)
@@ -151,22 +153,23 @@ class Episodes(Classification):
 
         if n > classes:
             raise ConfigError(
-                f"{key('n_way')} = {n}: the {split} split has {classes} classes; lower it, or give this split more classes"
+                f"{key('n_way')} = {n}: the {split} split has {classes} classes; lower {key('n_way')}, or give this "
+                "split more classes"
             )
         fewest, name = part.fewest
         if k + q > fewest:
             raise ConfigError(
-                f"{key('k_shot')} + {key('query_shots')} = {k} + {q}: class '{name}' of the {split} split has {fewest} images; "
-                "lower one of them, or leave the class out"
+                f"{key('k_shot')} + {key('query_shots')} = {k} + {q}: class '{name}' of the {split} split has {fewest} "
+                "images; lower one of the two, or leave the class out"
             )
         return part, classes
 
     def draw(self, keys: TaskKey, split: str) -> Tensor:
-        """Which of the prepared pixels: int64 [T, k + q, n]."""
+        """Draw the episodes' images as indices of ``pixels``: int64 [T, k + q, n]."""
         part, classes = self._checked(split)
         n, k, q = self.shape(split)
         rotations = self.rotations_in(split)
-        # All streams at once; a stream that is not asked for its words costs nothing.
+        # All streams together; a stream of zero words costs nothing.
         slots, words, quarters = keys.words(classes=n, images=n * (k + q), rotations=n if rotations == "slot" else 0)
         chosen = choose(slots, classes)
         turns = integers(quarters, 4) if rotations == "slot" else None
@@ -182,14 +185,14 @@ class Episodes(Classification):
         index = self.draw(keys.to(torch.device("cpu")), split)
         n, k, q = self.shape(split)
         pixels = self.pixels
-        # One block of indices to the device, one gather there for each set.
+        # Copy all indices to the device together, and gather once for each set.
         index = index.to(pixels.device)
         labels = torch.arange(n, device=pixels.device)
 
         def examples(index: Tensor, shots: int) -> Examples:
             tasks = index.shape[:-2]
             images = pixels.index_select(0, index.flatten()).view(*tasks, shots * n, *pixels.shape[1:])
-            # A product, not a quotient: CUDA divides by a scalar by multiplying with its inverse, the CPU does not.
+            # A product, not a quotient: CUDA divides by a scalar as a product with its inverse, the CPU does not.
             return Examples(images.to(torch.float32).mul_(1 / 255), labels.repeat(*tasks, shots))
 
         return Task(examples(index[..., :k, :], k), examples(index[..., k:, :], q))

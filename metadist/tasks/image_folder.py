@@ -1,4 +1,4 @@
-"""Few-shot classification of your own images: a folder of folders, or one Parquet or Arrow file."""
+"""Define few-shot classification of the user's images: a folder of folders, or one Parquet or Arrow file."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ TABLES = (".parquet", ".arrow", ".feather")
 class ImageFolder(Episodes):
     """Images by class at ``path``, a local path (then also tried in ``METADIST_DATA``) or any fsspec URL.
 
-    Each folder that holds images is a class, called by its path (``dogs``, ``Greek/character01``). Top folders ``train``,
-    ``validation`` and ``test`` are splits. Or a .parquet, .arrow or .feather file with an image (encoded bytes, or lists
-    of pixels) and a label column.
+    Each folder with images is a class, and its path is the class name (``dogs``, ``Greek/character01``). Top folders
+    ``train``, ``validation`` and ``test`` are splits. Or ``path`` is a .parquet, .arrow or .feather file with an image
+    column (encoded bytes, or lists of pixels) and a label column.
 
-    Without such top folders the classes are split by ``split_list``, a JSON file {"train": [class names], "validation":
-    […], "test": […]}, or else by ``fractions``: in the order of the SHA-256 of ``split_seed`` and name, so that the split
-    depends on the names and nothing else.
+    Without such top folders ``split_list`` splits the classes, a JSON file {"train": [class names], "validation": […],
+    "test": […]}; without it ``fractions`` does, in the order of the SHA-256 of ``split_seed`` and name, so that the
+    split depends on the names alone.
 
-    Images become ``image_size`` square (LANCZOS, centre crop) with 1 or 3 ``channels``; ``invert`` for dark on light.
+    Images become squares of ``image_size`` (LANCZOS, centre crop) with 1 or 3 ``channels``. ``invert`` is for dark
+    images on a light background.
     """
 
     path: str
@@ -52,12 +53,14 @@ class ImageFolder(Episodes):
             raise ConfigError(f"tasks.channels = {self.channels}: must be 1 (grey) or 3 (RGB)")
         if len(self.fractions) != 3 or min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
             raise ConfigError(
-                f"tasks.fractions = {list(self.fractions)}: must be three numbers ≥ 0 for {', '.join(SPLITS)} that add up to 1"
+                f"tasks.fractions = {list(self.fractions)}: must be three numbers ≥ 0 for {', '.join(SPLITS)} with the "
+                "sum 1"
             )
         object.__setattr__(self, "input_shape", (self.channels, self.image_size, self.image_size))
 
     @property
     def decode(self) -> Decode:
+        """Return the settings that turn encoded bytes into an image."""
         return Decode(self.image_size, self.channels, self.invert)
 
     def load(self) -> ImageSet:
@@ -74,12 +77,10 @@ class ImageFolder(Episodes):
         files = in_folder(path)
         classes = {n: n.rpartition("/")[0] for n in files.names}
         if not classes:
-            raise DataError(
-                f"tasks.path = {path}: no images in folders there; expected {path}/CLASS/IMAGE.png or .jpg …"
-            )
+            raise DataError(f"tasks.path = {path}: has no images in folders; expected {path}/CLASS/IMAGE.png or .jpg …")
         if "" in classes.values():
             stray = next(n for n, c in classes.items() if not c)
-            raise DataError(f"tasks.path = {path}: '{stray}' is in no folder; put every image into its class's folder")
+            raise DataError(f"tasks.path = {path}: '{stray}' is in no folder; move every image to its class's folder")
         labels = [_label(c) for c in classes.values()]
         if not all(part in SPLITS and name for part, name in labels):
             labels = [("", c) for c in classes.values()]
@@ -92,7 +93,7 @@ class ImageFolder(Episodes):
     def _from_table(self, path: str, decode: Decode) -> ImageSet:
         pixels, names = table(path, self.image_column, self.label_column, decode)
         if not names:
-            raise DataError(f"tasks.path = {path}: has no rows")
+            raise DataError(f"tasks.path = {path}: has no rows; expected one row for each image")
         return ImageSet.grouped(pixels, [("", name) for name in names])
 
     def _located(self) -> str:
@@ -115,7 +116,7 @@ class ImageFolder(Episodes):
                 return self.path
         except Exception as error:  # every fsspec backend raises its own
             raise DataError(f"tasks.path = {self.path}: cannot be reached ({error})") from error
-        raise DataError(f"tasks.path = {self.path}: there is nothing at that address")
+        raise DataError(f"tasks.path = {self.path}: there is nothing at that address; check the URL")
 
     def split_classes(self, images: ImageSet) -> dict[str, list[int]]:
         if len(set(images.names)) < len(images.names):
@@ -123,7 +124,7 @@ class ImageFolder(Episodes):
             parts = [p for n, p in zip(images.names, images.parts) if n == twice]
             raise DataError(
                 f"tasks.path = {self.path}: class '{twice}' is in {' and in '.join(parts)}; "
-                "splits must hold different classes, or test classes leak into training"
+                "splits must hold different classes, or training sees test classes"
             )
         if self.split_list is not None:
             return split_list(self.split_list, images.names)
@@ -140,7 +141,7 @@ class ImageFolder(Episodes):
 
 
 def _label(folder: str) -> tuple[str, str]:
-    """``train/dogs`` → (train, dogs)."""
+    """Split a folder's path into split and class: ``train/dogs`` → (train, dogs)."""
     part, _, name = folder.partition("/")
     return {"val": "validation", "valid": "validation"}.get(part, part), name
 

@@ -1,4 +1,4 @@
-"""Sets of labelled images: one copy per node, in the cache and memory-mapped by every process, and one per device."""
+"""Load sets of labelled images: one copy per node, which all its processes memory-map, and one per device."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ log = logging.getLogger(__name__)
 
 
 def cache_directory() -> Path:
-    """``METADIST_CACHE``, or ~/.cache/metadist. Whatever is in it may be deleted at any time."""
+    """Return ``METADIST_CACHE``, or ~/.cache/metadist. Users may delete its files at any time."""
     return Path(os.environ.get("METADIST_CACHE") or "~/.cache/metadist").expanduser()
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images u8 [N, channels, height, width], class after class; of each class its name, its number of images and its
-    part (the part of the data set that it comes from, or ""). Classes are in the order of (part, name)."""
+    """Images u8 [N, channels, height, width] in the order of their classes.
+
+    Each class has a name, a number of images and a part (of the data set, or ""). Classes are in the order of (part,
+    name).
+    """
 
     pixels: np.ndarray
     names: tuple[str, ...]
@@ -37,7 +40,7 @@ class ImageSet:
 
     @classmethod
     def of(cls, pixels: np.ndarray, names: Sequence[str], counts: Sequence[int], parts: Sequence[str]) -> ImageSet:
-        """``sha256`` covers the pixels, their shape and the classes."""
+        """Return a set whose ``sha256`` covers the pixels, their shape and the classes."""
         pixels = np.ascontiguousarray(pixels)
         digest = hashlib.sha256(json.dumps([pixels.shape, names, counts, parts]).encode())
         digest.update(pixels.data)
@@ -45,7 +48,7 @@ class ImageSet:
 
     @classmethod
     def grouped(cls, pixels: np.ndarray, labels: Sequence[tuple[str, str]]) -> ImageSet:
-        """From one (part, class name) per image; the images of a class keep their order."""
+        """Return a set from one (part, class name) per image; the images of a class keep their order."""
         order = sorted(range(len(labels)), key=labels.__getitem__)
         if order != list(range(len(labels))):
             pixels = pixels[order]
@@ -56,16 +59,16 @@ class ImageSet:
 
 
 def cached(name: str, source: str, build: Callable[[], ImageSet]) -> ImageSet:
-    """The image set made from ``source`` (a text that identifies the original bytes and what is done to them).
+    """Return the image set of ``source``, a text that identifies the original bytes and their processing.
 
-    The first process on a node builds it and writes the decoded array to the cache; the others wait for that and map
-    the same pages. Where the cache can't be written, each process holds its own copy.
+    The first process of a node builds the set and writes the decoded array to the cache; the others wait and map the
+    same pages. Where the cache is not writable, each process has its own copy.
     """
     from filelock import FileLock
 
     directory = cache_directory()
     entry = directory / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.json"
-    found = _open(entry)  # without the lock: a cache that was filled beforehand may be read-only
+    found = _open(entry)  # without the lock: a complete cache may be read-only
     if found is not None:
         return found
     lock = FileLock(f"{entry}.lock")
@@ -74,7 +77,9 @@ def cached(name: str, source: str, build: Callable[[], ImageSet]) -> ImageSet:
         lock.acquire(timeout=1800)
     except OSError as error:
         log.warning(
-            "cannot use the cache %s (%s): this process holds its own copy; set METADIST_CACHE", directory, error
+            "cannot use the cache %s (%s): this process has its own copy; set METADIST_CACHE to a writable folder",
+            directory,
+            error,
         )
         return build()
     try:
@@ -85,7 +90,7 @@ def cached(name: str, source: str, build: Callable[[], ImageSet]) -> ImageSet:
         try:
             _save(entry, name, built)
         except OSError as error:
-            log.warning("cannot write to the cache %s (%s): this process holds its own copy", directory, error)
+            log.warning("cannot write to the cache %s (%s): this process has its own copy", directory, error)
             return built
         return _open(entry) or built
     finally:
@@ -93,19 +98,19 @@ def cached(name: str, source: str, build: Callable[[], ImageSet]) -> ImageSet:
 
 
 def _open(entry: Path) -> ImageSet | None:
-    """The set that ``entry`` describes, mapped; None where there is none or where it is damaged."""
+    """Map the set that ``entry`` describes; return None where there is none or it is damaged."""
     try:
         meta = json.loads(entry.read_text())
-        # Copy-on-write, not read-only: the same shared pages, and torch takes no read-only arrays.
+        # Copy-on-write, not read-only: pages are shared just the same, and torch accepts no read-only arrays.
         pixels = np.load(entry.with_name(meta["file"]), mmap_mode="c", allow_pickle=False)
         found = ImageSet.of(pixels, meta["names"], meta["counts"], meta["parts"])
         if found.sha256 == meta["sha256"]:
             return found
-        log.warning("%s is damaged: building it anew", entry.with_name(meta["file"]))
+        log.warning("%s is damaged: building it again", entry.with_name(meta["file"]))
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError) as error:
-        log.warning("%s is unreadable (%s): building it anew", entry, error)
+        log.warning("%s is unreadable (%s): building it again", entry, error)
     return None
 
 
@@ -126,7 +131,7 @@ def _save(entry: Path, name: str, images: ImageSet) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary path beside ``target`` that takes its place if the block succeeds and goes away if it doesn't."""
+    """Yield a temporary path that replaces ``target`` if the block succeeds, and is deleted otherwise."""
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -136,8 +141,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def turned(images: ImageSet) -> ImageSet:
-    """The images, then all of them turned by 90°, by 180° and by 270° as ``torch.rot90`` does: a turned image is one to
-    gather like any other. Like the images, a node holds them once."""
+    """Return the images, followed by all of them turned by 90°, 180° and 270° as ``torch.rot90`` does.
+
+    Episodes gather a turned image like any other. A node has one copy.
+    """
 
     def build() -> ImageSet:
         turns = [np.rot90(images.pixels, turn, (-2, -1)) for turn in range(4)]
@@ -150,7 +157,7 @@ _COPIES: WeakValueDictionary[tuple[str, str], Tensor] = WeakValueDictionary()
 
 
 def on_device(images: ImageSet, device: torch.device) -> Tensor:
-    """The pixels on ``device``, shared by all families of this process that use them."""
+    """Return the pixels on ``device``; all families of this process share them."""
     key = (images.sha256, str(device))
     copy = _COPIES.get(key)
     if copy is None:

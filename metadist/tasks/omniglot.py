@@ -1,4 +1,4 @@
-"""Omniglot: 1,623 handwritten characters of 50 alphabets, each drawn once by 20 people.
+"""Define tasks of Omniglot: 1,623 handwritten characters of 50 alphabets, each drawn once by 20 people.
 
 Lake, Salakhutdinov & Tenenbaum, "Human-level concept learning through probabilistic program induction", Science 2015;
 the data are MIT-licensed, github.com/brendenlake/omniglot.
@@ -25,9 +25,11 @@ PARTS = {
     "images_background": ("68d2efa1b9178cc56df9314c21c6e718", 964, 19280),
     "images_evaluation": ("6b91aef0f799c5bb55b94e3f2daec811", 659, 13180),
 }
-#: What Vinyals et al., "Matching networks for one shot learning" (NIPS 2016) hold out of the background set, and what
-#: they train on of the evaluation set (with Gurmukhi's first 41 characters; its last 4 are test classes), as listed in
-#: jakesnell/prototypical-networks, data/omniglot/splits/vinyals: 1028 / 172 / 423 classes.
+#: The validation alphabets of Vinyals et al., "Matching networks for one shot learning" (NIPS 2016), from the
+#: background
+#: set, and their training alphabets from the evaluation set (together with Gurmukhi's first 41 characters; its last 4
+#: are
+#: test classes), as listed in jakesnell/prototypical-networks, data/omniglot/splits/vinyals: 1028 / 172 / 423 classes.
 VALIDATION = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
 VINYALS_TRAIN = ("Angelic", "Atemayar_Qelisayer", "Atlantean", "Aurek-Besh", "Avesta", "Ge_ez", "Glagolitic")
 SPLIT_LISTS = ("vinyals", "lake")
@@ -38,15 +40,17 @@ DECODE = Decode(size=28, channels=1, invert=True)
 class Omniglot(Episodes):
     """Few-shot classification of Omniglot characters: 28 × 28, ink 1 on 0, LANCZOS from 105 × 105.
 
-    ``split_list``: ``vinyals``; ``lake``, the official background and evaluation sets with five whole alphabets of the
-    background set (Vinyals' too) as validation: 792 / 172 / 659 classes; or a JSON file {"train": ["Alphabet/character01",
-    …], "validation": […], "test": […]}.
+    ``split_list`` is ``vinyals``; ``lake``, the official background and evaluation sets with Vinyals' five validation
+    alphabets of the background set: 792 / 172 / 659 classes; or a JSON file {"train": ["Alphabet/character01", …],
+    "validation": […], "test": […]}.
 
-    Quarter turns: ``classes``, each turned character is a class of its own (×4); ``slot``, each class of an episode is
-    turned at random; or ``none``. ``rotations`` is for training, ``evaluation_rotations`` for validation and test.
+    ``rotations`` (training) and ``evaluation_rotations`` (validation and test) say how quarter turns are used:
+    ``classes``, each turned character is another class (×4); ``slot``, each class of an episode has a random turn; or
+    ``none``.
 
-    The data: ``omniglot/`` in ``METADIST_DATA`` with omniglot28.npz, or images_background and images_evaluation as folders
-    or .zip (where that is an fsspec URL, as .zip). The official archives are downloaded where that variable is unset.
+    The data are in ``omniglot/`` in ``METADIST_DATA``: omniglot28.npz, or images_background and images_evaluation as
+    folders or .zip files (.zip alone where ``METADIST_DATA`` is an fsspec URL). Where that variable is not set, the
+    official archives are downloaded.
     """
 
     split_list: str = "vinyals"
@@ -69,6 +73,7 @@ class Omniglot(Episodes):
 
     @property
     def decode(self) -> Decode:
+        """Return the settings that turn encoded bytes into an image."""
         return DECODE
 
     def rotations_in(self, split: str) -> Rotations:
@@ -118,21 +123,21 @@ def _official(folder: Path, part: str) -> Files:
     if archive.is_file():
         return in_zip(archive.read_bytes(), str(archive))
     raise DataError(
-        f"METADIST_DATA = {os.environ['METADIST_DATA']} has no Omniglot: looked for {folder}/omniglot28.npz, then for {archive} or that "
-        f"folder; download {URL}/{part}.zip into {folder}, or unset METADIST_DATA to have it downloaded"
+        f"METADIST_DATA = {os.environ['METADIST_DATA']} has no Omniglot: expected {folder}/omniglot28.npz, {archive} "
+        f"or the folder {folder / part}; download {URL}/{part}.zip into {folder}, or unset METADIST_DATA for a download"
     )
 
 
 def _build(official: list[Files]) -> ImageSet:
-    """From the two official folders or archives, Alphabet/characterNN/FILE.png."""
+    """Build the set from the two official folders or archives, Alphabet/characterNN/FILE.png."""
     pixels, labels = [], []
     for files, (part, (_, classes, drawings)) in zip(official, PARTS.items()):
-        # An archive has the part's name in front; an unpacked folder is that part.
+        # Paths in an archive begin with the part's name; an unpacked folder is the part itself.
         names = {n: "/".join(n.split("/")[-3:-1]) for n in files.names if len(n.split("/")) >= 3}
         if (len(set(names.values())), len(names)) != (classes, drawings):
             raise DataError(
-                f"{files.root} is incomplete: {len(set(names.values()))} characters and {len(names)} drawings instead of "
-                f"{classes} and {drawings}; unpack {URL}/{part}.zip again"
+                f"{files.root} is incomplete: {len(set(names.values()))} characters and {len(names)} drawings instead "
+                f"of {classes} and {drawings}; unpack {URL}/{part}.zip again"
             )
         pixels.append(files.decode(DECODE, list(names)))
         labels += [(part, name) for name in names.values()]
@@ -140,12 +145,12 @@ def _build(official: list[Files]) -> ImageSet:
 
 
 def _read(path: Path) -> ImageSet:
-    """From omniglot28.npz: images u8 [1623, 20, 28, 28] with ink 255, class_names, class_is_background."""
+    """Read omniglot28.npz: images u8 [1623, 20, 28, 28] with ink 255, class_names, class_is_background."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, names, background = (arrays[n] for n in ("images", "class_names", "class_is_background"))
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(f"{path} is not readable ({error})") from error
+        raise DataError(f"{path} is not readable ({error}); replace the file, or remove it") from error
     parts = np.where(background, *PARTS).repeat(images.shape[1]).tolist()
     labels = list(zip(parts, names.repeat(images.shape[1]).tolist()))
     return ImageSet.grouped(images.reshape(-1, 1, 28, 28), labels)

@@ -1,4 +1,4 @@
-"""Sinusoid regression (Finn, Abbeel & Levine, "Model-agnostic meta-learning", ICML 2017, §5.1)."""
+"""Define sinusoid regression (Finn, Abbeel & Levine, "Model-agnostic meta-learning", ICML 2017, §5.1)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from metadist.core.task import Examples, Task, TaskFamily
 
 @dataclass(frozen=True, kw_only=True)
 class Sinusoid(TaskFamily):
-    """y = A sin(x − φ), with A, φ (radians) and x uniform in the given ranges. x and y are float32 [rows, 1]."""
+    """Regression of y = A sin(x − φ), with A, φ (radians) and x uniform in the given ranges.
+
+    x and y are float32 [rows, 1].
+    """
 
     k_shot: int = 10
     query_shots: int = 10
@@ -37,12 +40,12 @@ class Sinusoid(TaskFamily):
                 raise ConfigError(f"tasks.{name} = [{low}, {high}]: must be [low, high], both finite and low ≤ high")
 
     def amplitude_and_phase(self, keys: TaskKey) -> tuple[Tensor, Tensor]:
-        """The tasks' A and φ, each of the shape of ``keys.tasks``."""
+        """Return the tasks' A and φ, each with the shape of ``keys.tasks``."""
         amplitude, phase = keys.words(amplitude=1, phase=1)
         return uniform(amplitude, *self.amplitude).squeeze(-1), uniform(phase, *self.phase).squeeze(-1)
 
     def curve(self, keys: TaskKey, x: Tensor) -> Tensor:
-        """The tasks' true curves at x [P]: float32 [T, P]. Or each at its own x [T, P]."""
+        """Return the tasks' true curves float32 [T, P] at x [P], or each task's at its own x [T, P]."""
         amplitude, phase = self.amplitude_and_phase(keys)
         return _curve(amplitude.unsqueeze(-1), phase.unsqueeze(-1), x)
 
@@ -71,5 +74,5 @@ class Sinusoid(TaskFamily):
 
 
 def _curve(amplitude: Tensor, phase: Tensor, x: Tensor) -> Tensor:
-    # In float64, then rounded: a float32 sine's last bit depends on where in the vector (so in which shard) it stands.
+    # In float64, then rounded: a float32 sine's last bit depends on its position in the vector, and so on the shard.
     return (amplitude.double() * torch.sin(x.double() - phase.double())).float()

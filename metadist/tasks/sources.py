@@ -1,4 +1,4 @@
-"""Where images come from: folders (any fsspec URL), zip archives, Arrow and Parquet files, downloads; and split lists."""
+"""Read images from folders (any fsspec URL), zip archives, Arrow and Parquet files and downloads; read split lists."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 
 @dataclass(frozen=True)
 class Decode:
-    """How encoded bytes become a square image: u8 [channels, size, size].
+    """Decode encoded bytes to a square image u8 [channels, size, size].
 
-    Turned as its EXIF says, laid on white where transparent, 16 bits cut to 8, LANCZOS filter, the longer side cropped
-    about the centre; ``invert`` makes dark ink on light paper bright on dark.
+    The image is turned as its EXIF says, transparent pixels become white, 16 bits become 8, and the longer side is
+    cropped about the centre (LANCZOS filter). ``invert`` makes dark ink on light paper bright on dark.
     """
 
     size: int
@@ -67,7 +67,7 @@ class Decode:
         return np.asarray(image).reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
 
     def all(self, images: Iterable[tuple[str, Callable[[], bytes]]], count: int) -> np.ndarray:
-        """(where, how to read it) of ``count`` images → u8 [count, channels, size, size]."""
+        """Decode ``count`` images of (name, function that reads the bytes) to u8 [count, channels, size, size]."""
         pixels = np.empty((count, self.channels, self.size, self.size), np.uint8)
         with ThreadPoolExecutor(8) as pool:
             for i, decoded in enumerate(pool.map(lambda image: self(*image), images)):
@@ -75,7 +75,7 @@ class Decode:
         return pixels
 
     def by_class(self, path: str) -> tuple[np.ndarray, list[str], list[str]]:
-        """The images anywhere below a folder or URL: float32 in [0, 1] as in training, their names, and the class (the folder) of each."""
+        """Decode all images below a folder or URL: return float32 in [0, 1], names, and classes (the folders)."""
         files = in_folder(path)
         pixels = files.decode(self, files.names)
         return (
@@ -85,7 +85,7 @@ class Decode:
         )
 
     def source(self, what: str) -> str:
-        """A text that identifies ``what`` as decoded by this Pillow, for ``images.cached``."""
+        """Return a text that identifies ``what`` as decoded by this version of Pillow, for ``images.cached``."""
         import PIL
 
         return f"{what} {self} pillow {PIL.__version__}"
@@ -93,7 +93,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class Files:
-    """Image files below one root: relative names, in order; their total identity; and how one is read."""
+    """Image files below one root: relative names in order, a text that identifies all, and a function to read one."""
 
     root: str
     names: tuple[str, ...]
@@ -105,7 +105,8 @@ class Files:
 
 
 def in_folder(path: str) -> Files:
-    """The images anywhere below a folder or fsspec URL. Identified by name, size and change time, not by content."""
+    """List all images below a folder or fsspec URL. Name, size and change time identify them, not their content."""
+    listing: Sequence[tuple[str, object]]
     if "://" in path:
         import fsspec
 
@@ -116,7 +117,7 @@ def in_folder(path: str) -> Files:
         def read(name: str) -> bytes:
             return system.cat_file(posixpath.join(root, name))
     else:
-        # Not fsspec's find: it takes a linked folder for a file.
+        # Not fsspec's find, which takes a linked folder for a file.
         below = [Path(folder, n) for folder, _, files in os.walk(path, followlinks=True) for n in files if _is_image(n)]
         listing = sorted((p.relative_to(path).as_posix(), _stamp(p)) for p in below)
 
@@ -127,17 +128,20 @@ def in_folder(path: str) -> Files:
     return Files(path.rstrip("/"), tuple(n for n, _ in listing), identity, read)
 
 
-def _stamp(path: Path) -> list:
+def _stamp(path: Path) -> list[int]:
     try:
         stat = path.stat()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the link and the permissions") from error
     return [stat.st_size, stat.st_mtime_ns]
 
 
 def data_folder(name: str, files: Sequence[str]) -> Path | None:
-    """The folder ``name`` in METADIST_DATA, if that is set. Of an fsspec URL, those of ``files`` that are there are copied to this
-    node's cache, once for each state that they had."""
+    """Return the folder ``name`` in METADIST_DATA, or None if that variable is not set.
+
+    Where METADIST_DATA is an fsspec URL, copy the existing ones of ``files`` to this node's cache, once for each state
+    of the files.
+    """
     root = os.environ.get("METADIST_DATA")
     if not root:
         return None
@@ -166,7 +170,7 @@ def data_folder(name: str, files: Sequence[str]) -> Path | None:
 
 
 def in_zip(data: bytes, where: str) -> Files:
-    """The images in a zip archive."""
+    """List the images in a zip archive; ``where`` names the archive in messages."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
     except zipfile.BadZipFile as error:
@@ -184,22 +188,22 @@ def in_zip(data: bytes, where: str) -> Files:
 
 
 def _is_image(name: str) -> bool:
-    # macOS puts "._name.png" and "__MACOSX/" beside the real ones.
+    # macOS adds "._name.png" and "__MACOSX/" to archives.
     return name.lower().endswith(SUFFIXES) and not posixpath.basename(name).startswith(".") and "__MACOSX" not in name
 
 
 def download(url: str, md5: str) -> bytes:
-    """The file at ``url``, from the cache or else the network; its MD5 is checked either way."""
+    """Return the file at ``url``, from the cache or the network. Raises DataError where its MD5 is not ``md5``."""
     target = cache_directory() / posixpath.basename(url)
     try:
         data = target.read_bytes()
         if hashlib.md5(data, usedforsecurity=False).hexdigest() == md5:
             return data
-        log.warning("%s is damaged: downloading it anew", target)
+        log.warning("%s is damaged: downloading it again", target)
     except OSError:
         pass
     log.info("downloading %s", url)
-    by_hand = "or download it by hand and set METADIST_DATA"
+    by_hand = "or download the file by hand and set METADIST_DATA"
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             data = response.read()
@@ -218,10 +222,10 @@ def download(url: str, md5: str) -> bytes:
 
 
 def table(path: str, image_column: str, label_column: str, decode: Decode) -> tuple[np.ndarray, list[str]]:
-    """Images u8 [rows, channels, size, size] and class names [rows] of one Parquet or Arrow (stream or file) file.
+    """Read images u8 [rows, channels, size, size] and class names [rows] from a Parquet or Arrow (stream or file) file.
 
-    An image is encoded bytes, a struct with such ``bytes`` (Hugging Face), or a (nested) list of size × size × 1 or 3
-    pixel values. Labels are text or integers; Hugging Face's class names in the schema are used where there are any.
+    An image is encoded bytes, a struct with ``bytes`` (Hugging Face), or a (nested) list of size × size × 1 or 3 pixel
+    values. Labels are text or integers; integers become Hugging Face's class names where the schema has them.
     """
     import fsspec
     import pyarrow as pa
@@ -237,15 +241,16 @@ def table(path: str, image_column: str, label_column: str, decode: Decode) -> tu
                 file.seek(0)
                 data = (pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)).read_all()
     except Exception as error:  # every fsspec backend raises its own
-        raise DataError(f"cannot read {path} ({error})") from error
+        raise DataError(f"cannot read {path} ({error}); expected a Parquet or Arrow file") from error
     for key, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in data.column_names:
             raise DataError(
-                f"{path} has no column '{column}' (tasks.{key}), only {data.column_names}{nearest(column, data.column_names)}"
+                f"{path} has no column '{column}' (tasks.{key}), only {data.column_names}"
+                f"{nearest(column, data.column_names)}"
             )
     labels = data[label_column].to_pylist()
     if None in labels:
-        raise DataError(f"{path}, row {labels.index(None)}: no label")
+        raise DataError(f"{path}, row {labels.index(None)}: no label; remove the row, or give it a label")
     names = _class_names(data.schema.metadata, label_column)
 
     def images() -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -267,14 +272,14 @@ def _class_names(metadata: Mapping[bytes, bytes] | None, column: str) -> dict[An
 
 
 def _encoded(value: Any, size: int, where: str) -> bytes:
-    """One Arrow scalar → the bytes of an encoded image."""
+    """Convert one Arrow scalar to the bytes of an encoded image."""
     import pyarrow as pa
     from PIL import Image
 
     if pa.types.is_struct(value.type) and "bytes" in value.type.names:
         value = value["bytes"]
     if not value.is_valid:
-        raise DataError(f"{where}: no image")
+        raise DataError(f"{where}: no image; remove the row")
     if not pa.types.is_nested(value.type):
         if pa.types.is_binary(value.type) or pa.types.is_large_binary(value.type):
             return value.as_py()
@@ -284,7 +289,7 @@ def _encoded(value: Any, size: int, where: str) -> bytes:
         pixels = pixels.flatten()
     if len(pixels) not in (size * size, size * size * 3):
         raise DataError(
-            f"{where}: {len(pixels)} values are no {size} × {size} image; set tasks.image_size to what they are"
+            f"{where}: {len(pixels)} values are not a {size} × {size} image; set tasks.image_size to the images' size"
         )
     array = np.asarray(pixels.to_numpy(zero_copy_only=False))
     if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
@@ -296,7 +301,7 @@ def _encoded(value: Any, size: int, where: str) -> bytes:
 
 
 def split_list(path: str, known: Sequence[str]) -> dict[str, list[int]]:
-    """A JSON file {"train": [class names], "validation": […], "test": […]} → split → indices in ``known``."""
+    """Read a JSON file {"train": [class names], "validation": […], "test": […]}: split → indices in ``known``."""
     import fsspec
 
     try:

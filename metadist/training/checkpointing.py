@@ -36,7 +36,9 @@ class RunCheckpoints:
         return done
 
     def best(self, progress: Progress) -> tuple[int, State]:
-        """Return the state that validated best; the last one where there is none, or where its checkpoint cannot be read."""
+        """Return the state that validated best; the last one where there is none, or where its checkpoint cannot be
+        read.
+        """
         best = progress.best(self._run.higher_is_better)
         if best is None or best["meta_step"] == progress.meta_step:
             return progress.meta_step, progress.state

@@ -73,7 +73,9 @@ class Run:
         return progress.meta_step % self.evaluate.every == 0 or progress.meta_step == self.meta_steps
 
     def saves(self, progress: Progress) -> bool:
-        """Return whether a checkpoint is due: by its interval, at the end, or because this validation is the best so far."""
+        """Return whether a checkpoint is due: by its interval, at the end, or because this validation is the best so
+        far.
+        """
         best = progress.best(self.higher_is_better)
         improved = best is not None and best["meta_step"] == progress.meta_step
         return progress.meta_step % self.checkpoint.every == 0 or progress.meta_step == self.meta_steps or improved

@@ -68,7 +68,9 @@ class _Progress:
         self.waiting[shard] = {p.key for p in producers}
 
     def finish(self, shard: Shard) -> bool:
-        """Close ``shard``, release the shards that waited for its output alone, and return whether it is one of this round."""
+        """Close ``shard``, release the shards that waited for its output alone, and return whether it is one of this
+        round.
+        """
         self.open.discard(shard)
         self.waiting.pop(shard, None)
         for other, keys in list(self.waiting.items()):
@@ -249,7 +251,8 @@ class Scheduler:
                 progress.blamed[shard].append(event.worker)
             if progress.deaths[shard] >= MAX_DEATHS:
                 raise WorkerError(
-                    f"{shard} killed {MAX_DEATHS} workers ({', '.join(progress.blamed[shard])}), the last with: {event.message}; "
+                    f"{shard} killed {MAX_DEATHS} workers ({', '.join(progress.blamed[shard])}), the last with: "
+                    f"{event.message}; "
                     f"reproduce it with workers: 0 and seed {shard.seed}"
                 )
         elif event.kind == "missing":
@@ -269,13 +272,17 @@ class Scheduler:
         progress.missed[event.shard] += 1
         if progress.missed[event.shard] > MAX_FAILURES:
             raise WorkerError(
-                f"{event.shard} lacked outputs that it needs {progress.missed[event.shard]} times, the last with: {event.message}"
+                f"{event.shard} lacked outputs that it needs {progress.missed[event.shard]} times, the last with: "
+                f"{event.message}"
             )
         if event.missing:
             progress.wait_for(event.shard, [self._producers[key] for key in event.missing])
 
     def _replace_slow_attempts(self, progress: _Progress) -> None:
-        """Start a backup of a slow shard on an idle worker, and recycle the worker of a hung one. The first result counts."""
+        """Start a backup of a slow shard on an idle worker, and recycle the worker of a hung one.
+
+        The first result counts.
+        """
         now = time.monotonic()
         usual = {f: statistics.median(durations) for f, durations in self._durations.items()}
         for (shard, attempt), started in list(self._outstanding.items()):
@@ -311,13 +318,14 @@ def fault_of(result: Result, shard: Shard, learner: Learner, reduce: bool) -> st
         if slot is None or slot.rule == "constant":
             return f"slot '{name}' takes no contributions"
         if vector.shape != (slot.layout.numel,) or vector.dtype != slot.layout.dtype:
-            return f"slot '{name}' is {tuple(vector.shape)} {vector.dtype}, expected ({slot.layout.numel},) {slot.layout.dtype}"
+            expected = f"({slot.layout.numel},) {slot.layout.dtype}"
+            return f"slot '{name}' is {tuple(vector.shape)} {vector.dtype}, expected {expected}"
         if not is_finite(vector):
             return f"slot '{name}' has NaN or Inf"
     gradient = shard.function in learner.gradients
-    expected = {n for n, s in learner.slots.items() if gradient and s.rule != "constant"}
-    if set(result.slots) != expected:
-        return f"slots {sorted(result.slots)}, expected {sorted(expected)}"
+    names = {n for n, s in learner.slots.items() if gradient and s.rule != "constant"}
+    if set(result.slots) != names:
+        return f"slots {sorted(result.slots)}, expected {sorted(names)}"
     wrong = [] if gradient else [n for n, value in result.metrics.items() if not math.isfinite(value)]
     if wrong:
         return f"'{wrong[0]}' is {result.metrics[wrong[0]]}"

@@ -1,4 +1,6 @@
-"""The benchmark's claim is that all contestants computed the same gradient: proved here in float64, and its failure shown."""
+"""The benchmark's claim is that all contestants computed the same gradient: proved here in float64, and its failure
+shown.
+"""
 
 from __future__ import annotations
 

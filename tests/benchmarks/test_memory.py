@@ -1,4 +1,7 @@
-"""The memory benchmark: figures that fit each other. Peaks are of processes of their own; nothing here depends on a time."""
+"""The memory benchmark: figures that fit each other.
+
+Peaks are of processes of their own; nothing here depends on a time.
+"""
 
 from __future__ import annotations
 

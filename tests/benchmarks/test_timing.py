@@ -1,4 +1,6 @@
-"""How things are measured: every contestant as often, in changing order; ratios with intervals; rates that are rates."""
+"""How things are measured: every contestant as often, in changing order; ratios with intervals; rates that are
+rates.
+"""
 
 from __future__ import annotations
 

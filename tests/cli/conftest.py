@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch):
-    """``cli(*arguments)``: the command line in this process, in an empty working directory with nothing of the machine's settings."""
+    """``cli(*arguments)``: the command line in this process, in an empty working directory with nothing of the
+    machine's settings.
+    """
     for name in ("METADIST_DATA", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("METADIST_RUNS", str(tmp_path / "runs"))

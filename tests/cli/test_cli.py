@@ -82,7 +82,8 @@ def test_list_describes_each_in_a_line(cli, what, some):
 def test_list_of_something_else(cli):
     mistake(
         cli("list", "algorithm"),
-        "'algorithm' is not one of algorithms, tasks, environments, models, trackers, configs; did you mean 'algorithms'?",
+        "'algorithm' is not one of algorithms, tasks, environments, models, trackers, configs; did you mean "
+        "'algorithms'?",
     )
 
 
@@ -506,9 +507,11 @@ def test_init_from_what_does_not_fit(cli, config, tmp_path):
 
 def test_an_error_in_ones_own_task_is_named_with_task_and_seed(cli, config, tmp_path):
     (tmp_path / "mybroken.py").write_text(
-        "from metadist.tasks.sinusoid import Sinusoid\nfrom dataclasses import dataclass\n\n@dataclass(frozen=True, kw_only=True)\n"
+        "from metadist.tasks.sinusoid import Sinusoid\nfrom dataclasses import dataclass\n\n@dataclass(frozen=True, "
+        "kw_only=True)\n"
         "class Broken(Sinusoid):\n    def sample(self, keys, split):\n"
-        "        if split == 'train' and keys.meta_step == 4 and 5 in keys.tasks.tolist():\n            raise ValueError('no\\nsine')\n"
+        "        if split == 'train' and keys.meta_step == 4 and 5 in keys.tasks.tolist():\n            raise "
+        "ValueError('no\\nsine')\n"
         "        return super().sample(keys, split)\n"
     )
     overrides = ["tasks={name: 'mybroken:Broken'}", "checkpoint.every=100"]

@@ -36,7 +36,9 @@ def bucket(monkeypatch):
 
 
 def test_a_driver_dies_and_another_goes_on(bucket, tmp_path):
-    """SIGKILL after the first checkpoint; whoever resumes has no file of the first, and ends with an unbroken run's parameters."""
+    """SIGKILL after the first checkpoint; whoever resumes has no file of the first, and ends with an unbroken run's
+    parameters.
+    """
     settings = ("outer.meta_steps=40", "evaluate.every=40", "checkpoint.every=2")
     whole = train(tiny.experiment(*settings), run_dir=str(tmp_path / "whole"), plots=False)
     config, run = tiny.write(tmp_path, *settings), f"{bucket}/runs/a"

@@ -1,4 +1,4 @@
-"""Functions of tensors as compiled graphs."""
+"""Test functions of tensors as compiled graphs."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_too_many_shapes_are_named(monkeypatch):
         run("one", lambda t: t + 1, torch.ones(3))
 
 
-def test_what_branches_on_values_can_t_be_traced():
+def test_branches_on_values_can_t_be_traced():
     run = Compiled(torch.device("cpu")).runner()
     with pytest.raises(RuntimeError, match="data-dependent|branch"):
         run("f", torch.func.vmap(lambda t: t if t.sum() > 0 else -t), torch.ones(2, 3))
 
 
 def test_the_hessian_behind_an_index():
-    """Inductor writes in place into the expanded zeros of a tangent (pytorch#183986): wrong, without a word."""
+    """Inductor writes in place into the expanded zeros of a tangent (pytorch#183986): a wrong result, and no error."""
     generator, order = torch.Generator().manual_seed(0), torch.tensor([2, 0, 3, 1, 1])
     p, t, x = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((3, 4), (3, 4), (3, 6, 4)))
 
@@ -81,7 +81,7 @@ def test_the_hessian_behind_an_index():
     assert relative_error(got, product(p, t, x)) < 1e-14
 
 
-def test_a_graph_is_what_the_function_did():
+def test_a_graph_computes_the_function():
     def f(a, b):
         return {"sum": a + b, "both": [a, b * 2]}
 
@@ -92,21 +92,12 @@ def test_a_graph_is_what_the_function_did():
 
 
 PROGRAM = """
-import json, sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from toys import Curves, keys, learner
-from metadist.algorithms import MAML
-from metadist.core.engine import Engine
-from metadist.core.outer import OuterLoop
-from metadist.models import MLP
-s = learner(MAML(inner_lr=0.1, inner_steps=2), lambda: MLP(hidden=(16,)).build((2,), 2), Curves(), dtype=torch.float32, outer=OuterLoop(shard_size=4))
-theta, sums = s.initial(0).theta(s.slots), dict()
-for way in ("unrolled", "mixed"):
-    s.set_engine(Engine(compile=True, differentiation=way))
-    sums[way] = s.contribute(theta, keys(0, 1, 2), 3).slots["model"].tolist()
-print(json.dumps(sums))
+import json, sys sys.path.insert(0, {tests!r}) import torch torch.set_num_threads(1) from toys import Curves, keys,
+learner from metadist.algorithms import MAML from metadist.core.engine import Engine from metadist.core.outer import
+OuterLoop from metadist.models import MLP s = learner(MAML(inner_lr=0.1, inner_steps=2), lambda:
+MLP(hidden=(16,)).build((2,), 2), Curves(), dtype=torch.float32, outer=OuterLoop(shard_size=4)) theta, sums =
+s.initial(0).theta(s.slots), dict() for way in ("unrolled", "mixed"): s.set_engine(Engine(compile=True,
+differentiation=way)) sums[way] = s.contribute(theta, keys(0, 1, 2), 3).slots["model"].tolist() print(json.dumps(sums))
 """
 
 

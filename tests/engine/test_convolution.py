@@ -1,4 +1,4 @@
-"""Convolutions of compiled shards, both ways, and the layout of their graphs."""
+"""Test convolutions of compiled shards, as matrix products and as library calls, and the layout of their graphs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import test_engines as engines
 import torch
 import torch.nn.functional as F
-from test_gradients import ALGORITHMS, make
+from gradient_cases import ALGORITHMS, make
 from torch import nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -33,7 +33,7 @@ def choose(monkeypatch):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("way", WAYS)
 def test_convolution(stride, padding, dilation, kernel, groups, way, choose):
-    """Value, gradient, Hessian-vector product in both modes: torch's own."""
+    """Value, gradient and Hessian-vector product in both modes equal those of torch."""
     choose(way)
     if padding == "same" and stride != 1:
         pytest.skip("torch has no such convolution")
@@ -67,7 +67,7 @@ def test_convolution_without_a_batch_is_torch_s():
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("own", [(0, 0), (0, None), (None, 0), (1, 2)], ids=str)
 def test_every_task_with_a_kernel_of_its_own(way, own, choose):
-    """Values, gradients and Hessian-vector products in both modes under vmap: those of one task after the other."""
+    """Values, gradients and Hessian-vector products in both modes under vmap equal those of single tasks."""
     choose(way)
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 3, 6, 5), (4, 3, 3, 3))
@@ -94,7 +94,7 @@ def test_every_task_with_a_kernel_of_its_own(way, own, choose):
 
 
 def test_rounding_is_that_of_the_library(choose):
-    """In float32, against float64: no worse than twice torch's own error."""
+    """In float32 the error against float64 is at most twice torch's own."""
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(5, 64, 14, 14, generator=generator), 0.05 * torch.randn(64, 64, 3, 3, generator=generator)
 
@@ -125,7 +125,7 @@ def test_autocast_reaches_the_products(choose):
     "engine", [engines.UNROLLED, pytest.param(engines.MIXED, marks=pytest.mark.long)], ids=engines.name_of
 )
 def test_compiled_by_the_library(model, engine, choose):
-    """A shard of three tasks against the plain loop, where small convolutions are the library's, too."""
+    """Compare a shard of three tasks with the plain loop; small convolutions are library calls here too."""
     choose("library")
     engines.check(make(ALGORITHMS["maml-1"], model, outer=engines.SHARD), engine, keys(0, 1, 5))
 
@@ -134,7 +134,7 @@ def test_compiled_by_the_library(model, engine, choose):
 
 
 class Images(nn.Module):
-    """What networks of images are made of, and something beside it that is none."""
+    """The operations of image networks, and one operation on other tensors."""
 
     def __init__(self):
         super().__init__()
@@ -197,7 +197,7 @@ def test_a_graph_computes_the_same_channels_last(way, tasks, choose):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_hardly_anything_is_done_to_images_channels_first(way, choose):
-    """What batch norm and ReLU do to [1, 4, 8, 12, 12] is done to [1, 4, 12, 12, 8]."""
+    """Batch norm and ReLU work on [1, 4, 12, 12, 8] in place of [1, 4, 8, 12, 12]."""
     graph, _, arguments = traced(way, choose, 1)
 
     def done_to(shape):
@@ -219,7 +219,7 @@ def test_hardly_anything_is_done_to_images_channels_first(way, choose):
     assert done_to((1, 4, 12, 12, 8)) > first / 2
 
 
-def test_what_has_no_images_is_left_alone():
+def test_graphs_without_images_do_not_change():
     def attention(x):  # [tasks, heads, rows, rows]: four dimensions do not make an image
         return torch.softmax(x @ x.mT, -1) * x.exp()
 

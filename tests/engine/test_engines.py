@@ -1,4 +1,4 @@
-"""Every way of computing a shard against the plain autograd loop, in float64: eager and compiled, unrolled and mixed."""
+"""Compare every engine with the plain autograd loop, in float64: eager and compiled, unrolled and mixed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from functools import lru_cache
 from typing import ClassVar
 
 import pytest
-import test_gradients as spine
 import torch
-from test_gradients import ALGORITHMS, CASES, MODELS, make, plain_cnp, plain_contribution
+from gradient_cases import (
+    ALGORITHMS,
+    CASES,
+    MODELS,
+    cnp_learner,
+    make,
+    plain_cnp,
+    plain_contribution,
+    plain_objective,
+)
 from toys import Blobs, Curves, Everything, Ragged, keys, learner, relative_error, somewhere, train
 
 import metadist.engine.compiled as compiled_module
@@ -35,7 +43,7 @@ def transformer(monkeypatch):
     monkeypatch.setitem(MODELS, "transformer", PICTURES)
 
 
-def check(subject, engine, shard, meta_step=3, tolerance=1e-10, objective=spine.plain_objective):
+def check(subject, engine, shard, meta_step=3, tolerance=1e-10, objective=plain_objective):
     theta = somewhere(subject)
     expected, loss = plain_contribution(subject, theta, shard, objective)
     subject.set_engine(engine)
@@ -63,7 +71,7 @@ def test_mixed(algorithm, model, hessian):
 
 @pytest.mark.parametrize("hessian", HESSIANS)
 def test_mixed_on_the_network_and_the_data_of_the_main_job(hessian, data):
-    """θ as it begins, too: φ_0 is then the same memory for all tasks, and forward mode may not write into it."""
+    """At the initial θ, too: φ_0 is then the same memory for all tasks, and forward mode must not write to it."""
     from metadist.config.build import build as build_config
     from metadist.config.document import override, read_document
 
@@ -90,7 +98,7 @@ def test_mixed_with_frozen_parts(algorithm, hessian):
 
 @dataclass(frozen=True)
 class EveryStep(MAML):
-    """Judges φ after every step, is held to θ by its inner loss, and learns its rate (one number)."""
+    """The objective has φ after every step, the inner loss a distance to θ, and the rate (one number) is learned."""
 
     whole_trajectory: ClassVar[bool] = True
 
@@ -125,10 +133,10 @@ def test_mixed_follows_every_path_on_which_theta_comes_in(hessian, optimizer):
         assert relative_error(got.slots[slot], expected.slots[slot]) <= 1e-10, slot
 
 
-def test_what_has_no_inner_steps_is_computed_as_ever():
+def test_without_inner_steps_mixed_equals_unrolled():
     for subject in (
         make(ALGORITHMS["protonet"], "conv4-max-batch"),
-        spine.cnp_learner(),
+        cnp_learner(),
         make(Reptile(inner_lr=0.1, inner_steps=2), "mlp"),
     ):
         theta = somewhere(subject)
@@ -149,7 +157,8 @@ LATE = [
 ]
 
 
-#: Inductor (2.13) gets the second order behind ``mean`` → ``layer_norm`` → ``x[:, order]`` wrong; ``compiled_disagrees`` finds it
+#: Inductor (2.13) gets the second order behind ``mean`` → ``layer_norm`` → ``x[:, order]`` wrong;
+#: ``compiled_disagrees`` finds it
 WRONG = pytest.mark.xfail(reason="a bug of Inductor; workers refuse such a graph", strict=False)
 
 
@@ -166,13 +175,13 @@ def name_of(value):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("algorithm", "model", "engine"), [late(*case) for case in LATE], ids=name_of)
 def test_compiled(algorithm, model, engine):
-    """Three tasks in a graph of four."""
+    """Compute three tasks in a graph of four."""
     check(make(ALGORITHMS[algorithm], model, outer=SHARD), engine, keys(0, 1, 5))
 
 
 @pytest.mark.lane("compile")
 def test_compiled_cnp():
-    subject = replace(spine.cnp_learner(), outer=SHARD)
+    subject = replace(cnp_learner(), outer=SHARD)
     assert isinstance(subject.algorithm, CNP)
     check(subject, UNROLLED, keys(0, 1, 5), objective=plain_cnp)
 
@@ -194,7 +203,7 @@ def test_compiled_follows_every_path_on_which_theta_comes_in(engine):
 @pytest.mark.lane("compile")
 @pytest.mark.long
 def test_compiled_reptile():
-    """Its eager deltas are compared with an optimiser's elsewhere."""
+    """Another test compares the eager deltas with an optimiser's."""
     subject = make(Reptile(inner_lr=0.05, inner_steps=2, inner_optimizer="adam", moments="carried"), "mlp", outer=SHARD)
     theta, shard = somewhere(subject), keys(0, 1, 5)
     expected = subject.contribute(theta, shard, 3)
@@ -206,7 +215,7 @@ def test_compiled_reptile():
 
 
 class Noisy(torch.nn.Sequential):
-    """Keyed dropout and batch norm, and quick to compile."""
+    """A network with keyed dropout and batch norm that compiles quickly."""
 
     def __init__(self):
         norm = torch.nn.BatchNorm1d(6, track_running_stats=False)
@@ -224,7 +233,7 @@ def noisy():
 
 @lru_cache
 def compiled_noisy(differentiation="unrolled"):
-    """Compiled once for all tests of it."""
+    """Return the learner, compiled once for all tests."""
     subject = noisy()
     subject.set_engine(Engine(compile=True, differentiation=differentiation))
     return subject
@@ -250,7 +259,7 @@ def test_one_graph_serves_every_meta_step_task_and_short_shard(differentiation):
 
 
 @pytest.mark.lane("compile")
-def test_what_fills_up_a_short_shard_leaves_no_trace():
+def test_the_padding_of_a_short_shard_has_no_effect():
     ours = compiled_noisy()
     theta, four = somewhere(ours), keys(0, 1, 5, 9, seed=0)
     tasks, keep = ours.sample(four), torch.tensor([True, True, True, False])
@@ -267,7 +276,7 @@ def test_what_fills_up_a_short_shard_leaves_no_trace():
 
 
 class Spoiling:
-    """A compiler with a bug: what it returns is a hundredth too large."""
+    """A compiler with a bug: its results are a hundredth too large."""
 
     seconds = 0.0
 
@@ -292,7 +301,7 @@ def test_a_wrong_graph_is_found_before_it_is_used(dtype):
 
 @pytest.mark.lane("compile")
 def test_another_seed_and_split_are_not_served_by_the_same_graph():
-    """They are numbers in it: those of dropout."""
+    """Seed and split are constants of the graph: they key dropout."""
     algorithm, config = MAML(inner_lr=0.1), MLP(hidden=(4,))
 
     def factory():
@@ -353,11 +362,11 @@ def test_tasks_of_many_sizes_are_refused(monkeypatch):
         subject.contribute(theta, keys(1), 3)
 
 
-# Convolutions -----------------------------------------------------------------------------------------------------------
+# Convolutions ---------------------------------------------------------------------------------------------------------
 
 
 class Convolutions(Everything):
-    """Of all kinds in one: strides, padding, dilation, an oblong kernel, groups, circular padding."""
+    """All kinds of convolutions: strides, padding, dilation, an oblong kernel, groups, circular padding."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The predicted memory: it grows with steps as the mathematics says, and it is what a process really takes."""
+"""Test the predicted memory: its growth with inner steps, and the bytes of graphs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_anil_stores_its_head_alone():
 
 
 def test_learned_rates_are_counted():
-    """The pull on them is carried along: once, whatever the number of steps."""
+    """Their gradient is one vector for any number of steps."""
     plain, learned = (footprint(subject(a(inner_steps=5)), MIXED) for a in (MAML, MetaSGD))
     assert learned.first > plain.first
     assert learned.further <= plain.further + 64
@@ -65,7 +65,7 @@ def test_without_inner_steps_nothing_grows():
 
 
 def test_the_bytes_of_a_graph_by_hand():
-    """Two products of 80 bytes, the second made while the first is alive; an input that is not counted."""
+    """Two products of 80 bytes are alive together; two inputs do not count."""
 
     def f(x, w):
         a = x @ w
@@ -80,7 +80,7 @@ def test_the_bytes_of_a_graph_by_hand():
 
 @pytest.mark.parametrize("engine", [UNROLLED, MIXED], ids=["unrolled", "mixed"])
 def test_nothing_stays_behind(engine):
-    """What is counted as alive goes when the result goes: the count follows storages and not names."""
+    """All counted bytes are freed with the result: the count follows storages, not names."""
     from metadist.engine.memory import _measured
 
     assert _measured(subject(MAML(inner_steps=3)), engine, 3).alive == 0

@@ -1,4 +1,7 @@
-"""Gymnasium environments as users write them, good and bad; ``tests/environments/test_simulators.py`` names them by import path."""
+"""Define Gymnasium environments as users write them, valid and invalid.
+
+``tests/environments/test_simulators.py`` names them by import path.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from gymnasium import spaces
 
 
 class Point(gymnasium.Env):
-    """A point on a line is pushed to a goal against a gusty wind. It ends near the goal."""
+    """The policy pushes a point on a line to a goal, against a random wind. An episode ends near the goal."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (2, 1), np.float64)
     action_space = spaces.Box(-2.0, 4.0, (1,), np.float32)
@@ -39,7 +42,7 @@ class Point(gymnasium.Env):
 
 
 class Leaky(Point):
-    """Not all is forgotten at a reset."""
+    """A reset does not clear all of the state."""
 
     steps = 0
 
@@ -50,7 +53,7 @@ class Leaky(Point):
 
 
 class Bad(Point):
-    """Misbehaves from the third step of an episode on, where the fraction of the goal is above .5."""
+    """Returns invalid values from the third step of an episode, where the fraction of the goal is above .5."""
 
     def __init__(self, how="raise"):
         super().__init__(near=0.0)
@@ -82,7 +85,7 @@ class Bad(Point):
 
 
 class Old(Point):
-    """Samples as was usual before: with the global generator, and a task that is one number."""
+    """Samples tasks by the older form: with the global generator, and one number as a task."""
 
     wind = np.zeros(2)
 
@@ -95,7 +98,7 @@ class Old(Point):
 
 
 class Choices(gymnasium.Env):
-    """Discrete actions that don't start at 0, and an observation of several parts."""
+    """Discrete actions that do not start at 0, and an observation of several parts."""
 
     observation_space = spaces.Dict({"cell": spaces.Discrete(3), "level": spaces.Box(0, 1, (2,), np.float32)})
     action_space = spaces.Discrete(2, start=5)
@@ -116,7 +119,7 @@ class Choices(gymnasium.Env):
 
 
 class Changing(Point):
-    """Tasks that are not all alike."""
+    """Tasks with different fields."""
 
     def __init__(self, how):
         super().__init__()

@@ -14,7 +14,7 @@ def mean_of(environment):
 
 
 def near(values, mean, deviation):
-    """Sample mean and deviation against the distribution's, within 4 standard errors (normal or flatter)."""
+    """Sample mean and deviation are within 4 standard errors (normal or flatter) of the distribution's."""
     assert abs(values.mean() - mean) < 4 * deviation / math.sqrt(values.numel())
     assert abs(values.std() - deviation) < 4 * deviation / math.sqrt(2 * values.numel())
 
@@ -40,7 +40,7 @@ def test_gaussian_arms_and_rewards():
 
 
 def test_all_policies_share_their_luck():
-    """Whoever pulls an arm at a step is paid if its mean is above the step's one uniform."""
+    """A pull pays if the arm's mean is above the step's uniform number."""
     environment = Bandit(arms=3)
     keys = TaskKey.of(0, "train", 0, range(500))
     tasks, noise = environment.sample(keys), keys.stream("environment").uniform(1)

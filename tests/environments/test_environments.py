@@ -1,4 +1,4 @@
-"""What all native meta-environments have in common."""
+"""Test the rules that hold for all native meta-environments."""
 
 import pytest
 

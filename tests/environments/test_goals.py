@@ -1,4 +1,4 @@
-"""Gridworld and navigation, against the rules written out."""
+"""Compare gridworld and navigation with their rules, written out."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Python environments behind the batched interface: purity, spaces, and what becomes of bad ones."""
+"""Test Python simulators behind the batched interface: purity, spaces, and failures."""
 
 import gc
 import logging
@@ -49,11 +49,11 @@ def same(a, b):
 KEYS = TaskKey.of(3, "train", 2, range(12))
 
 
-# A trial is a pure function of its key -----------------------------------------------------------------------------------
+# A trial is a pure function of its key --------------------------------------------------------------------------------
 
 
 def test_a_trial_is_that_of_a_plain_loop():
-    """Against Gymnasium's own interface, with the same tasks, seeds and actions."""
+    """Trials equal those by Gymnasium's own interface, with the same tasks, seeds and actions."""
     found = environment("Point", measures=("away",))
     trials, tasks = played(found, KEYS), found.sample(KEYS)
     noise = (KEYS.stream("reset").uniform(2, 2).double() * 2**24).long()
@@ -80,7 +80,7 @@ def test_a_trial_is_that_of_a_plain_loop():
     assert ended_early
 
 
-def test_what_was_measured_by_episode():
+def test_measured_values_by_episode():
     found = environment("Point", measures=("away", "height"), horizon=20)
     trials = played(found, KEYS)
     nearest, episode = trials.highest("away", 2), trials.episode()
@@ -93,7 +93,7 @@ def test_what_was_measured_by_episode():
 
 
 def journey(found, keys, actions):
-    """Observations and rewards of B trials whose actions [B, T, A] are given, through two episodes."""
+    """Return observations and rewards of B trials with the actions [B, T, A], in two episodes."""
     tasks, noise = found.sample(keys), keys.stream("reset").uniform(2, found.reset_noise)
     state, observation = found.reset(tasks, noise[:, 0])
     seen = [observation]
@@ -110,12 +110,12 @@ def journey(found, keys, actions):
 
 @pytest.mark.parametrize(("name", "pure"), [("Point", True), ("Leaky", False)])
 def test_simulators_serve_one_trial_after_another(name, pure):
-    """The same bits, whatever went before and whatever stands beside: of those environments that forget at a reset."""
+    """The bits depend neither on earlier trials nor on other rows, if a reset clears the environment's state."""
     found = environment(name, horizon=100)
     actions = torch.rand(12, 16, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
     first = journey(found, KEYS, actions)
     gc.collect()
-    assert len(found._idle[0]) == 12  # they are kept, and are now used again
+    assert len(found._idle[0]) == 12  # kept simulators, which this trial uses again
     again, part = journey(found, KEYS, actions), journey(found, TaskKey.of(3, "train", 2, [7, 2]), actions[[7, 2]])
     assert (torch.equal(first, again) and torch.equal(first[[7, 2]], part)) == pure
     assert torch.equal(first, journey(environment(name, horizon=100), KEYS, actions))
@@ -128,7 +128,7 @@ def test_simulators_stay_at_home():
     assert there == found and there._idle == {} and same(played(there, KEYS), played(found, KEYS))
 
 
-# Tasks and spaces --------------------------------------------------------------------------------------------------------
+# Tasks and spaces -----------------------------------------------------------------------------------------------------
 
 
 def test_tasks_are_data_keyed_by_seed_split_step_and_index():
@@ -141,7 +141,7 @@ def test_tasks_are_data_keyed_by_seed_split_step_and_index():
         assert not (found.sample(TaskKey.of(seed, "train", meta_step, range(50)))["goal"] == whole["goal"]).any()
     assert (whole["goal"] < 1).all() and (
         found.sample(TaskKey.of(3, "test", 0, range(50)))["goal"] >= 2
-    ).all()  # it was told the split
+    ).all()  # the environment got the split
 
 
 def test_tasks_of_the_older_form_are_keyed_as_well():
@@ -153,7 +153,7 @@ def test_tasks_of_the_older_form_are_keyed_as_well():
     drawn = np.random.uniform()
     np.random.seed(5)
     found.sample(KEYS)
-    assert np.random.uniform() == drawn and before is not None  # the global generator is where it was
+    assert np.random.uniform() == drawn and before is not None  # the state of the global generator did not change
     assert played(found, KEYS).reward.std() > 0
 
 
@@ -168,7 +168,7 @@ def test_discrete_actions_and_observations_of_parts():
     assert torch.equal(trials.observation[:, 1, 3:], trials.action[:, :1].expand(-1, 2).float())
 
 
-def test_wrappers_and_what_never_ends():
+def test_wrappers_and_endless_episodes():
     truncated = played(environment("wrapped"), KEYS)
     assert (
         truncated.reward.shape[1] == 14
@@ -181,7 +181,7 @@ def test_wrappers_and_what_never_ends():
     )
 
 
-# Bad environments --------------------------------------------------------------------------------------------------------
+# Invalid environments -------------------------------------------------------------------------------------------------
 
 FAULTS = [
     ("raise", r"episode 1, after 2 steps: raised ZeroDivisionError: boom"),
@@ -228,7 +228,7 @@ def test_skipped_trials_are_left_out_and_the_others_go_on(how, caplog):
 
 
 def test_learning_leaves_skipped_trials_out():
-    """The gradient of a shard in which trials were skipped is that of the others alone."""
+    """The gradient of a shard with skipped trials is that of the other trials."""
     made = subject(bad("raise", on_error="skip"), batch=12, shard=12)
     theta, about = somewhere(made), context(made, 12, seed=3, meta_step=2)
     records, sums, weight = made.algorithm.rollout(theta, about)
@@ -244,7 +244,7 @@ def test_learning_leaves_skipped_trials_out():
 
 
 def test_a_run_goes_on_without_skipped_trials(tmp_path):
-    """Shards whose trials were all left out count for nothing, in training and in evaluation."""
+    """Shards whose trials were all left out have no weight, in training and in evaluation."""
     document = {
         "environment": {
             "name": "gymnasium",
@@ -331,7 +331,7 @@ def test_tasks_from_elsewhere_have_known_fields():
         ),
     ],
 )
-def test_what_cannot_be_is_named_before_a_run(options, message):
+def test_impossible_settings_are_named_before_a_run(options, message):
     with pytest.raises(ConfigError, match=message):
         build({"environment": {"name": "gymnasium", **options}, "model": {"name": "gru"}, "algorithm": {"name": "rl2"}})
 

@@ -1,4 +1,4 @@
-"""Meta-World: its task lists, its traps, and trials against its own interface."""
+"""Test Meta-World: task lists, known traps, and trials against its own interface."""
 
 import gc
 import sys
@@ -32,13 +32,13 @@ def policy(environment):
 
 
 def of(environment, split):
-    """The tasks of a split as hashable values."""
+    """Return the tasks of a split as hashable values."""
     family, parameters = environment.tasks_of(split)
     return {(int(f), *p.tolist()) for f, p in zip(family, parameters)}
 
 
 def test_splits_and_task_seeds_have_no_goal_in_common():
-    """Meta-World's own neighbouring seeds do: the test goals of one are the training goals of the next."""
+    """Meta-World's own neighbouring seeds share goals: the test goals of one are the training goals of the next."""
     theirs = [metaworld.ML1("reach-v3", seed=s) for s in (0, 1)]
     assert theirs[0].test_tasks == theirs[1].train_tasks
     every = [of(MetaWorld(task_seed=seed), split) for seed in (0, 1) for split in SPLITS]
@@ -80,7 +80,7 @@ def test_a_trial_is_that_of_meta_worlds_own_interface():
 
 
 def test_success_is_that_of_any_step():
-    """Meta-World's own scripted policy reaches the goal and is told nothing of episodes."""
+    """Meta-World's own scripted policy reaches the goal without information about episodes."""
     from metaworld.policies import SawyerReachV3Policy
 
     environment = MetaWorld(horizon=150, episodes=1)
@@ -108,10 +108,10 @@ def test_success_is_that_of_any_step():
         torch.arange(4),
         {"success": successes * (torch.arange(150) < 149)},
     )
-    assert trials.highest("success", 1).eq(1).all()  # though no longer at the end
+    assert trials.highest("success", 1).eq(1).all()  # although not at the episode's end
 
 
-def test_what_went_before_leaves_no_trace():
+def test_earlier_trials_have_no_effect():
     environment, used = MetaWorld(horizon=20), MetaWorld(horizon=20)
     acting = policy(environment)
     rollout(used, acting, TaskKey.of(8, "train", 0, range(4)))
@@ -122,8 +122,8 @@ def test_what_went_before_leaves_no_trace():
 
 
 @pytest.mark.long
-def test_every_family_forgets_what_went_before():
-    """All fifty: a trial by a new simulator, and by one that did another task."""
+def test_a_reset_clears_the_state_of_every_family():
+    """For all fifty families: compare a trial by a new simulator with one by a simulator that ran another task."""
     numbers = torch.arange(len(families()))
     parameters = {f: torch.tensor(listed("ML1", name, 0, "train")[1][:2]) for f, name in enumerate(families())}
     tasks = {"family": numbers, "parameters": torch.stack([parameters[f][0] for f in range(50)])}

@@ -1,4 +1,4 @@
-"""HalfCheetah and Ant with hidden tasks, against Gymnasium's own environments."""
+"""Compare HalfCheetah and Ant with hidden tasks to Gymnasium's own environments."""
 
 import gc
 import sys
@@ -25,7 +25,7 @@ BODIES = [
     AntDir(horizon=40, contact_forces=True),
 ]
 KEYS = TaskKey.of(3, "train", 2, range(6))
-#: what an observation begins with, by Gymnasium's documentation
+#: the first entries of an observation, by Gymnasium's documentation
 CHEETAH = ["z", "pitch"] + ["angle"] * 6 + ["v_x", "v_z", "turning"] + ["joint"] * 6
 NAMES = {
     HalfCheetahVel: CHEETAH,
@@ -40,12 +40,12 @@ def policy(environment):
 
 
 def fresh(environment):
-    """The same, with simulators of its own."""
+    """Return the same environment with new simulators."""
     return type(environment)(**environment.__getstate__())
 
 
 def expected_reward(environment, task, info, action):
-    """By the formulae of Gymnasium's documentation, of the speed that it reports."""
+    """Compute the reward by the formulae of Gymnasium's documentation, from the reported speed."""
     cost = environment.control_cost * float(action.double().square().sum())
     if isinstance(environment, HalfCheetahVel):
         return -abs(info["x_velocity"] - task) - cost
@@ -58,7 +58,7 @@ def expected_reward(environment, task, info, action):
 
 @pytest.mark.parametrize("environment", BODIES, ids=repr)
 def test_a_trial_is_that_of_gymnasiums_own_body(environment):
-    """The same states by gymnasium.make's environment, whose reward is of another task; rewards by hand."""
+    """The states equal those of gymnasium.make's environment, which has another task's reward; rewards are by hand."""
     trials, tasks = rollout(environment, policy(environment), KEYS), environment.sample(KEYS)
     words = (KEYS.stream("reset").uniform(2, 2).double() * 2**24).long()
     for row in range(3):
@@ -88,8 +88,8 @@ def test_a_trial_is_that_of_gymnasiums_own_body(environment):
 
 
 @pytest.mark.parametrize("environment", BODIES, ids=repr)
-def test_what_went_before_leaves_no_trace(environment):
-    """MuJoCo starts its solver from the last step's accelerations: they too must be forgotten between trials."""
+def test_earlier_trials_have_no_effect(environment):
+    """MuJoCo starts its solver from the last step's accelerations: a reset must clear them too."""
     used, acting = fresh(environment), policy(environment)
     rollout(used, acting, TaskKey.of(5, "test", 0, range(6)))
     gc.collect()
@@ -151,7 +151,7 @@ def test_missing_mujoco_is_named_with_the_command(monkeypatch):
 
 
 def test_it_learns_from_a_meta_step():
-    """Rollouts, then every gradient round; on the first minibatch the policy is the one that acted."""
+    """Run rollouts and every gradient round; on the first minibatch the policy equals the one that acted."""
     made = learner(RL2(minibatches=2, epochs=1), GRU(hidden=8), HalfCheetahVel(horizon=10), batch=4, shard=2)
     about, theta = context(made, 4), somewhere(made)
     records, sums, weight = made.algorithm.rollout(theta, about)

@@ -18,7 +18,7 @@ def test_rows_are_dirichlet_and_means_normal():
         expected = 1 - (1 - x) ** 9
         below = (p < x).double().mean()
         assert abs(below - expected) < 5 * math.sqrt(expected * (1 - expected) / values.numel()) + 1e-4
-    for s in range(10):  # no state is favoured by the order in which sums are taken
+    for s in range(10):  # the order of the sums favours no state
         assert abs(p[..., s].mean() - 0.1) < 4 * math.sqrt(0.09 / 11 / p[..., s].numel())
     reward = tasks["reward"].double()
     assert abs(reward.mean() - 1) < 4 / math.sqrt(reward.numel()) and abs(reward.std() - 1) < 4 / math.sqrt(
@@ -27,7 +27,7 @@ def test_rows_are_dirichlet_and_means_normal():
 
 
 def test_steps_follow_the_table():
-    """20,000 steps from one state with one action: next states and rewards are those of the task's row."""
+    """20,000 steps from one state with one action have the next states and rewards of the task's row."""
     environment, many = TabularMDP(states=4, actions_each=3), 20_000
     one = environment.sample(TaskKey.of(5, "train", 0, [7]))
     tasks = {name: value.expand(many, *value.shape[1:]) for name, value in one.items()}

@@ -1,6 +1,8 @@
-"""Runs, exports and registered models of version 0.1 (commit 0b57b0b, tests/data/version_0_1): resumed, evaluated, served alike.
+"""Runs, exports and registered models of version 0.1 (commit 0b57b0b, tests/data/version_0_1): resumed, evaluated,
+served alike.
 
-Where this machine's numerics are those of the runs, their parameters are equal bit for bit; elsewhere closely, in float64.
+Where this machine's numerics are those of the runs, their parameters are equal bit for bit; elsewhere closely, in
+float64.
 """
 
 from __future__ import annotations

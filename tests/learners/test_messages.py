@@ -46,7 +46,7 @@ def small(spoil, algorithm=MAML(), freeze=()):
     return learner(algorithm, lambda: Small(spoil), Curves(), freeze=freeze)
 
 
-# Models ----------------------------------------------------------------------------------------------------------------
+# Models ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_gradients_that_are_zero_are_not_missing():
     learner(MAML(), lambda: Small(lambda self, x: x * 0), Curves()).dry_run(0)
 
 
-# Shapes ----------------------------------------------------------------------------------------------------------------
+# Shapes ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", [MAML(), ANIL(), Reptile()])
@@ -197,7 +197,7 @@ def test_a_family_that_samples_nothing():
         TaskFamily().sample_task(keys(0), "train")
 
 
-# Combinations ----------------------------------------------------------------------------------------------------------
+# Combinations ---------------------------------------------------------------------------------------------------------
 
 
 def test_incompatible_parts():

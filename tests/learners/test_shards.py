@@ -27,7 +27,7 @@ def subject(algorithm=MAML(inner_lr=0.1, inner_steps=2), family=IMAGES, dtype=to
     return learner(algorithm, lambda: model.build(family.input_shape, family.outputs), family, dtype=dtype, **options)
 
 
-# Shards ----------------------------------------------------------------------------------------------------------------
+# Shards ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", [MAML(inner_steps=2), Reptile(inner_steps=2, inner_optimizer="adam"), MetaSGD()])
@@ -97,7 +97,7 @@ def test_compute_is_pure():
     assert state.sha256() == before
 
 
-# Tasks of unequal size -------------------------------------------------------------------------------------------------
+# Tasks of unequal size ------------------------------------------------------------------------------------------------
 
 RAGGED = {
     "maml": (MAML(inner_lr=0.1, inner_steps=2), Curves(), mlp),
@@ -199,7 +199,7 @@ def test_batch_norm_over_padded_rows_is_refused():
         ragged.contribute(ragged.initial(0).theta(ragged.slots), keys(0, 1), 0)
 
 
-# Tasks that fail -------------------------------------------------------------------------------------------------------
+# Tasks that fail ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def test_a_sum_that_overflows_is_not_blamed_on_a_task(policy):
     assert caught.value.tasks == ()
 
 
-# Layouts ---------------------------------------------------------------------------------------------------------------
+# Layouts --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_layout_goes_there_and_back():

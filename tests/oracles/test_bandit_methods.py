@@ -1,4 +1,4 @@
-"""Methods for bandits against exact values, and against the published table."""
+"""Compare methods for bandits with exact values and with the published table."""
 
 import math
 from functools import cache
@@ -104,8 +104,11 @@ def row(environment, name, trials):
 
 
 def agrees(found, published, trials, rounding=0.05):
-    """Within three standard errors of both, theirs being of 1,000 trials, and what they rounded away. The paper has Gittins indices by
-    approximate formulas; these are exact, and may be better by 1 %."""
+    """Return whether a mean is within three joint standard errors and the rounding of the published one.
+
+    The published means have 1,000 trials. The paper's Gittins indices come from approximate formulas; these are exact,
+    and can be better by 1 %.
+    """
     allowed = 3 * found.error * math.sqrt(1 + trials / 1000) + rounding
     return -allowed < found.mean - published < allowed + (0.01 * published if found.name == "gittins" else 0)
 
@@ -120,7 +123,7 @@ def test_the_optimum_is_exact(pulls, arms, value):
 
 @pytest.mark.parametrize(("pulls", "arms"), [(4, 2), (5, 3), (3, 5)])
 def test_the_optimum_by_recursion(pulls, arms):
-    """Another program for the same equation, over ordered arms and exact to the last pull."""
+    """Solve the same equation by another program, over ordered arms and exact to the last pull."""
 
     @cache
     def value(left, pasts):
@@ -142,7 +145,7 @@ def test_the_optimal_policy_gets_its_value(pulls, arms, value):
     assert abs(found.mean - value) < 3 * found.error and found.percent == pytest.approx(100) and found.difference == 0
 
 
-def test_what_is_too_large_is_said():
+def test_too_large_problems_are_refused():
     assert count_states(5, 20) is not None and sum(count_states(5, 20)) <= LIMIT
     for arms, pulls in ((5, 100), (50, 500), (2, 500)):
         with pytest.raises(
@@ -178,7 +181,7 @@ def test_the_published_table_of_long_trials(pulls, arms):
 
 
 def test_gittins_indices_are_those_of_the_tables():
-    """Gittins, Glazebrook & Weber 2011, table 8.4 (discount .9), after s successes and f failures from Beta(1, 1)."""
+    """Indices equal table 8.4 (discount .9) of Gittins et al. 2011: s successes and f failures from Beta(1, 1)."""
     index = bernoulli_index(10, 0.9)
     for (s, f), value in {
         (0, 0): 0.7029,
@@ -193,7 +196,7 @@ def test_gittins_indices_are_those_of_the_tables():
 
 @pytest.mark.parametrize("pulled", [0, 3])
 def test_normal_indices_by_bisection(pulled):
-    """Of the charge at which an arm of mean 0 is just worth pulling, on a grid of means, discount .9."""
+    """Bisect the charge at which a pull of an arm of mean 0 is worth nothing, on a grid of means, discount .9."""
     discount, depth = 0.9, 60
     x, z = torch.linspace(-6, 6, 1201, dtype=torch.float64), torch.linspace(-5, 5, 81, dtype=torch.float64)
     weight = torch.exp(-0.5 * z**2)
@@ -201,7 +204,7 @@ def test_normal_indices_by_bisection(pulled):
     for _ in range(14):
         charge = (low + high) / 2
         worth = (x - charge).clamp(min=0) / (1 - discount)
-        for n in reversed(range(pulled, depth)):  # n observations beyond the prior's: precision 1 + n
+        for n in reversed(range(pulled, depth)):  # n observations in addition to the prior: precision 1 + n
             moves = math.sqrt(1 / (1 + n) - 1 / (2 + n)) * z
             places = ((x.unsqueeze(1) + moves + 6) / 0.01).clamp(0, 1199.999)
             left = places.long()
@@ -225,13 +228,13 @@ def test_gaussian_arms():
 
 @pytest.mark.parametrize(("kind", "share"), [("easy", 0.1), ("medium", 0.25), ("hard", 0.4)])
 def test_the_optimum_of_correlated_arms(kind, share):
-    """Bellman's equation over the two cases that there are, for 6 pulls."""
+    """Solve Bellman's equation over the two possible cases, for 6 pulls."""
 
-    def value(left, belief):  # belief: that arm 0 is the good one
+    def value(left, belief):  # belief: the probability that arm 0 is the good one
         if left == 0:
             return 0.0
         best = 0.0
-        for good in (belief, 1 - belief):  # that the pulled arm is the good one
+        for good in (belief, 1 - belief):  # the probability that the pulled arm is the good one
             win = good * (1 - share) + (1 - good) * share
             after = [good * (1 - share) / win, good * share / (1 - win)]
             after = after if good is belief else [1 - a for a in after]
@@ -253,7 +256,7 @@ def test_knowing_the_correlation_beats_indices():
 
 @pytest.mark.long
 def test_the_optimum_of_independent_arms_over_100_pulls():
-    """The largest problem within the limit: 100 pulls of two arms."""
+    """100 pulls of two arms is the largest problem within the limit."""
     rows = {
         r.name: r
         for r in compare(CorrelatedBandit(arms_are="independent"), ["optimal", "gittins"], trials=20_000, batch=5000)

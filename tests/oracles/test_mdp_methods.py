@@ -1,4 +1,4 @@
-"""Methods for finite MDPs against programs of another kind, and against the published table."""
+"""Compare methods for finite MDPs with other programs and with the published table."""
 
 import math
 
@@ -61,7 +61,7 @@ PUBLISHED = {
 
 
 def plain_values(reward, transition, horizon):
-    """Backward induction in loops, for one MDP: V of state 0."""
+    """Compute V of state 0 by backward induction in loops, for one MDP."""
     value = [0.0] * len(reward)
     for _ in range(horizon):
         value = [
@@ -83,7 +83,7 @@ def test_value_iteration():
         )
 
 
-def test_the_oracle_gets_what_its_values_promise():
+def test_the_oracle_s_returns_equal_its_values():
     environment, keys = TabularMDP(), TaskKey.of(0, "test", 0, range(4000))
     tasks = environment.sample(keys)
     promised = action_values(tasks["reward"].double(), environment.transition(tasks), 10)[0, :, 0].amax(1)
@@ -92,7 +92,7 @@ def test_the_oracle_gets_what_its_values_promise():
 
 
 def test_the_optimistic_model_is_the_best_within_its_slack():
-    """Against the procedure of Jaksch et al. 2010, figure 2, row by row."""
+    """Rows equal those by the procedure of Jaksch et al. 2010, figure 2."""
     environment = TabularMDP(states=5, actions_each=2, horizon=3)
     tasks = environment.sample(TaskKey.of(1, "test", 0, range(6)))
     reward, transition = tasks["reward"].double(), environment.transition(tasks)
@@ -123,7 +123,7 @@ def test_the_optimistic_model_is_the_best_within_its_slack():
 
 
 def check(episodes, names, trials, more=0.0):
-    """Within three standard errors of both of the published mean, whose are of 1,000 trials."""
+    """Means are within three joint standard errors of the published ones, which have 1,000 trials."""
     for row in compare(TabularMDP(episodes=episodes), names, trials=trials, batch=500):
         allowed = 3 * row.error * math.sqrt(1 + trials / 1000) + 0.05
         assert -allowed < row.mean - PUBLISHED[episodes][row.name] < allowed + more, row
@@ -131,7 +131,7 @@ def check(episodes, names, trials, more=0.0):
 
 def test_the_published_table():
     check(10, ["random", "psrl", "opsrl", "ucrl2", "beb", "greedy"], 1000)
-    check(10, ["epsilon_greedy"], 1000, more=4.0)  # they have it below greedy
+    check(10, ["epsilon_greedy"], 1000, more=4.0)  # the published value is below greedy
 
 
 def test_the_best_method_plans_at_every_step():
@@ -142,7 +142,7 @@ def test_the_best_method_plans_at_every_step():
     assert rows["beb_each_step"].mean > rows["beb"].mean + 8 and rows["beb_each_step"].mean == pytest.approx(
         162.3, abs=3
     )
-    # "217.2" elsewhere, of a number of trials that isn't known
+    # "217.2" elsewhere, for an unknown number of trials
     assert (
         rows["known_mdp"].mean == pytest.approx(218.2, abs=4 * rows["known_mdp"].error)
         and rows["known_mdp"].percent == 100
@@ -155,6 +155,6 @@ def test_the_best_method_plans_at_every_step():
 @pytest.mark.parametrize("episodes", [25, 50, 100])
 def test_the_published_table_of_long_trials(episodes):
     check(episodes, ["random", "psrl", "opsrl", "ucrl2"], 1000)
-    check(episodes, ["beb"], 1000, more=0.06 * PUBLISHED[episodes]["beb"])  # a better β than theirs
-    if episodes < 100:  # at 100 both get some 2.5 % less than published, for reasons that the paper doesn't show
+    check(episodes, ["beb"], 1000, more=0.06 * PUBLISHED[episodes]["beb"])  # a better β than the paper's
+    if episodes < 100:  # at 100 both are about 2.5 % below the published values; the paper gives no reason
         check(episodes, ["greedy", "epsilon_greedy"], 1000)

@@ -1,4 +1,4 @@
-"""The mechanics that all methods share, and those who know the goal."""
+"""Test the rules that all methods share, and the methods with a known goal."""
 
 import math
 
@@ -29,7 +29,7 @@ SMALL = {
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_policy_and_a_method_meet_the_same_luck(name):
-    """The actions of a policy, replayed as a method, bring it the same returns."""
+    """A method that replays the actions of a policy has the same returns."""
     environment, keys = SMALL[name], TaskKey.of(4, "test", 0, range(40))
     model = Model(
         lambda: GRU(hidden=8).build_policy(
@@ -64,7 +64,7 @@ def test_every_native_environment_has_an_oracle_and_random():
 
 
 def test_gamma_draws_are_gamma():
-    """Kolmogorov–Smirnov against the regularised incomplete gamma function, for shapes by both ways of drawing."""
+    """Draws pass Kolmogorov–Smirnov against the incomplete gamma function, for shapes of both sampling methods."""
     count = 20_000
     for shape in (1.0, 2.0, 3.5, 40.0):
         stream = TaskKey.of(0, "test", 0, range(count)).stream(f"gamma {shape}")
@@ -91,7 +91,7 @@ def test_beta_and_dirichlet_have_their_means_and_variances():
     assert (rows.mean(0) - mean).abs().max() < 4 * 0.5 / math.sqrt(count)
 
 
-def test_the_known_goal_gets_what_its_distance_allows():
+def test_the_known_goal_s_return_follows_from_its_distance():
     environment, keys = Gridworld(), TaskKey.of(0, "test", 0, range(5000))
     goal = environment.sample(keys)["goal"]
     steps = (goal % 5 + goal // 5).double()
@@ -138,12 +138,12 @@ def test_the_table():
     assert score(3.0, 5.0, 1.0) == 50
 
 
-def test_what_is_wrong_is_named():
+def test_wrong_arguments_are_named():
     with pytest.raises(ConfigError, match="oracle: 'gitins' is not one of optimal.*did you mean 'gittins'"):
         compare(Bandit(), ["gitins"], trials=10)
     with pytest.raises(ConfigError, match="trials: 1 is below 2"):
         compare(Bandit(), trials=1)
     with pytest.raises(ConfigError, match="split: 'tests' is not one of train"):
         compare(Bandit(), trials=2, split="tests")
-    with pytest.raises(ConfigError, match=r"no oracles for 'MetaEnvironment'; there are for Bandit"):
+    with pytest.raises(ConfigError, match=r"no oracles for 'MetaEnvironment'; expected one of Bandit"):
         methods(MetaEnvironment())

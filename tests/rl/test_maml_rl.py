@@ -1,4 +1,4 @@
-"""MAML-RL: the meta-gradient against plain loops, and against what it estimates on an MDP that can be enumerated."""
+"""Compare MAML-RL's meta-gradient with plain loops, and with the exact gradient on an MDP that can be enumerated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def subject(environment=Chance(continuous=True, end=0.2, horizon=6), hidden=(5,)
 
 
 def plain_head(theta, x):
-    """The policy's two-layer network and its deviations, by hand."""
+    """Compute the policy's two-layer network and its deviations by hand."""
     hidden = torch.tanh(x @ theta["head.0.weight"].T + theta["head.0.bias"])
     return hidden @ theta["head.2.weight"].T + theta["head.2.bias"], theta["log_std"]
 
@@ -49,7 +49,7 @@ def stage_of(records, task, stage):
 
 
 def plain_surrogate(theta, data, clip=None):
-    """(mean surrogate, mean estimate of KL(old ‖ new)), one trajectory and one step at a time."""
+    """Return (mean surrogate, mean estimate of KL(old ‖ new)), computed by trajectory and step."""
     total, divergence, count = 0.0, 0.0, 0
     for n, t in itertools.product(*map(range, data["valid"].shape)):
         if data["valid"][n, t]:
@@ -103,7 +103,7 @@ def test_the_meta_gradient_is_that_of_a_plain_loop_over_tasks(options):
 
 
 def test_fisher_products_go_through_the_adaptation():
-    """Σ over tasks of Jᵀ M J, J by finite differences of adapted heads and M by the covariance of a Gaussian's score."""
+    """Compute Σ Jᵀ M J over tasks: J by finite differences of adapted heads, M the covariance of Gaussian scores."""
     found = subject(optimizer="trpo")
     algorithm, about, theta = found.algorithm, context(found, 2), somewhere(found)
     records, _, _ = algorithm.rollout(theta, about)
@@ -172,7 +172,7 @@ RATE = 1.3
 
 
 def probabilities(theta):
-    """π(a | s) [2, 2] of the linear policy on one-hot states."""
+    """Return π(a | s) [2, 2] of the linear policy on one-hot states."""
     return (theta["head.0.weight"].T + theta["head.0.bias"]).softmax(-1)
 
 
@@ -184,7 +184,7 @@ def exact_return(theta, horizon):
 
 
 def trajectories(theta, horizon):
-    """Every trajectory with its probability: (states, actions, probability)."""
+    """List every trajectory with its probability: (states, actions, probability)."""
     policy = probabilities(theta)
     for actions in itertools.product(range(2), repeat=horizon):
         for after in itertools.product(range(2), repeat=horizon - 1):
@@ -195,7 +195,7 @@ def trajectories(theta, horizon):
 
 
 def stage(theta, horizon):
-    """All trajectories as one stage, whose mean is the expectation: the advantage is the return to go, times N p(τ) T."""
+    """Make one stage of all trajectories whose mean is the expectation: advantages are returns to go × N p(τ) T."""
     rows = list(trajectories(theta, horizon))
     policy, scale = probabilities(theta), len(rows) * horizon
     states, actions = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
@@ -212,7 +212,7 @@ def stage(theta, horizon):
 
 
 def enumerated(horizon):
-    """(θ, its policy parameters flat, the meta-gradient of ``objective`` in expectation, φ)."""
+    """Return (θ, its flat policy parameters, the expected meta-gradient of ``objective``, φ)."""
     algorithm = MAMLRL(inner_lr=RATE, kl_penalty=0.0, normalize=False, rollouts_per_task=1)
     found = learner(
         algorithm, Reactive(hidden=()), Chance(count=2, continuous=False), dtype=torch.float64, batch=4, shard=2
@@ -230,7 +230,7 @@ def policy_only(parameters):
 
 
 def differences(function, theta, epsilon=1e-6):
-    """Central finite differences of ``function`` in every policy parameter, flat."""
+    """Compute central finite differences of ``function`` in every policy parameter, flat."""
     vector, found = flat(theta), []
     shapes = {n: t.shape for n, t in theta.items()}
 
@@ -252,7 +252,7 @@ def test_the_inner_step_is_unbiased(horizon):
 
 
 def after_adaptation(theta, horizon):
-    """E[return after the expected gradient step], exactly."""
+    """Compute E[return after the expected gradient step] exactly."""
     slope = differences(lambda p: exact_return(p, horizon), theta, 1e-4)
     vector = flat(theta) + RATE * slope
     shapes = [t.shape for t in theta.values()]
@@ -268,7 +268,10 @@ def test_with_one_step_the_meta_gradient_is_that_of_the_return_after_adaptation(
 
 
 def test_with_more_steps_it_lacks_how_later_actions_change_the_worth_of_earlier_ones():
-    """The low-variance curvature is ∇²J − H12 − H12ᵀ, H12 = E Σ ∇log π(a_t | s_t) ∇Q(s_t, a_t)ᵀ (Rothfuss et al. 2019, section 5)."""
+    """The low-variance curvature is ∇²J − H12 − H12ᵀ (Rothfuss et al. 2019, section 5).
+
+    H12 = E Σ ∇log π(a_t | s_t) ∇Q(s_t, a_t)ᵀ.
+    """
     theta, meta, phi = enumerated(2)
     here = policy_only(theta)
     exact = differences(lambda p: after_adaptation(p, 2), here, 1e-4)
@@ -354,7 +357,7 @@ def test_evaluation_has_a_column_for_every_number_of_steps():
     "options", [{"optimizer": "ppo"}, {"optimizer": "trpo", "kl": 0.02, "cg_steps": 5}], ids=["promp", "trpo"]
 )
 def test_it_learns_to_adapt(options):
-    """Of goals in all directions no one action is good: what a step of adaptation gains, paired, must come from the trajectories."""
+    """With goals in all directions no one action is good: a (paired) gain by adaptation comes from the trajectories."""
     algorithm = MAMLRL(rollouts_per_task=10, inner_lr=0.3, gae_lambda=0.95, **options)
     found = learner(algorithm, Reactive(hidden=(16,)), Navigation(horizon=10), batch=20, shard=20, lr=1e-2)
     before = evaluate(found, found.initial(0), 100)["sampled"]

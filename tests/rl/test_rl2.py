@@ -1,4 +1,4 @@
-"""RL² against a plain implementation, and the controls without which a score means nothing."""
+"""Compare RL² with a plain implementation, and test the controls that give its scores a meaning."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_on_the_first_minibatch_every_ratio_is_1_and_kl_is_0(name, environment):
 
 
 def plain_gru(theta, features):
-    """One trial's features [T, F] → logits [T, A], value [T], by Cho et al. 2014 as ``nn.GRU`` words it."""
+    """Compute logits [T, A] and value [T] from one trial's features [T, F] (Cho et al. 2014, in ``nn.GRU``'s form)."""
     w, u, b, c = (theta[f"core.{n}_l0"] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
     state, logits, values = torch.zeros(u.shape[1], dtype=w.dtype), [], []
     for x in features:
@@ -70,7 +70,7 @@ def plain_gru(theta, features):
 
 
 def plain_loss(algorithm, theta, trials):
-    """Σ over valid steps of −clipped surrogate + value · ½ (V − target)² − entropy · H, one trial and one step at a time."""
+    """Compute Σ over valid steps of −clipped surrogate + value · ½ (V − target)² − entropy · H, by trial and step."""
     total = torch.zeros((), dtype=torch.float64)
     for row in range(len(trials.task)):
         steps = int((trials.flags[row] & VALID).bool().sum())
@@ -200,7 +200,7 @@ TRIALS = 4000
 
 @dataclass(frozen=True)
 class Shuffled(Policy):
-    """Sees the reward of another trial at every step."""
+    """A policy that gets the reward of another trial at every step."""
 
     def features(self, observation, seen):
         order = torch.roll(torch.arange(len(observation)), 1)
@@ -231,14 +231,14 @@ def test_a_policy_without_memory_scores_the_memoryless_optimum():
 
 
 @pytest.mark.parametrize("name", ["entropy", "gae_lambda"])
-def test_what_changes_on_a_line(name):
+def test_linear_schedules(name):
     algorithm = RL2(**{name: 0.05, f"final_{name}": 0.01, f"{name}_steps": 100})
     assert [round(getattr(algorithm.at(step), name), 6) for step in (0, 50, 100, 1000)] == [0.05, 0.03, 0.01, 0.01]
     assert getattr(RL2(**{name: 0.05}).at(1000), name) == 0.05
 
 
 def test_lambda_reaches_the_shards_as_it_is_at_their_meta_step():
-    """The first meta-steps are those of λ = 0, and other ones than with the λ = 1 that stands at the line's end."""
+    """The first meta-steps are those of λ = 0, and differ from those of the final λ = 1."""
     line = {"gae_lambda": 0.0, "final_gae_lambda": 1.0}
     near, one, zero = (
         train(learner(RL2(**more), GRU(hidden=8), Chance()), 2)[0].sha256()

@@ -1,4 +1,4 @@
-"""Trials: what the policy is shown, what survives an episode's end, and advantages."""
+"""Test trials: the policy's inputs, its memory across episodes, and advantages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metadist.core.errors import NonFiniteError
 from metadist.core.random import TaskKey
 from metadist.models.recurrent import GRU
 from metadist.rl.environment import Step
-from metadist.rl.trial import EPISODE_END, TERMINATED, TRIAL_END, VALID, advantages, rollout
+from metadist.rl.trial import EPISODE_END, TERMINATED, TRIAL_END, VALID, Repetition, advantages, rollout
 
 SUBJECT = learner(RL2(), GRU(hidden=5), Chance())
 POLICY = context(SUBJECT).policy(somewhere(SUBJECT))
@@ -77,21 +77,23 @@ def test_a_task_is_rolled_out_alike_in_any_company():
         assert getattr(trials(), name)[7:8, :length].equal(getattr(alone, name)), name
 
 
-def test_stages_and_serial_numbers_have_noise_of_their_own():
-    serial = torch.arange(40).unsqueeze(1)
-    first, stage, numbered = trials(), trials(stage=1), trials(serial=serial)
+def test_stages_and_serial_numbers_key_the_noise():
+    serial, episodes = torch.arange(40).unsqueeze(1), SUBJECT.tasks.episodes
+    first = trials()
+    stage = trials(repetition=Repetition(episodes, stage=1))
+    numbered = trials(repetition=Repetition(episodes, serial=serial))
     assert not first.observation[:, 0].equal(stage.observation[:, 0])
     assert first.observation[0, 0].equal(numbered.observation[0, 0])
     assert (first.observation[1:, 0] != numbered.observation[1:, 0]).all()
 
 
 def heads(found, policy=POLICY):
-    """What the policy says at every step, all at once, from the memory of a trial's start."""
+    """Compute the policy's outputs at all steps together, from the memory of a trial's start."""
     features = policy.features(found.observation, found.seen(policy))
     return policy(features, policy.start(len(features), features.device))[0]
 
 
-def test_the_rollout_showed_the_policy_what_the_learner_shows_it():
+def test_rollout_and_learner_give_the_policy_the_same_inputs():
     found = trials()
     again = POLICY.distribution.log_probability(heads(found), found.action)
     valid = found.flag(VALID)
@@ -134,7 +136,7 @@ def test_memory_survives_episode_ends_and_not_trial_ends():
 
 @dataclass(frozen=True)
 class Broken(Chance):
-    """Gives NaN once ``ends`` of its episodes have come to an end of their own, where the task's number is below 0."""
+    """Returns NaN after ``ends`` of its episodes have terminated, where the task's number is below 0."""
 
     ends: int = 0
 
@@ -164,7 +166,7 @@ def test_nan_names_the_tasks_that_gave_it():
     assert caught.value.tasks == tuple(bad.nonzero().squeeze(1).tolist())
 
 
-def test_what_an_environment_gives_after_its_trial_spoils_nothing():
+def test_nan_after_a_trial_has_no_effect():
     subject = learner(RL2(), GRU(hidden=5), Broken(ends=3, horizon=12), batch=64, shard=16)
     theta, about = somewhere(subject), context(subject, 16)
     records, sums, _ = subject.algorithm.rollout(theta, about)

@@ -1,4 +1,4 @@
-"""A step within a trust region against dense linear algebra."""
+"""Compare a step within a trust region with dense linear algebra."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from metadist.rl.trust_region import DIRECTION, TrustRegion, conjugate_gradient,
 
 
 def solve(matrix, b, region):
-    """``conjugate_gradient`` where a product takes no rounds."""
+    """Run ``conjugate_gradient`` with products that take no rounds."""
 
     def product(p):
         return matrix @ p
@@ -72,7 +72,7 @@ def rolled(learner, theta, tasks=16):
 
 
 def by_definition(learner, theta, records, about):
-    """E over visited states and *all* actions of ∇log π ∇log πᵀ, one step and one action at a time: dense [P, P]."""
+    """Compute E over visited states and *all* actions of ∇log π ∇log πᵀ, by step and action: dense [P, P]."""
     leaves = theta["model"].map(lambda t: t.clone().requires_grad_())
     policy, batch = about.policy(theta, leaves), Trials.of(records)
     head, _, _ = policy(
@@ -136,7 +136,7 @@ def test_a_meta_step_is_the_natural_gradient_of_a_dense_solve():
     assert not after.slots[DIRECTION].any()
 
 
-def test_the_value_is_fitted_by_what_the_actions_do_not_depend_on():
+def test_the_value_fit_changes_no_parameter_of_the_actions():
     found, before_fit = subject(epochs=3, minibatches=2), []
 
     def watch(round, total):

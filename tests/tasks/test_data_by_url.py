@@ -1,4 +1,4 @@
-"""METADIST_DATA as a URL: a node copies what it needs once."""
+"""Test METADIST_DATA as a URL: a node copies the required files once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metadist.tasks.sources import data_folder
 
 @pytest.fixture
 def store(monkeypatch, tmp_path):
-    """An empty object store and a node's empty cache."""
+    """Return an empty object store, and give the node an empty cache."""
     url = f"memory://{uuid.uuid4().hex}"
     monkeypatch.setenv("METADIST_DATA", url)
     monkeypatch.setenv("METADIST_CACHE", str(tmp_path / "cache"))
@@ -38,7 +38,7 @@ def test_files_are_copied_once_for_each_state(store):
     assert (data_folder("omniglot", ("a.bin", "b.bin")) / "a.bin").read_bytes() == b"second, longer"
 
 
-def test_what_cannot_be_reached_is_one_line(monkeypatch):
+def test_an_unreachable_address_is_one_line(monkeypatch):
     monkeypatch.setenv("METADIST_DATA", "nosuchprotocol://bucket")
     with pytest.raises(
         DataError, match=r"METADIST_DATA = nosuchprotocol://bucket cannot be reached \(.*nosuchprotocol"

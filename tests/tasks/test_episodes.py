@@ -1,4 +1,4 @@
-"""Episodes over a set in which every image says in its pixels which class and which image it is."""
+"""Test episodes over a set whose pixels encode the class and the number of each image."""
 
 import hashlib
 import pickle
@@ -40,7 +40,7 @@ class Toy(Episodes):
 
 
 def read(x):
-    """Class and image number of unturned pictures."""
+    """Return class and number of images without rotation."""
     pixels = (x * 255).round().long().flatten(-3)
     return pixels[..., 0], pixels[..., 1]
 
@@ -137,7 +137,7 @@ def test_turned_images_follow_those_that_are_not():
     ],
 )
 def test_tasks_are_the_same_as_ever(rotations, expected):
-    """What a task is made of is public: these may never change."""
+    """Tasks are public: these hashes must never change."""
     digest = hashlib.sha256()
     for shape in ({}, {"train_n_way": 6, "train_k_shot": 3, "train_query_shots": 4}):
         task = Toy(n_way=3, k_shot=2, query_shots=3, rotations=rotations, **shape).sample(
@@ -158,7 +158,7 @@ def test_rotations(rotations, classes):
     assert (corner == corner[:, :1]).all(), "support and query of a class are turned alike"
     turned = torch.bincount(corner[:, 0].flatten(), minlength=4)
     assert (turned > 350).all() if rotations != "none" else turned[3] == 1800
-    character = x.gather(-1, (3 - corner).unsqueeze(-1)).squeeze(-1)[:, 0]  # opposite the corner stands the class
+    character = x.gather(-1, (3 - corner).unsqueeze(-1)).squeeze(-1)[:, 0]  # the class is opposite the corner
     assert (character.sort(-1).values.diff(dim=-1) == 0).any() == (rotations == "classes"), "only turned classes meet"
 
 

@@ -40,7 +40,7 @@ def fill(folder, names=NAMES, images=3):
 
 
 def pixels(family):
-    """The whole set, u8 [N, channels, size, size]."""
+    """Return the whole set, u8 [N, channels, size, size]."""
     return family._ready().pixels.numpy()
 
 
@@ -229,13 +229,13 @@ def broken(tmp_path, what):
     [
         ("corrupt", "set/cat/1.png is not a readable image .* replace or remove it"),
         ("stray", "'stray.png' is in no folder"),
-        ("empty", "no images in folders there; expected .*CLASS"),
+        ("empty", "has no images in folders; expected .*CLASS"),
         ("dangling", "cat/9.png cannot be read"),
         ("column", r"no column 'image' \(tasks.image_column\), only \['picture', 'label'\]"),
         ("row", "t.parquet, row 4 is not a readable image"),
         ("null", "row 29: no label"),
         ("text", "row 0: an image is bytes"),
-        ("size", "row 0: 192 values are no 28 × 28 image; set tasks.image_size"),
+        ("size", "row 0: 192 values are not a 28 × 28 image; set tasks.image_size"),
         ("cut", "cannot read .*t.parquet"),
     ],
 )
@@ -246,7 +246,7 @@ def test_bad_data_are_named(tmp_path, what, message):
 
 def test_impossible_settings_are_named():
     for settings, message in (
-        ({"fractions": (0.5, 0.5, 0.5)}, "tasks.fractions = .* add up to 1"),
+        ({"fractions": (0.5, 0.5, 0.5)}, "tasks.fractions = .* with the sum 1"),
         ({"channels": 2}, "tasks.channels = 2"),
         ({"image_size": 0}, "tasks.image_size = 0"),
     ):

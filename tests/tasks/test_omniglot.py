@@ -30,7 +30,7 @@ DRAWERS = 3
 
 
 def drawing(name, drawer):
-    """A black stroke on white, 105 × 105 and 1 bit, like the originals."""
+    """Return a black stroke on white, 105 × 105 and 1 bit, like the originals."""
     page = np.full((105, 105), True)
     seed = int(hashlib.sha256(f"{name}{drawer}".encode()).hexdigest()[:6], 16)
     page[20 + seed % 50 :][:20, 10:90] = False
@@ -50,7 +50,7 @@ def decoded(page):
 
 @pytest.fixture
 def official(tmp_path, monkeypatch):
-    """The official archives in small, and their sizes and hashes in place of the real ones."""
+    """Make small versions of the official archives, and replace the real sizes and hashes."""
     archives, parts = {}, {}
     for part, names in CLASSES.items():
         buffer = io.BytesIO()
@@ -261,7 +261,7 @@ def test_real_drawings_decode_to_the_prepared_file(real):
 
 
 def test_real_nearest_mean(real):
-    """No learning: nearest class mean in pixels. A sampler of its own, in numpy, gave 42.4 % (1 shot), 68.6 % (5 shots)."""
+    """The nearest class mean in pixels has a known accuracy: a numpy sampler gave 42.4 % (1 shot), 68.6 % (5)."""
     for k, expected in ((1, 0.424), (5, 0.686)):
         family = Omniglot(k_shot=k, query_shots=5)
         task = family.sample(TaskKey.of(0, "test", 0, range(400)), "test")

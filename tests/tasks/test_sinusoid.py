@@ -41,7 +41,7 @@ def test_a_task_is_the_same_in_any_shard():
 
 
 def test_tasks_are_the_same_as_ever():
-    """What a task is made of is public: these may never change."""
+    """Tasks are public: these values must never change."""
     keys = TaskKey.of(7, "test", 11, range(3, 20))
     task = Sinusoid(k_shot=5, query_shots=7).sample(keys, "test")
     digest = hashlib.sha256()

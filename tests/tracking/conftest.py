@@ -42,7 +42,10 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        serve = "import sys; from metadist.tracking.ui import serve_ui; serve_ui(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
+        serve = (
+            "import sys; from metadist.tracking.ui import serve_ui; "
+            "serve_ui(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
+        )
         command = [sys.executable, "-c", serve, f"sqlite:///{self.database}", str(self.port), str(self.folder)]
         with open(self.folder / "server.log", "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)

@@ -27,7 +27,9 @@ def timed(calls: list[float], function, *arguments) -> None:
 
 
 def assert_fast(calls: list[float]) -> None:
-    """A call that waits for the server takes its timeout, two seconds; the scheduler of busy shared cores takes 50 ms now and then."""
+    """A call that waits for the server takes its timeout, two seconds; the scheduler of busy shared cores takes 50
+    ms now and then.
+    """
     calls = sorted(calls)
     assert calls[len(calls) // 2] < 0.05
     assert calls[-1] < 1.9

@@ -103,7 +103,8 @@ def test_a_fresh_environment_loads_it(root):
     model = next(root.glob("mlartifacts/**/MLmodel")).parent
     subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", str(model / "requirements.txt")], check=True)
     code = (
-        "import mlflow, numpy as np; m = mlflow.pyfunc.load_model('models:/sinus@champion'); x = np.linspace(-5, 5, 10, dtype=np.float32)[:, None]; "
+        "import mlflow, numpy as np; m = mlflow.pyfunc.load_model('models:/sinus@champion'); x = np.linspace(-5, 5, "
+        "10, dtype=np.float32)[:, None]; "
         "print(m.predict({'support_x': x, 'support_y': np.sin(x), 'query_x': x}).shape)"
     )
     environment = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "METADIST_DATA")}

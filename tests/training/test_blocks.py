@@ -27,7 +27,7 @@ ROUND = gradient_round(learner=LEARNER)
 EXPECTED = bits(Scheduler(Toy(1, learner=LEARNER), LEARNER).run(ROUND))
 
 
-# How large --------------------------------------------------------------------------------------------------------------
+# How large ------------------------------------------------------------------------------------------------------------
 
 
 def loads(parts, workers):
@@ -103,11 +103,14 @@ def test_shards_that_do_not_follow_on_each_other_stay_as_they_are():
         assert in_blocks(strange, [0.1, 0.1]) == strange
 
 
-# What becomes of them -----------------------------------------------------------------------------------------------------
+# What becomes of them -------------------------------------------------------------------------------------------------
 
 
 class Blocks(Toy):
-    """Sums blocks by the code of workers. ``deed`` says what becomes of whatever holds shard ``bad``, as often as ``times``."""
+    """Sums blocks by the code of workers.
+
+    ``deed`` says what becomes of whatever holds shard ``bad``, as often as ``times``.
+    """
 
     blocks = True
 
@@ -214,7 +217,8 @@ def test_a_shard_that_kills_is_found_in_its_block():
     toy = Blocks(2).spoil(11, lost, times=99)
     with pytest.raises(
         WorkerError,
-        match=r"round 0, shard 11 \(train tasks 22…23, seed 7\) killed 3 workers.*reproduce it with workers: 0 and seed 7",
+        match=r"round 0, shard 11 \(train tasks 22…23, seed 7\) killed 3 workers.*"
+        r"reproduce it with workers: 0 and seed 7",
     ):
         known(toy).run(ROUND)
 
@@ -278,7 +282,7 @@ def test_the_first_result_of_a_block_counts():
     assert fleet.measured.read().counts["duplicates"] == 1
 
 
-# Where they are computed ----------------------------------------------------------------------------------------------------
+# Where they are computed ----------------------------------------------------------------------------------------------
 
 
 def test_a_worker_computes_the_shards_of_a_block_each_as_if_it_were_alone(monkeypatch):

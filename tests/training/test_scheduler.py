@@ -25,9 +25,11 @@ SHARDS = 5
 
 
 class Toy:
-    """``workers`` in memory, one shard at a time each, that finish in random order. ``fail_at`` scripts what becomes of attempts.
+    """``workers`` in memory, one shard at a time each, that finish in random order.
 
-    A deed is a function (shard, attempt, worker, result) → events. ``hang`` is none of them: the worker answers no more.
+    ``fail_at`` scripts what becomes of attempts.
+
+    A deed is a function (shard, attempt, worker, result) → events. ``hang`` is none of them: the worker does not answer.
     """
 
     blocks = False

@@ -1,4 +1,6 @@
-"""The outer loop and the experiment around it, in this process: resumption, stores without rename, stopping, the best, the test."""
+"""The outer loop and the experiment around it, in this process: resumption, stores without rename, stopping, the
+best, the test.
+"""
 
 from __future__ import annotations
 
