@@ -24,7 +24,7 @@ from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.random import SPLITS, TaskKey
-from metadist.learners.few_shot import Learner
+from metadist.learners.few_shot import FewShotLearner
 from metadist.models import MODELS, ModelConfig
 from metadist.tasks import TASKS
 from metadist.testing import FEW_SHOT_PROPERTIES, TASK_PROPERTIES
@@ -49,9 +49,9 @@ def built(cls):
 
 
 @cache
-def learner(algorithm, tasks, model, outer=OUTER) -> Learner:
+def learner(algorithm, tasks, model, outer=OUTER) -> FewShotLearner:
     family, method, config = built(TASKS[tasks]), built(ALGORITHMS[algorithm]), built(MODELS[model])
-    return Learner(
+    return FewShotLearner(
         method, Model(lambda: config.build(tuple(family.input_shape), method.outputs(family))), family, outer
     )
 
