@@ -42,12 +42,12 @@ class StringsContract(Contract):
 
 
 def strings_of(module):
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return set()
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    """The names of modules among the string constants of ``module``, which is read and not imported."""
+    top = Path(importlib.util.find_spec("metadist").origin).parent
+    path = top.joinpath(*module.split(".")[1:])
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return {
         node.value
-        for node in ast.walk(tree)
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE.fullmatch(node.value)
     }

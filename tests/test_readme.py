@@ -9,10 +9,9 @@ import functools
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,6 @@ import yaml
 
 import metadist
 from metadist.cli.app import app
-from metadist.tracking.mlflow_uri import prepare_sqlite
-
-pytestmark = pytest.mark.lane("ray")
 
 ROOT = Path(__file__).parent.parent
 #: pages with commands for users; the recipes of docs/extend.md have a test of their own
@@ -140,7 +136,7 @@ def shortened(command: str) -> list[str]:
         words = [less.get(w, w) for w in words]
         return words[:3] + [f"outer.meta_batch_size={8 if trials else 4}", "outer.shard_size=2"] + words[3:]
     if words[1] == "plan":
-        return [*words, "model.filters=8", "outer.shard_size=2"]
+        return [*words, "engine.compile=never", "model.filters=8", "outer.shard_size=2"]  # as below
     if words[1] == "bench":
         return [*words, "--seconds", "0.1", "--eager"]  # compiling has tests of its own
     if words[1] in ("evaluate", "oracle"):
@@ -148,20 +144,11 @@ def shortened(command: str) -> list[str]:
     return words
 
 
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow store: making one takes longer than most commands, and has tests of its own."""
-    root = tmp_path_factory.mktemp("store")
-    prepare_sqlite(f"sqlite:///{root}/mlflow.db", root)
-    return root / "mlflow.db"
-
-
 @pytest.fixture
-def home(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, empty_store: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with an MLflow store and with the programs and configs of all pages."""
     monkeypatch.delenv("METADIST_RUNS", raising=False)
-    (tmp_path / "runs").mkdir()
-    shutil.copy(store, tmp_path / "runs")
+    empty_store(tmp_path / "runs/mlflow.db")
     for name, text in programs():
         (tmp_path / name).write_text(text)
     for name, text in configs():
@@ -188,7 +175,12 @@ def marks(page: str, listed: list[str]) -> list[pytest.MarkDecorator]:
     "listed",
     [pytest.param(each, id=f"{page}-{heading}", marks=marks(page, each)) for page, heading, each in cases()],
 )
-def test_commands(home: Path, listed: list[str]) -> None:
+def test_commands(
+    home: Path, listed: list[str], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if request.node.get_closest_marker("ray") is not None:  # join the cluster of all tests: to start one takes seconds
+        cluster = request.getfixturevalue("cluster")
+        monkeypatch.setenv("RAY_ADDRESS", cluster.get_runtime_context().gcs_address)
     for command in listed:
         if "omniglot" in command and "METADIST_DATA" not in os.environ:
             continue

@@ -1,4 +1,4 @@
-"""Resident memory of the driver over meta-steps, through one Ray actor."""
+"""Measure the resident memory of the driver over meta-steps, through one Ray actor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from metadist.learners import supervised
 
 
 def run(document: Document, *, steps: int) -> dict[str, Any]:
+    """Measure after a warm-up, and then ten times during ``steps`` meta-steps."""
     experiment = experiment_with(document, "1")
     process, resident = psutil.Process(), list[float]()
     with start_workers(experiment, "bench") as actors:

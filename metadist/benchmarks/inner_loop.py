@@ -1,7 +1,7 @@
-"""One shard's meta-gradient: this engine against what people use, after a proof that all compute the same one.
+"""Compare one shard's meta-gradient by this engine with other libraries, after a proof that all compute the same.
 
-The floor is the loop's floating-point operations at the best rate of matrix products measured here: no way of doing the
-same operations is quicker.
+The floor is the time of the loop's floating-point operations at the best measured rate of matrix products: no
+implementation of the same operations is faster.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from metadist.learners import supervised
 from metadist.learners.few_shot import FewShotLearner
 from metadist.workers.worker import resolve_device
 
-#: what was shipped (and published) for each family of tasks
+#: The shipped (and published) experiment of each family of tasks.
 DOCUMENTS: dict[str, Callable[[], Document]] = {
     "sinusoid": lambda: read_document("sinusoid_maml"),
     "omniglot": lambda: read_document("omniglot_maml_5w1s"),
@@ -47,21 +47,25 @@ DOCUMENTS: dict[str, Callable[[], Document]] = {
         "algorithm": {"name": "maml", "inner_lr": 0.01},
     },
 }
-#: tasks of the paper's Omniglot runs: meta-steps × meta-batch size
+#: The number of tasks in the paper's Omniglot runs: meta-steps × meta-batch size.
 PAPER = 60_000 * 32
 BLOCK = 5
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Relative error of the whole gradient against the plain loop in float64."""
+    """The largest relative error of the whole gradient against the plain loop in float64."""
 
     float32: float
     float64: float | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> Tolerance:
-        """Batch norm over nearly blank patches divides by √ε and float32 loses digits, so float64 has to agree as well."""
+        """Return the tolerance for a network.
+
+        Batch norm over nearly constant patches divides by √ε, and float32 loses digits: then float64 must agree as
+        well.
+        """
         normalised = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
         return cls(2e-2, 1e-8) if normalised else cls(1e-5)
 
@@ -70,51 +74,64 @@ class DisagreementError(MetadistError):
     """Contestants did not compute the same gradient, so their times can't be compared."""
 
 
-def run(
-    *,
-    model: str = "mlp",
-    task: str | None = None,
-    inner_steps: list[int],
-    against: str = "loop",
-    n_way: int | None = None,
-    k_shot: int | None = None,
-    query_shots: int | None = None,
-    tasks: int | None = None,
-    inner_lr: float | None = None,
-    threads: int = 1,
-    device: str = "cpu",
-    seconds: float = 30.0,
-    compiled: bool = True,
-) -> dict[str, Any]:
-    """A case per number of inner steps; ``seconds`` of measurement each."""
-    task = task or {"mlp": "sinusoid"}.get(model, "omniglot")
-    one_of("--model", model, ("mlp", "conv4"))
+@dataclass(frozen=True)
+class InnerLoopOptions:
+    """The options of ``bench inner-loop``; None means the value of the shipped config.
+
+    ``inner_steps`` are the numbers of inner steps, a case each. ``against`` names the peers, separated by commas.
+    ``tasks`` is the number of tasks per shard, ``seconds`` the time of measurement per case. ``compiled`` includes
+    metadist's compiled engine.
+    """
+
+    inner_steps: list[int]
+    model: str = "mlp"
+    task: str | None = None
+    against: str = "loop"
+    n_way: int | None = None
+    k_shot: int | None = None
+    query_shots: int | None = None
+    tasks: int | None = None
+    inner_lr: float | None = None
+    threads: int = 1
+    device: str = "cpu"
+    seconds: float = 30.0
+    compiled: bool = True
+
+    @property
+    def shape(self) -> dict[str, int | None]:
+        """The options that set the shape of a task."""
+        return {"n_way": self.n_way, "k_shot": self.k_shot, "query_shots": self.query_shots}
+
+
+def run(**given: Any) -> dict[str, Any]:
+    """Measure a case per number of inner steps; the arguments are the fields of ``InnerLoopOptions``."""
+    options = InnerLoopOptions(**given)
+    task = options.task or {"mlp": "sinusoid"}.get(options.model, "omniglot")
+    one_of("--model", options.model, ("mlp", "conv4"))
     one_of("--task", task, DOCUMENTS)
-    peers = known.chosen_peers(against)
-    torch.set_num_threads(threads)
+    peers = known.chosen_peers(options.against)
+    torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if "jax" in peers:
-        limit_threads(threads)
-    where = resolve_device(device, 1.0)
+        limit_threads(options.threads)
+    device = resolve_device(options.device, 1.0)
     entrants = {**known.OURS, **{name: known.PEERS[name] for name in peers}}
-    if not compiled:
+    if not options.compiled:
         entrants.pop("metadist compiled")
-    shape = {"n_way": n_way, "k_shot": k_shot, "query_shots": query_shots}
     cases = {}
-    for steps in inner_steps:
-        document = document_of(model, task, steps, tasks, inner_lr, shape)
+    for steps in options.inner_steps:
+        document = document_of(options.model, task, steps, options.tasks, options.inner_lr, options.shape)
         title = f"{steps} inner step{'s' * (steps != 1)}"
         _say(f"{title}: do all compute the same gradient?")
-        cases[title] = _case(document, entrants, where, seconds)
-    given = document["tasks"]
+        cases[title] = _case(document, entrants, device, options.seconds)
     settings = {
-        "model": model,
+        "model": options.model,
         "task": task,
-        **{k: v for k, v in given.items() if k in shape},
+        **{k: v for k, v in document["tasks"].items() if k in options.shape},
         "inner_lr": document["algorithm"]["inner_lr"],
         "tasks": document["outer"]["shard_size"],
-        "threads": threads,
-        "device": str(where),
+        "threads": options.threads,
+        "device": str(device),
         "dtype": "float32",
     }
     return {"settings": settings, "cases": cases, "versions": known.versions(peers)}
@@ -123,15 +140,15 @@ def run(
 def document_of(
     model: str, task: str, inner_steps: int, tasks: int | None, inner_lr: float | None, shape: Mapping[str, int | None]
 ) -> Document:
-    """The shipped experiment, its shard one meta-batch, with what was asked for in place."""
+    """Return the shipped experiment with the given options; its shard is one meta-batch."""
     document = DOCUMENTS[task]()
     count = tasks or {"sinusoid": 25, "omniglot": 8, "images84": 4}[task]
     given = {k: v for k, v in shape.items() if v is not None}
     if task == "sinusoid" and given.pop("n_way", None) is not None:
-        raise ConfigError("--n-way goes with classification; sinusoids have no classes")
+        raise ConfigError("--n-way is for classification; sinusoids have no classes, so leave it out")
     algorithm = {**document["algorithm"], "inner_steps": inner_steps}
     if inner_lr is None and task == "omniglot" and given.get("n_way", 5) > 5:
-        inner_lr = 0.1  # the paper's for 20 ways
+        inner_lr = 0.1  # the paper's value for 20 ways
     if inner_lr is not None:
         algorithm["inner_lr"] = inner_lr
     network = document["model"] if document["model"]["name"] == model else {"name": model}
@@ -145,12 +162,12 @@ def document_of(
 
 
 def problem_of(document: Document, dtype: str, device: torch.device, offset: int = 0) -> Problem:
-    """``offset`` seeds how far batch norm's biases are from their initial zeros."""
+    """Return the problem of a document; ``offset`` seeds the shift of batch norm's biases from their initial zeros."""
     config = build_config({**document, "engine": {"dtype": dtype}})
     learner = supervised(config.learner)
     learner.prepare(device)
     keys = TaskKey.of(config.seed, "train", 0, range(learner.outer.shard_size))
-    algorithm: Any = config.algorithm
+    algorithm: Any = config.algorithm.made
     return Problem(
         learner,
         _off_the_kinks(learner, learner.initial(config.seed), offset),
@@ -162,9 +179,11 @@ def problem_of(document: Document, dtype: str, device: torch.device, offset: int
 
 
 def _off_the_kinks(learner: FewShotLearner, state: State, offset: int) -> State:
-    """θ with batch norm's biases off their initial zeros. A channel that is constant over a batch has an output equal to its
-    bias; at zero it stands on ReLU's kink, and one rounding error decides the gradient of all its positions: there float32
-    gradients differ by up to a tenth while both are right.
+    """Shift batch norm's biases from their initial zeros.
+
+    The output of a channel that is constant over a batch equals its bias. With a bias of zero the output is on ReLU's
+    kink, and one rounding error decides the gradient of all its positions: float32 gradients then differ by up to a
+    tenth although both are right.
     """
     biases = {
         f"{n}.bias"
@@ -172,7 +191,7 @@ def _off_the_kinks(learner: FewShotLearner, state: State, offset: int) -> State:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm)
     }
     theta, generator = state.theta(learner.slots)["model"], torch.Generator().manual_seed(offset)
-    # In float32 whatever the dtype, so that θ is the same numbers.
+    # The shift is computed in float32 for every dtype, so that θ has the same values.
     moved = {
         n: (t.float() + 0.1 * torch.randn(t.shape, generator=generator)).to(t.dtype)
         for n, t in theta.items()
@@ -183,9 +202,11 @@ def _off_the_kinks(learner: FewShotLearner, state: State, offset: int) -> State:
 
 
 def steady(document: Document, device: torch.device, attempts: int = 16) -> tuple[Problem, Problem, Gradient]:
-    """(in float64, in float32, the plain loop's gradient in float64), at a θ where rounding decides nothing: changes of its
-    size leave the loop's gradient as it is. Elsewhere a blank patch is so near to a ReLU's kink that contestants which all
-    are right differ. Judged by the loop alone; if no such θ is found, the last is taken, and the tolerance decides.
+    """Return the problem in float64, the problem in float32, and the plain loop's gradient in float64.
+
+    θ is chosen such that changes of the size of rounding errors do not change the loop's gradient. At another θ, a
+    constant patch may be so near to a ReLU's kink that the contestants differ although all are right. If no such θ is
+    found, the last θ is used, and the tolerance decides.
     """
     for offset in range(attempts):
         exact, problem = (
@@ -221,23 +242,17 @@ def _case(
 ) -> dict[str, Any]:
     exact, problem, reference = steady(document, device)
     tolerance = Tolerance.of(problem.module())
-    errors: dict[str, dict[str, float]] = {name: {} for name in entrants}
-    calls, first, second = {}, {}, {}
+    entries = {}
     for name, enter in entrants.items():
-        # Compiling once more in float64 would take minutes; compiled graphs are held against the loop in float64 by the tests.
-        if tolerance.float64 is not None and name not in ("loop", "metadist compiled"):
-            errors[name]["float64"] = known.relative_error(_gradient(enter(exact)), reference)
-        contestant = enter(problem)
-        first[name], gradient = _timed(partial(_gradient, contestant))
-        second[name], _ = _timed(contestant.call)
-        errors[name]["float32"] = known.relative_error(gradient, reference)
-        calls[name] = contestant.call
-        _say(f"  {name:<18} " + ", ".join(f"{dtype} {error:.1e}" for dtype, error in errors[name].items()))
-    _require_agreement(errors, tolerance)
-    turn = BLOCK * sum(second.values())
+        # A second compilation, in float64, takes minutes; the tests compare compiled graphs with the loop in float64.
+        in_float64 = tolerance.float64 is not None and name not in ("loop", "metadist compiled")
+        entries[name] = _enter(enter, problem, exact if in_float64 else None, reference)
+        _say(f"  {name:<18} " + ", ".join(f"{dtype} {error:.1e}" for dtype, error in entries[name].errors.items()))
+    _require_agreement({name: entry.errors for name, entry in entries.items()}, tolerance)
+    turn = BLOCK * sum(entry.second for entry in entries.values())
     rounds = min(max(3, math.ceil(seconds / turn)), 200)
     _say(f"  timing {rounds} turns of {BLOCK} each, about {rounds * turn:.0f} s")
-    times = interleaved(calls, rounds=rounds, block=BLOCK)
+    times = interleaved({name: entry.call for name, entry in entries.items()}, rounds=rounds, block=BLOCK)
 
     count = len(problem.keys.tasks)
     rates = {name: [count / s for s in values] for name, values in times.items()}
@@ -250,8 +265,8 @@ def _case(
             ms=_short(milliseconds),
             gflops=_short(achieved / 1e9),
             peak_percent=_short(100 * achieved / peak.best),
-            compile_s=_short(max(0.0, first[name] - second[name]), 3),
-            **{f"error_{d}": _short(e, 2) for d, e in errors[name].items()},
+            compile_s=_short(max(0.0, entries[name].first - entries[name].second), 3),
+            **{f"error_{d}": _short(e, 2) for d, e in entries[name].errors.items()},
         )
     ours = max((name for name in rows if name in known.OURS), key=lambda name: rows[name]["median"])
     return {
@@ -267,8 +282,32 @@ def _case(
             if document["tasks"]["name"] == "omniglot"
             else {}
         ),
-        **_utilisation(calls[ours], device),
+        **_utilisation(entries[ours].call, device),
     }
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A contestant's call, the seconds of its first and second call, and its relative errors by dtype."""
+
+    call: Callable[[], Any]
+    first: float
+    second: float
+    errors: dict[str, float]
+
+
+def _enter(
+    enter: Callable[[Problem], Contestant], problem: Problem, exact: Problem | None, reference: Gradient
+) -> _Entry:
+    """Compute a contestant's gradient, in float64 only where ``exact`` is given, and compare it with the reference."""
+    errors = {}
+    if exact is not None:
+        errors["float64"] = known.relative_error(_gradient(enter(exact)), reference)
+    contestant = enter(problem)
+    first, gradient = _timed(partial(_gradient, contestant))
+    second, _ = _timed(contestant.call)
+    errors["float32"] = known.relative_error(gradient, reference)
+    return _Entry(contestant.call, first, second, errors)
 
 
 def _gradient(contestant: Contestant) -> Gradient:
@@ -287,13 +326,13 @@ def _require_agreement(errors: Mapping[str, Mapping[str, float]], tolerance: Tol
             allowed = getattr(tolerance, dtype)
             if not error <= allowed:
                 raise DisagreementError(
-                    f"bench: '{name}' computed another gradient than the plain loop in float64: relative error {error:.1e} in {dtype}, "
-                    f"allowed is {allowed:.0e}; nothing was timed"
+                    f"bench: '{name}' computed another gradient than the plain loop in float64: relative error "
+                    f"{error:.1e} in {dtype}, allowed is {allowed:.0e}; nothing was timed"
                 )
 
 
 def _ahead(rates: dict[str, list[float]], ours: str) -> dict[str, Any]:
-    """Our best one's rate as a multiple of each peer's, with the 95 % interval."""
+    """Return the rate of metadist's fastest contestant as a multiple of each peer's, with the 95 % interval."""
     peers = [name for name in rates if name not in known.OURS]
     rows = {peer: compare({ours: rates[ours], peer: rates[peer]}, peer, block=BLOCK)[ours] for peer in peers}
     return {"of": ours, **{peer: {"ratio": row["ratio"], "ci95": row["ratio_ci95"]} for peer, row in rows.items()}}
@@ -311,14 +350,14 @@ def _floor(operations: int, peak: GemmRate, milliseconds: float) -> dict[str, An
 
 
 def operations_of(problem: Problem) -> int:
-    """Floating-point operations of the plain loop's matrix products and convolutions, all tasks."""
+    """Return the floating-point operations of the plain loop's matrix products and convolutions, over all tasks."""
     with FlopCounterMode(display=False) as counter:
         known.loop(problem).call()
     return counter.get_total_flops()
 
 
 def products_of(problem: Problem) -> set[tuple[int, int, int, int]]:
-    """(tasks, m, k, n) of every layer's product and of its two gradients; a convolution as patches times kernel."""
+    """Return (tasks, m, k, n) of every layer's product and its two gradients; a convolution is patches times kernel."""
     products, count = set[tuple[int, int, int, int]](), len(problem.keys.tasks)
 
     def note(layer: nn.Module, inputs: Any, output: Any) -> None:
@@ -340,7 +379,7 @@ def products_of(problem: Problem) -> set[tuple[int, int, int, int]]:
 
 
 def _utilisation(call: Callable[[], Any], device: torch.device, seconds: float = 3.0) -> dict[str, Any]:
-    """Mean of NVIDIA's own reading while ``call`` runs over and over."""
+    """Return NVIDIA's mean utilisation in percent while ``call`` repeats; nothing on a CPU."""
     if device.type != "cuda":
         return {}
     readings, done = list[float](), threading.Event()

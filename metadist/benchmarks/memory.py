@@ -1,8 +1,9 @@
-"""Peak memory of one shard's meta-gradient over the number of inner steps: unrolled against mixed, each in a process of its own.
+"""Measure the peak memory of one shard's meta-gradient over the number of inner steps: unrolled against mixed.
 
-A process first computes a gradient of one step, so that libraries and kernels are loaded; what is resident then is its
-baseline. glibc is told to give freed blocks back at once, so that the peak is of live tensors and not of what the allocator
-kept. Times are taken afterwards in one process, in turn, with the allocator as workers have it.
+Each measurement has its own process. The process first computes a gradient of one step, which loads libraries and
+kernels; the resident memory after that is its baseline. glibc returns freed blocks immediately, so that the peak counts
+live tensors and not memory that the allocator keeps. Times are measured afterwards in one process, in turn, with the
+allocator settings of a worker.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from metadist.benchmarks.timing import compare, interleaved
 from metadist.config.build import build
 from metadist.config.schema import Document
 from metadist.core.algorithm import with_inner_steps
-from metadist.core.engine import DIFFERENTIATIONS, Engine
+from metadist.core.engine import DIFFERENTIATIONS, Engine, Hessian
 from metadist.core.errors import ConfigError, MetadistError, one_of
 from metadist.core.random import TaskKey
 from metadist.core.state import Contribution
@@ -36,49 +37,62 @@ STEPS = (1, 5, 20, 50)
 UNROLLED, MIXED = DIFFERENTIATIONS
 BLOCK = 2
 MIB = 2**20
-#: small, so that fifty steps neither diverge nor magnify rounding
+#: A small rate: fifty steps neither diverge nor magnify rounding errors.
 INNER_LR = 0.01
-#: relative error of mixed against unrolled, both in float64
+#: The largest relative error of mixed against unrolled, both in float64.
 TOLERANCE = 1e-8
-#: what is aimed at: the mixed peak over (that of one step + stored states), and mixed over unrolled in time
+#: The targets: the peak of mixed over (its peak at one step + the stored states), and the time of mixed over unrolled.
 PEAK_TARGET, TIME_TARGET = 1.5, 1.3
 
 
 class MeasurementError(MetadistError):
-    """A process that was to measure its memory failed."""
+    """A process that measures its memory failed."""
 
 
-def run(
-    *,
-    model: str = "conv4",
-    inner_steps: list[int] | None = None,
-    tasks: int | None = None,
-    device: str = "cpu",
-    compiled: bool = False,
-    threads: int = 1,
-    rounds: int = 3,
-) -> dict[str, Any]:
-    """One table: a row per number of inner steps and way of differentiating. ``compiled`` compiles mixed alone: a graph of
-    many unrolled steps takes minutes."""
+@dataclass(frozen=True)
+class MemoryOptions:
+    """The options of ``bench memory``.
+
+    ``inner_steps`` defaults to ``STEPS``; ``tasks`` is the number of tasks per shard (default: the shipped config).
+    With ``compiled`` mixed is compiled, and unrolled is not: the graph of many unrolled steps takes minutes.
+    """
+
+    model: str = "conv4"
+    inner_steps: list[int] | None = None
+    tasks: int | None = None
+    device: str = "cpu"
+    compiled: bool = False
+    threads: int = 1
+    rounds: int = 3
+
+
+def run(**given: Any) -> dict[str, Any]:
+    """Measure one table: a row per number of inner steps and way of differentiating.
+
+    The arguments are the fields of ``MemoryOptions``.
+    """
+    options = MemoryOptions(**given)
+    model, device, compiled, threads = options.model, options.device, options.compiled, options.threads
     one_of("--model", model, MODELS)
-    steps = sorted(inner_steps or STEPS)
+    steps = sorted(options.inner_steps or STEPS)
     if steps[0] < 1:
         raise ConfigError(f"--inner-steps {steps}: each must be at least 1")
     if resolve_device(device, 1.0).type == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
         raise ConfigError(
-            "bench memory: a process's peak can be read on Linux alone (/proc/self/clear_refs); use --device cuda elsewhere"
+            "bench memory: only Linux can tell a process's peak memory (/proc/self/clear_refs); use --device cuda "
+            "elsewhere"
         )
     torch.set_num_threads(threads)
     measured: dict[tuple[int, str], dict[str, float]] = {}
     seconds: dict[int, dict[str, list[float]]] = {}
     for k in steps:
-        document = document_of(model, "omniglot", k, tasks, INNER_LR, {})
+        document = document_of(model, "omniglot", k, options.tasks, INNER_LR, {})
         agree(document, device)
         for way in DIFFERENTIATIONS:
             _say(f"{k} inner steps, {way}: memory")
             measured[k, way] = _in_a_process(document, _engine(way, compiled), device, threads)
         _say(f"{k} inner steps: time")
-        seconds[k] = _times(document, compiled, device, rounds)
+        seconds[k] = _times(document, compiled, device, options.rounds)
     settings = {
         "model": model,
         "tasks": document["outer"]["shard_size"],
@@ -120,21 +134,23 @@ def _say(message: str) -> None:
     print(f"bench memory: {message} …", file=sys.stderr, flush=True)
 
 
-# What is measured -----------------------------------------------------------------------------------------------------
+# The measured shard ---------------------------------------------------------------------------------------------------
 
 
 def _engine(way: str, compiled: bool) -> Engine:
-    return Engine(compile=compiled and way == MIXED, differentiation=way, hessian="forward" if compiled else "reverse")  # type: ignore[arg-type]
+    hessian: Hessian = "forward" if compiled else "reverse"
+    return Engine(compile=compiled and way == MIXED, differentiation=way, hessian=hessian)  # type: ignore[arg-type]
 
 
 def learner_of(document: Document, device: torch.device, dtype: str = "float32") -> FewShotLearner:
+    """Return the prepared learner of a document."""
     learner = supervised(build({**document, "engine": {"dtype": dtype}}).learner)
     learner.prepare(device)
     return learner
 
 
-class Shard:
-    """The first shard of a run, contributed again and again."""
+class FirstShard:
+    """The first shard of a run; its contribution can be computed repeatedly."""
 
     def __init__(self, learner: FewShotLearner) -> None:
         self.learner = learner
@@ -145,11 +161,12 @@ class Shard:
         self.tasks = learner.sample(self.keys)
 
     def contribute(self) -> Contribution:
+        """Compute the contribution."""
         return self.learner.contribute_tasks(self.theta, self.tasks, self.keys, 0)
 
 
 def agree(document: Document, device: str) -> None:
-    """One task of both ways in float64, before anything is measured."""
+    """Compute one task in float64 in both ways. Raises DisagreementError where the gradients differ."""
     learner = learner_of(
         {**document, "outer": {**document["outer"], "meta_batch_size": 1, "shard_size": 1}},
         resolve_device(device, 1.0),
@@ -158,7 +175,7 @@ def agree(document: Document, device: str) -> None:
     vectors = {}
     for way in DIFFERENTIATIONS:
         learner.set_engine(_engine(way, False))
-        vectors[way] = Shard(learner).contribute().slots["model"]
+        vectors[way] = FirstShard(learner).contribute().slots["model"]
     off = float((vectors[MIXED] - vectors[UNROLLED]).norm() / vectors[UNROLLED].norm())
     if not off <= TOLERANCE:
         raise DisagreementError(
@@ -172,13 +189,14 @@ def _times(document: Document, compiled: bool, device: str, rounds: int) -> dict
     for way in DIFFERENTIATIONS:
         learner = learner_of(document, resolve_device(device, 1.0))
         learner.set_engine(_engine(way, compiled))
-        contestants[way] = Shard(learner).contribute
-    return interleaved(contestants, rounds=rounds, block=BLOCK)  # a contribution lies on the CPU: it was waited for
+        contestants[way] = FirstShard(learner).contribute
+    # A contribution is on the CPU, so its computation has ended when the call returns.
+    return interleaved(contestants, rounds=rounds, block=BLOCK)
 
 
 def _in_a_process(document: Document, engine: Engine, device: str, threads: int) -> dict[str, float]:
     given = json.dumps({"document": document, "engine": engine.__dict__, "device": device, "threads": threads})
-    # Large blocks straight from the kernel and back to it, small ones from a single arena.
+    # Large blocks come from the kernel and return to it; small blocks come from a single arena.
     calm = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": str(128 << 10)}
     done = subprocess.run(
         [sys.executable, "-m", "metadist.benchmarks.memory"],
@@ -197,12 +215,12 @@ def _in_a_process(document: Document, engine: Engine, device: str, threads: int)
 
 
 def measure(document: Document, engine: dict[str, Any], device: str, threads: int) -> dict[str, float]:
-    """Bytes: the peak beyond the baseline, the predicted one, and the stored states'. For a process of its own."""
+    """Return the peak beyond the baseline, the predicted peak, and the stored states, in bytes. Use a new process."""
     torch.set_num_threads(threads)
     where = resolve_device(device, 1.0)
     learner = learner_of(document, where)
     learner.set_engine(Engine(**engine))
-    shard = Shard(learner)
+    shard = FirstShard(learner)
     plan = footprint(learner, learner.engine)
     _warm_up(learner, shard)
     before = _rewind(where)
@@ -216,8 +234,8 @@ def measure(document: Document, engine: dict[str, Any], device: str, threads: in
     }
 
 
-def _warm_up(learner: FewShotLearner, shard: Shard) -> None:
-    """A gradient of one step; of all where it is compiled, whose pieces must be there."""
+def _warm_up(learner: FewShotLearner, shard: FirstShard) -> None:
+    """Compute a gradient of one step; of all steps where it is compiled, because all its graphs must be loaded."""
     algorithm = learner.algorithm
     if not learner.engine.compile:
         learner.algorithm = with_inner_steps(algorithm, 1)
@@ -226,11 +244,11 @@ def _warm_up(learner: FewShotLearner, shard: Shard) -> None:
     if learner.algorithm is not algorithm:
         learner.algorithm = algorithm
         learner.set_engine(replace(learner.engine))
-        learner.meta_gradient  # noqa: B018  what it finds out once is no part of a shard
+        learner.meta_gradient  # noqa: B018  computed once, and not a part of a shard
 
 
 def _rewind(device: torch.device) -> int:
-    """Have the peak counted anew; the bytes that are there now."""
+    """Reset the peak, and return the bytes in use."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

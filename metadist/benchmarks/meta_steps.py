@@ -1,4 +1,4 @@
-"""Meta-steps of an experiment on a fleet, for the benchmarks of what surrounds the mathematics."""
+"""Compute meta-steps of an experiment on a fleet, for the benchmarks of tracking, transport and scheduling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metadist.training.scheduler import Scheduler
 
 
 class MetaSteps:
-    """Call it for one further meta-step."""
+    """Compute one more meta-step at every call."""
 
     def __init__(self, learner: FewShotLearner, seed: int, scheduler: Scheduler, tracker: Any = None) -> None:
         self._learner, self._seed, self._scheduler, self._tracker = learner, seed, scheduler, tracker
@@ -31,8 +31,10 @@ class MetaSteps:
 
 
 def experiment_with(document: Document, workers: str) -> Experiment:
+    """Build the experiment of ``document`` with another number of workers."""
     return build(set_workers(document, workers))
 
 
 def settings_of(document: Document, steps: int) -> dict[str, Any]:
+    """Return the settings of a report."""
     return {"config": document.get("name"), "meta_steps": steps}

@@ -1,4 +1,4 @@
-"""Classification of random images: the shapes of miniImageNet, without its data."""
+"""Sample classification tasks of random images with the shapes of miniImageNet, without its data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metadist.core.task import Classification, Examples, Task
 
 @dataclass(frozen=True)
 class RandomImages(Classification):
-    """``n_way`` classes of normal noise around a mean of their own, so that there is something to adapt to."""
+    """Classify ``n_way`` classes of normal noise, each around its own mean, so that adaptation is possible."""
 
     n_way: int = 5
     k_shot: int = 1

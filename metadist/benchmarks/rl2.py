@@ -1,9 +1,10 @@
-"""RL² in batched tensor environments against the same policy and learner on a plain Gymnasium vector environment.
+"""Compare RL² in batched tensor environments with the same policy and learner on a plain Gymnasium vector environment.
 
-The plain environments are written as most are: one object per environment, NumPy scalars, a trial as one Gymnasium episode (so
-that none has to be reset within). They get the same tasks and the same luck, and must pay the same rewards for the same actions
-before anything is timed. End to end is: roll out, then ``EPOCHS`` gradients of PPO on these trials, ``shard_size`` at a time (16,384 trials at
-once would leave every cache, and take gigabytes).
+The plain environments are written in the usual way: one object per environment, NumPy scalars, and a trial as one
+Gymnasium episode (so that no environment resets during a trial). They get the same tasks and the same random numbers,
+and must give the same rewards for the same actions before anything is timed. End to end means: roll out, then compute
+``EPOCHS`` gradients of PPO on these trials, ``shard_size`` trials at a time (16,384 trials together exceed every cache
+and take gigabytes).
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from metadist.config.build import build
 from metadist.core.errors import ConfigError, MetadistError
 from metadist.core.random import TaskKey
 from metadist.core.state import Records
-from metadist.environments.gridworld import MOVES
 from metadist.learners.trials import TrialLearner
 from metadist.rl.algorithm import TrialContext
 from metadist.rl.environment import Discrete
@@ -31,13 +31,13 @@ from metadist.rl.trial import EPISODE_END, TERMINATED, TRIAL_END, VALID, Trials,
 
 OURS, PLAIN = "metadist", "gymnasium vector"
 EPOCHS, BLOCK = 4, 1
-#: environments of the plain contestant, whose rate does not depend on their number
+#: The number of environments of the plain contestant; its rate does not depend on the number.
 PLAIN_COUNT = 256
 CASES = {"bandit": {"name": "bandit"}, "MDP": {"name": "tabular_mdp"}, "gridworld": {"name": "gridworld"}}
 
 
 class OtherRewardsError(MetadistError):
-    """The contestants' environments don't pay the same."""
+    """The contestants' environments give different rewards, so their times can't be compared."""
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
     threads: int = 1,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """``environments`` at a time, a table each; ``rounds`` turns per contestant."""
+    """Measure a case per number of simultaneous ``environments``, with ``rounds`` turns per contestant."""
     try:
         import gymnasium
     except ModuleNotFoundError as error:
@@ -101,7 +101,7 @@ def _theta(learner: TrialLearner) -> Any:
 
 
 def _stepping(learner: TrialLearner, count: int, rounds: int) -> dict[str, Any]:
-    """Steps/s of the environments alone, with actions that were drawn before."""
+    """Time the environments without a policy, with actions that were drawn before, in steps/s."""
     environment, keys = learner.tasks, _context(learner, count).keys
     assert isinstance(environment.actions, Discrete)
     tasks, steps = environment.sample(keys), environment.steps
@@ -131,7 +131,7 @@ def _stepping(learner: TrialLearner, count: int, rounds: int) -> dict[str, Any]:
 
 
 def _end_to_end(learner: TrialLearner, count: int, shard_size: int, rounds: int) -> dict[str, Any]:
-    """Steps/s of rolling out and learning, each step counted once."""
+    """Time rollout and learning together, each environment step counted once, in steps/s."""
     algorithm, theta = learner.algorithm, _theta(learner)
     assert isinstance(algorithm, RL2)
     settings = {"mean": 0.0, "deviation": 1.0}
@@ -166,17 +166,19 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-# As it is usually written ---------------------------------------------------------------------------------------------
+# The plain environments ---------------------------------------------------------------------------------------------
 
 
 def _vector(learner: TrialLearner, count: int) -> Any:
-    """A Gymnasium vector environment of ``count`` trials: those that a rollout of as many has."""
+    """Return a Gymnasium vector environment with the ``count`` trials that a batched rollout has."""
     import gymnasium
+
+    from metadist.benchmarks.plain_environments import TWINS
 
     environment, keys = learner.tasks, TaskKey.of(0, "train", 0, range(count))
     tasks = {name: value.numpy() for name, value in environment.sample(keys).items()}
     noise = keys.stream("environment").uniform(environment.steps, max(1, environment.step_noise)).numpy()
-    plain = _classes()[type(environment).__name__]
+    plain = TWINS[type(environment).__name__]
 
     def maker(i: int) -> Callable[[], Any]:
         return lambda: plain(environment, {name: value[i] for name, value in tasks.items()}, noise[i])
@@ -185,66 +187,12 @@ def _vector(learner: TrialLearner, count: int) -> Any:
     return gymnasium.vector.SyncVectorEnv([maker(i) for i in range(count)], autoreset_mode=mode)
 
 
-def _classes() -> dict[str, Any]:
-    import gymnasium
-
-    class Trial(gymnasium.Env):
-        """A trial in one task, with its luck given."""
-
-        def __init__(self, environment: Any, task: dict[str, Any], noise: Any) -> None:
-            self.environment, self.task, self.noise = environment, task, noise
-            size = environment.observation_size
-            self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-            self.action_space = gymnasium.spaces.Discrete(environment.actions.count)
-
-        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-            self.clock, self.state = 0, 0
-            return self.observe(), {}
-
-        def step(self, action: Any) -> Any:
-            reward = self.move(int(action), self.noise[self.clock])
-            self.clock += 1
-            if self.clock % self.environment.horizon == 0:
-                self.state = 0
-            return self.observe(), reward, False, self.clock == self.environment.steps, {}
-
-        def observe(self) -> Any:
-            observation = np.zeros(self.environment.observation_size, np.float32)
-            if len(observation) > 1:
-                observation[self.state] = 1.0
-            return observation
-
-        def move(self, action: int, noise: Any) -> float:
-            raise NotImplementedError
-
-    class Bandit(Trial):
-        def move(self, action: int, noise: Any) -> float:
-            return float(noise[0] < self.task["mean"][action])
-
-    class TabularMDP(Trial):
-        def move(self, action: int, noise: Any) -> float:
-            normal = np.sqrt(-2.0 * np.log1p(-np.float64(noise[1]))) * np.cos(2.0 * np.pi * np.float64(noise[2]))
-            reward = self.task["reward"][self.state, action] + normal
-            self.state = int(np.searchsorted(self.task["below"][self.state, action], noise[0], side="right"))
-            return float(reward)
-
-    class Gridworld(Trial):
-        def move(self, action: int, noise: Any) -> float:
-            size, (dx, dy) = self.environment.size, MOVES[action]
-            x, y = self.state % size, self.state // size
-            x, y = min(max(x + dx, 0), size - 1), min(max(y + dy, 0), size - 1)
-            self.state = y * size + x
-            return 1.0 if self.state == self.task["goal"] else -0.1
-
-    return {"Bandit": Bandit, "TabularMDP": TabularMDP, "Gridworld": Gridworld}
-
-
 @torch.no_grad()
 def plain_rollout(vector: Any, learner: TrialLearner, policy: Policy, keys: TaskKey) -> Trials:
-    """What ``core.trial.rollout`` does, around a Gymnasium vector environment whose trials have a fixed length."""
+    """Do the same as ``rl.trial.rollout`` in a Gymnasium vector environment whose trials have a fixed length."""
     environment, device, distribution = learner.tasks, learner.device, policy.distribution
     steps, batch = environment.steps, len(keys.tasks)
-    luck = keys.stream("action").uniform(steps, distribution.words)
+    noise = keys.stream("action").uniform(steps, distribution.words)
     memory, seen = (
         torch.zeros(batch, policy.memory_size, device=device),
         Seen.nothing(batch, policy.actions.size, device),
@@ -255,7 +203,7 @@ def plain_rollout(vector: Any, learner: TrialLearner, policy: Policy, keys: Task
     }
     for t in range(steps):
         head, value, memory = policy.step(observation, seen, memory)
-        action = distribution.sample(head, luck[:, t])
+        action = distribution.sample(head, noise[:, t])
         following, paid, _, _, _ = vector.step(action.cpu().numpy())
         reward = torch.from_numpy(paid).float().to(device)
         ended = (t + 1) % environment.horizon == 0
@@ -279,13 +227,13 @@ def plain_rollout(vector: Any, learner: TrialLearner, policy: Policy, keys: Task
 
 
 def _prove_same(learner: TrialLearner) -> None:
-    """Both ways to roll out give the same trials under the same policy."""
+    """Raise OtherRewardsError unless both rollouts give the same trials under the same policy."""
     context = _context(learner, 32)
     keys, policy = context.keys, context.policy(_theta(learner))
     ours, plain = rollout(learner.tasks, policy, keys), plain_rollout(_vector(learner, 32), learner, policy, keys)
-    ours = replace(ours, flags=ours.flags & ~TERMINATED)  # its episodes end by their length alone
+    ours = replace(ours, flags=ours.flags & ~TERMINATED)  # plain episodes end only by their length
     for name in ("action", "flags", "observation"):
         if not bool((getattr(ours, name) == getattr(plain, name)).all()):
             raise OtherRewardsError(f"bench rl2: {type(learner.tasks).__name__} and its plain twin differ in {name}")
     if not torch.allclose(ours.reward, plain.reward, atol=1e-5):
-        raise OtherRewardsError(f"bench rl2: {type(learner.tasks).__name__} and its plain twin pay differently")
+        raise OtherRewardsError(f"bench rl2: {type(learner.tasks).__name__} and its plain twin give different rewards")

@@ -1,7 +1,7 @@
-"""N Ray actors through the scheduler against N processes that compute the same shards with no driver, no Ray and no transport.
+"""Compare N Ray actors with N processes that compute the same shards without driver, Ray and transport.
 
-Both in one run, some meta-steps of one in turn with as many of the other's; who is not measured waits for a message. What
-else a meta-step costs is measured on its own: through Ray with shards that compute nothing, and the driver's part in one
+The two contestants compute some meta-steps in turn; the other one waits for a message meanwhile. The overhead of a
+meta-step is measured separately: through Ray with shards that compute nothing, and the driver's work for one
 contribution.
 """
 
@@ -33,14 +33,14 @@ from metadist.workers.local import LocalExecutor
 from metadist.workers.numerics import Numerics
 from metadist.workers.settings import RunSettings
 
-#: meta-steps that a contestant computes before it is the other's turn
+#: Meta-steps of a contestant per turn.
 TURN = 4
 
 
 def run(
     document: Document, *, workers: Sequence[int], steps: int, sizes: Sequence[float] = (1, 10, 100)
 ) -> dict[str, Any]:
-    """``steps`` meta-steps per contestant and number of workers; ``sizes`` in megabytes for the driver's part."""
+    """Measure ``steps`` meta-steps per contestant and number of workers, and the driver's work for ``sizes`` in MB."""
     if not workers or min(workers) < 1:
         raise ConfigError(f"--workers: {list(workers)}; expected numbers of workers, such as 1,2")
     threads, turns = torch.get_num_threads(), max(2, -(-steps // TURN))
@@ -106,13 +106,13 @@ def _ms(seconds: float) -> float:
 
 
 def _niceness(scheduler: Scheduler) -> int:
-    """The actors': Ray may give them less of a core that others want too, and then the processes must have no more."""
+    """Return the niceness of the actors: Ray may lower their priority, and then the processes must have the same."""
     return max(psutil.Process(about["pid"]).nice() for about in scheduler.executor.workers().values())
 
 
 @contextmanager
 def _processes(document: Document, count: int, threads: int, nice: int) -> Iterator[Callable[[], None]]:
-    """So many processes; what is returned has them compute ``TURN`` meta-steps and waits for the last of them."""
+    """Start ``count`` processes; yield a function that computes ``TURN`` meta-steps on them and waits for all."""
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         connections = []
@@ -121,7 +121,7 @@ def _processes(document: Document, count: int, threads: int, nice: int) -> Itera
             process = context.Process(target=_alone, args=(theirs, document, index, count, nice), daemon=True)
             with _environment(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads)):
                 process.start()
-            theirs.close()  # so that a process that dies is an EOFError here
+            theirs.close()  # then the death of a process raises EOFError here
             stack.callback(process.join, 10.0)
             stack.callback(_dismiss, ours)
             connections.append(ours)
@@ -156,7 +156,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def _alone(connection: Any, document: Document, index: int, count: int, nice: int) -> None:
-    """Every ``count``-th shard of the meta-steps that are asked for, from θ as it was initialised."""
+    """Compute every ``count``-th shard of the meta-steps in each message, from the initial θ."""
     os.nice(nice - os.nice(0))
     experiment = experiment_with(document, "0")
     learner, state = experiment.learner, experiment.learner.initial(experiment.seed)
@@ -174,11 +174,11 @@ def _alone(connection: Any, document: Document, index: int, count: int, nice: in
             connection.send(None)
 
 
-# What a meta-step costs besides ---------------------------------------------------------------------------------------
+# The overhead of a meta-step ---------------------------------------------------------------------------------------
 
 
 def _empty(document: Document, count: int, turns: int) -> dict[str, Any]:
-    """Meta-steps of as many parameters and shards, in which the workers compute nothing."""
+    """Time meta-steps with the same numbers of parameters and shards, in which the workers compute nothing."""
     from metadist.workers.ray.executor import RayExecutor
 
     experiment = experiment_with(document, str(count))
@@ -212,7 +212,7 @@ def _empty(document: Document, count: int, turns: int) -> dict[str, Any]:
 
 
 def _driver(size: float) -> dict[str, Any]:
-    """Decode, check and add ``size`` megabytes that have arrived, by the functions that training uses."""
+    """Time decoding, checking and adding a contribution of ``size`` megabytes, by the functions of training."""
     echo, shard = Echo.of(int(size * 250_000)), Shard("bench", 0, 0, 0, "gradient", 0, 1, seed=0)
     vector = echo.initial(0).slots["model"]
     target, total = torch.zeros_like(vector), Contribution({"model": torch.zeros_like(vector)}, 0.0, 0)
@@ -221,7 +221,7 @@ def _driver(size: float) -> dict[str, Any]:
     def take() -> None:
         result, _ = decode_result(parts, shard, echo.slots)
         if not isinstance(result, Contribution) or (reason := fault_of(result, shard, echo, True)):
-            raise WorkerError(f"what came is not what was sent: {reason}")
+            raise WorkerError(f"the decoded contribution differs from the encoded one: {reason}")
         total.absorb(result)
 
     contestants = {"memcpy": lambda: target.copy_(vector), "decode, check and add": take}

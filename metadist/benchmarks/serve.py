@@ -1,7 +1,7 @@
-"""The adaptation service under callers who each send another support set: batched against one at a time, over real gRPC.
+"""Load the adaptation service with callers who each send another support set: batched against one at a time, over gRPC.
 
-Two servers in processes of their own hold the same model; they are loaded in turn, never both at once. A caller sends its next
-request when it has the answer to the last. Before that, both must give the answers that this process computes.
+Two servers in two processes hold the same model; only one of them has load at any time. A caller sends its next request
+after the answer to the last one. Before the measurement, both servers must give the answers that this process computes.
 """
 
 from __future__ import annotations
@@ -31,33 +31,51 @@ SETS = 256
 CONTESTANTS = {"one at a time": 1, "batched": 64}
 
 
-def run(
-    document: Document, *, clients: Sequence[int], turns: int, seconds: float, threads: int, device: str, requests: int
-) -> dict[str, Any]:
-    learner = _learner(document)
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of ``bench serve``.
+
+    ``clients`` are the numbers of simultaneous callers, a case each. Each contestant has ``turns`` turns of
+    ``seconds`` in a case. ``requests`` is the number of adaptations in the measurement of the server's memory; 0
+    leaves it out.
+    """
+
+    document: Document
+    clients: Sequence[int]
+    turns: int
+    seconds: float
+    threads: int
+    device: str
+    requests: int
+
+
+def run(**given: Any) -> dict[str, Any]:
+    """Measure a case per number of callers; the arguments are the fields of ``ServeOptions``."""
+    options = ServeOptions(**given)
+    learner = _learner(options.document)
     with contextlib.ExitStack() as stack:
         servers = {
-            name: stack.enter_context(_server(document, most, threads, device)) for name, most in CONTESTANTS.items()
+            name: stack.enter_context(_server(options.document, most, options.threads, options.device))
+            for name, most in CONTESTANTS.items()
         }
         sets = _support_sets(learner)
         for name, server in servers.items():
             _prove(server, learner, sets, name)
         cases = {
-            f"{count} client{'s' if count > 1 else ''}": _case(servers, sets, count, turns, seconds)
-            for count in clients
+            f"{count} client{'s' if count > 1 else ''}": _case(servers, sets, count, options.turns, options.seconds)
+            for count in options.clients
         }
-        if requests:
-            cases[f"memory of the server over {requests} adaptations, 8 clients"] = _memory(
-                servers["batched"], sets, requests
-            )
+        if options.requests:
+            title = f"memory of the server over {options.requests} adaptations, 8 clients"
+            cases[title] = _memory(servers["batched"], sets, options.requests)
     rows = len(sets[0][0])
     settings = {
-        "config": document.get("name"),
+        "config": options.document.get("name"),
         "support_rows": rows,
-        "turns": turns,
-        "seconds": seconds,
-        "threads": threads,
-        "device": device,
+        "turns": options.turns,
+        "seconds": options.seconds,
+        "threads": options.threads,
+        "device": options.device,
     }
     return {"settings": settings, "cases": cases}
 
@@ -66,13 +84,13 @@ def _learner(document: Document) -> FewShotLearner:
     learner = build(document).learner
     if not isinstance(learner, FewShotLearner) or learner.tasks.input_shape is None:
         raise ConfigError(
-            "bench serve: takes a config of supervised tasks whose inputs have one shape, such as omniglot_maml_5w1s"
+            "bench serve: expected a config of supervised tasks whose inputs have one shape, such as omniglot_maml_5w1s"
         )
     return learner
 
 
 def _support_sets(learner: FewShotLearner) -> list[tuple[Tensor, Tensor]]:
-    """Random ones, all different, of the size that the tasks have: what a request costs doesn't depend on what it shows."""
+    """Return different random support sets of the tasks' size; their content does not change the time of a request."""
     family, generator = learner.tasks, seeded(0, "bench serve")
     rows = (family.sizes("test") or (10, 0))[0]
     assert family.input_shape is not None
@@ -105,7 +123,7 @@ def _server(document: Document, largest: int, threads: int, device: str) -> Iter
             )
         yield _Server(here.recv(), psutil.Process(process.pid))
     except EOFError:
-        raise ConfigError("bench serve: a server ended while it started; what it said stands above") from None
+        raise ConfigError("bench serve: a server ended while it started; its messages are above") from None
     finally:
         with contextlib.suppress(OSError):
             here.send("stop")
@@ -161,7 +179,7 @@ def _prove(server: _Server, learner: FewShotLearner, sets: Sequence[tuple[Tensor
 
 @dataclass
 class _Load:
-    """Callers against one server until they are told to stop, or have sent enough together."""
+    """Callers of one server, which call until a time or a number of requests is reached."""
 
     server: _Server
     sets: Sequence[tuple[Tensor, Tensor]]
@@ -169,7 +187,7 @@ class _Load:
     failures: list[Exception] = field(default_factory=list)
 
     def run(self, count: int, seconds: float | None = None, requests: int | None = None) -> float:
-        """The adaptations per second of ``count`` callers."""
+        """Return the adaptations per second of ``count`` callers, after ``seconds`` or a number of ``requests``."""
         stop, ready = threading.Event(), threading.Barrier(count + 1)
         callers = [
             threading.Thread(target=self._call, args=(i, count, stop, ready, requests), daemon=True)
@@ -214,11 +232,8 @@ class _Load:
 def _case(
     servers: dict[str, _Server], sets: Sequence[tuple[Tensor, Tensor]], count: int, turns: int, seconds: float
 ) -> dict[str, Any]:
-    order, loads, rates = (
-        random.Random(0),
-        {n: _Load(s, sets) for n, s in servers.items()},
-        {n: list[float]() for n in servers},
-    )
+    order, rates = random.Random(0), {n: list[float]() for n in servers}
+    loads = {n: _Load(s, sets) for n, s in servers.items()}
     for load in loads.values():
         load.run(count, min(seconds, 1.0))
         load.latencies.clear()

@@ -1,8 +1,8 @@
-"""The samplers alone: a whole shard at once against one task and one image at a time, after a proof that all give the same bits.
+"""Time the samplers: a whole shard against one task and one image at a time, after a proof that all give the same bits.
 
-The plain sampler is written as few-shot libraries write theirs: task after task, class after class, image after image, then
-``torch.stack``. It draws as they do, from one sequential generator, which can't give the same tasks: so what it draws is thrown
-away and it goes on with what was drawn for it beforehand. The floor is one copy of the bytes that are made.
+The plain sampler is written like those of few-shot libraries: task by task, class by class, image by image, then
+``torch.stack``. It draws from one sequential generator as they do. Such a generator can't give the same tasks, so the
+sampler discards its draws and uses tasks that were drawn before. The floor is one copy of the sampled bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DifferentTasksError(MetadistError):
 def run(
     *, config: str | None = None, tasks: int = 320, shard_sizes: list[int] | None = None, threads: int = 1
 ) -> dict[str, Any]:
-    """``tasks`` are sampled per contestant and case (and at least a few shards), those of ``config`` or of every family."""
+    """Sample ``tasks`` tasks (at least a few shards) per contestant and case, from ``config`` or from every family."""
     torch.set_num_threads(threads)
     sizes = shard_sizes or list(SHARDS)
     if min(sizes) < 1:
@@ -72,7 +72,7 @@ def _families(config: str | None) -> Iterator[dict[str, TaskFamily]]:
 
 
 def image_folder(root: Path, *, classes: int = 16, images: int = 20, size: int = 84) -> ImageFolder:
-    """5-way 1-shot with 15 queries over random pictures in ``root``."""
+    """Return 5-way 1-shot tasks with 15 queries from random images, which are written to ``root``."""
     from PIL import Image
 
     generator = torch.Generator().manual_seed(SEED)
@@ -129,7 +129,7 @@ def _base(samplers: Mapping[str, Sampler]) -> str:
 
 
 def contestants(family: TaskFamily, keys: TaskKey) -> dict[str, Sampler]:
-    """Ways to the same shard; the plain one for the families that it is written for."""
+    """Return the samplers of one shard; the plain sampler exists for sinusoids and image episodes."""
     singles = keys.each()
     samplers: dict[str, Sampler] = {
         AT_ONCE: lambda: family.sample(keys, SPLIT),
@@ -143,7 +143,7 @@ def contestants(family: TaskFamily, keys: TaskKey) -> dict[str, Sampler]:
 
 
 def prove_same(samplers: Mapping[str, Sampler]) -> Task:
-    """The shard, once every sampler has been seen to make it bit for bit."""
+    """Return the shard. Raises DifferentTasksError where the samplers do not make the same bits."""
     made = {name: sampler() for name, sampler in samplers.items()}
     expected = made[AT_ONCE]
     for name, task in made.items():
@@ -155,7 +155,7 @@ def prove_same(samplers: Mapping[str, Sampler]) -> Task:
     return expected
 
 
-# As it is usually written ---------------------------------------------------------------------------------------------
+# The plain samplers ---------------------------------------------------------------------------------------------
 
 
 def _plain_sinusoid(family: Sinusoid, keys: TaskKey) -> Sampler:

@@ -1,4 +1,4 @@
-"""How things are measured: blocks of one contestant in turn with the others', and rates of the machine to compare with."""
+"""Time contestants in interleaved blocks, and measure rates of the machine for comparison."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from metadist.workers.worker import numerics_fingerprint
 
 
 def interleaved(contestants: dict[str, Callable[[], Any]], *, rounds: int, block: int) -> dict[str, list[float]]:
-    """Seconds of every call: ``rounds`` turns of ``block`` calls each, the contestants in random order within a turn, after
-    one block of warm-up. A contestant waits for what it computes (``torch.cuda.synchronize``) before it returns. The call
-    that begins a block is not timed: it finds the caches full of another's data, as no call of a training run does.
+    """Return the seconds of every call, after one block of warm-up per contestant.
+
+    There are ``rounds`` turns of ``block`` calls each, the contestants in random order within a turn. A contestant
+    waits for its result (``torch.cuda.synchronize``) before it returns. The first call of a block is not timed: the
+    caches still hold the data of another contestant, which does not happen in a training run.
     """
     order, measured = random.Random(0), {name: list[float]() for name in contestants}
     for call in contestants.values():
@@ -37,7 +39,10 @@ def interleaved(contestants: dict[str, Callable[[], Any]], *, rounds: int, block
 
 
 def compare(measured: dict[str, list[float]], base: str, *, block: int = 5) -> dict[str, dict[str, Any]]:
-    """Contestant → median, quartiles, and ratio of medians to ``base`` with its 95 % interval. ``block`` as when measured."""
+    """Return median, quartiles, and the ratio of medians to ``base`` with its 95 % interval, by contestant.
+
+    ``block`` is the number of calls per turn, as in ``interleaved``.
+    """
     contestants = {}
     for name, values in measured.items():
         low, high = _ratio_interval(values, measured[base], block)
@@ -53,7 +58,7 @@ def compare(measured: dict[str, list[float]], base: str, *, block: int = 5) -> d
 
 
 def _ratio_interval(values: list[float], base: list[float], block: int, resamples: int = 1000) -> tuple[float, float]:
-    """Bootstrap of the ratio of medians; turns are resampled whole, so that drift cancels."""
+    """Bootstrap the ratio of medians. Whole turns are resampled, so that drift cancels."""
     draw, turns, ratios = random.Random(0), range(len(values) // block), []
     for _ in range(resamples):
         chosen = draw.choices(turns, k=len(turns))
@@ -72,8 +77,10 @@ def _rounded(value: float) -> float:
 
 @dataclass(frozen=True)
 class GemmRate:
-    """Floating-point operations per second of matrix products: the best, the shape that gave it, the best among the sizes
-    that occur, and all that were tried.
+    """Floating-point operations per second of matrix products.
+
+    ``best`` is the best rate, ``at`` its shape, ``occurring`` the best rate among the sizes that occur, and ``rates``
+    has the rates of all shapes.
     """
 
     best: float
@@ -90,7 +97,7 @@ def gemm_rate(
     square: int = 1024,
     seconds: float = 0.2,
 ) -> GemmRate:
-    """Batched products (batch, m, k, n) of the sizes that occur, and one large square product, ``seconds`` of each."""
+    """Time batched products (batch, m, k, n) of the sizes that occur, and a large square one, ``seconds`` of each."""
     rates = {}
     for batch, m, k, n in [*dict.fromkeys(shapes), (1, square, square, square)]:
         left, right = (
@@ -98,7 +105,7 @@ def gemm_rate(
             torch.randn(batch, k, n, dtype=dtype, device=device),
         )
         product = torch.empty(batch, m, n, dtype=dtype, device=device)
-        if batch == 1:  # the plain product may be faster than a batch of one
+        if batch == 1:  # a plain product can be faster than a batch of one
             left, right, product = left[0], right[0], product[0]
 
         def multiply(left: Any = left, right: Any = right, product: Any = product) -> None:
@@ -111,20 +118,19 @@ def gemm_rate(
 
 
 def memcpy_rate(size: int, *, seconds: float = 0.5) -> float:
-    """Bytes per second of copying ``size`` bytes from memory to memory that was touched before, with PyTorch's threads."""
+    """Return the bytes per second of a copy of ``size`` bytes to memory in use, by PyTorch's threads."""
     source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
     return size / _fastest(lambda: target.copy_(source), torch.device("cpu"), seconds)
 
 
 def _fastest(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Seconds of one call, by the fastest of many blocks: what the machine can do where nothing disturbs it."""
+    """Return the seconds of one call in the fastest of many blocks: the speed of an undisturbed machine."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     call(), synchronize()
     began = time.perf_counter()
     call(), synchronize()
-    calls = max(
-        1, int(0.005 / max(time.perf_counter() - began, 1e-7))
-    )  # 5 ms: beyond the clock's and the launches' noise
+    # 5 ms per block: more than the noise of the clock and of kernel launches.
+    calls = max(1, int(0.005 / max(time.perf_counter() - began, 1e-7)))
     best, deadline = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < deadline:
         began = time.perf_counter()
@@ -136,7 +142,7 @@ def _fastest(call: Callable[[], Any], device: torch.device, seconds: float) -> f
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement must be read with."""
+    """Return the facts of the machine and of the versions that a measurement depends on."""
     facts = numerics_fingerprint(torch.device("cpu"), 1, torch.float32)
     described = {
         "processor": facts["device"],

@@ -1,4 +1,4 @@
-"""Seconds per meta-step with a dead and with a frozen MLflow server against none."""
+"""Measure the seconds per meta-step with a dead and with a frozen MLflow server, against no tracker."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ BLOCK = 5
 
 
 def run(document: Document, *, steps: int) -> dict[str, Any]:
+    """Measure ``steps`` meta-steps per contestant."""
     experiment = experiment_with(document, "1")
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -35,7 +36,7 @@ def run(document: Document, *, steps: int) -> dict[str, Any]:
             )
             tracker.start(run_id=f"bench-{name.split()[0]}", name=name, params={}, tags={})
             trackers[name] = tracker
-        time.sleep(10)  # MLflow's import in the background happens once a run and would be charged to the first blocks
+        time.sleep(10)  # a run imports MLflow once, in the background; the first blocks must not contain it
         contestants = {
             name: MetaSteps(supervised(experiment.learner), experiment.seed, actors, tracker)
             for name, tracker in trackers.items()
@@ -55,7 +56,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _frozen_server() -> Iterator[str]:
-    """A server that accepts connections and never answers."""
+    """Yield the address of a server that accepts connections and never answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)

@@ -1,7 +1,7 @@
-"""θ out and contributions back through one Ray actor, against a plain memcpy of the same bytes.
+"""Time θ to one Ray actor and contributions back, against a plain memcpy of the same bytes.
 
-The actor's learner computes nothing: its contribution is θ itself. All else is what training uses: the executor, the
-wire, the checks, the sum.
+The actor's learner computes nothing: its contribution is θ itself. Executor, wire, checks and sum are those of
+training.
 """
 
 from __future__ import annotations
@@ -31,24 +31,26 @@ from metadist.workers.numerics import Numerics
 from metadist.workers.settings import RunSettings
 
 BLOCK = 3
-#: tensors that the parameters consist of: as many as a transformer of twelve layers has
+#: The number of parameter tensors: that of a transformer with twelve layers.
 TENSORS = 150
 
-#: what no way around is known for: passes over the bytes
-FLOOR_OUT = {
-    "hash": 1,
-    "memcpy": 2,
-}  # hash; into the object store; out of it into memory of one's own, hashed in the cache
+#: The passes over the bytes that no known implementation avoids. Out: hash, copy into the object store, copy out of it
+#: (and hash in the cache).
+FLOOR_OUT = {"hash": 1, "memcpy": 2}
 FLOOR_BACK = {"hash": 1, "memcpy": 2, "finite check": 1, "add": 1}
 
 
 class Echo(FewShotLearner):
-    """Returns θ as its contribution, or one record per task. In this process it must ``copy``: a sum spends its terms."""
+    """A learner that returns θ as its contribution, or one record per task.
+
+    In this process it must ``copy`` θ: a sum overwrites its terms.
+    """
 
     copy = False
 
     @classmethod
     def of(cls, parameters: int, outer: OuterLoop | None = None) -> Echo:
+        """Return a learner with a number of parameters, in ``TENSORS`` tensors."""
         document = {
             "tasks": {"name": "sinusoid"},
             "model": {"name": "mlp", "hidden": [1]},
@@ -74,7 +76,7 @@ class Echo(FewShotLearner):
 
 
 class Line:
-    """One executor and what goes through it."""
+    """One executor, with θ and the sum of contributions."""
 
     def __init__(self, executor: Executor, parameters: int) -> None:
         self.executor = executor
@@ -84,6 +86,7 @@ class Line:
         self._step = self._index = 0
 
     def contestants(self) -> dict[str, Callable[[], Any]]:
+        """Return the calls to time, by name."""
         data: Any = self.source.numpy()
         return {
             "memcpy": lambda: self.target.copy_(self.source),
@@ -96,20 +99,21 @@ class Line:
         }
 
     def out(self) -> None:
-        """Publish; the actor fetches, checks and decodes."""
+        """Publish θ; the actor fetches, checks and decodes it."""
         self._step += 1
         self.executor.publish(self._step, 0, self.state)
         self.call("nothing")
 
     def back(self) -> None:
-        """Encode; return; fetch, check, decode; add."""
+        """Let the actor encode and return its contribution; fetch, check, decode and add it."""
         result = self.call("gradient")
         assert isinstance(result, Contribution)
         if not result.is_finite():
-            raise WorkerError("what came back is not what was sent")
+            raise WorkerError("the contribution differs from the parameters that were sent")
         self.sum = self.sum.absorb(result)
 
     def call(self, function: str) -> Result:
+        """Compute one shard on the actor and return its result. Raises WorkerError where the actor fails."""
         self._index += 1
         self.executor.submit(Shard("bench", self._step, 0, self._index, function, self._index, 1, seed=0), 1)
         while not (events := self.executor.wait(10.0)):
@@ -121,7 +125,11 @@ class Line:
 
 
 def run(sizes: Sequence[float], *, wire: str = "exact", rounds: int = 5) -> dict[str, Any]:
-    """``sizes`` in megabytes of float32 parameters; ``rounds`` turns of three calls per contestant, more for small ones."""
+    """Time every contestant for every size, in a case each.
+
+    ``sizes`` are megabytes of float32 parameters. Each contestant has ``rounds`` turns of three calls, and more for
+    small sizes.
+    """
     one_of("--wire", wire, WIRES)
     if not sizes or min(sizes) * 250_000 < TENSORS:
         raise ConfigError(f"--sizes: {list(sizes)}; expected megabytes, such as 1,10,100,400")
@@ -141,7 +149,7 @@ def _case(stack: ExitStack, size: float, wire: str, rounds: int) -> dict[str, An
     from metadist.workers.ray.executor import RayExecutor
 
     parameters = int(size * 250_000)
-    # All stay until the end, since the first one owns the cluster; one that is idle costs nothing.
+    # All executors stay until the end: the first one owns the cluster, and an idle one takes no time.
     group = WorkerGroup(cpus=0.1, gpus=0)
     settings = RunSettings("bench", device="cpu", wire=wire)
     numerics = Numerics([group], exact=wire == "exact")

@@ -1,4 +1,4 @@
-"""The command line. Torch, Ray and MLflow are imported inside the commands, so that ``--help`` is quick."""
+"""Assemble the command line. The commands import Torch, Ray and MLflow when they run, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from metadist.cli import control, evaluate, jobs, list, predict, register, rende
 from metadist.cli.bench import app as bench
 
 app = typer.Typer(
-    help="Distributed, task-parallel meta-training: the same final parameters bit for bit, whatever the number of workers.",
+    help="Distributed, task-parallel meta-training: any number of workers gives the same final parameters bit for bit.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 app.command(
-    epilog="Examples:  metadist train sinusoid_maml --workers 2   |   metadist train my.yaml outer.lr=3e-4 --seeds 0,1,2   |   "
+    epilog="Examples:  metadist train sinusoid_maml --workers 2   |   "
+    "metadist train my.yaml outer.lr=3e-4 --seeds 0,1,2   |   "
     "metadist train omniglot_maml_5w1s --run-dir runs/a --resume"
 )(train.train)
 app.command(
-    epilog="Examples:  metadist evaluate runs/a --tasks 1000   |   metadist evaluate runs/a --split validation --inner-steps 10"
+    epilog="Examples:  metadist evaluate runs/a --tasks 1000   |   "
+    "metadist evaluate runs/a --split validation --inner-steps 10"
 )(evaluate.evaluate)
 app.command(
-    epilog="Examples:  metadist oracle bandit arms=5 episodes=10   |   metadist oracle bandit_rl2 --trials 10000 --methods gittins,ucb1"
+    epilog="Examples:  metadist oracle bandit arms=5 episodes=10   |   "
+    "metadist oracle bandit_rl2 --trials 10000 --methods gittins,ucb1"
 )(evaluate.oracle)
 app.command(epilog="Example:  metadist verify omniglot_maml_5w1s --workers 0,1,2,4 --meta-steps 20 --kill 3")(
     verify.verify
@@ -37,7 +40,8 @@ app.command(
 )(jobs.submit)
 app.add_typer(jobs.app, name="jobs")
 app.command(
-    epilog="Example:  metadist render kubernetes omniglot_maml_5w1s --run-dir s3://bucket/runs/a --image REGISTRY/metadist:0.1.0"
+    epilog="Example:  metadist render kubernetes omniglot_maml_5w1s --run-dir s3://bucket/runs/a "
+    "--image REGISTRY/metadist:0.1.0"
 )(render.render)
 app.command(
     epilog="Examples:  metadist control runs/a status   |   metadist control runs/a set meta_batch_size=64 workers=3"
@@ -46,11 +50,13 @@ app.command(epilog="Example:  metadist worker --connect driver.example:8471 --to
     worker.worker
 )
 app.command(
-    epilog="Examples:  metadist serve runs/a   |   metadist serve runs/a b=runs/b --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --token-file token"
+    epilog="Examples:  metadist serve runs/a   |   metadist serve runs/a b=runs/b --host 0.0.0.0 --tls-cert cert.pem "
+    "--tls-key key.pem --token-file token"
 )(serve.serve)
 app.command(epilog="Example:  metadist register runs/a omniglot-5w1s")(register.register)
 app.command(epilog="Example:  metadist predict runs/a --support animals/few --query animals/many")(predict.predict)
 
 
 def main() -> None:
+    """Run the command line."""
     app()

@@ -1,6 +1,7 @@
-"""``metadist bench …``: one subcommand per benchmark, with its own options. Torch is imported inside ``measure`` alone.
+"""``metadist bench …``: one subcommand per benchmark, with its own options. Only ``measure`` imports Torch.
 
-To add one: a function here under ``@app.command("NAME", epilog="Example:  …")`` whose body is ``measure("NAME", as_json, **options)``.
+To add a benchmark: a function here under ``@app.command("NAME", epilog="Example:  …")`` whose body is ``measure("NAME",
+as_json, **options)``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import typer
 from metadist.cli.terminal import AsJson, Overrides, clean_errors, numbers, only_results_on_stdout, set_up_logging
 
 app = typer.Typer(
-    help="Measure, contestants interleaved. Run it on a machine that does nothing else.",
+    help="Measure speed and memory, contestants interleaved. Use a machine that runs nothing else.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -24,7 +25,7 @@ Steps = Annotated[int, typer.Option(help="Measured meta-steps per contestant.", 
 
 
 def measure(name: str, as_json: bool, **options: Any) -> None:
-    """Run the benchmark and show its report."""
+    """Run the benchmark and show its report, with ``as_json`` also as JSON."""
     set_up_logging()
     with clean_errors():
         from metadist.benchmarks import bench
@@ -55,11 +56,12 @@ def _measure_config(
 def inner_loop(
     model: Annotated[str, typer.Option(help="mlp or conv4.")] = "mlp",
     task: Annotated[
-        str | None, typer.Option(help="sinusoid, omniglot or images84 (random ones); default: what suits the model.")
+        str | None, typer.Option(help="sinusoid, omniglot or images84 (random images); default: by the model.")
     ] = None,
     inner_steps: Annotated[str, typer.Option(metavar="N,N,…", help="Numbers of inner steps, a table each.")] = "1,5",
     n_way: Annotated[
-        int | None, typer.Option(help="Classes per task; default: the shipped config's, like all below.", min=2)
+        int | None,
+        typer.Option(help="Classes per task; default of this and the next options: the shipped config.", min=2),
     ] = None,
     k_shot: Annotated[int | None, typer.Option(help="Support examples per class.", min=1)] = None,
     query_shots: Annotated[int | None, typer.Option(help="Query examples per class.", min=1)] = None,
@@ -70,11 +72,13 @@ def inner_loop(
     ] = "loop",
     threads: Annotated[int, typer.Option(help="CPU threads of every contestant.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seconds: Annotated[float, typer.Option(help="Measurement per table, compilation not counted.", min=0.0)] = 30.0,
-    compiled: Annotated[bool, typer.Option("--compiled/--eager", help="With or without our compiled engine.")] = True,
+    seconds: Annotated[float, typer.Option(help="Measured time per table, without compilation.", min=0.0)] = 30.0,
+    compiled: Annotated[
+        bool, typer.Option("--compiled/--eager", help="With or without metadist's compiled engine.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """One shard's second-order meta-gradient against the libraries that people use, after a proof that all computed the same."""
+    """Compare one shard's second-order meta-gradient with other libraries, after a proof that all compute the same."""
     with clean_errors():
         steps = numbers("--inner-steps", inner_steps)
     measure(
@@ -104,16 +108,17 @@ def memory(
     inner_steps: Annotated[
         str, typer.Option(metavar="N,N,…", help="Numbers of inner steps, two rows each.")
     ] = "1,5,20,50",
-    tasks: Annotated[int | None, typer.Option(help="Tasks per shard; default: the shipped config's.", min=1)] = None,
+    tasks: Annotated[int | None, typer.Option(help="Tasks per shard; default: the shipped config.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
-    rounds: Annotated[int, typer.Option(help="Turns of timed shards per table row.", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(help="Timed turns per table row.", min=1)] = 3,
     compiled: Annotated[
-        bool, typer.Option("--compiled/--eager", help="Compile mixed; unrolled stays eager, its graph takes minutes.")
+        bool,
+        typer.Option("--compiled/--eager", help="Compile mixed. Unrolled stays eager: its compilation takes minutes."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Peak memory of a shard's meta-gradient, a fresh process each, beside the predicted one; then time, in turn."""
+    """Measure the peak memory and the time of a shard's meta-gradient, and compare the memory with the prediction."""
     with clean_errors():
         steps = numbers("--inner-steps", inner_steps)
     measure(
@@ -133,15 +138,17 @@ def memory(
     epilog="Examples:  metadist bench tasks   |   metadist bench tasks --config omniglot_maml_5w1s --shard-sizes 8,32"
 )
 def tasks(
-    config: Annotated[str | None, typer.Option(help="Only this config's tasks; default: every shipped family.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Measure only the tasks of this config; default: every shipped family.")
+    ] = None,
     tasks: Annotated[
-        int, typer.Option(help="Tasks sampled per contestant and table, and a few shards at least.", min=1)
+        int, typer.Option(help="Tasks sampled per contestant and table, at least a few shards.", min=1)
     ] = 320,
     shard_sizes: Annotated[str, typer.Option(metavar="N,N,…", help="Tasks per shard, a table each.")] = "1,8,32",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Samplers without any learning: whole shards against one task and one image at a time, after a proof of equal bits."""
+    """Time the task samplers: whole shards against one task and one image at a time, after a proof of equal bits."""
     with clean_errors():
         sizes = numbers("--shard-sizes", shard_sizes)
     measure("tasks", as_json, config=config, tasks=tasks, shard_sizes=sizes, threads=threads)
@@ -151,8 +158,8 @@ def tasks(
 def tracking(
     config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False
 ) -> None:
-    """What a dead and a frozen MLflow server cost a meta-step."""
-    logging.getLogger("metadist.tracking").setLevel(logging.ERROR)  # it warns of the dead server, as it should
+    """Measure how much time a dead and a frozen MLflow server add to a meta-step."""
+    logging.getLogger("metadist.tracking").setLevel(logging.ERROR)  # no warnings about the dead server
     _measure_config("tracking", config, overrides, steps, as_json)
 
 
@@ -164,12 +171,10 @@ def transport(
         str, typer.Option(metavar="MB,MB,…", help="Megabytes of float32 parameters, a table each.")
     ] = "1,10,100,400",
     wire: Annotated[str, typer.Option(help="exact, or bfloat16 for contributions.")] = "exact",
-    rounds: Annotated[
-        int, typer.Option(help="Turns of three calls per contestant; more where they are short.", min=2)
-    ] = 5,
+    rounds: Annotated[int, typer.Option(help="Turns of three calls per contestant; more for short calls.", min=2)] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Parameters out and contributions back through one Ray actor, against a plain memcpy of the same bytes."""
+    """Time parameters to one Ray actor and contributions back, against a plain memcpy of the same bytes."""
     with clean_errors():
         megabytes = numbers("--sizes", sizes)
     measure("transport", as_json, sizes=megabytes, wire=wire, rounds=rounds)
@@ -183,7 +188,7 @@ def scaling(
     steps: Steps = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Ray actors against as many processes that compute the same shards alone; then what a meta-step costs besides."""
+    """Compare Ray actors with plain processes that compute the same shards; then time the overhead of a meta-step."""
     with clean_errors():
         counts = numbers("--workers", workers)
     _measure_config("scaling", config, overrides, steps, as_json, workers=counts)
@@ -192,16 +197,16 @@ def scaling(
 @app.command(epilog="Example:  metadist bench rl2 --environments 1024,16384")
 def rl2(
     environments: Annotated[
-        str, typer.Option(metavar="N,N,…", help="Environments at a time, two tables each.")
+        str, typer.Option(metavar="N,N,…", help="Numbers of simultaneous environments, two tables each.")
     ] = "1024,16384",
     hidden: Annotated[int, typer.Option(help="Units of the GRU policy.", min=1)] = 64,
-    shard_size: Annotated[int, typer.Option(help="Trials that are learnt from at a time.", min=1)] = 1024,
+    shard_size: Annotated[int, typer.Option(help="Trials per gradient.", min=1)] = 1024,
     threads: Annotated[int, typer.Option(help="CPU threads of every contestant.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     rounds: Annotated[int, typer.Option(help="Turns per contestant.", min=2)] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """RL² in batched environments against the same policy and learner on a plain Gymnasium vector environment (extra rl)."""
+    """Compare RL² in batched environments with a plain Gymnasium vector environment; needs the extra rl."""
     with clean_errors():
         counts = numbers("--environments", environments)
     measure(
@@ -217,22 +222,25 @@ def rl2(
 
 
 @app.command(
-    epilog="Examples:  metadist bench serve omniglot_maml_5w1s   |   metadist bench serve sinusoid_maml --requests 100000"
+    epilog="Examples:  metadist bench serve omniglot_maml_5w1s   |   "
+    "metadist bench serve sinusoid_maml --requests 100000"
 )
 def serve(
     config: Config = "omniglot_maml_5w1s",
     overrides: Overrides = None,
-    clients: Annotated[str, typer.Option(metavar="N,N,…", help="Callers at a time, a table each.")] = "1,8,64",
+    clients: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Numbers of simultaneous callers, a table each.")
+    ] = "1,8,64",
     turns: Annotated[int, typer.Option(help="Turns per contestant and table.", min=1)] = 5,
-    seconds: Annotated[float, typer.Option(help="Of one turn.", min=0.1)] = 5.0,
+    seconds: Annotated[float, typer.Option(help="Length of one turn in seconds.", min=0.1)] = 5.0,
     threads: Annotated[int, typer.Option(help="CPU threads of each server.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     requests: Annotated[
-        int, typer.Option(help="Then so many adaptations more, and the server's memory on the way.", min=0)
+        int, typer.Option(help="Then send this number of adaptations and measure the server's memory meanwhile.", min=0)
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Adaptations over gRPC by callers with different support sets: batched against one at a time."""
+    """Compare batched adaptations over gRPC with one at a time, by callers with different support sets."""
     with clean_errors():
         from metadist.config.document import requested
 
@@ -255,5 +263,5 @@ def serve(
 def driver_memory(
     config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False
 ) -> None:
-    """Resident memory of the driver over meta-steps, through one Ray actor."""
+    """Measure the resident memory of the driver over meta-steps, through one Ray actor."""
     _measure_config("driver-memory", config, overrides, steps, as_json)

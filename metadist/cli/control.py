@@ -1,4 +1,4 @@
-"""``metadist control``: steer a run while it trains."""
+"""``metadist control``: control a run while it trains."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def control(
     ] = None,
     token_file: Annotated[str | None, typer.Option(help="The driver's token; default: the file in its record.")] = None,
     tls_ca: Annotated[
-        str | None, typer.Option(help="PEM file with the certificate of a driver with TLS, or of its authority.")
+        str | None, typer.Option(help="The certificate of a driver with TLS, or of its authority (PEM).")
     ] = None,
     timeout: Seconds = 600.0,
     seconds: Annotated[
         float | None, typer.Option(help="For watch: the duration; default: until the run ends.", min=0.1)
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON: one object; watch and set print one a line.")
+        bool, typer.Option("--json", help="Print a JSON object; watch and set print one object per line.")
     ] = False,
 ) -> None:
     """Show the status of a run that trains, watch it, pause, resume, save, resize or stop it.

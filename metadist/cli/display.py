@@ -1,4 +1,4 @@
-"""What a person sees: live progress on stderr, results on stdout."""
+"""Show live progress on stderr and results on stdout."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from metadist.learners.evaluation import Evaluation, TrialEvaluation
 from metadist.rl.algorithm import EPISODES_SHOWN
 from metadist.training.observers import Observer
 
-#: MAML on sinusoids, K = 10, α = .01 after 70,000 meta-steps: query MSE of an independent re-run of the reference
+#: The query MSE of MAML on sinusoids, K = 10, α = .01, after 70,000 meta-steps, from an independent re-run of the
+#: reference code.
 PUBLISHED_SINUSOID = {0: 3.01, 1: 0.351, 5: 0.123, 10: 0.100}
 
 
 class Plain(Observer):
-    """Lines on stderr, one every few seconds, for logs."""
+    """Print a line to stderr every few seconds, for logs."""
 
     def __init__(self, meta_steps: int | None = None, every: float = 10.0) -> None:
         self._meta_steps, self._every, self._last = meta_steps, every, time.monotonic()
@@ -52,7 +53,7 @@ class Plain(Observer):
 
 
 class Bar(Observer):
-    """A progress bar on a terminal."""
+    """Show a progress bar on a terminal."""
 
     def __init__(self, progress: Progress, meta_steps: int) -> None:
         self._progress = progress
@@ -71,12 +72,13 @@ class Bar(Observer):
 
 
 def plain() -> Observer:
+    """Return a display that prints only notes and validation scores."""
     return Plain()
 
 
 @contextmanager
 def live(experiment: Experiment) -> Iterator[Observer]:
-    """A bar where stderr is a terminal, lines elsewhere."""
+    """Yield the display of a run: a bar where stderr is a terminal, lines elsewhere."""
     meta_steps = experiment.learner.outer.meta_steps
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -96,6 +98,7 @@ def live(experiment: Experiment) -> Iterator[Observer]:
 
 
 def show_result(result: Result) -> None:
+    """Print the scores and the facts of a run."""
     for evaluation in result.evaluations:
         show_evaluation(evaluation, published=_published(result.experiment))
     outcome = result.outcome
@@ -112,12 +115,13 @@ def show_result(result: Result) -> None:
         print(f"MLflow          {result.tracking_url}")
     if result.undelivered:
         print(
-            f"MLflow          {result.undelivered} records wait in {result.run_dir} for the server; metadist ui delivers them"
+            f"MLflow          {result.undelivered} records wait in {result.run_dir} for the server; "
+            "metadist ui delivers them"
         )
 
 
 def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | None = None) -> None:
-    """A table of scores after each number of steps, and the protocol that they hold for."""
+    """Print a table of the scores after each number of adaptation steps, and the protocol of the scores."""
     if isinstance(evaluation, TrialEvaluation):
         _show_trials(evaluation)
         return
@@ -142,7 +146,7 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
 
 
 def _show_trials(evaluation: TrialEvaluation) -> None:
-    """Returns by episode, which is what adaptation looks like; then those of whole trials."""
+    """Print the returns by episode, which show adaptation; then the returns of whole trials."""
     table = Table(
         title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} trials, {evaluation.policy}",
         title_justify="left",
@@ -195,15 +199,16 @@ def _show_methods(title: str, rows: Iterable[Mapping[str, Any]], difference: str
 
 
 def show_comparison(report: Mapping[str, Any]) -> None:
-    """Oracles and classical methods on the same trials."""
+    """Print the returns of oracles and classical methods on the same trials."""
     protocol = ", ".join(f"{k}={v}" for k, v in report["protocol"].items())
     title = f"{report['environment']}: {report['trials']} trials ({report['split']}, seed {report['seed']}; {protocol})"
     _show_methods(title, report["rows"], "more than the oracle")
 
 
 def show_predictions(report: Mapping[str, Any]) -> None:
-    """One row per image."""
-    title = f"{report['model']} ({report['algorithm']}), adapted to {report['support']} images of {len(report['classes'])} classes"
+    """Print one row per image."""
+    support = f"{report['support']} images of {len(report['classes'])} classes"
+    title = f"{report['model']} ({report['algorithm']}), adapted to {support}"
     table = Table(title=escape(title), title_justify="left")
     known = any("class" in row for row in report["predictions"])
     for heading in ("image", "predicted", *(("class",) if known else ())):
@@ -222,6 +227,7 @@ def show_predictions(report: Mapping[str, Any]) -> None:
 
 
 def show_group(group: Group) -> None:
+    """Print mean and SD of the scores of several seeds."""
     table = Table(title=f"{len(group.results)} seeds, mean ± SD", title_justify="left")
     table.add_column("metric")
     table.add_column("mean", justify="right")
@@ -235,18 +241,19 @@ def show_group(group: Group) -> None:
 
 
 def show_verification(report: Mapping[str, Any]) -> None:
+    """Print the hash of the parameters for every number of workers."""
     for row in report["rows"]:
-        killed = (
-            f"  killed {', '.join(row['killed'])}; {row['retried']} shards given out again" if row["killed"] else ""
-        )
+        killed = ""
+        if row["killed"]:
+            killed = f"  killed {', '.join(row['killed'])}; {row['retried']} shards given out again"
         print(f"workers {row['workers']:>3}  sha256 {row['params_sha256']}  {row['seconds']:.1f} s{killed}")
         if not row["enough_kills"]:
-            print(f"workers {row['workers']:>3}  too few shards were lost: nothing is proved; use more meta-steps")
+            print(f"workers {row['workers']:>3}  too few shards were lost for a proof; use more meta-steps")
     print("identical parameters" if report["same"] else "DIFFERENT parameters")
 
 
 def show_plan(report: Mapping[str, Any]) -> None:
-    """The engine, line by line with its reasons, and predicted against usable memory."""
+    """Print the choices of the engine with their reasons, and the predicted and the usable memory."""
     table = Table(title=f"on {report['device']['name']}", title_justify="left")
     for column in ("engine", "", "because"):
         table.add_column(column)
@@ -265,7 +272,7 @@ def show_plan(report: Mapping[str, Any]) -> None:
     if "predicted_peak_bytes" not in report:
         return
     table = Table(
-        title=f"memory of one worker, {report['tasks_at_once']} of a shard's {report['shard_size']} tasks at once",
+        title=f"memory of one worker, {report['tasks_at_once']} of a shard's {report['shard_size']} tasks in parallel",
         title_justify="left",
     )
     table.add_column("differentiation")
@@ -277,7 +284,7 @@ def show_plan(report: Mapping[str, Any]) -> None:
 
 
 def show_benchmark(report: Mapping[str, Any]) -> None:
-    """A table per case, one row per contestant; then the case's other facts, the versions and the machine."""
+    """Print a table per case with a row per contestant, the other facts of the case, the versions and the machine."""
     print(f"{report['benchmark']}: {_facts(report['settings'])}")
     console = Console(file=sys.stdout, width=180, highlight=False)
     for title, case in report["cases"].items():

@@ -24,17 +24,20 @@ def evaluate(
     inner_steps: Annotated[
         int | None, typer.Option(help="Adaptation steps; default: evaluate.inner_steps.", min=0)
     ] = None,
-    normalization: Annotated[str | None, typer.Option(help="transductive or inductive; default: the run's.")] = None,
+    normalization: Annotated[
+        str | None, typer.Option(help="transductive or inductive; default: as in the run.")
+    ] = None,
     beside: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME,…", help="Known methods on the same trials of a meta-environment, such as gittins,ucb1; all."
+            metavar="NAME,…",
+            help="Compare with known methods on the same trials of a meta-environment: gittins,ucb1, or all.",
         ),
     ] = None,
     workers: Workers = "0",
     as_json: AsJson = False,
 ) -> None:
-    """Judge a run's best parameters, after 0, 1, … adaptation steps; of a meta-environment, by episode."""
+    """Evaluate a run's best parameters after 0, 1, … adaptation steps, or by episode in a meta-environment."""
     set_up_logging()
     with clean_errors():
         from metadist.cli.display import show_evaluation
@@ -59,13 +62,15 @@ def evaluate(
 def oracle(
     environment: Annotated[str, typer.Argument(help="A meta-environment's name, or a config that has one.")],
     overrides: Overrides = None,
-    methods: Annotated[str, typer.Option(metavar="NAME,…", help="Which methods; all is all that suit it.")] = "all",
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,…", help="The methods; all means every method that suits the environment.")
+    ] = "all",
     trials: Annotated[int, typer.Option(help="Trials, the same for every method.", min=2)] = 10000,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    seed: Annotated[int, typer.Option(help="Of the tasks.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the tasks.", min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """What oracles and classical methods get in a meta-environment, on the same trials."""
+    """Compute the returns of oracles and classical methods in a meta-environment, on the same trials."""
     set_up_logging()
     with clean_errors():
         from metadist.cli.display import show_comparison

@@ -28,6 +28,12 @@ Address = Annotated[
         "--address", metavar="URL", help="The cluster's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS."
     ),
 ]
+Variables = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[=VALUE]", help="Set an environment variable. Everyone with the cluster's token can read it."
+    ),
+]
 Name = Annotated[str | None, typer.Argument(metavar="[ID]", help="A job's id or a run's; default: the newest job.")]
 
 
@@ -37,25 +43,21 @@ def submit(
     address: Address = None,
     workers: Workers = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Show the log until the job ends; its failure is exit code 1.")
+        bool, typer.Option("--wait", help="Show the log until the job ends; exit code 1 where it fails.")
     ] = False,
     run_dir: Annotated[
-        str | None,
-        typer.Option(help="An fsspec URL, or a folder that all nodes have; default: a new one in METADIST_RUNS."),
+        str | None, typer.Option(help="URL, or folder that all nodes have; default: a new folder in METADIST_RUNS.")
     ] = None,
     run_id: Annotated[str | None, typer.Option(help="Resume this run, or give a new run this id.")] = None,
     data: Annotated[
         str | None, typer.Option(help="METADIST_DATA on the nodes: URL or folder; default: its value here.")
     ] = None,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[=VALUE]", help="Set an environment variable. Everyone with the cluster's token can read it."
-        ),
-    ] = None,
+    env: Variables = None,
     module: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Ship this module or package too, besides those that the config names."),
+        typer.Option(
+            metavar="NAME", help="Ship this module or package too, in addition to the modules that the config names."
+        ),
     ] = None,
     driver_cpus: Annotated[float, typer.Option(help="CPUs for the driver; with 0 it runs on the head.", min=0)] = 0.0,
     as_json: AsJson = False,
@@ -124,7 +126,7 @@ def status(context: typer.Context, id: Name = None, address: Address = None, as_
         if run_dir := job.metadata.get("metadist.run_dir"):
             try:
                 links = RunDirectory(run_dir).read_json("links.json") or {}
-            except Exception:  # the cluster may reach stores that this machine does not
+            except Exception:  # this machine may not reach a store that the cluster reaches
                 pass
         about["mlflow_url"] = links.get("mlflow")
         for key, value in about.items():
@@ -175,8 +177,8 @@ def stop(
         while not (job := cluster.job(job.id)).over:
             if time.monotonic() > deadline:
                 raise WorkerError(
-                    f"job {job.id} is still {job.status.lower()} {timeout:.0f} s after the order to stop; see metadist "
-                    f"jobs status {job.id}"
+                    f"job {job.id} is still {job.status.lower()} {timeout:.0f} s after the request to stop; see "
+                    f"metadist jobs status {job.id}"
                 )
             time.sleep(0.5)
         print(f"{job.id}  {job.status}")

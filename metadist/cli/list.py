@@ -18,8 +18,7 @@ KINDS = ("algorithms", "tasks", "environments", "models", "trackers", "configs")
 
 
 def list_(what: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.")]) -> None:
-    """List the names that a config may use, one per line with a description; plug-ins with the package that they come
-    from."""
+    """List the names that a config can use, with descriptions; for a plug-in also its package."""
     with clean_errors():
         from metadist.core.errors import one_of
 
@@ -40,7 +39,7 @@ def _configs() -> dict[str, str]:
 
 
 def _components(plural: str) -> tuple[dict[str, str], list[str]]:
-    """Name → description; and one line for each plug-in that can't be used."""
+    """Return name → description, and one line for each unusable plug-in."""
     from metadist.config.plugins import Kind, described, plugins
     from metadist.core.errors import ConfigError
 
@@ -68,7 +67,7 @@ def export(
     run_dir: Annotated[str, typer.Argument(help="The folder that train printed.")],
     path: Annotated[str, typer.Argument(help="The safetensors file to write.")],
 ) -> None:
-    """Write a run's best model parameters, under the model's own names."""
+    """Write a run's best model parameters to a file, under the model's own names."""
     set_up_logging()
     with clean_errors():
         from metadist.experiment.load import load_run
@@ -78,7 +77,7 @@ def export(
 
 
 def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
-    """Start the MLflow UI on the store of the runs, after delivering the records that earlier runs left."""
+    """Deliver the waiting records of earlier runs, and serve the MLflow UI on the store of the runs."""
     set_up_logging()
     with clean_errors():
         from pathlib import Path
@@ -89,6 +88,6 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=6
 
         for spool in sorted(Path(runs_root()).glob("**/tracking/spool.jsonl")):
             if undelivered(spool.parent):
-                say(f"delivering the records that {spool.parent.parent} left: {replay(spool.parent)} still wait")
+                say(f"delivered records of {spool.parent.parent}; {replay(spool.parent)} records still wait")
 
         serve_ui(os.environ.get("MLFLOW_TRACKING_URI"), port, runs_root())

@@ -21,10 +21,10 @@ def predict(
     query: Annotated[
         str, typer.Option(metavar="FOLDER", help="The images to classify; class folders give an accuracy.")
     ],
-    model: Annotated[str, typer.Option(help="The name of one of a server's models.")] = "",
+    model: Annotated[str, typer.Option(help="For a server with several models: the model's name.")] = "",
     inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps; default: as in training.", min=0)] = None,
     normalization: Annotated[
-        str | None, typer.Option(help="For a run: transductive or inductive batch norm; default: the run's.")
+        str | None, typer.Option(help="For a run: transductive or inductive batch norm; default: as in the run.")
     ] = None,
     token_file: Annotated[str | None, typer.Option(metavar="FILE", help="The server's token.")] = None,
     tls_ca: Annotated[

@@ -10,36 +10,39 @@ import typer
 
 from metadist.cli.terminal import AsJson, Overrides, Workers, clean_errors, say, set_up_logging
 
+RunDir = Annotated[str, typer.Option(help="The run's directory: an fsspec URL, or a folder that all nodes have.")]
+RunId = Annotated[str | None, typer.Option(help="The run's id; default: name, time and four random digits.")]
+Data = Annotated[str, typer.Option(help="METADIST_DATA on the nodes: URL or folder.")]
+Image = Annotated[str, typer.Option(help="The image of deploy/Dockerfile: REGISTRY/metadist:TAG.")]
+MLflow = Annotated[str, typer.Option(metavar="URI", help="MLFLOW_TRACKING_URI on the nodes.")]
+Gpus = Annotated[float | None, typer.Option(help="GPUs of a learner where the config says auto; default: 1.", min=0)]
+NodesOfRoles = Annotated[
+    list[str] | None, typer.Option(metavar="ROLE=[TYPE:]CPUS[:GPUS]", help="A role's nodes: learner=g5.12xlarge:48:4.")
+]
+Namespace = Annotated[str, typer.Option(help="Kubernetes: the namespace.")]
+AuthSecret = Annotated[
+    str, typer.Option(help="Kubernetes: a Secret with Ray's token under auth_token; default: KubeRay creates one.")
+]
+CredentialsSecret = Annotated[str, typer.Option(help="Kubernetes: a Secret whose keys become environment variables.")]
+Output = Annotated[Path | None, typer.Option(help="Folder for the files; default: rendered/RUN.")]
+
 
 def render(
     target: Annotated[str, typer.Argument(help="kubernetes, slurm, aws or gcp.")],
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config.")],
     overrides: Overrides = None,
-    run_dir: Annotated[
-        str, typer.Option(help="The run's directory: an fsspec URL, or a folder that all nodes have.")
-    ] = "",
-    run_id: Annotated[
-        str | None, typer.Option(help="The run's id; default: name, time and four random digits.")
-    ] = None,
+    run_dir: RunDir = "",
+    run_id: RunId = None,
     workers: Workers = None,
-    data: Annotated[str, typer.Option(help="METADIST_DATA on the nodes: URL or folder.")] = "",
-    image: Annotated[str, typer.Option(help="The image of deploy/Dockerfile: REGISTRY/metadist:TAG.")] = "",
-    mlflow: Annotated[str, typer.Option(metavar="URI", help="MLFLOW_TRACKING_URI on the nodes.")] = "",
-    gpus: Annotated[
-        float | None, typer.Option(help="GPUs of a learner where the config says auto; default: 1.", min=0)
-    ] = None,
-    node: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ROLE=[TYPE:]CPUS[:GPUS]", help="A role's nodes: learner=g5.12xlarge:48:4."),
-    ] = None,
-    namespace: Annotated[str, typer.Option(help="Kubernetes: the namespace.")] = "default",
-    auth_secret: Annotated[
-        str, typer.Option(help="Kubernetes: a Secret with Ray's token under auth_token; default: KubeRay creates one.")
-    ] = "",
-    credentials_secret: Annotated[
-        str, typer.Option(help="Kubernetes: a Secret whose keys become environment variables.")
-    ] = "",
-    output: Annotated[Path | None, typer.Option(help="Folder for the files; default: rendered/RUN.")] = None,
+    data: Data = "",
+    image: Image = "",
+    mlflow: MLflow = "",
+    gpus: Gpus = None,
+    node: NodesOfRoles = None,
+    namespace: Namespace = "default",
+    auth_secret: AuthSecret = "",
+    credentials_secret: CredentialsSecret = "",
+    output: Output = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the files that run a config on a cluster: its worker groups become groups of nodes."""

@@ -36,8 +36,12 @@ TokenFile = Annotated[
     str | None, typer.Option("--token-file", metavar="FILE", help="The bearer token that every call must carry.")
 ]
 TlsCert = Annotated[str | None, typer.Option("--tls-cert", metavar="FILE", help="The server's certificate (PEM).")]
-TlsKey = Annotated[str | None, typer.Option("--tls-key", metavar="FILE", help="Its private key (PEM).")]
-Normalization = Annotated[str | None, typer.Option(help="transductive or inductive batch norm; default: the run's.")]
+TlsKey = Annotated[
+    str | None, typer.Option("--tls-key", metavar="FILE", help="The private key of the certificate (PEM).")
+]
+Normalization = Annotated[
+    str | None, typer.Option(help="transductive or inductive batch norm; default: as in the run.")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads of the computation; default: as PyTorch chooses.", min=1)

@@ -1,4 +1,4 @@
-"""What every command shares: its common options, errors as one line, and a stdout that holds results alone."""
+"""Common parts of the commands: options, errors in one line, and a stdout that contains only results."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as t
 Workers = Annotated[
     str | None,
     typer.Option(
-        "--workers", metavar="N", help="Number of workers; 0 computes in this process; learners=2 for a role."
+        "--workers", metavar="N", help="Number of workers; 0: compute in this process; learners=2: for one role."
     ),
 ]
 
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """A user's mistake is one line on stderr and exit code 2."""
+    """Turn a MetadistError into one line on stderr and exit code 2."""
     from metadist.core.errors import MetadistError
 
     try:
@@ -38,21 +38,23 @@ def clean_errors() -> Iterator[None]:
 
 
 def only_results_on_stdout() -> AbstractContextManager[Any]:
-    """Ray reports dead workers on stdout, and so may a user's own code; both belong on stderr."""
+    """Redirect stdout to stderr: Ray reports dead workers on stdout, and a user's code may print."""
     return redirect_stdout(sys.stderr)
 
 
 def say(message: str) -> None:
+    """Print a message to stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 def set_up_logging(verbose: bool = False) -> None:
+    """Send warnings to stderr; with ``verbose`` also what metadist does."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("metadist").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """``0,1,2`` as a list."""
+    """Return ``0,1,2`` as a list. Raises ConfigError where a number occurs twice or is not a whole number."""
     from metadist.core.errors import ConfigError
 
     parts = [p.strip() for p in text.split(",")]

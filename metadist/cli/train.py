@@ -23,8 +23,9 @@ from metadist.cli.terminal import (
 
 
 class _Stop:
-    """The first Ctrl-C or SIGTERM asks the loop to stop at the next meta-step; the second interrupts at once, and so does
-    the first one before the loop has begun.
+    """Stop the loop after the present meta-step at the first Ctrl-C or SIGTERM, and interrupt it at the second.
+
+    Before the loop begins, the first signal interrupts.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class _Stop:
         self.asked = True
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.default_int_handler)
-        say("\nstopping after this meta-step, with a checkpoint; press Ctrl-C again to stop at once")
+        say("\nstopping after this meta-step, with a checkpoint; press Ctrl-C again to stop immediately")
 
 
 def train(
@@ -54,18 +55,18 @@ def train(
     outside: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT", help="Take workers from outside here, too (metadist worker --connect HOST:PORT)."
+            metavar="HOST:PORT", help="Accept remote workers at this address (metadist worker --connect HOST:PORT)."
         ),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(help="Several seeds, such as 0,1,2: child runs under one parent.")
     ] = None,
     run_dir: Annotated[
-        str | None, typer.Option(help="Folder or fsspec URL of the run; default: a new one under METADIST_RUNS.")
+        str | None, typer.Option(help="Folder or fsspec URL of the run; default: a new folder under METADIST_RUNS.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest valid checkpoint.")] = False,
     run_id: Annotated[
-        str | None, typer.Option(help="The id of a new run; default: name, time and chance.", hidden=True)
+        str | None, typer.Option(help="The id of a new run; default: name, time and random digits.", hidden=True)
     ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the config with every default and stop.")
@@ -107,7 +108,8 @@ def _train_one(
         result = run_training(experiment, request, display)
     if result.interrupted:
         say(
-            f"stopped at meta-step {result.outcome.progress.meta_step}; go on with: metadist train … --run-dir {result.run_dir} --resume"
+            f"stopped at meta-step {result.outcome.progress.meta_step}; continue with: metadist train … "
+            f"--run-dir {result.run_dir} --resume"
         )
     show_result(result)
     if as_json:
@@ -134,6 +136,7 @@ def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None
         print(json.dumps(group.as_dict()))
     if group.interrupted:
         say(
-            f"stopped; go on with: metadist train … --seeds {','.join(map(str, seeds))} --run-dir {group.run_dir} --resume"
+            f"stopped; continue with: metadist train … --seeds {','.join(map(str, seeds))} "
+            f"--run-dir {group.run_dir} --resume"
         )
         raise typer.Exit(130)

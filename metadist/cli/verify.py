@@ -23,16 +23,16 @@ def verify(
     workers: Annotated[
         str,
         typer.Option(
-            metavar="N,N,…", help="Numbers of workers to compare; of several roles as learners=1/environments=2."
+            metavar="N,N,…", help="Numbers of workers to compare; for several roles learners=1/environments=2."
         ),
     ] = "0,1,2",
     kill: Annotated[
-        int, typer.Option(help="Kill so many workers in every run, each with a shard in flight.", min=0)
+        int, typer.Option(help="Kill this number of workers in every run, each with a shard in flight.", min=0)
     ] = 0,
-    meta_steps: Annotated[int | None, typer.Option(help="Shorter runs.", min=1)] = None,
+    meta_steps: Annotated[int | None, typer.Option(help="Number of meta-steps, for shorter runs.", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Are the final parameters the same bits for every number of workers? Exit code 1 if not."""
+    """Check that every number of workers gives the same final parameters bit for bit; exit code 1 if not."""
     set_up_logging()
     with clean_errors():
         from metadist.cli.display import plain, show_verification
@@ -56,7 +56,7 @@ def plan(
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """How a new run would compute its shards on workers like this machine, why, and the memory that it would take."""
+    """Show how a new run computes its shards on workers like this machine, with reasons and the needed memory."""
     set_up_logging()
     with clean_errors():
         from metadist.cli.display import show_plan

@@ -11,7 +11,7 @@ from metadist.cli.terminal import clean_errors, only_results_on_stdout, say, set
 
 
 class _Stop:
-    """The first Ctrl-C or SIGTERM lets the worker finish its shard; the second gives the shard back immediately."""
+    """Finish the shard at the first Ctrl-C or SIGTERM, and give it back immediately at the second."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -37,7 +37,7 @@ def worker(
     ],
     token_file: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="A file with the driver's token: a copy of its outside.token_file."),
+        typer.Option(metavar="FILE", help="A copy of the driver's outside.token_file."),
     ] = None,
     tls_ca: Annotated[
         str | None, typer.Option(metavar="FILE", help="The PEM certificate of the driver or of its authority.")

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from metadist.core.errors import ConfigError
 from metadist.engine.block_sums import DECOMPOSITIONS
 from metadist.engine.channels_last import channels_last
-from metadist.engine.functions import Call
+from metadist.engine.functions import TensorCall
 
 T = TypeVar("T")
 
@@ -45,8 +45,8 @@ class Compiled:
         self.seconds = 0.0
         self._functions: dict[tuple[Hashable, ...], tuple[_Graph, pytree.TreeSpec]] = {}
 
-    def runner(self, *static: Hashable) -> Call:
-        """Return a ``Call`` for functions that depend on ``static`` as well as on their arguments."""
+    def runner(self, *static: Hashable) -> TensorCall:
+        """Return a ``TensorCall`` for functions that depend on ``static`` as well as on their arguments."""
 
         def run(name: str, function: Callable[..., T], *arguments: object) -> T:
             leaves, spec = pytree.tree_flatten(arguments)

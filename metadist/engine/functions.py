@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Call(Protocol):
+class TensorCall(Protocol):
     """Call a function of tensors, directly or compiled under ``name``.
 
     Of the arguments, pytrees of tensors and numbers, a compiled function receives every number as a 0-d tensor.
@@ -27,7 +27,7 @@ class Call(Protocol):
 
 
 def directly(name: str, function: Callable[..., T], *arguments: object) -> T:
-    """Call ``function`` without compilation: the ``Call`` of eager shards."""
+    """Call ``function`` without compilation: the ``TensorCall`` of eager shards."""
     return function(*arguments)
 
 

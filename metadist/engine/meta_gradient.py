@@ -22,7 +22,7 @@ from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import TaskKey
 from metadist.core.task import Task, TaskFamily
-from metadist.engine.functions import Call, added, apart, directly, jvp, kept_sum, mapped, vjp
+from metadist.engine.functions import TensorCall, added, apart, directly, jvp, kept_sum, mapped, vjp
 
 T = TypeVar("T")
 Values = dict[str, Parameters]
@@ -71,7 +71,7 @@ class MetaGradient:
         return values, metrics
 
     def sums(
-        self, run: Call, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
+        self, run: TensorCall, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Sum ``values`` over the tasks for which ``keep`` [T] is true: slot vectors, and metrics [2] in float64."""
 
@@ -319,7 +319,7 @@ class _Shard:
     """
 
     gradient: MetaGradient
-    run: Call
+    run: TensorCall
     vectors: dict[str, Tensor]
     tasks: Task
     keys: TaskKey

@@ -1,1 +1,1 @@
-"""One experiment from beginning to end."""
+"""Run experiments: train, evaluate, verify, and record the results."""

@@ -21,8 +21,8 @@ from metadist.workers.plan import Planner, recorded_engine, sharing
 class Attempt:
     """One process's attempt at a run: the run's directory, and the state at which this attempt begins.
 
-    ``earlier`` is the checkpoint that it resumes, or None. ``inexact`` names the workers whose numerics differ from
-    those that the run began with; later checkpoints hold the list as it is then.
+    ``earlier`` is the checkpoint that the attempt resumes, or None. ``inexact`` names the workers whose numerics differ
+    from the numerics at the run's begin; every checkpoint stores the list.
     """
 
     experiment: Experiment
@@ -35,17 +35,17 @@ class Attempt:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The manifest of the earlier checkpoint; empty where the run is new."""
+        """The manifest of the earlier checkpoint; empty for a new run."""
         return {} if self.earlier is None else self.earlier.manifest
 
     @property
     def fingerprint(self) -> dict[str, Any] | None:
-        """The numerics fingerprint that the run began with."""
+        """The numerics fingerprint at the begin of the run."""
         return self.manifest.get("fingerprint")
 
     @property
     def planner(self) -> Planner:
-        """Repeat the engine of the earlier checkpoint, or choose one."""
+        """The planner that repeats the engine of the earlier checkpoint, or that chooses one for a new run."""
         return recorded_engine(self.manifest.get("engine", {})) if self.earlier else planner_for(self.experiment)
 
     def facts(self, workers: Scheduler) -> dict[str, Any]:
@@ -67,5 +67,5 @@ class Attempt:
 
 
 def planner_for(experiment: Experiment) -> Planner:
-    """Return the planner of a new run: it resolves what the configuration leaves open."""
+    """Return the planner of a new run: it chooses the engine settings that the config leaves open."""
     return lambda device: experiment.learner.plan(experiment.engine, device, sharing(device, experiment.workers))

@@ -26,9 +26,9 @@ from metadist.training.evaluation import evaluate
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Deviations from the protocol of a run: None is the run's own value.
+    """Deviations from the protocol of a run; None means the run's own value.
 
-    ``beside`` names known methods that play the same trials of a meta-environment.
+    ``beside`` names known methods for a comparison on the same trials of a meta-environment.
     """
 
     tasks: int | None = None
@@ -40,7 +40,7 @@ class EvaluationOptions:
 
 
 def evaluate_run(run_dir: str, options: EvaluationOptions = EvaluationOptions()) -> Result:
-    """Judge the best parameters of a run again. ConfigError where an option does not go with its tasks."""
+    """Evaluate the best parameters of a run. Raises ConfigError where an option does not suit the run's tasks."""
     loaded = load_run(run_dir)
     experiment = _without_remote_workers(loaded.experiment, options.workers)
     settings, learner = experiment.evaluate, experiment.learner
@@ -66,7 +66,7 @@ def evaluate_run(run_dir: str, options: EvaluationOptions = EvaluationOptions())
 
 
 def _without_remote_workers(experiment: Experiment, workers: str | None) -> Experiment:
-    """Return the experiment with the workers of an evaluation: nobody waits for remote workers."""
+    """Return the experiment without remote workers, with ``workers`` in place of its own groups if given."""
     groups = experiment.workers
     if workers is not None:
         groups = build(set_workers(experiment.document, workers)).workers

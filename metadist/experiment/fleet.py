@@ -39,8 +39,8 @@ def local_plan(experiment: Experiment) -> Plan:
 class WorkerReports:
     """Receivers of reports about workers.
 
-    ``note`` shows a message to the user. ``mark`` is called with a description of every accepted worker whose
-    numerics differ from the run's. ``directory`` receives the traceback of a task that fails.
+    ``note`` shows a message to the user. ``mark`` receives a description of every accepted worker whose numerics differ
+    from the run's. ``directory`` receives the traceback of a task that fails.
     """
 
     note: Callable[[str], None] = lambda message: None
@@ -48,7 +48,7 @@ class WorkerReports:
     directory: RunDirectory | None = None
 
     def failure(self, detail: str) -> str:
-        """Write a traceback, and return where it is for a message."""
+        """Write a traceback to the run directory; return a hint at the file for an error message."""
         if self.directory is None:
             return ""
         self.directory.write("failure.txt", detail)
@@ -67,11 +67,12 @@ def start_workers(
 ) -> Iterator[Scheduler]:
     """Start the workers of ``experiment`` and yield their scheduler; close them at the end.
 
-    Without workers this process computes, and Ray is not needed. ``planner`` chooses the engine (default: as the
-    config asks); ``expected`` is the numerics fingerprint that the run began with. ``wrap`` replaces the executor, by
-    one that injects faults for example.
+    Without workers this process computes, and Ray is not needed. ``planner`` chooses the engine (default: by the
+    config); ``expected`` is the numerics fingerprint at the begin of the run. ``wrap`` replaces the executor, for
+    example by one that injects faults.
 
-    PyTorch has one thread in this process meanwhile: a second one, spinning at barriers, takes a core from the workers.
+    Meanwhile PyTorch has one thread in this process: a second thread waits actively at barriers and takes a core from
+    the workers.
     """
     engine, division = experiment.engine, _Division.of(experiment.workers)
     scheduler: Scheduler | None = None
@@ -104,10 +105,10 @@ def start_workers(
 
 @dataclass(frozen=True)
 class _Division:
-    """The worker groups of an experiment, by where they compute.
+    """The worker groups of an experiment, divided by the place of their computation.
 
-    ``own`` groups are Ray's, or with a ``max`` of 0 this process (``in_process``); ``remote`` workers connect.
-    ``roles`` are those that the ``own`` groups serve.
+    The ``own`` groups are on Ray, or with a ``max`` of 0 in this process (``in_process``). ``remote`` workers connect
+    to the driver. ``roles`` are the roles that the ``own`` groups serve.
     """
 
     own: Sequence[WorkerGroup]
@@ -121,7 +122,7 @@ class _Division:
         own = [g for g in groups if not g.outside] if remote else list(groups)
         in_process = bool(own) and sum(g.max for g in own) == 0
         if in_process:
-            # Roles that remote workers serve are left to them: this process may lack the simulators.
+            # This process leaves the roles of remote workers to them: it may lack the simulators.
             roles = [r for r in ROLES if r == "learner" or all(g.role != r for g in remote)]
         else:
             roles = [g.role for g in own if g.max]
@@ -129,18 +130,21 @@ class _Division:
 
     @property
     def compared(self) -> list[WorkerGroup]:
-        """The groups whose numerics are compared. This process counts as a learner, whatever its ``max``."""
+        """The groups whose numerics are compared. This process counts as a learner, although its ``max`` is 0."""
         return [*([WorkerGroup()] if self.in_process else self.own), *self.remote]
 
     @property
     def needed_remote(self) -> dict[str, int]:
-        """How many remote workers of each role must be there to begin: one where no own worker serves the role."""
+        """The number of remote workers that the run needs to begin, by role.
+
+        A role without own workers needs at least one.
+        """
         return {g.role: max(g.min, 0 if g.role in self.roles else 1) for g in self.remote}
 
 
 @dataclass(frozen=True)
 class _Start:
-    """The parts of a run that its executors are made from."""
+    """The parts of a run from which its executors are made."""
 
     experiment: Experiment
     settings: RunSettings
@@ -149,7 +153,7 @@ class _Start:
     division: _Division
 
     def own(self, plan: Plan | None = None) -> KeepingExecutor[Any, Any]:
-        """Start this run's own workers, or this process. They follow ``plan`` where remote workers have one already."""
+        """Start the run's own workers, or an executor in this process; ``plan`` is that of the remote workers."""
         return self._local(plan) if self.division.in_process else self._ray(plan)
 
     def _local(self, plan: Plan | None) -> LocalExecutor:
@@ -173,9 +177,9 @@ class _Start:
         return RayExecutor(learner, division.own, self.settings, self.numerics, self.planner, plan)
 
     def with_remote(self, stack: ExitStack, farewell: Callable[[], Dismissal]) -> Executor:
-        """Take remote workers, next to own workers where the config has some. ``stack`` closes both.
+        """Accept remote workers, and start own workers where the config has some. ``stack`` closes both executors.
 
-        Without own groups, the driver computes nothing itself.
+        Without own groups, the driver computes nothing.
         """
         from metadist.experiment.remote import remote_executor
         from metadist.workers.joint import JointExecutor
@@ -197,9 +201,9 @@ class _Start:
 
 
 def _farewell(scheduler: Scheduler | None) -> Dismissal:
-    """Return the dismissal of remote workers at the end: they may come again where the run was not finished."""
+    """Return the dismissal of remote workers at the end: after an unfinished run they wait for the next driver."""
     if scheduler is None or not scheduler.ended:
         return Dismissal("the driver ended before the run was over", "again")
     if scheduler.ended == "interrupted":
-        return Dismissal("the run was interrupted, and may be resumed", "again")
+        return Dismissal("the run was interrupted and can be resumed", "again")
     return Dismissal(scheduler.ended, "over")

@@ -1,4 +1,4 @@
-"""The surroundings of a driver: the lock of the run directory, steering, and the control plane with its record."""
+"""Lock the run directory, make the steering of a run, and serve its control plane."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ TOKEN = "control.token"
 def locked(folder: RunDirectory) -> Iterator[None]:
     """Hold the lock of a run directory: one driver trains a run at a time.
 
-    The lock ends with the process, and holds on this machine; where the directory is local, on all that share it and
-    its locks.
+    The lock ends with the process. It is valid on this machine; for a local directory, on all machines that share the
+    directory and its locks.
     """
     lock = FileLock(str(folder.scratch / LOCK), thread_local=False)
     try:
@@ -44,10 +44,11 @@ def locked(folder: RunDirectory) -> Iterator[None]:
         record = folder.read_json(RECORD) or {}
         who = f"process {record['pid']} on {record['host']}" if "pid" in record else "another process"
         raise ConfigError(
-            f"run_dir '{folder.url}' is being trained by {who}; stop that process first (metadist control {folder.url} stop), or choose another --run-dir"
+            f"run_dir '{folder.url}' is being trained by {who}; stop that process first (metadist control {folder.url} "
+            "stop), or choose another --run-dir"
         ) from None
     except (OSError, NotImplementedError) as error:
-        log.warning("%s can't be locked (%s): nothing keeps a second driver from this run", folder.url, error)
+        log.warning("%s can't be locked (%s): a second driver of this run would not be refused", folder.url, error)
         yield
         return
     try:
@@ -59,7 +60,7 @@ def locked(folder: RunDirectory) -> Iterator[None]:
 def steering_of(attempt: Attempt, feed: Feed, tracker: Recorder, stop: Callable[[], bool]) -> RunControl:
     """Return the steering of a run, with the commands of earlier attempts.
 
-    CheckpointError where they contradict the checkpoint that the attempt resumes.
+    Raises CheckpointError where the commands contradict the checkpoint that the attempt resumes.
     """
     experiment, directory, earlier = attempt.experiment, attempt.directory, attempt.earlier
     commands = CommandLog(directory.url, copy=directory.scratch / "commands.jsonl")
@@ -67,7 +68,7 @@ def steering_of(attempt: Attempt, feed: Feed, tracker: Recorder, stop: Callable[
         feed.note(note)
     asked: dict[str, int] = {}
     for group in experiment.workers:
-        if not group.outside:  # remote workers come and go by themselves
+        if not group.outside:  # commands do not change the number of remote workers
             asked[group.role] = asked.get(group.role, 0) + group.max
     info = RunInfo(attempt.run_id, directory.url, asked)
     steering = RunControl(commands, feed, experiment.learner, tracker, info, stop)
@@ -77,7 +78,7 @@ def steering_of(attempt: Attempt, feed: Feed, tracker: Recorder, stop: Callable[
 
 
 def check_control(settings: ControlSettings) -> None:
-    """Refuse a mistake in the ``control`` section before anything begins. Other obstacles never keep a run from training."""
+    """Raise ConfigError for a mistake in the ``control`` section. Other failures of the control plane only warn."""
     if not settings.enabled:
         return
     try:
@@ -87,8 +88,8 @@ def check_control(settings: ControlSettings) -> None:
         return
     if not is_loopback(settings.host) and settings.tls_cert is None:
         raise ConfigError(
-            f"control.host: {settings.host}: other machines could steer this run without encryption; give control.tls_cert and "
-            "control.tls_key, or stay on 127.0.0.1"
+            f"control.host: {settings.host}: other machines could steer this run without encryption; give "
+            "control.tls_cert and control.tls_key, or stay on 127.0.0.1"
         )
     if settings.token_file is not None:
         with _named("control.token_file"):
@@ -101,7 +102,10 @@ def check_control(settings: ControlSettings) -> None:
 
 @contextmanager
 def serve_control(steering: RunControl, feed: Feed, attempt: Attempt) -> Iterator[None]:
-    """Serve the control plane while the run trains, and write its address to control.json. On failure, warn and continue."""
+    """Serve the control plane while the run trains, and write its address to control.json.
+
+    On failure, warn and continue.
+    """
     settings, folder, run_id = attempt.experiment.control, attempt.directory, attempt.run_id
     record: dict[str, Any] = {
         "run_id": run_id,
@@ -160,7 +164,7 @@ def _serve(stack: ExitStack, steering: RunControl, settings: ControlSettings, fo
 
 
 def _new_token(path: Path) -> Path:
-    """Write a new token for this driver; every driver of a run makes its own."""
+    """Write a new token; every driver of a run makes its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -171,8 +175,8 @@ def _new_token(path: Path) -> Path:
 def _write(folder: RunDirectory, record: dict[str, Any]) -> None:
     try:
         folder.write(RECORD, json.dumps(record, indent=1))
-    except (MetadistError, OSError) as error:  # not worth a run
-        log.warning("%s: the run goes on, but 'metadist control' won't find it", error)
+    except (MetadistError, OSError) as error:  # the run continues without control
+        log.warning("%s: the run continues, but 'metadist control' won't find it", error)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A policy beside known methods, and those among themselves, on the same trials."""
+"""Compare a policy with known methods, and known methods with each other, on the same trials."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from metadist.oracles import compare, methods, play, possible, score
 from metadist.rl.algorithm import EPISODES_SHOWN
 from metadist.rl.environment import MetaEnvironment
 
-#: trials at a time
+#: Trials per batch.
 BATCH = 2000
 
 
 def oracles(
     name: str, overrides: Sequence[str], chosen: Sequence[str], *, trials: int, split: str, seed: int
 ) -> dict[str, Any]:
-    """What ``chosen`` methods (or ``all``) get in the environment called ``name``, or in that of a config of this name."""
+    """Return the scores of ``chosen`` methods (or ``all``) in a meta-environment.
+
+    ``name`` is the name of an environment, or the name or path of a config.
+    """
     from metadist.environments import ENVIRONMENTS
 
     document: dict[str, Any]
@@ -40,7 +43,8 @@ def oracles(
     else:
         known = sorted([*ENVIRONMENTS, *shipped_configs()])
         raise ConfigError(
-            f"oracle: '{name}' is neither an environment ({', '.join(sorted(ENVIRONMENTS))}) nor a config{nearest(name, known)}"
+            f"oracle: '{name}' is neither an environment ({', '.join(sorted(ENVIRONMENTS))}) nor a config"
+            f"{nearest(name, known)}"
         )
     environment = build_environment(override(document, overrides))
     rows = compare(environment, None if "all" in chosen else list(chosen), trials=trials, seed=seed, split=split)
@@ -51,8 +55,11 @@ def oracles(
 def paired(
     judged: TrialEvaluation, environment: MetaEnvironment, chosen: Sequence[str], *, seed: int
 ) -> list[dict[str, Any]]:
-    """The policy and ``chosen`` methods (or ``all``): mean return a trial with its standard error, percent of (oracle − random),
-    and by how much the policy is ahead, trial by trial. The oracle is the first method that the environment allows."""
+    """Compare the policy with ``chosen`` methods (or ``all``), trial by trial.
+
+    A row has the mean return per trial with its standard error, the percent of (oracle − random), and the mean paired
+    difference of the policy. The oracle is the first method that the environment allows.
+    """
     allowed = possible(environment)
     for name in chosen:
         one_of("--beside", name, [*methods(environment), "all"])
@@ -61,7 +68,8 @@ def paired(
     best, worst = float(totals[allowed[0]].mean()), float(totals["random"].mean())
     if judged.by_gradient_steps:
         raise ConfigError(
-            "--beside: this policy is judged after gradient steps, known methods by the episodes of a trial; there is nothing to pair"
+            "--beside: this policy is judged after gradient steps, and known methods by the episodes of a trial; leave "
+            "--beside out, because they can't be paired"
         )
     ours = judged.trials[judged.policy].sum(1)
     played = {**{f"this policy, {policy}": returns.sum(1) for policy, returns in judged.trials.items()}, **totals}
@@ -69,11 +77,11 @@ def paired(
 
 
 class Regret:
-    """What the oracle gets more than a policy on the same trials; nothing where there is no oracle to compare with."""
+    """The return of the oracle minus that of a policy on the same trials; no values without an oracle."""
 
     def __init__(self, tasks: TaskFamily | MetaEnvironment, seed: int, *, trials: int = 1000) -> None:
         self._tasks, self._seed, self._trials = tasks, seed, trials
-        #: the oracle's returns by episode, by split
+        #: The oracle's returns by episode, for each split.
         self._best: dict[str, Tensor | None] = {}
 
     def __call__(self, judged: Evaluation) -> dict[str, float]:

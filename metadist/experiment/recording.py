@@ -1,4 +1,4 @@
-"""Record a run: the tracker around it, and the files at its end."""
+"""Record a run: start and finish its tracker, and write its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from metadist.training.observers import Observer
 
 @dataclass
 class Recording:
-    """A started tracker and the status that the run ends with. ``undelivered`` and ``url`` are known at the end."""
+    """A started tracker and the status at the run's end. ``undelivered`` and ``url`` are known after the end."""
 
     tracker: Tracker
     status: str = "FAILED"
@@ -84,7 +84,7 @@ def _start_tracker(attempt: Attempt, parent: str | None) -> Tracker:
 
 
 def _git_revision() -> str:
-    """Return the revision of the working directory, else of metadist's own checkout, else nothing."""
+    """Return the git revision of the working directory, or of metadist's own checkout; empty without either."""
     for folder in (Path.cwd(), Path(__file__).parent):
         try:
             command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -95,7 +95,7 @@ def _git_revision() -> str:
 
 
 def inexact_marker(attempt: Attempt, observers: Observer, tracker: Tracker) -> Callable[[str], None]:
-    """Return a function that names one worker whose numerics differ from the run's, once, to everybody who follows the run."""
+    """Return a function that reports a worker whose numerics differ from the run's: once to display and tracker."""
 
     def mark(worker: str) -> None:
         if worker not in attempt.inexact:
@@ -107,7 +107,10 @@ def inexact_marker(attempt: Attempt, observers: Observer, tracker: Tracker) -> C
 
 
 def write_result(directory: RunDirectory, result: Result, tracker: Tracker, *, plots: bool) -> None:
-    """Write model and scores to the run directory and the tracker; of a finished run also the registered model and the plots."""
+    """Write model and scores to the run directory and the tracker.
+
+    For a finished run, also register the model where the config asks for it, and draw the plots.
+    """
     result.export(f"{directory.url}/model.safetensors")
     directory.write("result.json", json.dumps(result.as_dict(), indent=1))
     if directory.local:

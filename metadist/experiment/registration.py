@@ -1,4 +1,4 @@
-"""A run's models for MLflow: what they are made of, and what is said of them."""
+"""Log and register a run's models in MLflow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def log_models(tracker: Any, folder: RunDirectory, result: Result, register: str) -> None:
-    """The parameters that validated best become a version of the model ``register``; the last ones are logged beside them."""
+    """Register the parameters that validated best as the model ``register``; log the last parameters, too."""
     if reason := result.experiment.learner.servable():
         log.warning("tracking.register: not registered: %s", reason)
         return
@@ -49,7 +49,7 @@ def _write(place: Path, result: Result) -> list[Path]:
 
 
 def _example(result: Result) -> dict[str, Any]:
-    """The first validation task."""
+    """Return the first validation task as an example of the model's input."""
     learner = supervised(result.experiment.learner)
     task = learner.sample(TaskKey.of(result.experiment.seed, "validation", 0, [0]))
     return {
@@ -65,7 +65,7 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
     judged = [v for v in result.outcome.progress.validation if v["meta_step"] == meta_step]
     if not judged:
         raise ConfigError(
-            f"run {result.run_id} has no validation at meta-step {meta_step}; the rule that names a champion needs one"
+            f"run {result.run_id} has no validation at meta-step {meta_step}; the choice of the champion needs one"
         )
     classification = learner.tasks.kind == "classification"
     tasks = {n: experiment.document.get(n) for n in ("tasks", "seed")}
@@ -90,7 +90,7 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
 
 
 def register_run(run_dir: str, name: str) -> str:
-    """Log a finished run's best parameters as an MLflow model and make them a version of ``name``; returns the version."""
+    """Log a finished run's best parameters as an MLflow model, register it as ``name``, and return its version."""
     from metadist.tracking.model_registry import register_now
 
     result, folder = load_run(run_dir), RunDirectory(run_dir)

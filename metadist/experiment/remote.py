@@ -1,4 +1,4 @@
-"""Remote workers: the gRPC endpoint of a driver that takes them, and the process that joins a driver."""
+"""Connect remote workers: the gRPC endpoint of the driver, and the process of a worker."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from metadist.rpc.endpoint import Endpoint
     from metadist.workers.remote.client import Shell
 
-#: keys that workers do not need
+#: Config keys that workers do not need.
 DRIVER_KEYS = ("workers", "outside", "control", "checkpoint", "tracking", "init_from")
-#: a worker's call lasts as long as the run: this is the longest deadline that gRPC takes
+#: A worker's call lasts as long as the run: this is the longest deadline that gRPC accepts.
 LONGEST_SECONDS = 24 * 24 * 3600.0
-#: calls besides those of workers: health, reflection, workers that are about to be refused
+#: Calls in addition to those of workers: health, reflection, workers that are being refused.
 OTHER_CALLS = 16
-#: seconds to dismiss every worker on a busy machine; a worker that is not dismissed waits for a driver in vain
+#: Seconds to dismiss every worker on a busy machine; a worker without a dismissal waits for a driver in vain.
 GRACE_SECONDS = 10.0
 
 
@@ -61,7 +61,8 @@ def remote_executor(
         ) from error
     if not experiment.document:
         raise ConfigError(
-            "outside: remote workers build their learner from a config; this experiment was made in Python and has none"
+            "outside: remote workers build their learner from a config, but this experiment was made in Python without "
+            "one"
         )
     groups = [g for g in experiment.workers if g.outside and g.max]
     document = {k: v for k, v in experiment.document.items() if k not in DRIVER_KEYS}
@@ -71,7 +72,7 @@ def remote_executor(
     endpoint = _endpoint(experiment, workers=sum(g.max for g in groups))
     with serve(endpoint, {add_to_server: Leases(executor.server)}, grace=GRACE_SECONDS) as served:
         executor.how = _command(experiment, served.port)
-        settings.note(f"workers from outside may join: {executor.how}")
+        settings.note(f"remote workers can join: {executor.how}")
         try:
             yield executor
         finally:
@@ -111,7 +112,7 @@ class WorkerOptions:
     """The options of ``metadist worker``.
 
     ``patience`` is the time in seconds to wait for a driver that can't be reached; with ``stay`` the worker waits for
-    the next run when one is over.
+    the next run at the end of a run.
     """
 
     token_file: str | None = None
@@ -130,7 +131,7 @@ def build(config: str) -> Learner:
 
 
 def work(address: str, options: WorkerOptions, shell: Shell) -> str:
-    """Work for the driver at ``address`` until its run is over, and return why it ended.
+    """Work for the driver at ``address`` until its run is over, and return the reason of the end.
 
     With ``options.stay`` it continues with later runs. The worker waits for a driver that can't be reached or that
     disappears during a run, ``options.patience`` seconds at a time. Raises MetadistError where waiting can't help.
@@ -159,7 +160,8 @@ def work(address: str, options: WorkerOptions, shell: Shell) -> str:
             if ended.then == "over" and not options.stay:
                 return ended.reason
             waiting_for = ended.reason
-            # For a driver that answers but has no place for this worker: gRPC's own pauses are for unreachable drivers.
+            # This pause is for a driver that answers but needs no worker: gRPC's own pauses are for unreachable
+            # drivers.
             pause = 1.0 if time.monotonic() - began > 30 else min(2 * pause, 15.0)
             time.sleep(pause)
         except ServiceError as error:

@@ -1,4 +1,4 @@
-"""The plots of a run: what was learned, how fast adaptation works, and single tasks to look at."""
+"""Draw the plots of a run: the learning curve, the adaptation curve, and single tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metadist.tracking import plots
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
-    """Every plot that suits the run, as PNG files in ``folder``."""
+    """Draw every plot that suits the run as a PNG file in ``folder``; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     learner, progress = result.experiment.learner, result.outcome.progress
     metric = learner.tasks.metric_name
@@ -55,7 +55,7 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 
 def _adapted(result: Result, index: int) -> tuple[Task, Any]:
-    """A test task and its trajectory φ_0 … φ_k."""
+    """Return a test task and its trajectory φ_0 … φ_k."""
     learner, seed = supervised(result.experiment.learner), result.experiment.seed
     keys = TaskKey.of(seed, "test", 0, [index])
     task: Task = torch.utils._pytree.tree_map(lambda t: t[0], learner.sample(keys))

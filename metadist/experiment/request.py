@@ -1,4 +1,4 @@
-"""How one process runs an experiment."""
+"""The options of one process that runs an experiment."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from metadist.core.round import Executor
 
 @dataclass(frozen=True)
 class RunRequest:
-    """Where a run is recorded, whether it resumes, and what happens at its end.
+    """The options of a run: its directory, its id, resumption, and the steps after training.
 
     ``run_dir`` is a folder or an fsspec URL (default: a new folder under ``METADIST_RUNS``, or the newest run on
     ``resume``). ``run_id`` is the id of a new run; ``parent`` the id of its group of seeds. ``test`` and ``plots``
     follow training. ``stop`` returns True once the run should stop with a checkpoint. ``wrap`` replaces the executor,
-    by one that injects faults for example.
+    for example by one that injects faults.
     """
 
     run_dir: str | None = None

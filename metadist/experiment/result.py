@@ -16,13 +16,13 @@ from metadist.learners.evaluation import Evaluation, as_json
 from metadist.storage.checkpoints import export_parameters
 from metadist.training.progress import Outcome
 
-#: prefix of the names in an exported file that are not the model's
+#: The prefix of names in an exported file that do not belong to the model.
 SLOTS = "slots/"
 
 
 @dataclass(frozen=True)
 class AdaptedParameters:
-    """φ and its support set."""
+    """The adapted parameters φ and their support set."""
 
     phi: Any
     support: Examples
@@ -30,7 +30,7 @@ class AdaptedParameters:
 
 @dataclass
 class Result:
-    """A trained (or loaded) meta-learner: scores, and ``adapt`` / ``predict`` on new support sets."""
+    """A trained or loaded meta-learner: its scores, and ``adapt`` and ``predict`` for new support sets."""
 
     run_id: str
     run_dir: str
@@ -41,7 +41,7 @@ class Result:
     retried: dict[str, int]
     wall_seconds: float
     undelivered: int = 0
-    #: the workers whose numerics differ from those that the run began with
+    #: The workers whose numerics differ from the numerics at the run's begin.
     inexact: list[str] = field(default_factory=list)
     tracking_url: str | None = None
 

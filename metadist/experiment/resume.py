@@ -1,4 +1,4 @@
-"""Start a run, or resume one after a comparison with what it began with."""
+"""Start a run, or resume one after a comparison with its config, seed and data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from metadist.training.progress import Progress
 
 log = logging.getLogger(__name__)
 
-#: keys that may differ between a run and its resumption: none of them enters θ
+#: Keys that can differ between a run and its resumption: none of them changes θ.
 FREE_ON_RESUME = (
     "workers",
     "outside",
@@ -40,7 +40,10 @@ FREE_ON_RESUME = (
 
 @contextmanager
 def claimed(experiment: Experiment, request: RunRequest) -> Iterator[tuple[RunDirectory, str]]:
-    """Lock the run directory and yield it with the run's id. ConfigError where the directory belongs to another run or process."""
+    """Lock the run directory and yield it with the run's id.
+
+    Raises ConfigError where the directory belongs to another run or process.
+    """
     run_dir = request.run_dir
     if request.resume and run_dir is None:
         run_dir = newest_run(experiment.name)
@@ -56,12 +59,12 @@ def _run_id(directory: RunDirectory, experiment: Experiment, run_id: str, resume
     if about is not None:
         if not resume:
             raise ConfigError(
-                f"run_dir '{directory.url}' holds a run already; go on with it by --resume, or choose another --run-dir"
+                f"run_dir '{directory.url}' holds a run already; continue it with --resume, or choose another --run-dir"
             )
         return str(about["run_id"])
     if directory.read("group.json") is not None:
         raise ConfigError(
-            f"run_dir '{directory.url}' holds a group of seeds; go on with it by --seeds, or choose another --run-dir"
+            f"run_dir '{directory.url}' holds a group of seeds; continue it with --seeds, or choose another --run-dir"
         )
     if resume:
         log.warning("run_dir %s holds no run yet; a new one starts", directory.url)
@@ -73,7 +76,8 @@ def _run_id(directory: RunDirectory, experiment: Experiment, run_id: str, resume
 def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str) -> Attempt:
     """Load the newest checkpoint, or make the initial state.
 
-    ConfigError where the config enters θ and differs from that of the run; CheckpointError where seed or data differ.
+    Raises ConfigError where a key that changes θ differs from the run's config, and CheckpointError where seed or data
+    differ.
     """
     learner = experiment.learner
     higher_is_better = learner.tasks.higher_is_better

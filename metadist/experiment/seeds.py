@@ -1,4 +1,4 @@
-"""Several seeds of one experiment: a run for each, under one parent that gets mean and standard deviation."""
+"""Train several seeds of one experiment: a run per seed under one parent that records mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def train_seeds(
     live: Callable[[Experiment], AbstractContextManager[Observer]],
     show: Callable[[Result], None] = lambda _: None,
 ) -> Group:
-    """Train one run per seed, in ``run_dir/seed-N``, as child runs of one parent that gets mean and standard deviation.
+    """Train one run per seed in ``run_dir/seed-N``, as child runs of a parent with mean and standard deviation.
 
-    ``live(experiment)`` gives the display of a run, and ``show(result)`` is called after each.
+    ``live(experiment)`` returns the display of a run; ``show(result)`` is called after each run.
     """
     base = build(document)
     directory, group_id = _claim(base.name, seeds, request)
@@ -64,13 +64,13 @@ def train_seeds(
         if request.stop():
             break
     final = [r.evaluations[0].metrics() for r in results if r.evaluations]
-    if len(final) == len(seeds):  # a point is recorded once: never the mean of a part of the seeds
+    if len(final) == len(seeds):  # the tracker keeps the first value of a point: record no mean of a part of the seeds
         _record(base, directory, group_id, final)
     return Group(group_id, directory.url, results, mean_sd(final), interrupted=len(final) < len(seeds))
 
 
 def _claim(name: str, seeds: Sequence[int], request: RunRequest) -> tuple[RunDirectory, str]:
-    """Return the directory of the group and its id. ConfigError where the directory belongs to something else."""
+    """Return the group's directory and id. Raises ConfigError where the directory belongs to another run or group."""
     run_dir = request.run_dir
     if request.resume and run_dir is None:
         run_dir = newest_run(name, "group.json")
@@ -79,7 +79,7 @@ def _claim(name: str, seeds: Sequence[int], request: RunRequest) -> tuple[RunDir
     known = directory.read_json("group.json")
     if directory.read("run.json") is not None:
         raise ConfigError(
-            f"run_dir '{directory.url}' holds a run already, a single run; choose another --run-dir for {len(seeds)} seeds"
+            f"run_dir '{directory.url}' holds a run already; choose another --run-dir for {len(seeds)} seeds"
         )
     if known is None:
         about = {"group_id": group_id, "name": name, "created": time.time(), "seeds": list(seeds)}
@@ -87,12 +87,10 @@ def _claim(name: str, seeds: Sequence[int], request: RunRequest) -> tuple[RunDir
         return directory, group_id
     if not request.resume:
         raise ConfigError(
-            f"run_dir '{directory.url}' holds runs already; go on with them by --resume, or choose another --run-dir"
+            f"run_dir '{directory.url}' holds runs already; continue them with --resume, or choose another --run-dir"
         )
     if sorted(known["seeds"]) != sorted(seeds):
-        raise ConfigError(
-            f"--resume: the group has the seeds {known['seeds']}, not {list(seeds)}; its mean is that of exactly these"
-        )
+        raise ConfigError(f"--resume: the group has the seeds {known['seeds']}, not {list(seeds)}; give the same seeds")
     return directory, str(known["group_id"])
 
 

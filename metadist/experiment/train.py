@@ -1,4 +1,4 @@
-"""Train an experiment: from its description to a recorded result."""
+"""Train an experiment and record its result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from metadist.training.scheduler import Scheduler
 
 
 def train(experiment: Experiment, request: RunRequest = RunRequest(), display: Observer | None = None) -> Result:
-    """Meta-train, test once, and record everything in the run directory. Raises ConfigError for a mistake of the user's."""
+    """Meta-train, test once, and record everything in the run directory. Raises ConfigError for a user's mistake."""
     began, learner = time.perf_counter(), experiment.learner
     check_control(experiment.control)
     check_uri(experiment.tracking.uri)
@@ -57,7 +57,7 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
                 outcome = meta_train(run, attempt.progress, workers, observers, attempt.checkpoints, steering)
                 scores = _test(run, outcome, workers, observers) if request.test else []
                 workers.ended = outcome.stopped or ""
-            learner.prepare(torch.device("cpu"))  # an executor in this process may have moved it to a GPU
+            learner.prepare(torch.device("cpu"))  # an executor in this process may have moved the model to a GPU
             result = _result(attempt, outcome, scores, workers, time.perf_counter() - began)
             write_result(directory, result, tracker, plots=request.plots)
             recording.status = "KILLED" if result.interrupted else "FINISHED"

@@ -1,4 +1,4 @@
-"""The plots of a run in a meta-environment: adaptation by episode, regret beside known methods, and trials to look at."""
+"""Draw the plots of a run in a meta-environment: returns by episode, regret, and single trials."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from metadist.rl.algorithm import TrialContext
 from metadist.rl.trial import EPISODE_END, VALID, Trials, rollout
 from metadist.tracking import trial_plots as plots
 
-#: trials of which known methods' curves are means
+#: The number of trials of which the curves of known methods are means.
 TRIALS = 1000
-#: tasks whose speeds are drawn: a simulator steps them one by one
+#: The number of tasks whose speeds are drawn: a simulator steps them one by one.
 RUNS = 32
-#: methods whose planning would take longer than the training of a small run
+#: Methods whose planning takes longer than the training of a small run.
 SLOW = ("psrl", "opsrl", "ucrl2", "beb")
 
 
 def draw_trials(result: Result, folder: Path) -> list[Path]:
-    """Every plot that suits the run, as PNG files in ``folder``."""
+    """Draw every plot that suits the run as a PNG file in ``folder``; return the paths."""
     learner, drawn = of_trials(result.experiment.learner), []
     for judged in result.evaluations:
         assert isinstance(judged, TrialEvaluation)
@@ -42,10 +42,8 @@ def draw_trials(result: Result, folder: Path) -> list[Path]:
         )
         if rows:
             drawn.append(folder / f"regret_{judged.split}.png")
-            best, same = (
-                torch.tensor(rows[0].by_episode),
-                judged.trials[judged.policy][:TRIALS].mean(0),
-            )  # of the trials that they were played in
+            # The known methods played the first TRIALS trials.
+            best, same = torch.tensor(rows[0].by_episode), judged.trials[judged.policy][:TRIALS].mean(0)
             regrets = {f"this policy, {judged.policy}": same, **{r.name: torch.tensor(r.by_episode) for r in rows[1:]}}
             plots.regret(drawn[-1], {name: best - curve for name, curve in regrets.items()}, rows[0].name)
     if isinstance(learner.tasks, Gridworld):
@@ -61,7 +59,10 @@ def draw_trials(result: Result, folder: Path) -> list[Path]:
 
 
 def _known(learner: TrialLearner, seed: int, split: str, trials: int) -> list[Row]:
-    """The oracle first; nothing where there are no known methods, or where the policy's curve is no curve over a trial's episodes."""
+    """Return the scores of the known methods, the oracle first.
+
+    The list is empty where no method is known, and for a policy that is judged after gradient steps.
+    """
     if learner.algorithm.by_gradient_steps:
         return []
     try:
@@ -79,7 +80,7 @@ def _played(result: Result, learner: TrialLearner, state: State, count: int) -> 
 
 
 def _episodes(trials: Trials, index: int) -> list[Tensor]:
-    """The observations of one trial, episode by episode: [steps, O] each."""
+    """Return the observations of one trial, [steps, O] for each episode."""
     ends = (trials.flag(EPISODE_END)[index].nonzero().flatten() + 1).tolist()
     return list(trials.observation[index][: ends[-1]].tensor_split(ends[:-1]))
 

@@ -1,4 +1,4 @@
-"""``metadist verify``: the same parameters for any number of workers, and when workers are killed."""
+"""Verify that training gives the same parameters for any number of workers, and when workers are killed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def verify(
 ) -> dict[str, Any]:
     """Train once for every number of workers and compare the SHA-256 of the parameters.
 
-    ``ok`` is False where the hashes differ or fewer shards were lost than ``kill`` workers were to be killed.
+    ``ok`` is False where the hashes differ, or where a run lost fewer than ``kill`` shards.
     """
     if meta_steps:
         document = override(_as_the_whole_run(document), [f"outer.meta_steps={meta_steps}"])
@@ -90,9 +90,9 @@ def _row(document: Document, count: str, kill: int, display: Observer) -> dict[s
         tracking=dataclasses.replace(experiment.tracking, uri="none"),
         evaluate=dataclasses.replace(experiment.evaluate, tasks=min(experiment.evaluate.tasks, 32)),
     )
-    kill = kill if sum(g.max for g in experiment.workers) else 0  # in this process there is no worker to kill
+    kill = kill if sum(g.max for g in experiment.workers) else 0  # without workers no process can be killed
     if kill > steps:
-        raise ConfigError(f"--kill {kill}: more than the {steps} meta-steps there are; raise --meta-steps")
+        raise ConfigError(f"--kill {kill}: the run has only {steps} meta-steps; raise --meta-steps")
     display.note(f"workers {count}: {steps} meta-steps" + (f", {kill} kills" if kill else ""))
     killed: list[str] = []
     wrap = partial(Killer, kills=kill, meta_steps=steps, killed=killed) if kill else None

@@ -23,7 +23,7 @@ from metadist.core.state import Contribution, Records, State, TreeSum
 from metadist.core.task import Examples, Task, TaskFamily
 from metadist.engine.agreement import compiled_disagrees
 from metadist.engine.compiled import Compiled
-from metadist.engine.functions import Call, directly
+from metadist.engine.functions import TensorCall, directly
 from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
 from metadist.learners.base import Learner, Surround
@@ -229,7 +229,7 @@ class FewShotLearner(Learner):
         raise NonFiniteError(f"{what} (seed {keys.seed}, meta-step {meta_step})", bad)
 
     def _sum(
-        self, run: Call, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
+        self, run: TensorCall, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
     ) -> Contribution:
         slots, metrics = self.meta_gradient.sums(run, theta, tasks, keys, meta_step, keep)
         count, names = sum(keep.tolist()), ("loss", self.tasks.metric_name)

@@ -38,8 +38,8 @@ REFUSED = {"improvement": -1e100, "kl": 1e100}
 class TrialLearner(Learner):
     """The mathematics of one experiment: algorithm, policy, meta-environment and outer loop.
 
-    ``outer.meta_batch_size`` counts trials. ``rollout_role`` is the role of the workers that compute rollouts. ``policy`` is
-    the choice of actions (``greedy`` or ``sampled``) whose return is the score.
+    ``outer.meta_batch_size`` counts trials. ``rollout_role`` is the role of the workers that compute rollouts.
+    ``policy`` is the choice of actions (``greedy`` or ``sampled``) whose return is the score.
     """
 
     gradients = ("gradient", "value_gradient", "fisher")

@@ -76,7 +76,10 @@ def meta_step(
     watch: Callable[[Round, Any], object] = lambda *_: None,
     run: Run | None = None,
 ) -> Done:
-    """Take meta-step ``number`` from ``state``. ``watch(round, sum)`` sees every round; ``run`` computes it elsewhere."""
+    """Take meta-step ``number`` from ``state``.
+
+    ``watch(round, sum)`` sees every round; ``run`` computes it elsewhere.
+    """
     done, outputs = Done(state), dict[Any, Records]()
 
     def watched(round: Round) -> Contribution:

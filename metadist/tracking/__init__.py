@@ -1,7 +1,7 @@
-"""Experiment tracking: a local spool that holds every record, MLflow filled from it in the background, and plots.
+"""Record experiments in a local spool, deliver the records to MLflow in the background, and draw plots.
 
-mlflow is imported here alone, and only inside the delivery thread. A package of its own adds a tracker: it derives a class
-from ``Tracker`` and declares an entry point in the group ``metadist.trackers`` (``docs/extend.md``).
+mlflow is imported here alone, and only inside the delivery thread. A package of its own adds a tracker: it derives a
+class from ``Tracker`` and declares an entry point in the group ``metadist.trackers`` (``docs/extend.md``).
 """
 
 from metadist.tracking.base import NullTracker, Tracker

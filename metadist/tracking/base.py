@@ -12,7 +12,7 @@ STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
 class Tracker(Observer):
-    """Records a run. Every method does nothing here, so a subclass overrides only the methods that it needs.
+    """Record a run. The methods of this class do nothing: a subclass overrides only the methods that it needs.
 
     One process calls ``start`` once, then the other methods from one thread, then ``finish`` once. Training waits for
     every call: between ``start`` and ``finish`` no method may wait for a server or raise because of one.
@@ -31,38 +31,37 @@ class Tracker(Observer):
         """Begin or resume ``run_id``. ``parent`` is the ``run_id`` of the group of seeds that the run belongs to."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record points. A resumed run repeats steps: of several points with the same (key, step) the first one
-        counts."""
+        """Record points. A resumed run repeats steps: of several points with one (key, step), keep the first."""
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
-        """Record a copy of the file as it is now, under ``folder``."""
+        """Record a copy of the file's present content under ``folder``."""
 
     def model(self, name: str, files: Sequence[Path], about: Mapping[str, Any]) -> None:
-        """Record the files of a model as they are now; ``model_registry.log_and_register`` documents ``about``."""
+        """Record copies of a model's files; ``model_registry.log_and_register`` documents ``about``."""
 
     def flush(self) -> None:
         """Make all records survive a power cut. Called before a checkpoint counts as written."""
 
     def finish(self, status: str, timeout: float) -> int:
-        """End the run with a status of ``STATUSES``; return how many records are undelivered after ``timeout``
-        seconds."""
+        """End the run with a status of ``STATUSES``; return the undelivered records after ``timeout`` seconds."""
         return 0
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """The id of the MLflow run, or None where there is none yet."""
+        """The id of the MLflow run, or None where MLflow has no run yet."""
         return None
 
     def facts(self) -> dict[str, object]:
+        """Return the facts about the records that every checkpoint stores."""
         return {"mlflow_run_id": self.mlflow_run_id}
 
     def url(self) -> str | None:
-        """Return the address of the run's page, or None where no server has one."""
+        """Return the address of the run's page, or None where no server shows the run."""
         return None
 
 
 class NullTracker(Tracker):
-    """Records nothing."""
+    """Record nothing."""

@@ -1,7 +1,7 @@
-"""The background thread that brings a spool to MLflow, whatever MLflow is doing.
+"""Deliver a spool to MLflow from a background thread, and survive all failures of MLflow.
 
-Delivery is at least once and idempotent: metrics carry their original timestamps (MLflow drops what it has), the rest is
-overwritten by the same value. The position in ``acked.json`` moves only after success.
+Delivery is at least once and idempotent: metrics carry their original timestamps (MLflow drops a metric that it already
+has), and every other record is overwritten by the same value. The position in ``acked.json`` moves only after success.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ FIRST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE_AT_END = 1.0, 60.0, 2.0
 
 
 class Delivery(threading.Thread):
-    """Delivers one spool folder until stopped. Nothing that the driver calls here waits, except ``drain``.
+    """Deliver one spool folder until stopped. Of the methods that the driver calls, only ``drain`` waits.
 
-    A failure opens the circuit: no call for 1, 2, 4 … 60 s. Of two deliverers of one folder (the thread of an earlier attempt
-    that hangs in a request, ``metadist ui``) the second waits.
+    After a failure the thread pauses for 1, 2, 4 … 60 s. One folder has one deliverer: the second one waits for the
+    first (the thread of an earlier attempt that hangs in a request, or ``metadist ui``).
     """
 
     def __init__(self, folder: Path, tracking_uri: str, *, identity: Mapping[str, Any], interval: float = 2.0) -> None:
@@ -39,14 +39,13 @@ class Delivery(threading.Thread):
         self._spool = self.folder / "spool.jsonl"
         self._acked = self.folder / "acked.json"
         self._lock = FileLock(str(self.folder / "delivery.lock"), thread_local=False)
-        self._identity = identity  # what run.json holds
+        self._identity = identity  # the content of run.json
         self._position = read_json(self._acked)
         self._store: RunStore | None = None
         self._opened = False
-        self._tail_considered = False
-        self._on_server: dict[str, Steps] | None = (
-            None  # what not to send again, in the rare cases that the position can't tell
-        )
+        self._tail_rechecked = False
+        #: The points that MLflow has, in the rare cases in which the position does not tell which points to skip.
+        self._on_server: dict[str, Steps] | None = None
         self._failures = 0
         self._draining = False
         self._stopping = False
@@ -55,22 +54,22 @@ class Delivery(threading.Thread):
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """The MLflow run, once it is known."""
+        """The id of the MLflow run, or None before the first delivery."""
         return self._position.get("mlflow_run_id")
 
     @property
     def experiment_id(self) -> str | None:
-        """The MLflow experiment, once it is known."""
+        """The id of the MLflow experiment, or None before the first delivery."""
         return self._position.get("experiment_id")
 
     def delivered(self) -> int:
-        """How many records MLflow has."""
+        """Return the number of records that MLflow has."""
         return self._position.get("records", 0)
 
     def drain(self, records: int, timeout: float) -> int:
-        """Waits until ``records`` records are delivered, at most ``timeout`` seconds; returns how many are not.
+        """Wait until ``records`` records are delivered, at most ``timeout`` seconds; return the undelivered records.
 
-        The thread then ends, as soon as the request in its hands does.
+        The thread ends after its current request.
         """
         deadline = time.monotonic() + timeout
         self._draining = True
@@ -79,11 +78,11 @@ class Delivery(threading.Thread):
             self._progress.wait_for(lambda: self.delivered() >= records or not self.is_alive(), timeout)
         self._stopping = True
         self._wake.set()
-        self.join(max(0.0, deadline - time.monotonic()))  # so that the folder is free for the next one
+        self.join(max(0.0, deadline - time.monotonic()))  # then the folder is free for the next deliverer
         return max(0, records - self.delivered())
 
     def run(self) -> None:
-        """The thread: deliver, pause, repeat."""
+        """Deliver, pause, repeat."""
         try:
             while not self._stopping:
                 self._wake.clear()
@@ -98,18 +97,18 @@ class Delivery(threading.Thread):
             self._wake.wait(pause)
 
     def _round(self) -> float:
-        """Delivers one chunk; returns for how long to pause."""
+        """Deliver one chunk; return the pause in seconds."""
         try:
-            if not self._mine():
+            if not self._owns_folder():
                 return 0.5
             more = self._deliver()
-        except Exception as error:  # whatever a store, a driver, a network or a disk may raise: keep, pause, try again
+        except Exception as error:  # stores, database drivers, networks and disks raise many types: pause, try again
             self._opened = False
             longest = LONGEST_PAUSE_AT_END if self._draining else LONGEST_PAUSE
             pause = min(longest, FIRST_PAUSE * 2**self._failures)
             if not self._failures:
                 logger.warning(
-                    "MLflow at %s fails: %s. Training goes on; records wait in %s",
+                    "MLflow at %s fails: %s. Training continues; the records wait in %s",
                     without_password(self.uri),
                     " ".join(str(error).split())[:300] or type(error).__name__,
                     self.folder,
@@ -123,13 +122,13 @@ class Delivery(threading.Thread):
             return 0.0
         return 0.02 if self._draining else self.interval
 
-    def _mine(self) -> bool:
+    def _owns_folder(self) -> bool:
         if not self._lock.is_locked:
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
                 return False
-            self._position = read_json(self._acked)  # the previous deliverer may have moved on
+            self._position = read_json(self._acked)  # the previous deliverer may have changed the file
         return True
 
     def _deliver(self) -> bool:
@@ -151,12 +150,12 @@ class Delivery(threading.Thread):
         known = self._position.get("mlflow_run_id")
         run_id = self._store.open(self._identity, known)
         position = {"offset": 0, "records": 0, "recheck": False, **self._position}
-        if run_id != known:  # new, or another store: the spool is the truth, deliver all of it
+        if run_id != known:  # a new run, or another store: deliver the whole spool
             position.update(offset=0, records=0, recheck=self._store.adopted)
-        if self._identity.get("tail_lost") and not self._tail_considered:
-            # After a power cut the spool may lack points that MLflow has, and the resumed driver records them anew
+        if self._identity.get("tail_lost") and not self._tail_rechecked:
+            # After a power cut the spool may lack points that MLflow has, and the resumed driver records them again.
             position.update(offset=0, records=0, recheck=True)
-            self._tail_considered = True
+            self._tail_rechecked = True
         if position["recheck"] and self._on_server is None:
             self._on_server = {}
             for key, step in self._store.history():
@@ -176,7 +175,7 @@ class Delivery(threading.Thread):
 
         assert self._store is not None
         if self._on_server is not None:
-            records = [r for r in records if not self._has(r)]
+            records = [r for r in records if not self._on_server_already(r)]
         batch = [r for r in records if r["kind"] in ("metric", "param", "tag")]
         try:
             self._log(batch)
@@ -184,14 +183,14 @@ class Delivery(threading.Thread):
             if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise
             self._opened = False
-            self._open()  # a deleted run is reported in the same way as a bad record
-            self._log_what_is_good(batch)
+            self._open()  # MLflow reports a deleted run in the same way as a bad record
+            self._log_accepted(batch)
         for (folder, name), record in {(r["value"], r["key"]): r for r in records if r["kind"] == "artifact"}.items():
             path = self.folder / "files" / folder / name
             if path.exists():
                 self._store.log_artifact(path, folder)
             else:
-                self._reject(record, "its file is gone")
+                self._reject(record, "its file does not exist any more")
         for record in {r["key"]: r for r in records if r["kind"] == "model"}.values():
             try:
                 self._store.log_model(record["key"], self.folder / "models" / record["key"], record["value"])
@@ -213,8 +212,8 @@ class Delivery(threading.Thread):
                 {r["key"]: r["value"] for r in records if r["kind"] == "tag"},
             )
 
-    def _log_what_is_good(self, records: list[dict[str, Any]]) -> None:
-        """Halves the batch until the record that MLflow refuses stands alone."""
+    def _log_accepted(self, records: list[dict[str, Any]]) -> None:
+        """Log a batch without the records that MLflow refuses: halve the batch until each of them is alone."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -226,14 +225,14 @@ class Delivery(threading.Thread):
                 self._reject(records[0], str(error))
                 return
             middle = len(records) // 2
-            self._log_what_is_good(records[:middle])
-            self._log_what_is_good(records[middle:])
+            self._log_accepted(records[:middle])
+            self._log_accepted(records[middle:])
 
-    def _has(self, record: dict[str, Any]) -> bool:
+    def _on_server_already(self, record: dict[str, Any]) -> bool:
         assert self._on_server is not None
         return record["kind"] == "metric" and record["step"] in self._on_server.get(record["key"], ())
 
     def _reject(self, record: dict[str, Any], reason: str) -> None:
-        logger.warning("MLflow refuses %s %r for good: %s", record["kind"], record["key"], reason[:300])
+        logger.warning("MLflow refuses %s %r permanently: %s", record["kind"], record["key"], reason[:300])
         with open(self.folder / "rejected.jsonl", "a", encoding="utf-8") as file:
             file.write(f"{record}\n")

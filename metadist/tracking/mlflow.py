@@ -1,4 +1,4 @@
-"""The tracker that writes to a local spool and delivers to MLflow."""
+"""Write records to a local spool and deliver them to MLflow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class MLflowTracker(Tracker):
-    """Records into a local spool, which a background thread delivers to MLflow."""
+    """Record into a local spool; a background thread delivers the spool to MLflow."""
 
     def __init__(
         self, spool: str | Path, *, tracking_uri: str, experiment: str, runs_root: str | Path, interval: float = 2.0
@@ -42,9 +42,11 @@ class MLflowTracker(Tracker):
         parent: str | None = None,
         mlflow_run_id: str | None = None,
     ) -> None:
-        """Begins or resumes ``run_id``: the same MLflow run, after whatever an earlier attempt left undelivered."""
+        """Begin or resume ``run_id``: the same MLflow run, after the undelivered records of an earlier attempt."""
         if {"'", "`", '"'} & set(run_id + (parent or "")):
-            raise ConfigError(f"run_id {run_id!r}, parent {parent!r}: quotes are not allowed")
+            raise ConfigError(
+                f"run_id {run_id!r}, parent {parent!r}: quotes are not allowed; expected an id without them"
+            )
         spool = Spool(self.folder)
         before = read_json(self.folder / "run.json")
         acked = read_json(self.folder / "acked.json")
@@ -71,29 +73,29 @@ class MLflowTracker(Tracker):
         self._delivery.start()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One append to a local file."""
+        """Append the points to the spool."""
         self._opened().metrics(step, values)
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """One append to a local file."""
+        """Append the tags to the spool."""
         self._opened().set_tags(values)
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
-        """Copies the file into the spool."""
+        """Copy the file into the spool."""
         self._opened().artifact(Path(path), folder)
 
     def model(self, name: str, files: Sequence[Path], about: Mapping[str, Any]) -> None:
-        """Copies the files into the spool; the delivery makes the model of them."""
+        """Copy the files into the spool; the delivery makes an MLflow model from them."""
         self._opened().model(name, files, about)
 
     def flush(self) -> None:
-        """Syncs the spool to disk."""
+        """Sync the spool to disk."""
         self._opened().flush()
 
     def finish(self, status: str, timeout: float) -> int:
-        """Records the end and waits for delivery; what is left then can be delivered later with ``replay``."""
+        """Record the end and wait for delivery; ``replay`` can deliver the remaining records later."""
         if status not in STATUSES:
-            raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
+            raise ValueError(f"status {status!r} is not one of {', '.join(STATUSES)}")
         if self._spool is None or self._delivery is None:
             return 0
         spool, delivery = self._spool, self._delivery
@@ -107,7 +109,7 @@ class MLflowTracker(Tracker):
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """The MLflow run, once the server has told (now or in an earlier attempt)."""
+        """The id of the MLflow run, or None where neither this attempt nor an earlier one knows it yet."""
         return (
             self._delivery.mlflow_run_id
             if self._delivery
@@ -115,7 +117,7 @@ class MLflowTracker(Tracker):
         )
 
     def url(self) -> str | None:
-        """The run's page on an MLflow server; None for a local file, which needs ``metadist ui``."""
+        """Return the run's page on an MLflow server; None for a local file, which needs ``metadist ui``."""
         delivery = self._delivery
         if delivery is None or delivery.mlflow_run_id is None or not self.tracking_uri.startswith("http"):
             return None
@@ -125,12 +127,12 @@ class MLflowTracker(Tracker):
 
     def _opened(self) -> Spool:
         if self._spool is None:
-            raise RuntimeError("the tracker is not started, or finished")
+            raise RuntimeError("the tracker is not started or has finished already; call start first")
         return self._spool
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's uid without a name
+    except (KeyError, OSError):  # the uid of a container may have no name
         return "unknown"

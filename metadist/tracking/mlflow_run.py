@@ -1,5 +1,7 @@
-"""One MLflow run in one MLflow store, as idempotent operations. Imports mlflow when first used, which takes seconds: call it
-from the delivery thread."""
+"""Write to one MLflow run in one MLflow store, by idempotent operations.
+
+The first use imports mlflow, which takes seconds: use this module from the delivery thread.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ PARENT_TAG = "mlflow.parentRunId"
 
 
 class RunStore:
-    """The MLflow run of ``run_id``, found or created; every operation may be repeated without harm."""
+    """The MLflow run of a ``run_id``, found or created. Every operation can be repeated without harm."""
 
     def __init__(self, uri: str, experiment: str, runs_root: Path) -> None:
         prepare_environment()
@@ -33,11 +35,14 @@ class RunStore:
         self.run_id = ""
         self.experiment_id = ""
         self.params: dict[str, str] = {}
-        self.adopted = False  # the run had points that our position file doesn't know
+        self.adopted = False  # the run has points that the position file does not count
         self._client = MlflowClient(tracking_uri=uri)
 
     def open(self, identity: Mapping[str, Any], known: str | None) -> str:
-        """Finds the run ``known`` (or the one named in ``identity``, or the one tagged), or creates it; returns its MLflow id."""
+        """Find or create the run, and return its MLflow id.
+
+        The run is ``known``, or the MLflow run that ``identity`` names, or the run with the tag of its ``run_id``.
+        """
         self.adopted = False
         run = self._get(known)
         if run is None:
@@ -59,7 +64,7 @@ class RunStore:
         return self.run_id
 
     def log(self, metrics: Sequence[dict[str, Any]], params: Sequence[tuple[str, str]], tags: dict[str, str]) -> None:
-        """Logs one batch with the records' own timestamps: MLflow then drops what it has already."""
+        """Log one batch with the records' own timestamps: MLflow then drops the metrics that it already has."""
         from mlflow.entities import Metric, Param, RunTag
 
         tags = dict(tags)
@@ -85,32 +90,32 @@ class RunStore:
         self._client.log_batch(self.run_id, **entities)
 
     def log_artifact(self, path: Path, folder: str) -> None:
-        """Uploads a file; a later version replaces an earlier one."""
+        """Upload a file; a later version replaces an earlier one."""
         self._client.log_artifact(self.run_id, str(path), folder or None)
 
     def log_model(self, folder: str, source: Path, about: Mapping[str, Any]) -> None:
-        """The model as an artifact, registered where ``about`` names it; a later one replaces an earlier one."""
+        """Log a model as an artifact, and register it where ``about`` says so; it replaces an earlier model."""
         from metadist.tracking.model_registry import log_and_register
 
         log_and_register(self._client, self.run_id, folder, source, about)
 
     def set_status(self, status: str, timestamp_ms: int) -> None:
-        """Opens the run again (RUNNING) or ends it at ``timestamp_ms``."""
+        """Reopen the run (RUNNING) or end it at ``timestamp_ms``."""
         if status == "RUNNING":
             self._client.update_run(self.run_id, status=status)
         else:
             self._client.set_terminated(self.run_id, status=status, end_time=timestamp_ms)
 
     def history(self) -> Iterator[tuple[str, int]]:
-        """Every (key, step) that the run holds."""
+        """Yield every (key, step) that the run has."""
         for key in self._client.get_run(self.run_id).data.metrics:
             for metric in self._client.get_metric_history(self.run_id, key):
                 yield key, metric.step
 
     def delete_twins(self, run_id: str) -> None:
-        """Deletes empty runs of the same name tag.
+        """Delete empty runs with the same ``run_id`` tag.
 
-        A ``create_run`` that timed out on a frozen server is carried out when the server wakes up, after ours.
+        A server that froze during ``create_run`` creates its run when it continues, after this process made another.
         """
         for run in self._tagged(run_id):
             if run.info.run_id != self.run_id and not run.data.metrics:
@@ -123,11 +128,11 @@ class RunStore:
 
             location = artifact_location(self.uri, self.runs_root)
             try:
-                # Without the tag the UI takes it for the traces of a language-model application.
+                # Without the tag, the UI shows the experiment as traces of a language-model application.
                 kind = {"mlflow.experimentKind": "custom_model_development"}
                 return self._client.create_experiment(self.experiment, artifact_location=location, tags=kind)
             except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver created it
                     raise
                 found = self._client.get_experiment_by_name(self.experiment)
         if found.lifecycle_stage == "deleted":
@@ -145,7 +150,7 @@ class RunStore:
         return self._client.create_run(self.experiment_id, start_time=start_ms, tags=tags, run_name=name)
 
     def _tagged(self, run_id: str) -> list[Any]:
-        order = ["attributes.start_time ASC", "attributes.run_id ASC"]  # every process takes the same one
+        order = ["attributes.start_time ASC", "attributes.run_id ASC"]  # every process chooses the same run
         return list(
             self._client.search_runs(
                 [self.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", order_by=order, max_results=100
@@ -166,7 +171,7 @@ class RunStore:
 
     @contextlib.contextmanager
     def _creating(self) -> Iterator[None]:
-        """Drivers of one machine that start together must not both create the parent run."""
+        """Hold a lock, so that of several drivers that start together on one machine one creates the parent run."""
         self.runs_root.mkdir(parents=True, exist_ok=True)
         with FileLock(str(self.runs_root / ".mlflow-create.lock"), timeout=60):
             yield

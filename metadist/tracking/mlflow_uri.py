@@ -24,22 +24,23 @@ SqlAlchemyStore(sys.argv[1], sys.argv[2]).engine.dispose()
 
 
 def resolve_uri(uri: str | None, runs_root: Path) -> str:
-    """``uri``, or for ``auto`` the environment's ``MLFLOW_TRACKING_URI``, or else a SQLite file under ``runs_root``."""
+    """Return ``uri``; for ``auto`` the value of ``MLFLOW_TRACKING_URI``, or a SQLite file under ``runs_root``."""
     if uri and uri != "auto":
         return uri
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs_root).resolve()}/mlflow.db"
 
 
 def require_mlflow() -> None:
-    """ConfigError if MLflow isn't installed."""
+    """Raise ConfigError where MLflow is not installed."""
     if importlib.util.find_spec("mlflow") is None:
         raise ConfigError(
-            "tracking needs MLflow, which isn't installed: `pip install mlflow`, or switch tracking off with tracking.uri=none"
+            "tracking needs MLflow, which isn't installed: `pip install mlflow`, or switch tracking off with "
+            "tracking.uri=none"
         )
 
 
 def without_password(uri: str) -> str:
-    """``uri`` fit for logs and files."""
+    """Return ``uri`` with its password replaced by ``***``, for logs and files."""
     parts = urlsplit(uri)
     if parts.password is None:
         return uri
@@ -48,7 +49,10 @@ def without_password(uri: str) -> str:
 
 
 def prepare_environment() -> None:
-    """Short timeouts and no retries of MLflow's own (its defaults block a call for minutes); the user's settings stand."""
+    """Set short timeouts and switch MLflow's own retries off; its defaults block a call for minutes.
+
+    Variables that the user has set keep their values.
+    """
     for name, value in (
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS)),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
@@ -59,7 +63,7 @@ def prepare_environment() -> None:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file behind a ``sqlite:///`` URI; None for other stores and for an in-memory database."""
+    """Return the file of a ``sqlite:///`` URI; None for other stores and for an in-memory database."""
     if not urlsplit(uri).scheme.startswith("sqlite"):
         return None
     path = uri.partition("://")[2].partition("?")[0][1:]
@@ -67,18 +71,21 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def artifact_location(uri: str, runs_root: Path) -> str | None:
-    """Where the artifacts of a new experiment go: MLflow's default for a database is a folder in the *current directory*."""
+    """Return the URI of the artifacts of a new experiment; None leaves the choice to MLflow.
+
+    MLflow's default for a database is a folder in the *current directory*.
+    """
     if urlsplit(uri).scheme.partition("+")[0] not in ("sqlite", "postgresql", "mysql", "mssql"):
         return None
     return (Path(runs_root).resolve() / "mlartifacts").as_uri()
 
 
 def prepare_sqlite(uri: str, runs_root: Path) -> None:
-    """Creates the SQLite file if it is missing, complete or not at all.
+    """Create the SQLite file if it is missing, completely or not at all.
 
-    Creating takes MLflow seconds of migrations, two processes that do it at once crash, and one that is killed meanwhile leaves a
-    file that never opens again. So: under a lock, in a process of its own (which spares the driver's interpreter), beside the
-    final name.
+    MLflow needs seconds of migrations to create the file. Two processes that create it simultaneously crash, and a
+    process that is killed meanwhile leaves a file that never opens again. Therefore a subprocess creates the file under
+    a lock and a temporary name; the driver does not import the migrations.
     """
     path = sqlite_path(uri)
     if path is None or path.exists():
@@ -96,7 +103,7 @@ def prepare_sqlite(uri: str, runs_root: Path) -> None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            start_new_session=True,  # Ctrl-C is the driver's affair
+            start_new_session=True,  # Ctrl-C reaches only the driver
         )
         if done.returncode:
             raise OSError(f"can't create {path}: {done.stderr.strip().splitlines()[-1:]}")

@@ -1,4 +1,7 @@
-"""Trained models as MLflow models: saved with all that a fresh environment needs, registered, and named by a rule on validation."""
+"""Save trained models as MLflow models, register them, and choose the champion by its validation score.
+
+A saved model has all that a new environment needs.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from metadist.tracking.spool import read_json
 
 logger = logging.getLogger(__name__)
 
-#: what loading and predicting import beside metadist itself, which travels with the model
+#: The packages that loading and predicting import. The model itself contains metadist.
 REQUIREMENTS = (
     "torch",
     "numpy",
@@ -39,8 +42,11 @@ SCORE, PROTOCOL, MODEL = "metadist.validation", "metadist.protocol", "metadist.m
 
 
 def save(folder: Path, source: Path, about: Mapping[str, Any]) -> None:
-    """``source`` holds an exported model and an example of its input; ``folder`` becomes an MLflow model that adapts to the support set in
-    its input: support_x, support_y, query_x in, a row of logits or values per query out."""
+    """Make an MLflow model in ``folder`` from the exported model and the example of an input in ``source``.
+
+    The model adapts to the support set in its input. Inputs: support_x, support_y, query_x. Output: a row of logits or
+    values per query.
+    """
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
@@ -69,7 +75,7 @@ def save(folder: Path, source: Path, about: Mapping[str, Any]) -> None:
 def _requirements() -> list[str]:
     found = []
     for name in REQUIREMENTS:
-        try:  # a local build such as 2.13.0+cpu isn't to be had everywhere
+        try:  # a local build such as 2.13.0+cpu is not on every index
             found.append(f"{name}=={version(name).partition('+')[0]}")
         except PackageNotFoundError:
             found.append(name)
@@ -77,9 +83,10 @@ def _requirements() -> list[str]:
 
 
 def register(client: Any, name: str, source: str, mlflow_run_id: str, about: Mapping[str, Any]) -> str:
-    """A version of the registered model ``name``, or the one that is there from an earlier attempt; returns its number.
+    """Create a version of the registered model ``name``, or find that of an earlier attempt; return its number.
 
-    It becomes the ``candidate``, and the ``champion`` where there is none or where it validated better than that one on the same tasks.
+    The version becomes the ``candidate``. It becomes the ``champion`` where the model has none, or where the champion
+    validated worse on the same tasks.
     """
     from mlflow.exceptions import MlflowException
 
@@ -124,10 +131,10 @@ def _champion(client: Any, name: str) -> Any:
 
 
 def _beats(about: Mapping[str, Any], champion: Any) -> bool:
-    """Scores of different tasks say nothing of each other: then the champion stays."""
+    """Return whether the score is better than the champion's. Scores on different tasks are not comparable."""
     if champion.tags.get(PROTOCOL) != about["protocol"] or SCORE not in champion.tags:
         logger.warning(
-            "the champion was validated on other tasks: it stays; move the alias by hand if this one is to follow it"
+            "the champion was validated on other tasks and stays champion; to replace it, move the alias by hand"
         )
         return False
     there = float(champion.tags[SCORE])
@@ -137,7 +144,7 @@ def _beats(about: Mapping[str, Any], champion: Any) -> bool:
 def log_and_register(
     client: Any, mlflow_run_id: str, folder: str, source: Path, about: Mapping[str, Any]
 ) -> str | None:
-    """The model as an artifact ``folder`` of the run, and a registered version where ``about['register']`` names one."""
+    """Log the model as the artifact ``folder`` of the run; register it as ``about['register']`` unless that is None."""
     with tempfile.TemporaryDirectory() as place:
         saved = Path(place) / "model"
         save(saved, source, about)
@@ -149,11 +156,11 @@ def log_and_register(
 
 
 def register_now(spool: Path, uri: str | None, runs_root: Path, source: Path, about: Mapping[str, Any]) -> str:
-    """As ``log_and_register``, of a run that was delivered from ``spool``; waits for the server."""
+    """Log and register a model of the run that ``spool`` recorded; wait for the server. Return the version."""
     require_mlflow()
     known = read_json(spool / "acked.json").get("mlflow_run_id")
     if known is None:
-        raise ConfigError(f"register: MLflow has nothing of run {about['run_id']}; deliver it first (metadist ui does)")
+        raise ConfigError(f"register: MLflow does not have run {about['run_id']}; deliver it first with metadist ui")
     prepare_environment()
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -170,7 +177,7 @@ def register_now(spool: Path, uri: str | None, runs_root: Path, source: Path, ab
 
 
 def fetch(uri: str, runs_root: Path, tracking_uri: str | None = None) -> Path:
-    """The weights of ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/…``, on this machine."""
+    """Download ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/…``; return the path of the weights."""
     require_mlflow()
     prepare_environment()
     import mlflow
@@ -190,6 +197,7 @@ def fetch(uri: str, runs_root: Path, tracking_uri: str | None = None) -> Path:
     found = sorted(folder.rglob(WEIGHTS))
     if not found:
         raise CheckpointError(
-            f"{uri} is no model of metadist: it has no {WEIGHTS}; expected one that 'metadist register' or tracking.register made"
+            f"{uri} is not a model of metadist: it has no {WEIGHTS}; expected a model that 'metadist register' or "
+            "tracking.register made"
         )
     return found[0]

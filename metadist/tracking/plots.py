@@ -1,5 +1,8 @@
-"""The figures of a run, as PNG files. Inputs are plain numbers, NumPy arrays or torch tensors; matplotlib is loaded on first use
-and never through pyplot, so that no global state or display is touched."""
+"""Draw the figures of a run as PNG files.
+
+Inputs are plain numbers, NumPy arrays or torch tensors. Matplotlib is imported on first use, and never through pyplot:
+no global state changes and no display is needed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2563a8", "#d9730d", "#2a8a4a", "#c8322b", "#6b7280"
-_LOG_RATIO = 30.0  # positive curves that fall by more than this get a logarithmic axis
+_LOG_RATIO = 30.0  # positive curves that fall by more than this factor get a logarithmic axis
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -38,7 +41,10 @@ def learning_curve(
     validation: Sequence[tuple[int, float, float]],
     metric_name: str,
 ) -> Path:
-    """The training metric over meta-steps (every point faint, the running median bold), and validation (step, mean, 95 % CI)."""
+    """Draw the training metric over meta-steps, and the validation: (step, mean, 95 % CI).
+
+    The points of the training metric are faint; their running median is bold.
+    """
     with _figure(path, 7.2, 4.2) as figure:
         axes = figure.add_subplot()
         x, y = _array(steps), _array(train_values)
@@ -77,7 +83,7 @@ def learning_curve(
 
 
 def adaptation_curve(path: str | Path, mean: Any, ci: Any, metric_name: str, split: str) -> Path:
-    """The metric on query sets after 0, 1, …, k inner steps, with its 95 % confidence band."""
+    """Draw the metric on query sets after 0, 1, …, k inner steps, with its 95 % confidence band."""
     mean, ci = _array(mean), _array(ci)
     steps = np.arange(len(mean))
     with _figure(path, 6.0, 4.2) as figure:
@@ -105,47 +111,17 @@ def adaptation_curve(path: str | Path, mean: Any, ci: Any, metric_name: str, spl
 
 
 def sinusoid_fits(path: str | Path, tasks: Sequence[Mapping[str, Any]]) -> Path:
-    """Regression tasks side by side: the true curve, the support points, and the prediction after each number of inner steps.
+    """Draw regression tasks side by side: the true curve, the support points, and the predictions.
 
-    A task has ``x_support``, ``y_support``, ``x_curve``, ``y_true`` and ``predictions``: {inner steps: y on ``x_curve``}.
+    A task has ``x_support``, ``y_support``, ``x_curve``, ``y_true`` and ``predictions``: {number of inner steps: y on
+    ``x_curve``}.
     """
     columns = min(3, max(1, len(tasks)))
     rows = max(1, math.ceil(len(tasks) / columns))
     with _figure(path, 3.9 * columns, 3.1 * rows + 0.7) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axes, task in zip(grid.flat, tasks, strict=False):
-            x = _array(task["x_curve"])
-            order = np.argsort(x)
-            axes.plot(
-                x[order],
-                _array(task["y_true"])[order],
-                color="#111827",
-                linewidth=2.4,
-                alpha=0.35,
-                label="true function",
-            )
-            predictions = sorted(task["predictions"].items())
-            for place, (steps, y) in enumerate(predictions):
-                before = steps == 0
-                axes.plot(
-                    x[order],
-                    _array(y)[order],
-                    color=GREY if before else _shade(place, len(predictions)),
-                    linestyle="--" if before else "-",
-                    linewidth=1.5,
-                    label="before adaptation" if before else f"after {steps} inner step{'s' * (steps != 1)}",
-                )
-            axes.plot(
-                _array(task["x_support"]),
-                _array(task["y_support"]),
-                linestyle="",
-                marker="^",
-                markersize=7,
-                color=RED,
-                markeredgecolor="white",
-                zorder=5,
-                label="support set",
-            )
+            _draw_fit(axes, task)
         for axes in list(grid.flat)[len(tasks) :]:
             axes.set_visible(False)
         for index, axes in enumerate(list(grid.flat)[: len(tasks)]):
@@ -160,8 +136,46 @@ def sinusoid_fits(path: str | Path, tasks: Sequence[Mapping[str, Any]]) -> Path:
     return Path(path)
 
 
+def _draw_fit(axes: Axes, task: Mapping[str, Any]) -> None:
+    """Draw the curve, the predictions and the support set of one regression task."""
+    x = _array(task["x_curve"])
+    order = np.argsort(x)
+    axes.plot(
+        x[order],
+        _array(task["y_true"])[order],
+        color="#111827",
+        linewidth=2.4,
+        alpha=0.35,
+        label="true function",
+    )
+    predictions = sorted(task["predictions"].items())
+    for place, (steps, y) in enumerate(predictions):
+        before = steps == 0
+        axes.plot(
+            x[order],
+            _array(y)[order],
+            color=GREY if before else _shade(place, len(predictions)),
+            linestyle="--" if before else "-",
+            linewidth=1.5,
+            label="before adaptation" if before else f"after {steps} inner step{'s' * (steps != 1)}",
+        )
+    axes.plot(
+        _array(task["x_support"]),
+        _array(task["y_support"]),
+        linestyle="",
+        marker="^",
+        markersize=7,
+        color=RED,
+        markeredgecolor="white",
+        zorder=5,
+        label="support set",
+    )
+
+
 def episode_sheet(path: str | Path, episode: Mapping[str, Any], max_queries: int = 10) -> Path:
-    """One classification episode: a row per class, its support images, then its query images, framed green if predicted right.
+    """Draw a classification episode: a row per class with its support images and its query images.
+
+    The frame of a query image is green where its prediction is right, and red where it is wrong.
 
     ``episode`` has ``support`` and ``query`` images ([N, C, H, W] or [N, H, W], any value range), ``support_labels``,
     ``query_labels``, ``predicted``, and optionally ``classes`` (names) and ``title``.
@@ -202,7 +216,7 @@ def episode_sheet(path: str | Path, episode: Mapping[str, Any], max_queries: int
 
 
 class _figure:
-    """A styled figure that is saved on leaving."""
+    """A styled figure that is saved at the end of the ``with`` block."""
 
     def __init__(self, path: str | Path, width: float, height: float) -> None:
         self.path, self.size = Path(path), (width, height)
@@ -228,14 +242,14 @@ class _figure:
 
 
 def _array(values: Any) -> np.ndarray:
-    """A flat float array of a list, array or tensor on any device."""
+    """Return a list, an array, or a tensor on any device as a flat float array."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()  # NumPy has no bfloat16
     return np.asarray(values, dtype=float).reshape(-1)
 
 
 def _images(values: Any) -> np.ndarray:
-    """[N, H, W] or [N, H, W, 3] in 0…1."""
+    """Return images as [N, H, W] or [N, H, W, 3] in 0…1."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
     images = np.asarray(values, dtype=float)
@@ -267,7 +281,7 @@ def _scale(axes: Axes, values: np.ndarray) -> None:
 
 
 def _label(metric: str) -> str:
-    """The metric with its unit."""
+    """Return the metric with its unit."""
     name = metric.rsplit("/", 1)[-1].lower()
     if "acc" in name:
         return f"{metric} (fraction of queries)"
@@ -291,6 +305,6 @@ def _thousands() -> Any:
 
 
 def _shade(place: int, count: int) -> tuple[float, float, float]:
-    """From light to dark blue with the number of inner steps."""
+    """Return a blue, darker for later predictions."""
     weight = 0.45 + 0.55 * (place + 1) / count
     return tuple(1 - weight * (1 - int(BLUE[i : i + 2], 16) / 255) for i in (1, 3, 5))  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""The newest points of a run as Prometheus gauges, where the run is on Ray."""
+"""Export the newest points of a run on Ray as Prometheus gauges."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from metadist.training.observers import Observer
 
 
 class GaugeObserver(Observer):
-    """Sets gauges to the newest points."""
+    """Set gauges to the newest points."""
 
     def __init__(self, gauges: Any) -> None:
         self._gauges = gauges

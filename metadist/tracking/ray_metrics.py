@@ -1,4 +1,4 @@
-"""A run's measurements as Ray metrics: Prometheus finds them on every node's metrics port, beside Ray's own."""
+"""Export a run's measurements as Ray metrics: Prometheus reads them from every node's metrics port."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
-#: first part of a measurement's name → the label that takes the rest
+#: The first part of a measurement's name → the label that holds the rest of the name.
 LABELS = {"engine/seconds_per_step": "phase", "meta": "name"}
 
 
 def exported(name: str) -> tuple[str, dict[str, str]]:
-    """``engine/tasks_per_second`` → its Prometheus name, and labels for what there are several of: phases, workers, splits.
+    """Return the Prometheus name of a measurement such as ``engine/tasks_per_second``, and its labels.
 
-    One name with labels can be drawn in one panel, whatever the workers are called.
+    Phases, workers and splits become labels: one panel can then draw one name for all of them.
     """
     for prefix, label in LABELS.items():
         if name.startswith(f"{prefix}/"):
@@ -33,7 +33,7 @@ def _legal(name: str) -> str:
 
 
 class Gauges:
-    """The newest values of one run. Needs a connection to Ray."""
+    """Gauges of the newest values of one run. They need a connection to Ray."""
 
     def __init__(self, run: str) -> None:
         self._run = run

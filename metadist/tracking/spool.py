@@ -1,16 +1,18 @@
-"""The local, append-only record of everything a run logs: the truth from which MLflow is filled.
+"""Keep a local, append-only record of a run: the source from which MLflow is filled.
 
 A spool folder holds::
 
-    run.json      which run this is and where it goes (written by the driver)
-    spool.jsonl   one record per line: seq, kind (metric | param | tag | artifact | model | status), key, value, step, timestamp_ms
-    models/       what models to be logged are made of, by name
-    files/        copies of the artifacts, by destination: a later version replaces an earlier one
-    acked.json    how far MLflow has it, and as which MLflow run (written by whoever delivers)
-    rejected.jsonl  records that MLflow refused for good, if any
+    run.json        the run's identity and its destination (written by the driver)
+    spool.jsonl     one record per line: seq, kind (metric | param | tag | artifact | model | status), key, value,
+                    step, timestamp_ms
+    models/         the files of models that are to be logged, by name
+    files/          copies of the artifacts, by destination: a later version replaces an earlier one
+    acked.json      the delivered position and the id of the MLflow run (written by the deliverer)
+    rejected.jsonl  the records that MLflow refused permanently, if any
 
-Appending is one ``write`` to the page cache, so a SIGKILL of the driver loses nothing; ``flush`` makes it survive a power cut as
-well. Metrics are unique by (key, step): *the first value wins*, which is what makes a resumed driver's repetition of steps free.
+An append is one ``write`` to the page cache, so a SIGKILL of the driver loses nothing; after ``flush`` the records
+survive a power cut as well. Metrics are unique by (key, step): *the first value counts*, so a resumed driver can repeat
+steps.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ MAX_KEY = 250
 MAX_PARAM = 6000
 MAX_TAG = 8000
 MAX_PENDING = 4 << 20  # bytes kept in memory while the disk is full
-_ILLEGAL = re.compile(r"[^\w/. \-]")  # MLflow also takes ':' except on Windows, where a store may live
+_ILLEGAL = re.compile(r"[^\w/. \-]")  # MLflow also takes ':', but not on Windows, and a store may be there
 
 
 def legal_key(key: str) -> str:
-    """``key`` as MLflow accepts it: illegal characters become ``_``, paths are normalised, long keys are cut."""
+    """Return a key that MLflow accepts: replace illegal characters by ``_``, normalise the path, cut a long key."""
     key = posixpath.normpath(_ILLEGAL.sub("_", key).strip("/"))
     if key.startswith("."):  # "." and ".." would be folders in a file store
         key = "_" + key
@@ -49,7 +51,7 @@ def legal_key(key: str) -> str:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replaces ``path`` atomically. Not fsynced: these files only ever lag behind, and a lag is repaired."""
+    """Replace ``path`` atomically, without fsync: these files can only be out of date, and delivery repairs that."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
@@ -59,7 +61,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What ``path`` holds, or an empty dict where it is missing or damaged."""
+    """Return the object in the file ``path``; an empty dict where the file is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -68,9 +70,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Steps:
-    """An exact set of step numbers in constant memory for evenly spaced steps: arithmetic runs ``[first, stride, last]``.
+    """An exact set of step numbers as arithmetic runs ``[first, stride, last]``.
 
-    A plain "largest step so far" would be smaller still, but would drop a late, out-of-order point as a duplicate.
+    Evenly spaced steps take constant memory.
+
+    The largest step alone would need less memory, but a late, out-of-order point would then count as a duplicate.
     """
 
     __slots__ = ("_largest", "_runs")
@@ -88,7 +92,7 @@ class Steps:
         return sum((last - first) // stride + 1 for first, stride, last in self._runs)
 
     def add(self, step: int) -> bool:
-        """Adds ``step``; False if it was there."""
+        """Add ``step``; return False if the set has it already."""
         if step in self:
             return False
         self._largest = max(self._largest, step)
@@ -106,9 +110,9 @@ class Steps:
 
 
 class Spool:
-    """The driver's end of a spool folder: one writer at a time, never raises for a full disk.
+    """The writer of a spool folder: one at a time; a full disk raises no error.
 
-    Opening cuts off a torn last line and rebuilds which (key, step) pairs are there.
+    Opening cuts off a torn last line and reads which (key, step) pairs the spool has.
     """
 
     def __init__(self, folder: Path, *, lock_timeout: float = 5.0) -> None:
@@ -120,24 +124,24 @@ class Spool:
             self._lock.acquire(timeout=lock_timeout)
         except Timeout:
             raise MetadistError(
-                f"{self.folder} is being written by another process: is this run still going on elsewhere?"
+                f"{self.folder} is being written by another process; stop the other process of this run first"
             ) from None
         self.steps: dict[str, Steps] = {}
         self.params: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.records = 0  # records in the file and in ``_pending``
-        self.lost = 0  # records given up because the disk stayed full
+        self.lost = 0  # records that were dropped because the disk stayed full
         self._pending = bytearray()
         self._failing = False
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self.damaged = 0  # lines passed over
+        self.damaged = 0  # lines that were skipped
         self.end = self._load()
 
     def metrics(self, step: int, values: Mapping[str, float], timestamp_ms: int | None = None) -> None:
-        """Appends the values whose (key, step) is new.
+        """Append the values whose (key, step) is new.
 
-        MLflow's SQL stores turn ±Inf into ±1.8e308, which ruins every axis: an infinity is recorded as NaN, and a second metric
-        ``<key>_nonfinite`` with value ±1 says which. NaN is recorded as it is.
+        MLflow's SQL stores turn ±Inf into ±1.8e308, which makes every axis unreadable. Therefore an infinity is
+        recorded as NaN, and a second metric ``<key>_nonfinite`` records its sign, ±1. NaN is recorded as NaN.
         """
         now = timestamp_ms or time.time_ns() // 1_000_000
         step = int(step)
@@ -161,11 +165,11 @@ class Spool:
             new.append({"kind": "metric", "key": key, "value": recorded, "step": step, "timestamp_ms": now})
 
     def set_params(self, params: Mapping[str, object]) -> None:
-        """Appends the params that are new or have changed."""
+        """Append the params that are new or have changed."""
         self._set("param", self.params, params, MAX_PARAM)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
-        """Appends the tags that are new or have changed."""
+        """Append the tags that are new or have changed."""
         self._set("tag", self.tags, tags, MAX_TAG)
 
     def _set(self, kind: str, known: dict[str, str], given: Mapping[str, object], limit: int) -> None:
@@ -182,11 +186,11 @@ class Spool:
             self._append(new)
 
     def artifact(self, source: Path, folder: str = "") -> None:
-        """Copies the file ``source`` into the spool, to be delivered as ``folder/<its name>``."""
+        """Copy the file ``source`` into the spool; it is delivered as ``folder/<its name>``."""
         source = Path(source)
         folder = posixpath.normpath(folder) if folder else ""
         if folder.startswith(("/", "..")):
-            raise ValueError(f"artifact folder {folder!r} leaves the run")
+            raise ValueError(f"artifact folder {folder!r} is outside the run; expected a relative path without '..'")
         target = self.folder / "files" / folder / source.name
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
@@ -201,7 +205,7 @@ class Spool:
         self._append([{"kind": "artifact", "key": source.name, "value": folder, "timestamp_ms": now}])
 
     def model(self, name: str, files: Iterable[Path], about: Mapping[str, Any]) -> None:
-        """Copies what a model is made of into the spool, to be logged as the MLflow model ``name``."""
+        """Copy the files of a model into the spool; it is logged as the MLflow model ``name``."""
         target = self.folder / "models" / name
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -215,12 +219,12 @@ class Spool:
         )
 
     def status(self, status: str) -> None:
-        """Appends the run's status: RUNNING, FINISHED, FAILED or KILLED."""
+        """Append the run's status: RUNNING, FINISHED, FAILED or KILLED."""
         now = time.time_ns() // 1_000_000
         self._append([{"kind": "status", "key": "status", "value": status, "timestamp_ms": now}])
 
     def flush(self, fsync: bool = True) -> None:
-        """Writes what a full disk held back, and makes the spool survive a power cut."""
+        """Write the pending records; with ``fsync`` the spool then survives a power cut."""
         self._write()
         if fsync:
             try:
@@ -229,7 +233,7 @@ class Spool:
                 self._disk_failed(error)
 
     def close(self) -> None:
-        """Flushes and lets another writer in."""
+        """Flush, close the file and release the writer's lock."""
         if self._file < 0:
             return
         self.flush()
@@ -258,7 +262,7 @@ class Spool:
                 while written < len(view):
                     written += os.write(self._file, view[written:])
         except OSError as error:
-            os.ftruncate(self._file, self.end)  # never leave half a line for the deliverer or for the next attempt
+            os.ftruncate(self._file, self.end)  # neither the deliverer nor the next attempt may read half a line
             self._disk_failed(error)
             return
         self.end += len(self._pending)
@@ -270,7 +274,7 @@ class Spool:
     def _disk_failed(self, error: OSError) -> None:
         if not self._failing:
             self._failing = True
-            logger.warning("%s: %s; training goes on, records wait in memory", self.path, error)
+            logger.warning("%s: %s; training continues, and the records wait in memory", self.path, error)
 
     def _load(self) -> int:
         end = 0
@@ -285,7 +289,7 @@ class Spool:
                 record = parse(line)
                 if record is None:
                     self.damaged += 1
-                    logger.warning("%s: line %d is damaged and is passed over", self.path, self.records)
+                    logger.warning("%s: line %d is damaged and is skipped", self.path, self.records)
                 elif record["kind"] == "metric":
                     self.steps.setdefault(record["key"], Steps()).add(record["step"])
                 elif record["kind"] == "param":
@@ -296,7 +300,7 @@ class Spool:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """One record, or None where the line is damaged (a power cut may leave zeros)."""
+    """Return the record of a line, or None where the line is damaged (a power cut may leave zeros)."""
     try:
         record = json.loads(line)
         return record if isinstance(record, dict) and "kind" in record and "key" in record else None
@@ -305,7 +309,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path, offset: int, limit: int = 1000, size: int = 1 << 19) -> Iterator[bytes]:
-    """At most ``limit`` whole lines and about ``size`` bytes from ``offset`` on; a line still being written is left out."""
+    """Yield at most ``limit`` whole lines and about ``size`` bytes from ``offset`` on, without an unfinished line."""
     if not path.exists():
         return
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Choose the tracker for ``tracking.uri``; record groups of seeds; deliver the records that earlier processes left."""
+"""Choose the tracker for ``tracking.uri``; record groups of seeds; deliver the records of earlier processes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from metadist.tracking.spool import legal_key, read_json
 
 
 class TrackerFactory(Protocol):
-    """The object that an entry point in the group ``metadist.trackers`` names: a class, or a function, that makes a
-    tracker.
+    """The object that an entry point in the group ``metadist.trackers`` names: a class or a function.
 
     ``uri`` is the whole ``tracking.uri``, its scheme included. ``spool`` is a folder of the run that the tracker may
-    write to, ``experiment`` is ``tracking.experiment``, ``runs_root`` the folder that all runs are in.
+    write to, ``experiment`` is ``tracking.experiment``, and ``runs_root`` is the folder of all runs.
     """
 
     def __call__(self, uri: str, *, spool: Path, experiment: str, runs_root: Path) -> Tracker: ...
@@ -30,7 +29,7 @@ class TrackerFactory(Protocol):
 TRACKER = Kind[object](
     "trackers",
     {
-        "auto": "The MLflow store that MLFLOW_TRACKING_URI names, or else a SQLite file in the folder of the runs.",
+        "auto": "The MLflow store in MLFLOW_TRACKING_URI, or a SQLite file in the folder of the runs.",
         "databricks": "MLflow on Databricks: databricks://PROFILE",
         "databricks-uc": "MLflow on Databricks with Unity Catalog: databricks-uc://PROFILE",
         "file": "MLflow files in a folder: file:///PATH",
@@ -47,11 +46,11 @@ TRACKER = Kind[object](
     "a class derived from metadist.tracking.Tracker, or a function (uri, *, spool, experiment, runs_root) that makes "
     "one",
 )
-"""The values of ``tracking.uri``, or their schemes; plug-ins add schemes."""
+"""The values of ``tracking.uri`` or their schemes; plug-ins add schemes."""
 
 
 def check_uri(uri: str | None) -> None:
-    """Raise ConfigError where ``uri`` has a scheme that is neither metadist's, nor MLflow's, nor a usable plug-in's."""
+    """Raise ConfigError where neither metadist, nor MLflow, nor a usable plug-in has the scheme of ``uri``."""
     if plugin := _plugin(uri):
         _factory(plugin)
 
@@ -61,9 +60,9 @@ def make_tracker(
 ) -> Tracker:
     """Make the tracker for ``tracking.uri``.
 
-    ``uri`` is ``none``, ``auto`` (``MLFLOW_TRACKING_URI``, or else a SQLite file under ``runs_root``), any MLflow
-    tracking URI, or a URI whose scheme is the name of a plug-in (``console://…``). Raises ConfigError where MLflow is
-    needed and missing, and where the plug-in is unusable.
+    ``uri`` is ``none``, ``auto`` (``MLFLOW_TRACKING_URI``, or a SQLite file under ``runs_root``), any MLflow tracking
+    URI, or a URI whose scheme is the name of a plug-in (``console://…``). Raises ConfigError where MLflow is needed but
+    not installed, and where the plug-in is unusable.
     """
     if uri == "none":
         return NullTracker()
@@ -79,7 +78,7 @@ def make_tracker(
 
 
 def _plugin(uri: str | None) -> Plugin | None:
-    """The plug-in that the scheme of ``uri`` names; None where the scheme is metadist's or MLflow's own."""
+    """Return the plug-in that the scheme of ``uri`` names; None where the scheme belongs to metadist or MLflow."""
     scheme, separator, _ = (uri or "auto").partition("://")
     scheme = scheme.partition("+")[0].lower()
     if not separator or scheme.partition(":")[0] in TRACKER.own:
@@ -125,24 +124,22 @@ def log_group(
     run_id: str,
     name: str,
     results: Mapping[int, Sequence[Mapping[str, float]]],
-    params: Mapping[str, object] | None = None,
-    tags: Mapping[str, str] | None = None,
-    status: str = "FINISHED",
     timeout: float = 30.0,
 ) -> int:
-    """Record the results of several seeds on their parent run: ``<key>/mean`` and ``<key>/sd`` for every key of a step.
+    """Record the results of several seeds on their parent run; return the number of undelivered records.
 
-    ``run_id`` is the ``parent`` of the seeds' runs; ``results`` maps a step to one mapping per seed. The first values
-    count here too, so let the id name the seeds. Returns the number of undelivered records.
+    Every key of each step gets ``<key>/mean`` and ``<key>/sd`` (sample SD). ``run_id`` is the ``parent`` of the seeds'
+    runs; ``results`` maps a step to one mapping per seed. Of several values for one (key, step) the first counts, so
+    another set of seeds needs another id. ``timeout`` is in seconds.
     """
-    tracker.start(run_id=run_id, name=name, params=params or {}, tags=tags or {})
+    tracker.start(run_id=run_id, name=name, params={}, tags={})
     for step, seeds in sorted(results.items()):
         tracker.metrics(step, mean_sd(seeds))
-    return tracker.finish(status, timeout)
+    return tracker.finish("FINISHED", timeout)
 
 
 def mean_sd(seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return ``<key>/mean`` and ``<key>/sd`` (sample SD) over the seeds that have the key; one seed has no SD."""
+    """Return ``<key>/mean`` and ``<key>/sd`` over the seeds that have the key; a single seed has no SD."""
     summary: dict[str, float] = {}
     for key in dict.fromkeys(key for seed in seeds for key in seed):
         values = [float(seed[key]) for seed in seeds if key in seed]
@@ -154,7 +151,7 @@ def mean_sd(seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def undelivered(spool: str | Path) -> int:
-    """Return how many records of a spool folder MLflow doesn't have yet."""
+    """Return the number of records in a spool folder that MLflow does not have yet."""
     path = Path(spool) / "spool.jsonl"
     if not path.exists():
         return 0
@@ -164,9 +161,9 @@ def undelivered(spool: str | Path) -> int:
 
 
 def replay(spool: str | Path, *, tracking_uri: str | None = None, timeout: float = 60.0) -> int:
-    """Deliver the records that an earlier process left in a spool folder; return how many are still left.
+    """Deliver the records that an earlier process left in a spool folder; return the number of undelivered records.
 
-    ``tracking_uri`` is needed only where the recorded one had a password, which isn't kept.
+    ``tracking_uri`` is needed only where the recorded URI had a password: passwords are not recorded.
     """
     folder = Path(spool)
     identity = read_json(folder / "run.json")

@@ -1,4 +1,4 @@
-"""The figures of a run in a meta-environment, as PNG files: returns by episode, regret, and single trials to look at."""
+"""Draw the figures of a run in a meta-environment as PNG files: returns by episode, regret, and single trials."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COLOURS = (BLUE, ORANGE, GREEN, RED, "#7c3aed", "#0e7490", "#a16207", "#be185d"
 
 
 def _style(place: int, label: str) -> dict[str, Any]:
-    """The policy's own curve stands out; random play is a dotted grey."""
+    """Return the style of a curve: the policy's own is thick, and random play is a dotted grey line."""
     if label == "random":
         return {"color": GREY, "linestyle": ":"}
     return {
@@ -28,8 +28,11 @@ def _style(place: int, label: str) -> dict[str, Any]:
 def returns_by_episode(
     path: str | Path, curves: Mapping[str, tuple[Any, Any | None]], metric: str, split: str, first: int = 1
 ) -> Path:
-    """Label → (mean return in episode 1, 2, …, 95 % CI or None), or after ``first`` = 0, 1, … gradient steps. The policy's own curve comes
-    first."""
+    """Draw curves of mean returns; the policy's own curve is the first.
+
+    ``curves`` maps a label to the mean returns in the episodes 1, 2, … (or with ``first=0`` after 0, 1, … gradient
+    steps) and to their 95 % CI, or None.
+    """
     with _figure(path, 6.4, 4.2) as figure:
         axes = figure.add_subplot()
         for place, (label, (mean, ci)) in enumerate(curves.items()):
@@ -51,7 +54,7 @@ def returns_by_episode(
 
 
 def regret(path: str | Path, curves: Mapping[str, Any], oracle: str) -> Path:
-    """Label → regret in episode 1, 2, … against ``oracle``; drawn summed up."""
+    """Draw the cumulative regret against ``oracle``; ``curves`` maps a label to the regret in the episodes 1, 2, …."""
     with _figure(path, 6.4, 4.2) as figure:
         axes = figure.add_subplot()
         for place, (label, per_episode) in enumerate(curves.items()):
@@ -69,7 +72,7 @@ def regret(path: str | Path, curves: Mapping[str, Any], oracle: str) -> Path:
 def grid_trials(
     path: str | Path, size: int, goal: tuple[int, int], trials: Mapping[str, Sequence[Sequence[tuple[int, int]]]]
 ) -> Path:
-    """Label → the cells (x, y) of every episode of a trial: a row of grids each, the goal marked."""
+    """Draw a row of grids per trial, the goal marked; ``trials`` maps a label to the cells (x, y) of every episode."""
     columns = max(len(episodes) for episodes in trials.values())
     with _figure(path, 2.3 * columns, 2.5 * len(trials) + 0.4) as figure:
         grid = figure.subplots(len(trials), columns, squeeze=False)
@@ -77,7 +80,7 @@ def grid_trials(
             for number, (axes, cells) in enumerate(zip(row, episodes), 1):
                 axes.add_patch(_square(goal, GREEN))
                 x, y = np.asarray(cells, float).T
-                shift = np.linspace(-0.18, 0.18, len(x))  # so that steps over the same cells stay apart
+                shift = np.linspace(-0.18, 0.18, len(x))  # steps over the same cells do not overlap
                 axes.plot(x + shift, y + shift, color=BLUE, marker=".", linewidth=1.2)
                 axes.plot(x[0] + shift[0], y[0] + shift[0], color=ORANGE, marker="s", markersize=7)
                 axes.set(
@@ -93,7 +96,7 @@ def grid_trials(
 
 
 def planar_trials(path: str | Path, goals: Sequence[tuple[float, float]], trials: Sequence[Sequence[Any]]) -> Path:
-    """Trials side by side: the goal and the positions [steps, 2] of every episode."""
+    """Draw trials side by side: the goal and the positions [steps, 2] of every episode."""
     far = 1.1 * max(np.abs(_array(p)).max() for p in [goals, *(episode for trial in trials for episode in trial)])
     with _figure(path, 3.1 * len(trials), 3.4) as figure:
         row = figure.subplots(1, len(trials), squeeze=False)[0]
@@ -116,12 +119,12 @@ def planar_trials(path: str | Path, goals: Sequence[tuple[float, float]], trials
 
 
 def speeds_against_targets(path: str | Path, targets: Any, means: Sequence[Any]) -> Path:
-    """A point per task and episode: the hidden speed [tasks] and the mean speed that was run at, for every episode [tasks]. Metres a second."""
+    """Draw the mean speeds of every episode [tasks] over the hidden target speeds [tasks], in metres per second."""
     targets = _array(targets)
     with _figure(path, 5.2, 4.8) as figure:
         axes = figure.add_subplot()
         ends = np.array([targets.min(), targets.max()])
-        axes.plot(ends, ends, color=GREY, linestyle=":", label="the hidden speed itself")
+        axes.plot(ends, ends, color=GREY, linestyle=":", label="the hidden speed")
         for number, speeds in enumerate(means):
             axes.plot(
                 targets,

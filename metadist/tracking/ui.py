@@ -1,4 +1,4 @@
-"""The MLflow UI on a run's store."""
+"""Serve the MLflow UI on the store of the runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from metadist.tracking.mlflow_uri import (
 
 
 def ui_command(tracking_uri: str | None, port: int, runs_root: str | Path) -> list[str]:
-    """The command that serves the UI on ``127.0.0.1:port``; creates the SQLite file if there is none yet."""
+    """Return the command that serves the UI on ``127.0.0.1:port``; create the SQLite file if it is missing."""
     require_mlflow()
     uri = resolve_uri(tracking_uri, Path(runs_root))
     if uri.startswith("http"):
-        raise ConfigError(f"{uri} is an MLflow server already: open it in a browser")
+        raise ConfigError(f"{uri} is an MLflow server already; open this address in a browser")
     prepare_environment()
     prepare_sqlite(uri, Path(runs_root))
     root = artifact_location(uri, Path(runs_root))
@@ -43,9 +43,8 @@ def ui_command(tracking_uri: str | None, port: int, runs_root: str | Path) -> li
 
 
 def serve_ui(tracking_uri: str | None, port: int, runs_root: str | Path) -> None:
-    """Replaces this process by the MLflow server; it takes up to half a minute to answer."""
+    """Replace this process by the MLflow server, which answers after up to half a minute."""
     command = ui_command(tracking_uri, port, runs_root)
-    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = (
-        "false"  # its job runner starts more processes than the server itself
-    )
+    # MLflow's job runner starts more processes than the server itself.
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     os.execv(command[0], command)

@@ -1,4 +1,4 @@
-"""What crosses a process border: a checked frame around one Arrow IPC stream."""
+"""The format of data that crosses a process border: a checked frame around one Arrow IPC stream."""
 
 from metadist.wire.codec import (
     RejectedError,

@@ -7,19 +7,19 @@ import pytest
 pytest.importorskip("gymnasium")
 
 from metadist.benchmarks import rl2
+from metadist.benchmarks.plain_environments import TWINS, PlainBandit
 
 
 def test_plain_twins_pay_the_same(monkeypatch):
     """Every environment's twin, over whole trials under one policy; and a twin that cheats is found."""
     for environment in rl2.CASES.values():
         rl2._prove_same(rl2._learner(environment, 8, "cpu"))
-    classes = rl2._classes()
 
-    class Generous(classes["Bandit"]):
+    class Generous(PlainBandit):
         def move(self, action, noise):
             return 1.0
 
-    monkeypatch.setattr(rl2, "_classes", lambda: {**classes, "Bandit": Generous})
+    monkeypatch.setitem(TWINS, "Bandit", Generous)
     with pytest.raises(rl2.OtherRewardsError, match="Bandit"):
         rl2._prove_same(rl2._learner({"name": "bandit"}, 8, "cpu"))
 

@@ -215,7 +215,7 @@ def test_one_that_is_missing_names_the_extra(monkeypatch):
             "--task: 'omniglott' is not one of sinusoid, omniglot, images84; did you mean 'omniglot'?",
         ),
         (("--inner-steps", "1,x"), "--inner-steps 1,x: expected different whole numbers, such as 0,1,2"),
-        (("--n-way", "5"), "--n-way goes with classification; sinusoids have no classes"),
+        (("--n-way", "5"), "--n-way is for classification; sinusoids have no classes, so leave it out"),
         (
             ("--model", "conv4", "--task", "sinusoid"),
             "model 'conv4' needs images [channels, height, width]; these tasks' inputs are [1]",
@@ -236,5 +236,5 @@ def test_unknown_layers_are_refused_by_jax():
     pytest.importorskip("jax")
     named = document("stride mean", 1)
     named["model"] = {**named["model"], "norm": "group"}
-    with pytest.raises(ConfigError, match="layer 'norm1' is a GroupNorm; it knows Linear"):
+    with pytest.raises(ConfigError, match="layer 'norm1' is a GroupNorm; expected one of Linear"):
         contestants.jax(inner_loop.problem_of(named, "float32", CPU))

@@ -85,7 +85,7 @@ def test_a_live_run(cli, live):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["statsu"], ["'statsu' is not one of status, watch", "did you mean 'status'?"]),
         (["set"], ["expected meta_batch_size=N or workers=N"]),
@@ -97,8 +97,8 @@ def test_a_live_run(cli, live):
         (["status"], ["ended at meta-step 3 of 6", "resume it with: metadist train", "--resume"]),
     ],
 )
-def test_mistakes(cli, over, arguments, told):
-    mistake(cli("control", over, *arguments), *told)
+def test_mistakes(cli, over, arguments, expected):
+    mistake(cli("control", over, *arguments), *expected)
 
 
 def test_without_a_driver(cli, over, tmp_path):
@@ -144,7 +144,7 @@ def test_another_run_at_the_recorded_address(cli, live, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("control.host=0.0.0.0", "control.host: 0.0.0.0: other machines could steer this run without encryption"),
         ("control.token_file=nowhere", "control.token_file: token-file nowhere"),
@@ -153,8 +153,8 @@ def test_another_run_at_the_recorded_address(cli, live, tmp_path):
         ("control.hots=1", "did you mean 'host'?"),
     ],
 )
-def test_mistakes_in_the_config(cli, config, tmp_path, override, told):
-    mistake(cli("train", config(override), "--run-dir", tmp_path / "run"), told)
+def test_mistakes_in_the_config(cli, config, tmp_path, override, expected):
+    mistake(cli("train", config(override), "--run-dir", tmp_path / "run"), expected)
     assert not (tmp_path / "run").exists()
 
 

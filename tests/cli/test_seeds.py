@@ -38,7 +38,8 @@ def runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.lane("services")
-def test_a_half_finished_group_goes_on_to_the_mean_of_all_seeds(runs):
+def test_a_half_finished_group_goes_on_to_the_mean_of_all_seeds(runs, empty_store):
+    empty_store(runs / "runs/mlflow.db")
     document = tiny.document("tracking.uri=auto")
     asked = itertools.count()
     half = go(document, [5, 6], None, stop=lambda: next(asked) >= 9)  # in the middle of the second seed

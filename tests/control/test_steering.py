@@ -183,8 +183,8 @@ def test_impossible_commands_are_refused_with_the_reason(tmp_path, monkeypatch):
     assert run(tmp_path / "run").params_sha256 == plain.params_sha256
     assert not (tmp_path / "run/commands.jsonl").exists(), "a refused command is not recorded"
     assert len(commander.refusals) == len(IMPOSSIBLE)
-    for told, refusal in zip(IMPOSSIBLE, commander.refusals):
-        assert told in refusal
+    for message, refusal in zip(IMPOSSIBLE, commander.refusals):
+        assert message in refusal
 
 
 def test_shards_above_the_planned_memory_are_refused():
@@ -267,16 +267,16 @@ def test_mlflow_has_the_commands(tmp_path, monkeypatch):
 
 
 def test_two_drivers_on_one_run(tmp_path, monkeypatch):
-    told = []
+    refused = []
 
     def second(_, shard):
-        if not told:
-            told.append(None)
+        if not refused:
+            refused.append(None)
             with pytest.raises(ConfigError, match=rf"is being trained by process {os.getpid()} on"):
                 run(tmp_path / "run", resume=True)
 
     first = run(tmp_path / "run", wrap=everywhere(second))
-    assert told
+    assert refused
     assert first.params_sha256 == run(tmp_path / "plain").params_sha256
     with pytest.raises(ConfigError, match="holds a run already"):
         run(tmp_path / "run")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from toys import relative_error
 
@@ -89,6 +90,18 @@ def test_a_graph_computes_the_function():
     graph, returned = trace(f, spec, [torch.ones(2), torch.ones(2)])
     results = torch.utils._pytree.tree_unflatten(list(graph(torch.ones(2), torch.full((2,), 3.0))), returned)
     assert results["sum"].tolist() == [4.0, 4.0] and results["both"][1].tolist() == [6.0, 6.0]
+
+
+def test_a_run_begun_as_a_long_one_stays_compiled(tmp_path):
+    """A long run is compiled; with fewer meta-steps than repay it, a resumed run still is, and has the same bits."""
+    long, short = "outer.meta_steps=100000", "outer.meta_steps=9"
+    stops = iter([False] * 4 + [True])
+    options = {"plots": False, "test": False}
+    begun = tiny.train(tiny.experiment(long), run_dir=str(tmp_path / "run"), stop=lambda: next(stops), **options)
+    assert begun.outcome.stopped == "interrupted"
+    ended = tiny.train(tiny.experiment(short), run_dir=str(tmp_path / "run"), resume=True, **options)
+    whole = tiny.train(tiny.experiment(short, "engine.compile=always"), run_dir=str(tmp_path / "whole"), **options)
+    assert ended.params_sha256 == whole.params_sha256
 
 
 PROGRAM = """

@@ -6,16 +6,17 @@ import pytest
 import test_engines as engines
 import torch
 import torch.nn.functional as F
-from gradient_cases import ALGORITHMS, make
+from gradient_cases import ALGORITHMS, MODELS, make
 from torch import nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from toys import keys, relative_error
+from toys import Blobs, keys, relative_error
 
 import metadist.engine.convolution as convolution
 from metadist.engine.block_sums import DECOMPOSITIONS
 from metadist.engine.channels_last import channels_last
 from metadist.engine.convolution import conv2d
+from metadist.models import Conv4
 
 aten = torch.ops.aten
 WAYS = ["patches", "library"]
@@ -120,13 +121,23 @@ def test_autocast_reaches_the_products(choose):
 
 @pytest.mark.lane("compile")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("model", ["conv4-stride-batch", pytest.param("conv4-max-batch", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
-    "engine", [engines.UNROLLED, pytest.param(engines.MIXED, marks=pytest.mark.long)], ids=engines.name_of
+    ("model", "engine"),
+    [
+        ("conv2-stride-batch", engines.UNROLLED),
+        *(
+            pytest.param(model, engine, marks=pytest.mark.long)
+            for model in ("conv4-stride-batch", "conv4-max-batch")
+            for engine in (engines.UNROLLED, engines.MIXED)
+        ),
+    ],
+    ids=engines.name_of,
 )
-def test_compiled_by_the_library(model, engine, choose):
+def test_compiled_by_the_library(model, engine, choose, monkeypatch):
     """Compare a shard of three tasks with the plain loop; small convolutions are library calls here too."""
     choose("library")
+    config = Conv4(filters=4, blocks=2, pooling="stride", norm="batch", features="mean")
+    monkeypatch.setitem(MODELS, "conv2-stride-batch", (Blobs(input_shape=(1, 8, 8)), config))
     engines.check(make(ALGORITHMS["maml-1"], model, outer=engines.SHARD), engine, keys(0, 1, 5))
 
 

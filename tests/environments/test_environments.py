@@ -19,7 +19,9 @@ ALL = [
 
 @pytest.mark.parametrize("environment", ALL, ids=repr)
 def test_every_environment_and_its_variants(environment):
-    """A pure function of key and noise, the same in any batch, with tasks of their own for every key, played in whole trials."""
+    """A pure function of key and noise, the same in any batch, with tasks of their own for every key, played in
+    whole trials.
+    """
     check_environment(environment, another_process=False)
     assert environment.protocol("test")
 

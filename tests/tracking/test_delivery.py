@@ -64,8 +64,10 @@ def test_every_point_once_in_sqlite_whenever_the_driver_is_killed(tmp_path, poin
     assert "metadist.changed.attempt_at" in dict(query(tmp_path / "mlflow.db", "SELECT key, value FROM tags"))
 
 
-def test_a_run_as_mlflow_shows_it(tmp_path, points):
+def test_a_run_as_mlflow_shows_it(tmp_path, points, empty_store):
     """Params, tags, artifacts, status, infinities; a run under its group's; the same run again after a resume."""
+    empty_store(tmp_path / "mlflow.db")
+    empty_store(tmp_path / "other.db")
 
     def begin(seed: int):
         tracker = make_tracker(
@@ -128,7 +130,8 @@ def test_a_run_as_mlflow_shows_it(tmp_path, points):
     assert points(tmp_path / "other.db") == points(tmp_path / "mlflow.db", child.info.run_id)
 
 
-def test_a_lost_spool_or_a_lost_tail_leads_to_no_second_point(tmp_path, points):
+def test_a_lost_spool_or_a_lost_tail_leads_to_no_second_point(tmp_path, points, empty_store):
+    empty_store(tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
 
     def attempt(folder: str, steps: range, mlflow_run_id: str | None = None) -> str:
@@ -151,7 +154,8 @@ def test_a_lost_spool_or_a_lost_tail_leads_to_no_second_point(tmp_path, points):
     assert all(len(values) == 1 for values in found.values())
 
 
-def test_what_mlflow_refuses_is_set_aside_and_the_rest_arrives(tmp_path, caplog, points):
+def test_what_mlflow_refuses_is_set_aside_and_the_rest_arrives(tmp_path, caplog, points, empty_store):
+    empty_store(tmp_path / "mlflow.db")
     tracker = make_tracker("auto", spool=tmp_path / "s", experiment="e", runs_root=tmp_path, interval=0.1)
     tracker.start(run_id="r", name="r", params={}, tags={})
     for step in range(20):
@@ -164,8 +168,9 @@ def test_what_mlflow_refuses_is_set_aside_and_the_rest_arrives(tmp_path, caplog,
     assert "bad@key" in caplog.text
 
 
-def test_a_creation_carried_out_late_leaves_no_second_run(tmp_path, query):
+def test_a_creation_carried_out_late_leaves_no_second_run(tmp_path, query, empty_store):
     """A frozen server runs the ``create_run`` that we gave up once it wakes, after the one that we repeated."""
+    empty_store(tmp_path / "mlflow.db")
     tracker = make_tracker("auto", spool=tmp_path / "s", experiment="e", runs_root=tmp_path, interval=0.1)
     tracker.start(run_id="r", name="r", params={}, tags={})
     tracker.metrics(1, {"loss": 1.0})
@@ -230,7 +235,7 @@ def test_a_server_dead_frozen_and_killed_never_holds_the_driver_up(
 
     timed(calls, lambda: tracker.start(run_id="r", name="r", params={"lr": 1}, tags={}))
     train(5)  # dead at start
-    assert "Training goes on" in caplog.text
+    assert "Training continues" in caplog.text
     assert tracker.mlflow_run_id is None
     server.start()
     server.wait()
@@ -289,7 +294,8 @@ def test_frozen_at_start_leaves_one_run_and_a_killed_driver_loses_nothing(tmp_pa
     assert query(server.database, "SELECT count(*) FROM runs WHERE lifecycle_stage = 'active'") == [(1,)]
 
 
-def test_what_a_dead_server_missed_is_replayed_later(tmp_path, points, query):
+def test_what_a_dead_server_missed_is_replayed_later(tmp_path, points, query, empty_store):
+    empty_store(tmp_path / "m.db")
     tracker = make_tracker("http://127.0.0.1:9", spool=tmp_path / "s", experiment="e", runs_root=tmp_path)
     tracker.start(run_id="r", name="r", params={}, tags={})
     tracker.metrics(1, {"loss": 1.0})

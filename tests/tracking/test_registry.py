@@ -40,7 +40,8 @@ def trained(folder: Path, *overrides: str) -> metadist.experiment.result.Result:
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
+def root(tmp_path, monkeypatch, empty_store):
+    empty_store(tmp_path / "mlflow.db")
     monkeypatch.setenv("METADIST_RUNS", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     before = mlflow.get_tracking_uri()

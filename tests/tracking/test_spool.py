@@ -148,7 +148,7 @@ def test_artifacts_are_copied_and_missing_ones_only_warned_of(tmp_path, caplog):
     assert (tmp_path / "spool/files/plots/curve.png").read_bytes() == b"first"
     spool.artifact(tmp_path / "missing.png")
     assert "missing.png" in caplog.text
-    with pytest.raises(ValueError, match="leaves the run"):
+    with pytest.raises(ValueError, match="is outside the run"):
         spool.artifact(plot, "../elsewhere")
     spool.close()
     assert len(records(tmp_path / "spool")) == 1
@@ -192,7 +192,7 @@ def test_a_full_disk_is_warned_of_and_survived(tmp_path, outage):
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path), outage], capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("training goes on") == 1
+    assert done.stdout.count("training continues") == 1
     lost = int(done.stdout.split()[-1])
     steps = [r["step"] for r in records(tmp_path)]
     assert len(steps) == len(set(steps)) == (101 if outage == "short" else 1_001) - lost

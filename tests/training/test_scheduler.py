@@ -29,7 +29,8 @@ class Toy:
 
     ``fail_at`` scripts what becomes of attempts.
 
-    A deed is a function (shard, attempt, worker, result) → events. ``hang`` is none of them: the worker does not answer.
+    A deed is a function (shard, attempt, worker, result) → events. ``hang`` is none of them: the worker does not
+    answer.
     """
 
     blocks = False

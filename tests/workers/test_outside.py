@@ -28,10 +28,8 @@ from metadist.workers.remote import client, work_pb2_grpc
 from metadist.workers.remote import work_pb2 as pb
 from metadist.workers.remote.codec import Arriving, GarbledError, chunks, facts, shard_message, shard_of
 from metadist.workers.remote.executor import RemoteExecutor
-from metadist.workers.remote.messages import Computed, Failure
+from metadist.workers.remote.messages import Answer, Failure
 from metadist.workers.remote.runner import Runner
-
-pytestmark = pytest.mark.lane("services")
 
 ENVIRONMENTS = {**OUTSIDE, "role": "environment"}
 
@@ -111,9 +109,9 @@ class Rogue(Runner):
         if self.deed == "garbage":
             frame = bytearray(b"\x00\xff" * 500)
         if self.deed == "cut":
-            return Computed([bytes(frame), _Breaks()])
+            return Answer([bytes(frame), _Breaks()])
         if self.deed == "oversized":
-            return Computed([bytes(frame)] + [bytes(1 << 20)] * 80)
+            return Answer([bytes(frame)] + [bytes(1 << 20)] * 80)
         if self.deed == "nan":
             from metadist.wire.codec import ResultHeader, decode_result, result_parts
 
@@ -121,14 +119,14 @@ class Rogue(Runner):
             result, _ = decode_result(bytes(frame), lease.call.shard, slots)
             for vector in result.slots.values():
                 vector[0] = float("nan")
-            return Computed(result_parts(result, slots, ResultHeader(lease.call.shard, lease.call.attempt, "rogue")))
+            return Answer(result_parts(result, slots, ResultHeader(lease.call.shard, lease.call.attempt, "rogue")))
         if self.deed == "hang":
             self.over.wait(120)
         if self.deed == "unable":
             return Failure("unable", "the simulator is not installed here")
         if self.deed == "error":
             return Failure("error", "ValueError: this box is broken", detail="Traceback …")
-        return Computed([bytes(frame)])
+        return Answer([bytes(frame)])
 
 
 class _Breaks:
@@ -600,7 +598,7 @@ def test_impossible_configurations(change, match):
 
 
 def test_another_address_than_loopback_needs_tls_and_a_token():
-    with pytest.raises(ConfigError, match="could connect without TLS and a token"):
+    with pytest.raises(ConfigError, match="without TLS and a token"):
         train(experiment({**document(OUTSIDE), "outside": {"listen": "0.0.0.0:0"}}))
 
 

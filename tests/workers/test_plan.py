@@ -17,6 +17,7 @@ from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.outer import OuterLoop
 from metadist.engine.agreement import mixed_disagrees
+from metadist.engine.compiled import Compiled
 from metadist.engine.plan import Device
 from metadist.learners import FewShotLearner
 from metadist.models import MLP, Conv4
@@ -188,11 +189,21 @@ def network(function):
     return Network
 
 
-@pytest.mark.lane("compile")
-@pytest.mark.parametrize(
-    ("function", "why"), [pytest.param(NoForward, "fails", marks=pytest.mark.long), (WrongForward, "is off by")]
-)
-def test_reverse_over_reverse_where_the_forward_derivative_is_missing_or_wrong(function, why):
+def eagerly(self, name, function, spec, tensors):
+    """In the place of ``Compiled._compile``: the function itself."""
+
+    def flat(*tensors):
+        return torch.utils._pytree.tree_leaves(function(*torch.utils._pytree.tree_unflatten(tensors, spec)))
+
+    returned = function(*torch.utils._pytree.tree_unflatten(tensors, spec))
+    return flat, torch.utils._pytree.tree_structure(returned)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.lane("compile"), pytest.mark.long])])
+@pytest.mark.parametrize(("function", "why"), [(NoForward, "fails"), (WrongForward, "is off by")])
+def test_reverse_over_reverse_where_the_forward_derivative_is_missing_or_wrong(function, why, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(Compiled, "_compile", eagerly)
     s = subject(factory=network(function))
     resolved = plan(s, differentiation="mixed", compile="always")  # eagerly, reverse over reverse comes first anyhow
     assert resolved.engine.hessian == "reverse"

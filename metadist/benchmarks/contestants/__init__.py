@@ -1,1 +1,1 @@
-"""The gradient computations that the inner-loop benchmark compares, one file per library."""
+"""Gradient computations for the inner-loop benchmark: metadist's own, and those of other libraries."""

@@ -1,4 +1,4 @@
-"""The problem that every contestant solves, and the interface of a contestant."""
+"""Define the problem that every contestant solves, and the interface of a contestant."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Gradient = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """θ and a shard of sampled tasks, the same for all; on the learner's device and in its dtype."""
+    """θ and a shard of sampled tasks, the same for all contestants; on the learner's device and in its dtype."""
 
     learner: FewShotLearner
     state: State
@@ -32,19 +32,21 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
+        """The learner's device."""
         return self.learner.device
 
     @property
     def classification(self) -> bool:
+        """Whether the tasks are classification; otherwise they are regression."""
         return self.learner.tasks.kind == "classification"
 
     def parameters(self) -> Gradient:
-        """θ by name: copies that are leaves of autograd's graph."""
+        """Return copies of θ by name; they are leaves of autograd's graph."""
         theta = self.learner.parameters(self.state)
         return {n: t.to(self.device, copy=True).requires_grad_() for n, t in theta.items()}
 
     def module(self) -> nn.Module:
-        """The network at θ out of PyTorch's own layers, whatever ours make of them."""
+        """Return the network at θ, with PyTorch's own layers in place of metadist's subclasses."""
         module = copy.deepcopy(self.learner.model.module).train()
         module.load_state_dict(self.parameters())
         for layer in module.modules():
@@ -54,10 +56,11 @@ class Problem:
         return module.to(self.device)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the mean loss of a batch."""
         return F.cross_entropy(prediction, target) if self.classification else F.mse_loss(prediction, target)
 
     def each(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """(support x, support y, query x, query y) of each task."""
+        """Yield (support x, support y, query x, query y) of each task."""
         yield from zip(self.tasks.support.x, self.tasks.support.y, self.tasks.query.x, self.tasks.query.y)
 
 

@@ -1,4 +1,4 @@
-"""The same network and gradient in JAX: jitted, with arrays on its device beforehand."""
+"""Compute the gradient of the same network in JAX: jitted, with the arrays on its device before the call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def limit_threads(threads: int) -> None:
-    """Takes effect before JAX's first computation in a process, and not later."""
+    """Limit XLA's CPU threads. This works only before JAX's first computation in a process."""
     if "xla_cpu_multi_thread_eigen" in os.environ.get("XLA_FLAGS", ""):
         return
     flags = f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'} intra_op_parallelism_threads={threads}"
@@ -28,6 +28,7 @@ def limit_threads(threads: int) -> None:
 
 
 def contestant(problem: Problem) -> Contestant:
+    """Return the contestant. Raises ConfigError where JAX lacks the device or the network has an unknown layer."""
     import jax
     import jax.numpy as jnp
 
@@ -62,7 +63,7 @@ def contestant(problem: Problem) -> Contestant:
 
 
 def _over_tasks(objective: Callable[..., Any], problem: Problem, theta: Any, tasks: Any) -> Callable[[], Any]:
-    """Σ over tasks of ∇θ, whichever way was the quickest that we found for JAX."""
+    """Return a function that computes Σ over tasks of ∇θ in the fastest way that we found for JAX."""
     import jax
     import jax.numpy as jnp
 
@@ -74,8 +75,8 @@ def _over_tasks(objective: Callable[..., Any], problem: Problem, theta: Any, tas
         gradients = jax.vmap(jax.grad(objective), **batched)
         sum_of_gradients = jax.jit(lambda theta, tasks: jax.tree.map(lambda g: g.sum(0), gradients(theta, *tasks)))
         return lambda: sum_of_gradients(theta, tasks)
-    # On a CPU the grouped convolutions that vmap makes take twice as long as one task after the other, and those inside
-    # ``lax.scan`` six times.
+    # On a CPU the grouped convolutions of vmap take twice as long as one task after the other, and convolutions inside
+    # ``lax.scan`` six times as long.
     add = jax.jit(
         lambda total, theta, task: jax.tree.map(jnp.add, total, jax.grad(objective)(theta, *task)), donate_argnums=0
     )
@@ -97,7 +98,10 @@ def _precision(problem: Problem) -> AbstractContextManager[Any]:
 
 
 class _Layout:
-    """Between PyTorch's layout and the one JAX is quickest with: images [N, H, W, C], kernels [h, w, in, out], weights [in, out]."""
+    """Convert between PyTorch's layout and the fastest one in JAX.
+
+    In JAX, images are [N, H, W, C], kernels [h, w, in, out], and weights [in, out].
+    """
 
     def __init__(self, problem: Problem) -> None:
         self._names = list(problem.parameters())
@@ -117,22 +121,22 @@ class _Layout:
         return (t.permute(0, 1, 3, 4, 2) if t.dim() == 5 else t).contiguous().cpu().numpy()
 
     def read(self, gradient: dict[str, Any]) -> dict[str, Tensor]:
+        """Return JAX's gradient in PyTorch's layout."""
         tensors = {n: torch.from_numpy(np.array(gradient[n])) for n in self._names}
         orders = {4: (3, 2, 0, 1), 2: (1, 0)}
         return {n: t.permute(orders[t.dim()]) if t.dim() in orders else t for n, t in tensors.items()}
 
 
 def _network(module: nn.Module) -> Callable[[dict[str, Any], Any], Any]:
-    """The layers of a sequential module as a function of its parameters; ``jit`` traces the walk over them away."""
+    """Return a sequential module as a function of its parameters; the loop over layers runs only in ``jit``'s trace."""
     if not isinstance(module, nn.Sequential):
-        raise ConfigError(
-            f"--against jax: it knows sequential networks only, and the model is a {type(module).__name__}"
-        )
+        raise ConfigError(f"--against jax: expected a sequential network; the model is a {type(module).__name__}")
     layers = list(module.named_children())
     for name, layer in layers:
         if type(layer) not in _LAYERS:
             raise ConfigError(
-                f"--against jax: layer '{name}' is a {type(layer).__name__}; it knows {', '.join(t.__name__ for t in _LAYERS)}"
+                f"--against jax: layer '{name}' is a {type(layer).__name__}; expected one of "
+                f"{', '.join(t.__name__ for t in _LAYERS)}"
             )
 
     def forward(parameters: dict[str, Any], x: Any) -> Any:

@@ -1,4 +1,7 @@
-"""One shard's second-order MAML gradient, Σ over tasks of ∇θ L_query(φ_k), the way the users of each library write it."""
+"""Compute one shard's second-order MAML gradient, Σ over tasks of ∇θ L_query(φ_k), with several libraries.
+
+Each contestant is written like the examples of its library.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from metadist.core.errors import ConfigError, one_of
 
 
 def loop(problem: Problem) -> Contestant:
-    """PyTorch alone: one task after the other, ``torch.autograd.grad(create_graph=True)``."""
+    """Use PyTorch only: one task after the other, ``torch.autograd.grad(create_graph=True)``."""
     module, theta = problem.module(), problem.parameters()
 
     def compute() -> Gradient:
@@ -37,7 +40,7 @@ def loop(problem: Problem) -> Contestant:
 
 
 def higher(problem: Problem) -> Contestant:
-    """``higher.innerloop_ctx``, as in its Omniglot example."""
+    """Use ``higher.innerloop_ctx``, as in its Omniglot example."""
     import higher as library
 
     module = problem.module()
@@ -56,7 +59,7 @@ def higher(problem: Problem) -> Contestant:
 
 
 def torchopt(problem: Problem) -> Contestant:
-    """``torchopt.MetaSGD`` with the state extracted before and recovered after each task, as in its MAML example."""
+    """Use ``torchopt.MetaSGD``; extract the state before and recover it after each task, as in its MAML example."""
     import torchopt as library
 
     module = problem.module()
@@ -80,21 +83,24 @@ def torchopt(problem: Problem) -> Contestant:
 
 
 def jax(problem: Problem) -> Contestant:
+    """Use JAX."""
     from metadist.benchmarks.contestants.jax import contestant
 
     return contestant(problem)
 
 
 def metadist(problem: Problem) -> Contestant:
+    """Use metadist's engine without compilation."""
     return _ours(problem, compiled=False)
 
 
 def metadist_compiled(problem: Problem) -> Contestant:
+    """Use metadist's compiled engine."""
     return _ours(problem, compiled=True)
 
 
 def _ours(problem: Problem, compiled: bool) -> Contestant:
-    """The one place that knows how a Learner is told to compile, and how it takes tasks that are sampled already."""
+    """Set the engine of a copy of the learner, and contribute tasks that are sampled already."""
     from metadist.config.engine import EngineSettings
     from metadist.workers.plan import device_facts
 
@@ -109,6 +115,7 @@ def _ours(problem: Problem, compiled: bool) -> Contestant:
 
 
 def waiting(compute: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """Return ``compute`` such that it waits for the GPU's result."""
     if device.type != "cuda":
         return compute
 
@@ -124,13 +131,13 @@ def _grads(module: nn.Module) -> Gradient:
     return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
 
-#: ours, and what stands for the peers' distributions on PyPI
+#: metadist's contestants, and the peers by the names of their distributions on PyPI.
 OURS: dict[str, Callable[[Problem], Contestant]] = {"metadist": metadist, "metadist compiled": metadist_compiled}
 PEERS: dict[str, Callable[[Problem], Contestant]] = {"loop": loop, "higher": higher, "torchopt": torchopt, "jax": jax}
 
 
 def chosen_peers(names: str) -> list[str]:
-    """``loop,jax`` as a list, each of them installed; the loop is always among them, since all are compared with it."""
+    """Return ``loop,jax`` as a list. It always has the loop, with which all are compared. Raises ConfigError."""
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     for name in chosen:
         one_of("--against", name, PEERS)
@@ -140,11 +147,12 @@ def chosen_peers(names: str) -> list[str]:
 
 
 def versions(peers: list[str]) -> dict[str, str]:
+    """Return the versions of the compared libraries."""
     return {name: version(name) for name in ("metadist", "torch", *peers) if name != "loop"}
 
 
 def relative_error(gradient: Gradient, reference: Gradient) -> float:
-    """‖g − r‖ / ‖r‖ over all parameters, in float64; a missing parameter makes it infinite."""
+    """Return ‖g − r‖ / ‖r‖ over all parameters, in float64; infinity where a parameter is missing."""
     if gradient.keys() != reference.keys():
         return math.inf
     difference = sum(
