@@ -35,8 +35,8 @@ def _count(x: Tensor, dims: Sequence[int]) -> int:
     return math.prod(x.shape[d] for d in dims)
 
 
-def _sum(x: Tensor, dims: list[int]) -> Tensor:
-    total: Tensor = aten.sum.dim_IntList(x, dims, True)
+def _sum(x: Tensor, dim: int, keepdim: bool = True) -> Tensor:
+    total: Tensor = aten.sum.dim_IntList(x, [dim], keepdim)
     return total
 
 
@@ -66,12 +66,12 @@ def _along(x: Tensor, d: int) -> Tensor:
     """Sum along dimension ``d`` and keep it with size 1."""
     count = x.shape[d]
     if count <= SHORT:
-        return _sum(x, [d])
+        return _sum(x, d)
     rows = math.isqrt(count)
     whole = count // rows * rows
     blocks = torch.unflatten(x.narrow(d, 0, whole), d, (rows, whole // rows))
-    total = _sum(_sum(blocks, [d + 1]), [d])
-    return total if whole == count else total + _sum(x.narrow(d, whole, count - whole), [d])
+    total = _sum(_sum(blocks, d + 1, keepdim=False), d)
+    return total if whole == count else total + _sum(x.narrow(d, whole, count - whole), d)
 
 
 def _block_mean(

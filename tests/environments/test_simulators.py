@@ -191,7 +191,7 @@ FAULTS = [
     ("reward", r"the reward is 'high' \(str\); expected a number"),
     ("vector", r"the reward is '\[1. 1.\]' \(ndarray\); expected a number"),
     ("measure", r"info\['away'\] is 'None' \(NoneType\); expected a number"),
-    ("old", r"step\(\) gave 4 values; expected \(observation, reward, terminated, truncated, info\)"),
+    ("old", r"step\(\) returned 4 values; expected \(observation, reward, terminated, truncated, info\)"),
 ]
 
 

@@ -185,7 +185,7 @@ def test_the_images_are_gathered_on_the_device(device, rotations):
 @pytest.mark.parametrize(
     ("settings", "split", "message"),
     [
-        ({"n_way": 3}, "validation", r"tasks\.n_way = 3: the validation split has 2 classes; lower it"),
+        ({"n_way": 3}, "validation", r"tasks\.n_way = 3: the validation split has 2 classes; lower tasks.n_way"),
         ({"n_way": 2, "train_n_way": 8}, "train", r"tasks\.train_n_way = 8: the train split has 7 classes"),
         (
             {"k_shot": 3, "query_shots": 5},
