@@ -16,12 +16,12 @@ from metadist.config.groups import WorkerGroup
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.outer import OuterLoop
+from metadist.engine import plan as plans
 from metadist.engine.agreement import mixed_disagrees
 from metadist.engine.compiled import Compiled
 from metadist.engine.plan import Device
 from metadist.learners import FewShotLearner
 from metadist.models import MLP, Conv4
-from metadist.workers import plan as plans
 from metadist.workers.plan import device_facts, recorded_engine, sharing
 from metadist.workers.worker import Worker, numerics_fingerprint
 
