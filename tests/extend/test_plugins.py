@@ -7,13 +7,11 @@ from importlib import metadata
 import installed
 import pytest
 import tiny
-from metadist.experiment.description import Experiment
 
-from metadist.config.build import build, resolved
+from metadist.config.build import build
 from metadist.config.catalog import ALGORITHM, ENVIRONMENT, MODEL, TASK_FAMILY
 from metadist.config.plugins import plugins as found_plugins
 from metadist.core.errors import ConfigError
-from metadist.experiment.train import train
 from metadist.tracking import TRACKER, NullTracker, Tracker, check_uri, make_tracker
 
 KINDS = {"algorithms": ALGORITHM, "tasks": TASK_FAMILY, "environments": ENVIRONMENT, "models": MODEL}
@@ -37,21 +35,21 @@ def made(uri, tmp_path) -> Tracker:
 def test_a_config_of_plug_ins_alone_is_trained(plugins, tmp_path):
     document = tiny.document("outer.meta_steps=2", "tasks.name=waves", "tracking.uri=lines://points.txt")
     document["algorithm"], document["model"] = {"name": "slow"}, {"name": "narrow", "width": 5}
-    run = train(Experiment.of(build(document)), run_dir=str(tmp_path / "runs/run"), plots=False)
+    run = tiny.train(build(document), run_dir=str(tmp_path / "runs/run"), plots=False)
     assert type(run.experiment.learner.algorithm).__module__ == "good_plugins"
     assert run.experiment.learner.algorithm.inner_lr == 0.001
     first, *points, last = (tmp_path / "runs/points.txt").read_text().splitlines()
     assert first == "lines://points.txt metadist tracking"
     assert "2 meta/loss" in points
     assert last == "FINISHED"
-    assert resolved(build(document))["tasks"]["name"] == "waves"
+    assert build(document).document["tasks"]["name"] == "waves"
 
 
 def test_environments_and_functions_that_build_a_model(plugins):
     trials = tiny.document("algorithm={name: rl2, minibatches: 1}", "model={name: gru, hidden: 4}")
     del trials["tasks"]
-    assert build({**trials, "environment": {"name": "arms", "arms": 3}}).tasks.arms == 3
-    module = build(tiny.document("model={name: line, width: 1}")).learner().model.module
+    assert build({**trials, "environment": {"name": "arms", "arms": 3}}).tasks.made.arms == 3
+    module = tiny.learner("model={name: line, width: 1}").model.module
     assert module.in_features == 1
 
 
@@ -71,7 +69,7 @@ def test_our_own_names_cannot_be_shadowed(site, kind, cli):
     site("metadist-thief", installed.entry_points("nowhere", {kind: {name: "Anything"}}))
     if kind in ("algorithms", "tasks"):
         own = {"algorithms": "algorithm", "tasks": "tasks"}[kind]
-        assert type(getattr(build(tiny.document()), own)).__module__.startswith("metadist.")
+        assert type(getattr(build(tiny.document()), own).made).__module__.startswith("metadist.")
     result = cli("list", kind)
     assert result.exit_code == 0
     assert f"plug-in '{name}' of metadist-thief 1.0 (nowhere:Anything) is ignored" in result.stderr

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+pytestmark = pytest.mark.lane("services")
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 

@@ -450,6 +450,7 @@ def test_the_checks_leave_the_process_as_it_was():
     assert random.random() == expected[2]
 
 
+@pytest.mark.lane("services")
 def test_importing_it_imports_neither_pytest_nor_ray():
     import subprocess
     import sys

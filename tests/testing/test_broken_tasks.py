@@ -316,6 +316,7 @@ class Hashed(Curves):
         return shifted(super().sample(keys, split), y=hash("salt") % 1000 / 1000)
 
 
+@pytest.mark.lane("services")
 def test_another_process_shows_what_depends_on_hashes():
     check_tasks(Hashed(), another_process=False)
     with pytest.raises(
@@ -324,6 +325,7 @@ def test_another_process_shows_what_depends_on_hashes():
         check_tasks(Hashed())
 
 
+@pytest.mark.lane("services")
 def test_another_process_samples_the_same_tasks_and_may_print():
     check_tasks(Printing())
 
@@ -342,6 +344,7 @@ class Homebound(Curves):
             raise OSError("this machine has no such data")
 
 
+@pytest.mark.lane("services")
 def test_an_error_in_the_other_process_is_told():
     with pytest.raises(
         UnusableError, match="another process can sample its tasks; found: it raises RuntimeError: in another"
