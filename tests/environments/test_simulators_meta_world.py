@@ -178,7 +178,10 @@ def test_sizes_and_protocol():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"family": "reach-v2"}, r"environment\.family: 'reach-v2' is not a family of Meta-World; did you mean 'reach-v3'"),
+        (
+            {"family": "reach-v2"},
+            r"environment\.family: 'reach-v2' is not a family of Meta-World; did you mean 'reach-v3'",
+        ),
         ({"horizon": 501}, r"environment\.horizon: 501 is above 500"),
         ({"benchmark": "ML11"}, r"environment\.benchmark: 'ML11'.*did you mean 'ML1"),
         ({"task_seed": -1}, r"environment\.task_seed: -1"),
