@@ -18,14 +18,12 @@ from metadist.engine.subject import Subject
 #: under ``auto``, runs of fewer inner and outer passes over a task end before a compiler does
 WORTH_COMPILING = 50_000
 #: under ``auto``, a shard that takes less than this many times a core's cache is computed whole: a second call of the
-#: graph costs more
-#: than the memory traffic that it saves (MLP, 25 tasks in 1.2 times a cache: 1.07 ms whole, 1.66 in chunks of 16, 1.96
-#: of 8)
+#: graph costs more than the memory traffic that it saves (MLP, 25 tasks in 1.2 times a cache: 1.07 ms whole, 1.66 in
+#: chunks of 16, 1.96 in chunks of 8)
 CACHES_WORTH_CHUNKING = 4
 #: share of a chunked shard's computation that padding may cost under ``auto``
 MAX_PADDING = 0.15
-#: under ``auto``, graphs of more inner steps take minutes to compile; the graphs of mixed mode do not grow with inner
-#: steps
+#: under ``auto``, graphs of more inner steps take minutes to compile; mixed mode's graphs do not grow with inner steps
 MAX_COMPILED_STEPS = 5
 #: share of a device's memory that a plan may fill
 USABLE = 0.6
@@ -97,10 +95,9 @@ class Plan:
 
 
 def plan_shards(subject: Subject, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
-    """Resolve ``request`` for the shards of ``subject`` on workers that compute on ``device``; ``sharing`` workers
-    share its memory.
+    """Resolve ``request`` for the shards of ``subject`` on workers that compute on ``device``.
 
-    ConfigError where the request cannot be met.
+    ``sharing`` workers share the device's memory. Raises ConfigError where the request cannot be met.
     """
     reasons: dict[str, str] = {}
     if request.precision == "tf32" and device.kind != "cuda":
