@@ -7,7 +7,7 @@ are alive at each operator are counted, and the peak is proportional to steps an
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from metadist.core.engine import Differentiation, Engine, Hessian
 from metadist.core.errors import ConfigError
@@ -76,7 +76,7 @@ class Plan:
         """Compute eagerly and unrolled, without looking at the learner."""
         return cls(Engine(), device)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return plain data, with the predicted peaks of a chunk in bytes where they are known."""
         memory = self.memory
         if memory is None:
