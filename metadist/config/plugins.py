@@ -83,7 +83,7 @@ def plugins(kind: Kind[T]) -> Plugins:
     found, unreadable = _declared(kind.group)
     usable, refused = dict[str, Plugin](), dict[str, str]()
     for name, declared in found.items():
-        where = " and ".join(p.distribution for p in declared)
+        where = " and ".join(sorted(p.distribution for p in declared))
         if name in kind.own:
             refused[name] = f"{declared[0]} is ignored: metadist has {kind.plural} of this name; rename the entry point"
         elif len(declared) > 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from metadist.core.round import Report
-from metadist.learners.base import Learner
-from metadist.learners.evaluation import Evaluation
-from metadist.training.scheduler import Scheduler
+if TYPE_CHECKING:  # a tracker, `metadist ui` for example, does without torch
+    from metadist.core.round import Report
+    from metadist.learners.base import Learner
+    from metadist.learners.evaluation import Evaluation
+    from metadist.training.scheduler import Scheduler
 
 
 class Observer:

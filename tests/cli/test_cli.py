@@ -268,7 +268,7 @@ def test_kills_are_due_at_different_meta_steps_of_the_run():
 
     for meta_steps in range(1, 30):
         for kills in range(1, meta_steps + 1):
-            due = Killer(kills, meta_steps)._due
+            due = Killer(None, kills=kills, meta_steps=meta_steps, killed=[])._due
             assert len(set(due)) == kills
             assert all(0 <= d < meta_steps for d in due), "a kill after the end would never come"
 
@@ -343,7 +343,7 @@ def test_unreadable_configs(cli, tmp_path):
     mistake(cli("train", "binary.yaml"), "binary.yaml", "can't be read")
     mistake(cli("train", "nul.yaml"), "not valid YAML")
     mistake(cli("train", "broken.yaml"), "broken.yaml, line 2")
-    mistake(cli("train", "absent.yaml"), "neither a file nor one of the shipped ones")
+    mistake(cli("train", "absent.yaml"), "neither a file nor a shipped config")
     mistake(cli("verify", "absent.yaml"), "neither a file")
     mistake(cli("train", "x" * 5000), "neither a file")
 
@@ -386,7 +386,7 @@ def test_a_run_dir_in_use(cli, config, tmp_path):
     before = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     mistake(cli("train", config(), "--run-dir", tmp_path / "run"), "holds a run already", "--resume")
     mistake(cli("train", config(), "--seeds", "0,1", "--run-dir", tmp_path / "run"), "holds a run already")
-    mistake(cli("train", config(), "--seeds", "0,1", "--run-dir", tmp_path / "run", "--resume"), "single run")
+    mistake(cli("train", config(), "--seeds", "0,1", "--run-dir", tmp_path / "run", "--resume"), "for 2 seeds")
     (tmp_path / "group").mkdir()
     (tmp_path / "group/group.json").write_text('{"group_id": "g", "seeds": [0, 1]}')
     mistake(cli("train", config(), "--run-dir", tmp_path / "group"), "--seeds")

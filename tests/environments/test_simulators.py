@@ -262,11 +262,11 @@ def test_a_run_goes_on_without_skipped_trials(tmp_path):
     }
     config = build(document)
     result = train(config, run_dir=str(tmp_path / "run"), plots=False)
-    right = config.tasks.sample(TaskKey.of(0, "test", 0, range(12)))["goal"] % 1 <= 0.5
+    right = config.tasks.made.sample(TaskKey.of(0, "test", 0, range(12)))["goal"] % 1 <= 0.5
     (judged,) = [e for e in result.evaluations if e.split == "test"]
     assert judged.tasks == len(judged.trials["greedy"]) == int(right.sum()) < 12
     assert len(judged.measured["away"]) == 2 and all(math.isfinite(v) for v in (*judged.mean, *judged.measured["away"]))
-    wrong = config.tasks.sample(TaskKey.of(0, "train", 0, range(6)))["goal"] % 1 > 0.5
+    wrong = config.tasks.made.sample(TaskKey.of(0, "train", 0, range(6)))["goal"] % 1 > 0.5
     first = result.outcome.progress.curve[0]
     assert first["left_out"] == int(wrong.sum()) > 0
 

@@ -11,6 +11,7 @@ from metadist.config.build import build
 from metadist.core.errors import ConfigError
 from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
 from metadist.experiment.oracle_comparison import oracles
+from metadist.tracking import Tracker
 
 BANDIT = {"name": "bandit", "arms": 2, "episodes": 4}
 
@@ -60,10 +61,8 @@ def test_mistakes_are_named(name, overrides, methods, expected):
         oracles(name, overrides, methods, trials=4, split="test", seed=0)
 
 
-class Recorded:
+class Recorded(Tracker):
     """A tracker in memory."""
-
-    mlflow_run_id = None
 
     def __init__(self):
         self.points = {}
@@ -71,14 +70,11 @@ class Recorded:
     def metrics(self, step, values):
         self.points |= {(name, step): value for name, value in values.items()}
 
-    def __getattr__(self, name):
-        return lambda *arguments, **named: 0 if name == "finish" else None
-
 
 def test_what_is_recorded_of_a_run(tmp_path, monkeypatch):
     """Regret against the oracle on the very validation trials, and where the workers' seconds went."""
     tracker = Recorded()
-    monkeypatch.setattr("metadist.tracking.make_tracker", lambda *_, **__: tracker)
+    monkeypatch.setattr("metadist.experiment.recording.make_tracker", lambda *_, **__: tracker)
     result = trained(tmp_path, BANDIT)
     rows = {
         r["name"]: r

@@ -40,7 +40,7 @@ def test_where_a_run_goes(tmp_path, monkeypatch):
     assert uri("http://here:5000") == "http://here:5000"
     with pytest.raises(ConfigError, match="names no file"):
         uri("sqlite://")
-    with pytest.raises(ConfigError, match="open it in a browser"):
+    with pytest.raises(ConfigError, match="open this address in a browser"):
         ui_command("auto", 5000, tmp_path)
 
 

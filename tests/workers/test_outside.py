@@ -519,7 +519,7 @@ def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
     with hands(run, "learner") as [hand]:
         first = tiny.train(run, run_dir=str(tmp_path / "run"), stop=lambda: next(steps) == 2, test=False, plots=False)
         assert first.outcome.stopped == "interrupted"
-        wait_for(lambda: any("may be resumed; waiting up to 60 s" in line for line in hand.said))
+        wait_for(lambda: any("can be resumed; waiting up to 60 s" in line for line in hand.said))
         again = experiment(document(HERE, OUTSIDE, port=run.outside.port))
         second = tiny.train(again, run_dir=str(tmp_path / "run"), resume=True, test=False, plots=False)
         hand.join()

@@ -128,7 +128,7 @@ def test_less_memory_means_mixed_and_then_fewer_tasks_at_once():
     for budget, chunk in ((mixed - 1024, 4), (memory.peak("mixed", 4) - 1024, 2), (1024, 1)):
         tight = with_memory(s, budget)
         assert (tight.engine.differentiation, tight.engine.chunk) == ("mixed", chunk)
-    assert "even so" in tight.reasons["chunk"]
+    assert "the smallest chunk still needs" in tight.reasons["chunk"]
     assert with_memory(s, unrolled - 1024, differentiation="unrolled").engine == Engine(chunk=4)
     assert with_memory(s, 1024, chunk=4).engine.chunk == 4
 
