@@ -30,6 +30,11 @@ def counts(text: str) -> list[str]:
     return found
 
 
+def due_meta_steps(kills: int, meta_steps: int) -> list[int]:
+    """Spread ``kills`` kills over a run: return the meta-step of each."""
+    return [(2 * i + 1) * meta_steps // (2 * kills) for i in range(kills)]
+
+
 class Killer(FaultyExecutor):
     """Kill ``kills`` workers that have a shard in flight, at meta-steps that are spread over the run.
 
@@ -39,7 +44,7 @@ class Killer(FaultyExecutor):
 
     def __init__(self, executor: Executor, *, kills: int, meta_steps: int, killed: list[str]) -> None:
         super().__init__(executor)
-        self._due = [(2 * i + 1) * meta_steps // (2 * kills) for i in range(kills)]
+        self._due = due_meta_steps(kills, meta_steps)
         self._killed = killed
         self._later_rounds = False
 

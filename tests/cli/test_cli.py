@@ -264,11 +264,11 @@ def test_verify_in_this_process(cli, config):
 
 
 def test_kills_are_due_at_different_meta_steps_of_the_run():
-    from metadist.experiment.verify import Killer
+    from metadist.experiment.verify import due_meta_steps
 
     for meta_steps in range(1, 30):
         for kills in range(1, meta_steps + 1):
-            due = Killer(None, kills=kills, meta_steps=meta_steps, killed=[])._due
+            due = due_meta_steps(kills, meta_steps)
             assert len(set(due)) == kills
             assert all(0 <= d < meta_steps for d in due), "a kill after the end would never come"
 

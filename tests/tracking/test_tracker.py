@@ -26,6 +26,7 @@ def test_without_mlflow_the_error_says_what_to_do(tmp_path, monkeypatch):
         make_tracker("auto", spool=tmp_path, experiment="e", runs_root=tmp_path)
 
 
+@pytest.mark.lane("services")  # imports MLflow, which opens a socket
 def test_where_a_run_goes(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
 
