@@ -23,7 +23,7 @@ from metadist.config.build import build
 from metadist.core.errors import ConfigError, MetadistError
 from metadist.core.random import TaskKey
 from metadist.core.state import Records
-from metadist.learners.trials import TrialLearner
+from metadist.learners import TrialLearner, of_trials
 from metadist.rl.algorithm import TrialContext
 from metadist.rl.environment import Discrete
 from metadist.rl.policy import Policy, Seen
@@ -83,8 +83,7 @@ def _learner(environment: dict[str, Any], hidden: int, device: str) -> TrialLear
         "model": {"name": "gru", "hidden": hidden},
         "algorithm": {"name": "rl2", "minibatches": 1},
     }
-    learner = build(document).learner
-    assert isinstance(learner, TrialLearner)
+    learner = of_trials(build(document).learner)
     learner.prepare(torch.device(device))
     return learner
 

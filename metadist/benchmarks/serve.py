@@ -25,7 +25,7 @@ from metadist.config.schema import Document
 from metadist.core.errors import ConfigError
 from metadist.core.random import seeded
 from metadist.core.task import Examples
-from metadist.learners.few_shot import FewShotLearner
+from metadist.learners import FewShotLearner, supervised
 
 SETS = 256
 CONTESTANTS = {"one at a time": 1, "batched": 64}
@@ -81,8 +81,8 @@ def run(**given: Any) -> dict[str, Any]:
 
 
 def _learner(document: Document) -> FewShotLearner:
-    learner = build(document).learner
-    if not isinstance(learner, FewShotLearner) or learner.tasks.input_shape is None:
+    learner = supervised(build(document).learner)
+    if learner.tasks.input_shape is None:
         raise ConfigError(
             "bench serve: expected a config of supervised tasks whose inputs have one shape, such as omniglot_maml_5w1s"
         )
