@@ -28,7 +28,7 @@ LANES = {
     FAST: "needs this process only",
 }
 #: fixture → the lane of the tests that use it
-FIXTURES = {"cluster": "ray", "server": "services", "bucket": "services"}
+FIXTURES = {"cluster": "ray", "server": "services", "bucket": "services", "empty_store": "services"}
 #: serves the commands of ``metadist control`` in every run: the one gRPC server that a fast test may start
 CONTROL = "metadist.experiment.lifecycle"
 #: programs that no fast test starts: interpreters, Ray's processes, compilers

@@ -25,6 +25,9 @@ from metadist.workers.faulty import Act, FaultyExecutor, Kill
 from metadist.workers.local import LocalExecutor
 from metadist.workers.numerics import expected_by_role
 
+# Its fixtures are asked for by name, which the lanes do not see.
+pytestmark = pytest.mark.lane("ray")
+
 SEED, STEPS = pulls.SEED, 6
 LEARNERS = WorkerGroup(min=2, max=2, gpus=0)
 ENVIRONMENTS = WorkerGroup(role="environment", min=2, max=2)
