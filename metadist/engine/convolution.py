@@ -97,9 +97,11 @@ def conv2d(
     return result if bias is None else result + bias.view(-1, 1, 1)
 
 
-def group_norm(input: Tensor, *arguments: Any, **named: Any) -> Tensor:
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     """``torch.nn.functional.group_norm``, whose derivatives need an input that is contiguous in memory."""
-    return F.group_norm(input.contiguous(), *arguments, **named)
+    return F.group_norm(input.contiguous(), num_groups, weight, bias, eps)
 
 
 #: the functions of torch that compiled shards replace
