@@ -30,6 +30,8 @@ def evaluate(
     beside: Annotated[
         str | None,
         typer.Option(
+            "--compare",
+            "--beside",
             metavar="NAME,…",
             help="Compare with known methods on the same trials of a meta-environment: gittins,ucb1, or all.",
         ),

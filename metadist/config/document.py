@@ -95,8 +95,12 @@ def _index(items: list[Any], key: str, path: str) -> int:
 
 
 def set_workers(document: Document, workers: str) -> Document:
-    """``--workers N``: N learners, beside the environments of the config; 0 computes all in this process.
-    ``learners=1,environments=2``: so many of each role, in a group of their own where the config has none."""
+    """Return the config with other numbers of workers.
+
+    ``N`` sets the number of learners and leaves the environment workers as they are; 0 computes everything in this
+    process. ``learners=1,environments=2`` sets the number for each role. A role without a group in the config gets a
+    new group.
+    """
     groups = document.get("workers") or [{"role": "learner"}]
     if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
         raise ConfigError(f"workers: expected a list of groups, such as [{{role: learner, max: 2}}], got {groups!r}")
@@ -115,7 +119,7 @@ def set_workers(document: Document, workers: str) -> Document:
 
 
 def set_outside(document: Document, listen: str) -> Document:
-    """``--outside HOST:PORT``: workers may also come from outside, in every role that the config's workers have."""
+    """Return the config with remote workers for every role that its workers have; they connect to ``listen``."""
     groups = [dict(g) for g in document.get("workers") or [{"role": "learner"}]]
     roles = {g.get("role", "learner") for g in groups if g.get("max", 1) or g.get("role", "learner") == "learner"}
     for role in sorted(roles):
@@ -128,7 +132,7 @@ def set_outside(document: Document, listen: str) -> Document:
 
 
 def _counts(workers: str, trials: bool) -> dict[str, int]:
-    """Role → number, of what was given as --workers."""
+    """Return the number of workers for each role that the text of ``--workers`` names."""
     counts: dict[str, int] = {}
     for part in workers.split(","):
         name, equals, number = part.partition("=")

@@ -17,7 +17,7 @@ from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.engine.plan import Plan
 from metadist.experiment.fleet import start_workers
 from metadist.experiment.load import load_run
-from metadist.experiment.oracle_comparison import paired
+from metadist.experiment.oracle_comparison import check_methods, paired
 from metadist.experiment.result import Result
 from metadist.learners import of_trials
 from metadist.learners.evaluation import TrialEvaluation
@@ -47,6 +47,8 @@ def evaluate_run(run_dir: str, options: EvaluationOptions = EvaluationOptions())
     if options.normalization is not None:
         learner.normalize(options.normalization)
     environment = of_trials(learner).tasks if options.beside else None
+    if environment is not None:
+        check_methods(environment, options.beside)  # before minutes of evaluation
     learner.prepare(torch.device("cpu"))
     request = EvaluationRequest(
         MetaStepKey(loaded.run_id, loaded.outcome.best_step, experiment.seed),

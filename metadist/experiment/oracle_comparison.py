@@ -21,6 +21,8 @@ from metadist.oracles import compare, methods, play, possible, score
 from metadist.rl.algorithm import EPISODES_SHOWN
 from metadist.rl.environment import MetaEnvironment
 
+#: The option of ``metadist evaluate``, with its earlier name.
+OPTION = "--compare / --beside"
 #: Trials per batch.
 BATCH = 2000
 
@@ -52,6 +54,12 @@ def oracles(
     return {**about, "protocol": environment.protocol(split), "rows": [dataclasses.asdict(row) for row in rows]}
 
 
+def check_methods(environment: MetaEnvironment, chosen: Sequence[str]) -> None:
+    """Raise ConfigError for a method that ``environment`` does not have."""
+    for name in chosen:
+        one_of(OPTION, name, [*methods(environment), "all"])
+
+
 def paired(
     judged: TrialEvaluation, environment: MetaEnvironment, chosen: Sequence[str], *, seed: int
 ) -> list[dict[str, Any]]:
@@ -60,17 +68,15 @@ def paired(
     A row has the mean return per trial with its standard error, the percent of (oracle − random), and the mean paired
     difference of the policy. The oracle is the first method that the environment allows.
     """
+    if judged.by_gradient_steps:
+        raise ConfigError(
+            f"{OPTION}: this policy is judged after gradient steps, and known methods by the episodes of a trial; "
+            f"leave {OPTION} out, because they can't be paired"
+        )
     allowed = possible(environment)
-    for name in chosen:
-        one_of("--beside", name, [*methods(environment), "all"])
     names = allowed if "all" in chosen else list(chosen)
     totals = {name: _totals(environment, name, judged, seed) for name in dict.fromkeys([allowed[0], *names, "random"])}
     best, worst = float(totals[allowed[0]].mean()), float(totals["random"].mean())
-    if judged.by_gradient_steps:
-        raise ConfigError(
-            "--beside: this policy is judged after gradient steps, and known methods by the episodes of a trial; leave "
-            "--beside out, because they can't be paired"
-        )
     ours = judged.trials[judged.policy].sum(1)
     played = {**{f"this policy, {policy}": returns.sum(1) for policy, returns in judged.trials.items()}, **totals}
     return [_row(name, returns, ours, best, worst) for name, returns in played.items()]

@@ -19,13 +19,10 @@ def supervised(learner: AnyLearner) -> FewShotLearner:
 
 
 def of_trials(learner: AnyLearner) -> TrialLearner:
-    """Return ``learner`` as a trial learner.
-
-    ConfigError where it learns from supervised tasks, as ``--beside`` reports it.
-    """
+    """Return ``learner`` as a trial learner. ConfigError where it learns from supervised tasks."""
     if not isinstance(learner, TrialLearner):
         name = type(learner.tasks).__name__
-        raise ConfigError(f"--beside: {name} is no meta-environment; there are no known methods to compare with")
+        raise ConfigError(f"tasks: {name} is supervised; this (--compare, for example) is for meta-environments")
     return learner
 
 
