@@ -25,7 +25,8 @@ LANES = {
     "compile": "compiles a graph",
     "services": "starts a server or another process of Python",
     "deploy": "checks or runs the files of deploy/ and cluster/",
-    FAST: "needs this process only",
+    "numerics": "needs this process only, and computes there for seconds",
+    FAST: "needs this process only, for less than a second",
 }
 #: fixture → the lane of the tests that use it
 FIXTURES = {"cluster": "ray", "server": "services", "bucket": "services", "empty_store": "services"}
@@ -51,14 +52,14 @@ def lane_of(item: pytest.Item) -> str:
 def assign(items: list[pytest.Item]) -> None:
     """Mark every test with its lane, order the tests by lane, and keep the tests of a module on one process of xdist.
 
-    All tests of the Ray lane share one process, hence one cluster.
+    All tests of the Ray lane share one process, hence one cluster. A test that names its own group keeps it.
     """
     for item in items:
         lane = lane_of(item)
         item.add_marker(lane)
-        item.add_marker(
-            pytest.mark.xdist_group("ray" if lane == "ray" else f"{lane} {item.path.parent.name}/{item.path.stem}")
-        )
+        if item.get_closest_marker("xdist_group") is None:
+            group = "ray" if lane == "ray" else f"{lane} {item.path.parent.name}/{item.path.stem}"
+            item.add_marker(pytest.mark.xdist_group(group))
         item.stash[_LANE] = lane
     order = list(LANES)
     items.sort(key=lambda item: order.index(item.stash[_LANE]))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from metadist.algorithms.rl2 import RL2
+from metadist.core.computation import Computation
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.round import Round, WithOutput
@@ -83,6 +84,13 @@ class Clumsy(RL2):
         return super().gradient(theta, trials, *arguments)
 
 
+@dataclass(frozen=True)
+class Halve(Computation):
+    """Halve the rewards of trials."""
+
+    name = "halve"
+
+
 class Relay(TrialLearner):
     """Between rollouts and gradients a round that needs outputs and keeps some: every reward is halved by it."""
 
@@ -90,7 +98,7 @@ class Relay(TrialLearner):
         rounds = super().meta_step(key, state)
         rolled = next(rounds)
         total = yield rolled
-        halved = [replace(s, round=99, function="halve", needs=(s.key,)) for s in rolled.shards]
+        halved = [replace(s, round=99, computation=Halve(), needs=(s.key,)) for s in rolled.shards]
         yield Round(99, state, halved)
         try:
             while True:
@@ -101,7 +109,7 @@ class Relay(TrialLearner):
             return done.value
 
     def compute(self, shard, theta, inputs=()):
-        if shard.function != "halve":
+        if not isinstance(shard.computation, Halve):
             return super().compute(shard, theta, inputs)
         columns = dict(inputs[0].columns)
         return WithOutput(

@@ -62,6 +62,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> metadist.experiment.res
     return metadist.train(run_dir=str(tmp_path_factory.mktemp("api") / "run"), **parts())
 
 
+@pytest.mark.lane("numerics")
 def test_adapts_to_a_new_line(trained: metadist.experiment.result.Result) -> None:
     x = torch.linspace(-1, 1, 10).unsqueeze(1)
     for slope in (-1.5, 1.0):
@@ -81,6 +82,7 @@ def test_loads_what_was_trained(trained: metadist.experiment.result.Result) -> N
     assert torch.equal(predictions[0], predictions[2])
 
 
+@pytest.mark.lane("numerics")
 def test_exports_under_the_models_own_names(trained: metadist.experiment.result.Result, tmp_path: Path) -> None:
     trained.export(tmp_path / "model.safetensors")
     module = network()

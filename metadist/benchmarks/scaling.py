@@ -22,6 +22,7 @@ from metadist.benchmarks.meta_steps import MetaSteps, experiment_with
 from metadist.benchmarks.timing import compare, interleaved
 from metadist.benchmarks.transport import Echo
 from metadist.config.schema import Document
+from metadist.core.computation import Gradient
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.round import Finished, MetaStepKey, Shard
 from metadist.core.state import Contribution
@@ -213,7 +214,7 @@ def _empty(document: Document, count: int, turns: int) -> dict[str, Any]:
 
 def _driver(size: float) -> dict[str, Any]:
     """Time decoding, checking and adding a contribution of ``size`` megabytes, by the functions of training."""
-    echo, shard = Echo.of(int(size * 250_000)), Shard("bench", 0, 0, 0, "gradient", 0, 1, seed=0)
+    echo, shard = Echo.of(int(size * 250_000)), Shard("bench", 0, 0, 0, Gradient(), 0, 1, seed=0)
     vector = echo.initial(0).slots["model"]
     target, total = torch.zeros_like(vector), Contribution({"model": torch.zeros_like(vector)}, 0.0, 0)
     parts = result_parts(Contribution({"model": vector}, 1.0, 1), echo.slots, ResultHeader(shard, 1, "w"))

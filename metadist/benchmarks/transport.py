@@ -19,6 +19,7 @@ from torch import Tensor
 from metadist.benchmarks.timing import compare, interleaved
 from metadist.config.build import build
 from metadist.config.groups import WorkerGroup
+from metadist.core.computation import Computation, Evaluate, Gradient
 from metadist.core.errors import ConfigError, WorkerError, one_of
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout
@@ -68,7 +69,7 @@ class Echo(FewShotLearner):
         return State(values, self.outer.initial(self.slots, values))
 
     def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result:
-        if shard.function == "gradient":
+        if isinstance(shard.computation, Gradient):
             return Contribution(
                 {n: v.clone() for n, v in theta.items()} if self.copy else theta, float(shard.count), shard.count
             )
@@ -93,7 +94,7 @@ class Line:
             "hash": lambda: xxhash.xxh3_128_digest(data),
             "finite check": lambda: Contribution({"model": self.source}, 1.0, 1).is_finite(),
             "add": lambda: self.target.add_(self.source),
-            "call without bytes": lambda: self.call("nothing"),
+            "call without bytes": lambda: self.call(Evaluate()),
             "theta out": self.out,
             "contribution back": self.back,
         }
@@ -102,20 +103,20 @@ class Line:
         """Publish θ; the actor fetches, checks and decodes it."""
         self._step += 1
         self.executor.publish(self._step, 0, self.state)
-        self.call("nothing")
+        self.call(Evaluate())
 
     def back(self) -> None:
         """Let the actor encode and return its contribution; fetch, check, decode and add it."""
-        result = self.call("gradient")
+        result = self.call(Gradient())
         assert isinstance(result, Contribution)
         if not result.is_finite():
             raise WorkerError("the contribution differs from the parameters that were sent")
         self.sum = self.sum.absorb(result)
 
-    def call(self, function: str) -> Result:
+    def call(self, computation: Computation) -> Result:
         """Compute one shard on the actor and return its result. Raises WorkerError where the actor fails."""
         self._index += 1
-        self.executor.submit(Shard("bench", self._step, 0, self._index, function, self._index, 1, seed=0), 1)
+        self.executor.submit(Shard("bench", self._step, 0, self._index, computation, self._index, 1, seed=0), 1)
         while not (events := self.executor.wait(10.0)):
             pass
         (event,) = events

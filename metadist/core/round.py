@@ -6,12 +6,11 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Union
 
+from metadist.core.computation import Computation
 from metadist.core.engine import Engine
 from metadist.core.state import Contribution, Records, State
 
 Result = Union[Contribution, Records]
-Setting = Union[None, bool, int, float, str]
-"""A value that the shards of a round receive by name."""
 OutputKey = tuple[int, int, int]
 """(meta-step, round, shard): names the cached output of a shard that a later round needs."""
 
@@ -26,7 +25,7 @@ class WithOutput:
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of work, of retry and of reduction: tasks [start, start + count) of one split under one θ.
+    """The unit of work, of retry and of reduction: ``computation`` for tasks [start, start + count) under one θ.
 
     A block is the sum of several shards from ``index`` on, a node of the canonical tree. One worker computes its
     shards in turn.
@@ -36,7 +35,7 @@ class Shard:
     meta_step: int
     round: int
     index: int
-    function: str
+    computation: Computation
     start: int
     count: int
     seed: int
@@ -45,11 +44,15 @@ class Shard:
     key_step: int = 0
     role: str = "learner"
     needs: tuple[OutputKey, ...] = ()
-    settings: tuple[tuple[str, Setting], ...] = ()
     #: whether later rounds need an output of this shard besides its result
     keeps: bool = False
     #: tasks in each shard of a block (the last shard may have fewer); 0 for a single shard
     leaf: int = 0
+
+    @property
+    def function(self) -> str:
+        """The name of the computation, in messages and metrics."""
+        return self.computation.name
 
     @property
     def leaves(self) -> int:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, Phi
+from metadist.core.computation import Computation, Evaluate
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
-from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Setting, Shard, WithOutput
+from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard, WithOutput
 from metadist.core.state import Records, Slot, State
 from metadist.core.task import Examples, TaskFamily
 from metadist.engine.meta_gradient import BUFFERS
@@ -219,13 +220,9 @@ class Learner(ABC):
 
     def evaluation_shards(self, request: EvaluationRequest) -> list[Shard]:
         """Return the shards of an evaluation."""
-        return self.shards(
-            request.key, "evaluate", split=request.split, tasks=request.tasks, inner_steps=request.inner_steps
-        )
+        return self.shards(request.key, Evaluate(request.inner_steps), split=request.split, tasks=request.tasks)
 
-    def shards(
-        self, key: MetaStepKey, function: str, *, tasks: int, split: str = "train", **settings: Setting
-    ) -> list[Shard]:
+    def shards(self, key: MetaStepKey, computation: Computation, *, tasks: int, split: str = "train") -> list[Shard]:
         """Cut ``tasks`` tasks of ``split`` into shards of ``outer.shard_size``; the last one may be shorter.
 
         Validation and test tasks are the same at every meta-step.
@@ -237,13 +234,12 @@ class Learner(ABC):
                 key.meta_step,
                 0,
                 index,
-                function,
+                computation,
                 start,
                 min(size, tasks - start),
                 key.seed,
                 split,
                 key.meta_step if split == "train" else 0,
-                settings=tuple(sorted(settings.items())),
             )
             for index, start in enumerate(range(0, tasks, size))
         ]

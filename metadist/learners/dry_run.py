@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from metadist.core.algorithm import TaskContext, at_most_one_step
+from metadist.core.computation import Gradient, Rollout
 from metadist.core.errors import ConfigError, MetadistError, first_line
 from metadist.core.random import TaskKey
 from metadist.core.round import Shard, WithOutput
@@ -54,7 +55,7 @@ def try_trials(learner: Learner, seed: int) -> None:
     """Roll out the first trials of a shard and compute their gradient: shapes, finiteness, every parameter."""
     vectors = learner.initial(seed).slots
     count = min(2, learner.outer.shard_size, learner.outer.meta_batch_size)
-    shard = Shard("check", 0, 0, 0, "rollout", 0, count, seed, keeps=True)
+    shard = Shard("check", 0, 0, 0, Rollout(), 0, count, seed, keeps=True)
     name = type(learner.tasks).__name__
     try:
         rolled = learner.compute(shard, vectors)
@@ -66,10 +67,8 @@ def try_trials(learner: Learner, seed: int) -> None:
             f"environment: '{name}' can't be rolled out: {first_line(error)} ({last.filename}:{last.lineno})"
         ) from error
     assert isinstance(rolled, WithOutput)
-    settings = (("deviation", 1.0), ("mean", 0.0))
-    learner.compute(
-        replace(shard, round=1, function="gradient", keeps=False, settings=settings), vectors, [rolled.output]
-    )
+    gradient = Gradient((("deviation", 1.0), ("mean", 0.0)))
+    learner.compute(replace(shard, round=1, computation=gradient, keeps=False), vectors, [rolled.output])
 
 
 def _check_participation(learner: Subject, state: State, task: Task) -> None:

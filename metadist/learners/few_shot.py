@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, Phi, TaskContext, with_inner_steps
+from metadist.core.computation import Evaluate, Gradient
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError, one_of
 from metadist.core.model import BoundModel, Model
@@ -82,7 +83,7 @@ class FewShotLearner(Learner):
 
     def meta_step(self, key: MetaStepKey, state: State) -> Rounds:
         """θ ← outer(θ, Σ contributions / Σ weights), in a single round of gradient (or delta) shards."""
-        total = yield Round(0, state, self.shards(key, "gradient", tasks=self.outer.meta_batch_size))
+        total = yield Round(0, state, self.shards(key, Gradient(), tasks=self.outer.meta_batch_size))
         new, norms = self.outer.update(self.slots, state, total, key.meta_step)
         return new, {**{n: v / total.weight for n, v in total.metrics.items()}, **norms}
 
@@ -160,11 +161,10 @@ class FewShotLearner(Learner):
     def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result:
         keys = TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count))
         named = {name: self.slots[name].layout.unflatten(vector) for name, vector in theta.items()}
-        if shard.function == "gradient":
+        if isinstance(shard.computation, Gradient):
             return self.contribute(named, keys, shard.meta_step)
-        if shard.function == "evaluate":
-            inner_steps = cast("int | None", dict(shard.settings).get("inner_steps"))
-            return self.evaluate(named, keys, shard.meta_step, inner_steps)
+        if isinstance(shard.computation, Evaluate):
+            return self.evaluate(named, keys, shard.meta_step, shard.computation.inner_steps)
         raise ValueError(f"unknown function '{shard.function}'; expected gradient or evaluate")
 
     # The mathematics --------------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from metadist.core.computation import Evaluate, FisherProduct, Gradient, Rollout, Surrogate, ValueGradient
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.model import Model
@@ -88,24 +88,29 @@ class TrialLearner(Learner):
 
     def meta_step(self, key: MetaStepKey, state: State) -> Rounds:
         """Roll out under θ, then update θ on those trials: by minibatches, or by one step within a trust region."""
-        rolled = self.shards(key, "rollout", tasks=self.outer.meta_batch_size)
+        rolled = self.shards(key, Rollout(), tasks=self.outer.meta_batch_size)
         rolled = [replace(s, role=self.rollout_role, keeps=True) for s in rolled]
         total = yield Round(0, state, rolled)
         if not total.weight:
             raise WorkerError(f"meta-step {key.meta_step}: every trial was left out (environment.on_error: skip)")
         statistics = {n: v / total.weight for n, v in total.metrics.items()}
         statistics.update(steps=total.weight, trials=total.tasks)
-        algorithm, settings = self.algorithm, self.algorithm.settings_of(statistics)
+        algorithm = self.algorithm
+        broadcast = tuple(sorted(algorithm.settings_of(statistics).items()))
         report = {**self._described(statistics), "steps": statistics["steps"]}
-        step = MetaStep(key.meta_step, key.seed, rolled, settings, state, self.slots, self.outer, report)
+        step = MetaStep(key.meta_step, key.seed, rolled, broadcast, state, self.slots, self.outer, report)
         if left_out := statistics.get("left_out"):
             report["left_out"] = left_out * statistics["steps"]
         if algorithm.trust_region is None:
-            yield from step.minibatch_rounds("gradient", algorithm.epochs, algorithm.minibatches, algorithm.kl_limit)
+            yield from step.minibatch_rounds(
+                Gradient(step.statistics), algorithm.epochs, algorithm.minibatches, algorithm.kl_limit
+            )
         else:
             yield from trust_region_rounds(step, algorithm.trust_region)
             if algorithm.fits_value:
-                yield from step.minibatch_rounds("value_gradient", algorithm.epochs, algorithm.minibatches)
+                yield from step.minibatch_rounds(
+                    ValueGradient(step.statistics), algorithm.epochs, algorithm.minibatches
+                )
         report.update(updates=float(step.updates))
         return step.state, report
 
@@ -182,32 +187,28 @@ class TrialLearner(Learner):
         )
         named = {name: self.slots[name].layout.unflatten(vector) for name, vector in theta.items()}
         context = TrialContext(self.tasks, self.model, keys, shard.meta_step)
-        settings = dict(shard.settings)
-        if shard.function == "rollout":
+        if isinstance(shard.computation, Rollout):
             trials, sums, weight = self.algorithm.rollout(named, context)
             return WithOutput(Contribution({}, weight, shard.count - int(sums.get("left_out", 0)), sums), trials)
-        if shard.function == "evaluate":
+        if isinstance(shard.computation, Evaluate):
             with torch.no_grad():
-                inner_steps = cast("int | None", settings["inner_steps"])
-                returns = self.algorithm.evaluate(named, context, inner_steps)
+                returns = self.algorithm.evaluate(named, context, shard.computation.inner_steps)
             return Records({"task": keys.tasks.cpu(), **{n: v.cpu() for n, v in returns.items()}})
-        return self._learn(shard, named, inputs[0], settings, context)
+        return self._learn(shard, named, inputs[0], context)
 
-    def _learn(
-        self, shard: Shard, theta: Theta, trials: Records, settings: dict[str, Any], context: TrialContext
-    ) -> Contribution:
+    def _learn(self, shard: Shard, theta: Theta, trials: Records, context: TrialContext) -> Contribution:
         """Compute a shard of an update round on the trials of the rollout round."""
         algorithm, sums = self.algorithm.at(shard.meta_step), dict[str, float]()
-        slots: dict[str, Parameters] = {}
-        if shard.function == "gradient":
-            slots, sums, weight = algorithm.gradient(theta, trials, settings, context)
-        elif shard.function == "value_gradient":
-            slots, sums, weight = algorithm.value_gradient(theta, trials, settings, context)
-        elif shard.function == "fisher":
+        slots, asked = dict[str, Parameters](), shard.computation
+        if isinstance(asked, Gradient):
+            slots, sums, weight = algorithm.gradient(theta, trials, dict(asked.statistics), context)
+        elif isinstance(asked, ValueGradient):
+            slots, sums, weight = algorithm.value_gradient(theta, trials, dict(asked.statistics), context)
+        elif isinstance(asked, FisherProduct):
             slots["model"], weight = algorithm.fisher(theta, trials, theta[DIRECTION], context)
-        elif shard.function == "surrogate":
+        elif isinstance(asked, Surrogate):
             sums, weight = algorithm.surrogate(
-                theta, trials, theta[DIRECTION] * settings["fraction"], settings, context
+                theta, trials, theta[DIRECTION] * asked.fraction, dict(asked.statistics), context
             )
             # A step too far may overflow: that is for the line search to refuse, where the scheduler takes NaN for a
             # fault.

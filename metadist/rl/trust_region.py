@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from metadist.core.computation import FisherProduct, Gradient, Surrogate
 from metadist.core.round import Round
 from metadist.core.state import Contribution, State
 from metadist.rl.updates import MetaStep
@@ -39,12 +40,12 @@ def trust_region_rounds(step: MetaStep, region: TrustRegion) -> Generator[Round,
     Every sum is the canonical sum, and the driver's own arithmetic is float64 in blocks: the bits are the same for any
     number of workers.
     """
-    total = yield from step.ask("gradient", step.rolled)
+    total = yield from step.ask(Gradient(step.statistics), step.rolled)
     step.describe(total)
     ascent = -total.slots["model"].double() / total.weight
 
     def fisher(direction: Tensor) -> Generator[Round, Contribution, Tensor]:
-        product = yield from step.ask("fisher", step.rolled, published=_with(step.state, direction))
+        product = yield from step.ask(FisherProduct(), step.rolled, _with(step.state, direction))
         return product.slots["model"].double() / product.weight
 
     solution, image = yield from conjugate_gradient(ascent, fisher, region)
@@ -86,7 +87,7 @@ def _line_search(step: MetaStep, region: TrustRegion, whole: Tensor) -> Generato
     published = _with(step.state, whole)
     for number in range(region.backtracks):
         fraction = BACKTRACK**number
-        total = yield from step.ask("surrogate", step.rolled, published=published, fraction=fraction)
+        total = yield from step.ask(Surrogate(fraction, step.statistics), step.rolled, published)
         improvement, kl = total.metrics["improvement"] / total.weight, total.metrics["kl"] / total.weight
         accepted = improvement > 0 and kl <= region.kl
         step.report.update(

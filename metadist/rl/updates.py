@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
+from metadist.core.computation import Computation, Statistics
 from metadist.core.outer import OuterLoop
 from metadist.core.random import seeded
 from metadist.core.round import Round, Shard
@@ -21,14 +21,14 @@ UPDATES = "updates"
 class MetaStep:
     """A meta-step in progress: its trials, its current state, and its update rounds.
 
-    ``rolled`` are the shards of round 0, whose outputs later rounds need. ``settings`` go to every shard. ``report``
-    collects the metrics.
+    ``rolled`` are the shards of round 0, whose outputs later rounds need. ``statistics`` are the global rollout
+    statistics that update rounds receive. ``report`` collects the metrics.
     """
 
     meta_step: int
     seed: int
     rolled: Sequence[Shard]
-    settings: Mapping[str, Any]
+    statistics: Statistics
     state: State
     slots: Mapping[str, Slot]
     outer: OuterLoop
@@ -38,28 +38,21 @@ class MetaStep:
     _means: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def ask(
-        self,
-        function: str,
-        shards: Sequence[Shard],
-        *,
-        published: State | None = None,
-        **settings: Any,
+        self, computation: Computation, shards: Sequence[Shard], published: State | None = None
     ) -> Generator[Round, Contribution, Contribution]:
-        """Yield a round of ``function`` on the trials of ``shards`` and return its sum.
+        """Yield a round of ``computation`` on the trials of ``shards`` and return its sum.
 
         Workers compute under the current state, or under ``published`` where it is given.
         """
         self.round += 1
-        told = tuple(sorted({**self.settings, **settings}.items()))
         asked = [
             replace(
                 shard,
                 round=self.round,
                 index=i,
-                function=function,
+                computation=computation,
                 role="learner",
                 keeps=False,
-                settings=told,
                 needs=((self.meta_step, 0, shard.index),),
             )
             for i, shard in enumerate(shards)
@@ -77,13 +70,13 @@ class MetaStep:
         self.state = replace(new, outer={**new.outer, UPDATES: torch.tensor([count + 1.0], dtype=torch.float64)})
 
     def minibatch_rounds(
-        self, function: str, epochs: int, minibatches: int, kl_limit: float | None = None
+        self, computation: Computation, epochs: int, minibatches: int, kl_limit: float | None = None
     ) -> Generator[Round, Contribution, None]:
         """Yield a round and make an update for every minibatch, until the mean KL divergence of one exceeds
         ``kl_limit``.
         """
         for number, shards in enumerate(self._minibatches(epochs, minibatches)):
-            total = yield from self.ask(function, shards)
+            total = yield from self.ask(computation, shards)
             if not total.weight:  # every trial of these shards was left out
                 continue
             self.descend(total)

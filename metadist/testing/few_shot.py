@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metadist.core.algorithm import TaskContext, with_inner_steps
+from metadist.core.computation import Evaluate
 from metadist.core.model import Model
 from metadist.core.round import Shard
 from metadist.core.state import Contribution, Records, TreeSum
@@ -175,7 +176,7 @@ def comes_back(learner: FewShotLearner) -> None:
     state, _ = learner.outer.update(learner.slots, state, total, 0)
     round_trips.state(learner, state)
     round_trips.result(learner, shard, total)
-    judging = shards(learner, "evaluate", "test", inner_steps=None)[0]
+    judging = shards(learner, Evaluate(), "test")[0]
     records = learner.compute(judging, state.slots)
     assert isinstance(records, Records)
     round_trips.result(learner, judging, records)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metadist.core.computation import Computation, Gradient
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
@@ -18,7 +19,6 @@ from metadist.core.round import (
     MetaStepKey,
     Report,
     Round,
-    Setting,
     Shard,
     WithOutput,
     run_rounds,
@@ -98,9 +98,9 @@ def evaluated(learner: Learner, state: State, inner_steps: int | None = None, ru
     return found
 
 
-def shards(learner: Learner, function: str = "gradient", split: str = "train", **settings: Setting) -> list[Shard]:
+def shards(learner: Learner, computation: Computation = Gradient(), split: str = "train") -> list[Shard]:
     """Return the shards of a small round."""
-    return learner.shards(KEY, function, tasks=META_BATCH, split=split, **settings)
+    return learner.shards(KEY, computation, tasks=META_BATCH, split=split)
 
 
 def keys(first: int = 0, count: int = META_BATCH) -> TaskKey:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from metadist.core.computation import Evaluate, Gradient, Rollout
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.round import Shard, WithOutput
@@ -90,10 +91,10 @@ def exact_across_shards(learner: TrialLearner) -> None:
     exact.prepared_like(learner)
     vectors = exact.initial(0).slots
     whole = _rolled(exact, vectors, META_BATCH)
-    settings = tuple(sorted(learner.algorithm.settings_of(_statistics(whole)).items()))
+    gradient = Gradient(tuple(sorted(learner.algorithm.settings_of(_statistics(whole)).items())))
     for sizes in ((2, 4), (1,) * META_BATCH):
         parts = _rolled(exact, vectors, *sizes)
-        together, apart = (_gradient(exact, vectors, part, settings) for part in (whole, parts))
+        together, apart = (_gradient(exact, vectors, part, gradient) for part in (whole, parts))
         if differs := apart_by(apart.slots, together.slots, ROUNDING):
             raise InexactError(
                 learner,
@@ -110,7 +111,7 @@ def _rolled(learner: TrialLearner, vectors: Any, *sizes: int) -> Rolled:
     """Roll out the first trials of the training split in shards of these sizes."""
     found = []
     for i, size in enumerate(sizes):
-        shard = Shard(RUN, 0, 0, i, "rollout", sum(sizes[:i]), size, 0, keeps=True)
+        shard = Shard(RUN, 0, 0, i, Rollout(), sum(sizes[:i]), size, 0, keeps=True)
         result = learner.compute(shard, vectors)
         assert isinstance(result, WithOutput)
         found.append((shard, result))
@@ -122,10 +123,10 @@ def _statistics(rolled: Rolled) -> dict[str, float]:
     return {n: v / total.weight for n, v in total.metrics.items()}
 
 
-def _gradient(learner: TrialLearner, vectors: Any, rolled: Rolled, settings: Any) -> Contribution:
+def _gradient(learner: TrialLearner, vectors: Any, rolled: Rolled, gradient: Gradient) -> Contribution:
     found = []
     for shard, result in rolled:
-        learning = replace(shard, round=1, function="gradient", keeps=False, settings=settings)
+        learning = replace(shard, round=1, computation=gradient, keeps=False)
         one = learner.compute(learning, vectors, [result.output])
         assert isinstance(one, Contribution)
         found.append(one)
@@ -157,7 +158,7 @@ def comes_back(learner: TrialLearner) -> None:
     round_trips.state(learner, done.state)
     for shard, result in done.results.items():
         round_trips.result(learner, shard, result)
-    shard = learner.shards(KEY, "evaluate", tasks=META_BATCH, split="test", inner_steps=None)[0]
+    shard = learner.shards(KEY, Evaluate(), tasks=META_BATCH, split="test")[0]
     records = learner.compute(shard, learner.initial(0).slots)
     assert isinstance(records, Records)
     round_trips.result(learner, shard, records)

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 MAX_DEATHS = 3
 #: a shard that failed this many times, each time with another message, is not submitted again
 MAX_FAILURES = 5
+#: an attempt is at least this old before an idle worker computes its shard as well
+BACKUP_SECONDS = 3.0
 
 
 @dataclass
@@ -292,9 +294,9 @@ class Scheduler:
                 log.warning("%s: no answer for %.0f s; its worker is recycled", shard, age)
                 self.executor.cancel(shard, attempt)
                 self._outstanding[shard, attempt] = now
-            elif age > max(3.0, 8 * shard.leaves * usual.get(shard.function, self._timeout)) and self._may_back_up(
-                progress, shard, attempt
-            ):
+            elif age > max(
+                BACKUP_SECONDS, 8 * shard.leaves * usual.get(shard.function, self._timeout)
+            ) and self._may_back_up(progress, shard, attempt):
                 self.measured.counts["backups"] += 1
                 self._give(shard)
 

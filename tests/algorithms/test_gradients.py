@@ -25,6 +25,7 @@ def test_meta_gradient_is_the_plain_loop_s(algorithm, model):
     assert (got.weight, got.tasks) == (3.0, 3)
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("algorithm", ["maml-1", "maml-5", "protonet"])
 @pytest.mark.parametrize("pooling", ["stride", "max"])
 def test_on_the_network_and_the_data_of_the_main_job(algorithm, pooling, data):

@@ -7,6 +7,7 @@ import torch
 
 from metadist.benchmarks import bench
 from metadist.benchmarks.transport import TENSORS, Echo
+from metadist.core.computation import Evaluate, Gradient
 from metadist.core.errors import ConfigError
 from metadist.core.round import Shard
 from metadist.core.state import Contribution
@@ -30,10 +31,10 @@ def test_the_echo_has_as_many_parameters_as_asked_for() -> None:
     state = echo.initial(0)
     assert state.slots["model"].numel() == echo.slots["model"].layout.numel == 1001
     assert len(echo.slots["model"].layout.names) == TENSORS
-    result = echo.compute(Shard("r", 0, 0, 0, "gradient", 0, 2, seed=0), state.slots)
+    result = echo.compute(Shard("r", 0, 0, 0, Gradient(), 0, 2, seed=0), state.slots)
     assert isinstance(result, Contribution)
     assert result.slots["model"].equal(state.slots["model"])
-    assert echo.compute(Shard("r", 0, 0, 0, "nothing", 0, 2, seed=0), state.slots).rows == 2
+    assert echo.compute(Shard("r", 0, 0, 0, Evaluate(), 0, 2, seed=0), state.slots).rows == 2
     assert torch.equal(echo.initial(0).slots["model"], state.slots["model"])
 
 

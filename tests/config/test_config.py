@@ -527,12 +527,14 @@ def test_every_shipped_config_resolves_to_itself(name):
     ).items()
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("name", sorted(shipped_configs()))
 def test_every_shipped_config_trains(name, tmp_path, request):
     document = read_document(name)
     if document.get("tasks", {"name": "sinusoid"})["name"] != "sinusoid":
         request.getfixturevalue("data")
     batch = document["algorithm"].get("minibatches", 2) if "environment" in document else 2
+    resolved = build(document).document
     small = [
         "outer.meta_steps=2",
         f"outer.meta_batch_size={batch}",
@@ -540,6 +542,8 @@ def test_every_shipped_config_trains(name, tmp_path, request):
         "evaluate.tasks=2",
         "evaluate.test_tasks=2",
         "tracking.uri=none",
+        *(["environment.horizon=4"] if "horizon" in resolved.get("environment", {}) else []),
+        *(["model.filters=8"] if "filters" in resolved["model"] else []),
     ]
     result = train(build(set_workers(override(document, small), "0")), run_dir=str(tmp_path / "run"), plots=False)
     assert result.outcome.progress.meta_step == 2

@@ -135,6 +135,7 @@ def test_refused_in_one_line(triple):
     assert "\n" not in REFUSED[triple]
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("property", FEW_SHOT_PROPERTIES)
 def test_every_combination(subject, property):
     FEW_SHOT_PROPERTIES[property](subject)
@@ -165,6 +166,7 @@ def size(triple):
     return math.prod(found.tasks.input_shape), len(list(found.model.module.modules()))
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("algorithm", SUPERVISED)
 def test_every_algorithm_learns(algorithm, data):
     """The loss on held-out tasks after adaptation falls, by far more than chance, where that is tried fastest."""

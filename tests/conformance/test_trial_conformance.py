@@ -83,11 +83,13 @@ def test_what_does_not_fit_says_why_in_one_line(triple, reason):
     assert "\n" not in reason
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("property", TRIAL_PROPERTIES)
 def test_every_combination(subject, property):
     TRIAL_PROPERTIES[property](subject)
 
 
+@pytest.mark.lane("numerics")
 def test_learning_starts_from_the_policy_that_rolled_out(subject):
     """The policy's own log-probabilities are those that the first update compares with."""
     assert abs(meta_step(subject, subject.initial(0), 0).report.get("first_kl", 0.0)) < 1e-6

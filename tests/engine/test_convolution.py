@@ -191,6 +191,7 @@ class convolutions(torch.overrides.TorchFunctionMode):
         return (conv2d if func is F.conv2d else func)(*args, **(kwargs or {}))
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_a_graph_computes_the_same_channels_last(way, tasks, choose):
@@ -206,6 +207,7 @@ def test_a_graph_computes_the_same_channels_last(way, tasks, choose):
     }
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("way", WAYS)
 def test_hardly_anything_is_done_to_images_channels_first(way, choose):
     """Batch norm and ReLU work on [1, 4, 12, 12, 8] in place of [1, 4, 8, 12, 12]."""

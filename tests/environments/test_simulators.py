@@ -18,6 +18,7 @@ from trials import context, learner, somewhere
 
 from metadist.algorithms.rl2 import RL2
 from metadist.config.build import build
+from metadist.core.computation import Rollout
 from metadist.core.errors import ConfigError, NonFiniteError, WorkerError
 from metadist.core.random import TaskKey
 from metadist.core.round import Shard
@@ -210,6 +211,7 @@ def test_a_fault_names_environment_and_task(how, message):
         played(bad(how, on_error="abort"), KEYS)
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("how", [*(how for how, _ in FAULTS), "nan"])
 def test_skipped_trials_are_left_out_and_the_others_go_on(how, caplog):
     found = bad(how, on_error="skip")
@@ -283,7 +285,7 @@ def test_nan_is_refused_where_it_is_rolled_out():
 def test_a_worker_blames_the_tasks_whose_environments_raise():
     made = subject(bad("raise"), batch=4, shard=4)
     worker = Worker(made, name="w", device="cpu", gpus=0, threads=1)
-    shard = Shard("run", 2, 0, 0, "rollout", 0, 4, seed=3, key_step=2, keeps=True)
+    shard = Shard("run", 2, 0, 0, Rollout(), 0, 4, seed=3, key_step=2, keeps=True)
     goals = made.tasks.sample(TaskKey.of(3, "train", 2, range(4)))["goal"]
     with pytest.raises(TaskError, match="EnvironmentFault: environment own_environments:Bad, task") as caught:
         worker.compute(shard, made.initial(0).slots)

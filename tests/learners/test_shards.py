@@ -8,6 +8,7 @@ import torch
 from toys import Blobs, Curves, Ragged, WithoutDropout, keys, learner, relative_error, somewhere
 
 from metadist.algorithms import ANIL, CNP, MAML, MetaSGD, ProtoNet, Reptile
+from metadist.core.computation import Evaluate, Gradient
 from metadist.core.errors import ConfigError, NonFiniteError
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
@@ -55,15 +56,15 @@ def test_shards_agree_in_float64():
 
 def test_a_meta_batch_is_cut_without_gap_or_overlap():
     whole = subject(outer=OuterLoop(meta_batch_size=19, shard_size=8))
-    shards = whole.shards(MetaStepKey("run", 4, 7), "gradient", split="train", tasks=19)
+    shards = whole.shards(MetaStepKey("run", 4, 7), Gradient(), split="train", tasks=19)
     assert [(s.index, s.start, s.count, s.key_step) for s in shards] == [(0, 0, 8, 4), (1, 8, 8, 4), (2, 16, 3, 4)]
-    assert {s.key_step for s in whole.shards(MetaStepKey("run", 4, 7), "evaluate", split="test", tasks=19)} == {0}
+    assert {s.key_step for s in whole.shards(MetaStepKey("run", 4, 7), Evaluate(), split="test", tasks=19)} == {0}
 
 
 @pytest.mark.parametrize("tasks", [1, 8, 9, 17, 19, 24])
 def test_a_block_knows_its_shards(tasks):
     shards = subject(outer=OuterLoop(shard_size=8)).shards(
-        MetaStepKey("run", 4, 7), "gradient", split="train", tasks=tasks
+        MetaStepKey("run", 4, 7), Gradient(), split="train", tasks=tasks
     )
     assert [(s.leaves, s.each()) for s in shards] == [(1, (s,)) for s in shards]
     for first in range(len(shards)):
@@ -89,9 +90,9 @@ def test_compute_is_pure():
     whole = subject()
     state = whole.initial(0)
     before = state.sha256()
-    shard = whole.shards(MetaStepKey("run", 0, 7), "gradient", split="train", tasks=8)[0]
+    shard = whole.shards(MetaStepKey("run", 0, 7), Gradient(), split="train", tasks=8)[0]
     first = whole.compute(shard, state.slots)
-    whole.compute(replace(shard, function="evaluate", settings=(("inner_steps", 3),)), state.slots)
+    whole.compute(replace(shard, computation=Evaluate(3)), state.slots)
     second = whole.compute(shard, state.slots)
     assert first.slots["model"].equal(second.slots["model"])
     assert state.sha256() == before

@@ -156,6 +156,7 @@ def test_too_large_problems_are_refused():
         play(Bandit(reward="gaussian"), "optimal", TaskKey.of(0, "test", 0, [0]))
 
 
+@pytest.mark.lane("numerics")
 def test_nothing_beats_the_optimum_and_the_known_arm_is_its_mean():
     rows = {r.name: r for r in compare(Bandit(), trials=20_000, batch=10_000)}
     assert list(rows)[0] == "optimal"
@@ -165,6 +166,7 @@ def test_nothing_beats_the_optimum_and_the_known_arm_is_its_mean():
     assert abs(rows["random"].mean - 5) < 3 * rows["random"].error
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize(("pulls", "arms"), [(10, 5), (10, 10), (10, 50)])
 def test_the_published_table(pulls, arms):
     for name, published in PUBLISHED[pulls, arms].items():
@@ -194,6 +196,7 @@ def test_gittins_indices_are_those_of_the_tables():
         assert float(index[s, f]) == pytest.approx(value, abs=2e-4)
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("pulled", [0, 3])
 def test_normal_indices_by_bisection(pulled):
     """Bisect the charge at which a pull of an arm of mean 0 is worth nothing, on a grid of means, discount .9."""
@@ -215,6 +218,7 @@ def test_normal_indices_by_bisection(pulled):
     assert float(normal_index(10, discount, 1.0)[pulled]) == pytest.approx(low, abs=0.003)
 
 
+@pytest.mark.lane("numerics")
 def test_gaussian_arms():
     rows = {r.name: r for r in compare(Bandit(reward="gaussian", episodes=50), trials=4000, batch=4000)}
     assert list(rows)[0] == "known_arm" and "optimal" not in rows

@@ -129,11 +129,13 @@ def check(episodes, names, trials, more=0.0):
         assert -allowed < row.mean - PUBLISHED[episodes][row.name] < allowed + more, row
 
 
+@pytest.mark.lane("numerics")
 def test_the_published_table():
     check(10, ["random", "psrl", "opsrl", "ucrl2", "beb", "greedy"], 1000)
     check(10, ["epsilon_greedy"], 1000, more=4.0)  # the published value is below greedy
 
 
+@pytest.mark.lane("numerics")
 def test_the_best_method_plans_at_every_step():
     rows = {
         r.name: r

@@ -353,6 +353,7 @@ def test_evaluation_has_a_column_for_every_number_of_steps():
     assert default["sampled"].equal(columns["sampled"][:, :2]) and default["greedy"].dtype == torch.float64
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize(
     "options", [{"optimizer": "ppo"}, {"optimizer": "trpo", "kl": 0.02, "cg_steps": 5}], ids=["promp", "trpo"]
 )

@@ -162,16 +162,16 @@ def test_updates_end_once_the_divergence_passes_its_limit():
 
 def test_advantages_are_normalised_over_all_shards():
     subject, seen = learner(RL2(epochs=1), GRU(hidden=8), Chance()), []
-    train(subject, 1, watch=lambda round, *_: seen.append({shard.settings for shard in round.shards}))
+    train(subject, 1, watch=lambda round, *_: seen.append({shard.computation for shard in round.shards}))
     whole = learner(RL2(epochs=1, minibatches=1), GRU(hidden=8), Chance(), shard=16)
     about = context(whole, 16)
     theta = whole.initial(0).theta(whole.slots)
     batch = Trials.of(whole.algorithm.rollout(theta, about)[0])
     (window,) = whole.algorithm.windows(about.policy(theta), batch, {})
     advantage = window.advantage[window.valid].double()
-    for settings in seen[1:]:
-        assert len(settings) == 1
-        found = dict(next(iter(settings)))
+    for computations in seen[1:]:
+        [computation] = computations
+        found = dict(computation.statistics)
         assert found["mean"] == pytest.approx(float(advantage.mean()), abs=1e-6)
         assert found["deviation"] == pytest.approx(float(advantage.std(correction=0)), rel=1e-5)
 
@@ -213,6 +213,7 @@ def trained(model, meta_steps):
     return subject, train(subject, meta_steps)[0]
 
 
+@pytest.mark.lane("numerics")
 def test_a_policy_with_memory_adapts_and_shuffled_rewards_destroy_that():
     subject, state = trained(GRU(hidden=24), 40)
     theta, keys = state.theta(subject.slots), TaskKey.of(0, "test", 0, range(TRIALS))
@@ -224,6 +225,7 @@ def test_a_policy_with_memory_adapts_and_shuffled_rewards_destroy_that():
     assert abs(shuffled.mean() - 5.0) < 3.5 * error
 
 
+@pytest.mark.lane("numerics")
 def test_a_policy_without_memory_scores_the_memoryless_optimum():
     subject, state = trained(Reactive(hidden=(16,)), 10)
     for returns in (v.sum(1) for n, v in evaluate(subject, state, TRIALS).items() if n != "task"):

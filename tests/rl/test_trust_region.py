@@ -10,6 +10,7 @@ import torch
 from trials import Chance, context, learner, run, somewhere, train
 
 from metadist.algorithms.rl2 import RL2
+from metadist.core.computation import Rollout, Surrogate
 from metadist.core.errors import ConfigError
 from metadist.core.round import MetaStepKey, run_rounds
 from metadist.core.state import State
@@ -150,6 +151,7 @@ def test_the_value_fit_changes_no_parameter_of_the_actions():
     assert names == ["value.weight", "value.bias"] and report["updates"] == 6
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("model", [GRU(hidden=8), Reactive(hidden=(8,))], ids=lambda m: type(m).__name__)
 def test_every_step_improves_within_the_bound(model):
     found = learner(
@@ -182,12 +184,12 @@ def test_a_step_too_far_is_cut_short_and_one_that_never_fits_is_not_taken():
 
 def test_a_step_that_overflows_is_refused_and_is_no_fault():
     found = learner(RL2(optimizer="trpo", minibatches=1), GRU(hidden=4), Chance(continuous=True), batch=4, shard=4)
-    shards = found.shards(MetaStepKey("run", 0, 0), "rollout", tasks=4)
+    shards = found.shards(MetaStepKey("run", 0, 0), Rollout(), tasks=4)
     state = found.initial(0)
     rolled = found.compute(replace(shards[0], keeps=True), state.slots)
-    settings = (("deviation", 1.0), ("fraction", 1.0), ("mean", 0.0))
+    surrogate = Surrogate(1.0, (("deviation", 1.0), ("mean", 0.0)))
     away = {**state.slots, DIRECTION: torch.full_like(state.slots["model"], -1e30)}
-    total = found.compute(replace(shards[0], function="surrogate", settings=settings), away, [rolled.output])
+    total = found.compute(replace(shards[0], computation=surrogate), away, [rolled.output])
     assert all(map(math.isfinite, total.metrics.values())) and total.metrics["kl"] / total.weight > 1e50
 
 

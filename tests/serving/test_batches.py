@@ -134,6 +134,7 @@ def test_models_need_different_names():
         AdaptationService([served(name="a"), served(name="a")])
 
 
+@pytest.mark.lane("numerics")
 def test_replicas_share_what_they_adapted():
     """One adapts, the other predicts; both forget and evict. The φ of every algorithm can be sent."""
     for algorithm, normalization in KINDS:

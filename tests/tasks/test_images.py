@@ -49,6 +49,7 @@ def _race(marks, barrier, results):
     results.put(cached("set", "source", build).sha256)
 
 
+@pytest.mark.lane("services")
 def test_processes_that_start_together_build_once(tmp_path):
     marks = tmp_path / "marks"
     marks.mkdir()

@@ -239,6 +239,7 @@ def real():
     return path
 
 
+@pytest.mark.lane("numerics")
 def test_real_splits(real):
     arrays = np.load(real)
     names, published = arrays["class_names"], arrays["class_vinyals_split"]
@@ -260,6 +261,7 @@ def test_real_drawings_decode_to_the_prepared_file(real):
         assert np.array_equal(decoded(page), images[c, d])
 
 
+@pytest.mark.lane("numerics")
 def test_real_nearest_mean(real):
     """The nearest class mean in pixels has a known accuracy: a numpy sampler gave 42.4 % (1 shot), 68.6 % (5)."""
     for k, expected in ((1, 0.424), (5, 0.686)):

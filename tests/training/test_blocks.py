@@ -11,9 +11,11 @@ import tiny
 import torch
 from test_scheduler import STATE, Toy, bits, error, evaluation_round, gradient_round, hang
 
+from metadist.core.computation import Evaluate, Gradient
 from metadist.core.errors import WorkerError
 from metadist.core.round import Failed, Finished
 from metadist.core.state import Contribution
+from metadist.training import scheduler as scheduling
 from metadist.training.blocks import BLOCK_SECONDS, UNEVEN_BLOCKS, cuts, in_blocks, largest
 from metadist.training.scheduler import Scheduler
 from metadist.wire import ThetaHeader, decode_result
@@ -97,7 +99,7 @@ def test_shards_that_do_not_follow_on_each_other_stay_as_they_are():
     assert [s for b in in_blocks(shards, [0.1, 0.1]) for s in b.each()] == shards
     for strange in (
         [*shards[:3], replace(shards[3], start=99), *shards[4:]],
-        [replace(s, settings=(("a", s.index),)) for s in shards],
+        [replace(s, computation=Gradient((("mean", float(s.index)),))) for s in shards],
         shards[::-1],
     ):
         assert in_blocks(strange, [0.1, 0.1]) == strange
@@ -190,7 +192,7 @@ def test_validation_and_what_keeps_or_needs_go_one_by_one():
         fleet._paces["evaluate", name].append(0.01)
     fleet.run(evaluation_round())
     assert {s.leaves for s in toy.given} == {1}
-    for change in ({"keeps": True}, {"needs": ((0, 0, 0),)}, {"function": "statistics"}):
+    for change in ({"keeps": True}, {"needs": ((0, 0, 0),)}, {"computation": Evaluate()}):
         strange = replace(ROUND, shards=[replace(s, **change) for s in ROUND.shards])
         assert fleet._blocks(strange) == strange.shards
     assert fleet._blocks(replace(ROUND, reduce=False)) == ROUND.shards
@@ -259,8 +261,9 @@ def test_a_block_has_as_long_as_its_shards():
     assert fleet.retried == Counter(lost=16)
 
 
-def test_a_backup_of_a_block_may_win_or_fail():
+def test_a_backup_of_a_block_may_win_or_fail(monkeypatch):
     """It is divided once nobody computes it any more."""
+    monkeypatch.setattr(scheduling, "BACKUP_SECONDS", 0.2)
     for deed in (None, lost):
         toy = Blocks(3).spoil(0, hang)
         fleet = known(toy, timeout=1.0)

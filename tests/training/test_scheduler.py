@@ -195,7 +195,8 @@ def test_a_result_that_nobody_asked_for_is_dropped():
     assert fleet.measured.read().counts["duplicates"] == 2
 
 
-def test_a_slow_attempt_of_the_last_round_may_end_in_the_next():
+def test_a_slow_attempt_of_the_last_round_may_end_in_the_next(monkeypatch):
+    monkeypatch.setattr(scheduling, "BACKUP_SECONDS", 0.2)
     toy = Toy(2).fail_at(2, hang)
     fleet = scheduler(toy, timeout=60)
     fleet._durations["gradient"].extend([1e-3] * 8)
@@ -219,9 +220,10 @@ def test_a_hung_worker_is_recycled_after_the_timeout():
     assert fleet.retried == Counter(lost=1)
 
 
-def test_a_worker_that_hangs_on_a_finished_shard_is_recycled_too():
+def test_a_worker_that_hangs_on_a_finished_shard_is_recycled_too(monkeypatch):
+    monkeypatch.setattr(scheduling, "BACKUP_SECONDS", 0.2)
     toy = Toy(2).fail_at(0, hang)
-    fleet = scheduler(toy, timeout=6.0)  # the backup comes after 3 s
+    fleet = scheduler(toy, timeout=0.6)
     fleet._durations["gradient"].extend([1e-3] * 8)
     for meta_step in range(2):
         fleet.run(gradient_round(meta_step))

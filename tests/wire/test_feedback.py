@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from metadist.core.computation import Gradient
 from metadist.core.parameters import Layout
 from metadist.core.round import Shard
 from metadist.core.state import Contribution, Records, Slot
@@ -20,7 +21,7 @@ SLOTS = {
     "half": Slot(Layout(("h",), ((4,),), torch.float16)),
     "moments": Slot(Layout(("m",), ((5,),)), "average"),
 }
-SHARD = Shard("run-1", 7, 0, 3, "gradient", 24, 8, seed=0, key_step=7)
+SHARD = Shard("run-1", 7, 0, 3, Gradient(), 24, 8, seed=0, key_step=7)
 HEADER = ResultHeader(SHARD, 1, "w")
 
 

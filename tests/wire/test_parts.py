@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from metadist.core.computation import Gradient
 from metadist.core.parameters import Layout
 from metadist.core.round import Shard
 from metadist.core.state import Contribution, Slot
@@ -33,7 +34,7 @@ SLOTS = {
     "rates": Slot(Layout(("r",), ((LARGE,),))),
     "frozen": Slot(Layout(("e",), ((2,),)), "constant"),
 }
-SHARD = Shard("run", 1, 0, 0, "gradient", 0, 4, seed=0)
+SHARD = Shard("run", 1, 0, 0, Gradient(), 0, 4, seed=0)
 HEADER = ThetaHeader("r", 1, 0)
 
 

@@ -8,12 +8,13 @@ import pyarrow as pa
 import pytest
 import torch
 
+from metadist.core.computation import Gradient, Rollout
 from metadist.core.round import Shard
 from metadist.core.state import Records
 from metadist.wire.codec import RejectedError, ResultHeader, decode_output, decode_result, output_parts, result_parts
 from metadist.wire.frame import join
 
-SHARD = Shard("run", 3, 0, 2, "rollout", 4, 2, 7, key_step=3, keeps=True)
+SHARD = Shard("run", 3, 0, 2, Rollout(), 4, 2, 7, key_step=3, keeps=True)
 OUTPUT = Records(
     {
         "observation": torch.randn(2, 5, 3),
@@ -64,7 +65,7 @@ def test_damage_is_refused(position):
         ({"run": "another"}, "run is 'run', expected 'another'"),
         ({"seed": 8}, "seed is 7, expected 8"),
         ({"start": 6}, "start is 4, expected 6"),
-        ({"function": "adapted"}, "function is 'rollout', expected 'adapted'"),
+        ({"computation": Gradient()}, "function is 'rollout', expected 'gradient'"),
     ],
 )
 def test_the_output_of_another_shard_is_refused(other, reason):

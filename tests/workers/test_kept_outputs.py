@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from metadist.core.computation import Gradient, Rollout
 from metadist.core.round import Shard
 from metadist.workers.kept_outputs import KeptOutputs
 
-ROLLOUT = Shard("run", 3, 0, 2, "rollout", 4, 2, 7, keeps=True)
-GRADIENT = replace(ROLLOUT, round=1, index=0, function="gradient", keeps=False, needs=(ROLLOUT.key,))
+ROLLOUT = Shard("run", 3, 0, 2, Rollout(), 4, 2, 7, keeps=True)
+GRADIENT = replace(ROLLOUT, round=1, index=0, computation=Gradient(), keeps=False, needs=(ROLLOUT.key,))
 
 
 def rolled():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from faults import everywhere
 
+from metadist.core.computation import Gradient, Rollout
 from metadist.core.errors import WorkerError
 from metadist.core.round import EvaluationRequest, Failed, Finished, MetaStepKey, Shard, run_rounds
 from metadist.core.state import Contribution, Records
@@ -122,7 +123,7 @@ def test_what_other_functions_than_gradients_sum_has_no_slots_and_is_finite():
     metrics = {**result.metrics, "advantage": float("nan")}
     assert fault_of(replace(result, metrics=metrics), shard, learner, True) == "'advantage' is nan"
     assert "weight inf" in str(fault_of(replace(result, weight=float("inf")), shard, learner, True))
-    gradient = replace(shard, round=1, function="gradient", needs=(shard.key,), keeps=False)
+    gradient = replace(shard, round=1, computation=Gradient(), needs=(shard.key,), keeps=False)
     assert fault_of(Contribution({}, 8.0, 2, {}), gradient, learner, True) == "slots [], expected ['model']"
     assert fault_of(Contribution(slots, 8.0, 2, {"kl": float("nan")}), gradient, learner, True) is None
 
@@ -160,8 +161,8 @@ def test_a_task_that_breaks_its_environment_is_named(tmp_path):
 def test_a_task_whose_gradient_raises_is_named_by_its_own_trials():
     learner = pulls.learner(algorithm=pulls.Clumsy(epochs=2, minibatches=2, of=5))
     state, round, results = rolled(learner)
-    shard = replace(round.shards[2], round=1, function="gradient", keeps=False, needs=(round.shards[2].key,))
-    shard = replace(shard, settings=(("deviation", 1.0), ("mean", 0.0)))
+    shard = replace(round.shards[2], round=1, keeps=False, needs=(round.shards[2].key,))
+    shard = replace(shard, computation=Gradient((("deviation", 1.0), ("mean", 0.0))))
     with pytest.raises(TaskError, match="no way back") as caught:
         worker(learner).compute(shard, state.slots, [results[2].output])
     assert caught.value.tasks == (5,)
@@ -170,7 +171,7 @@ def test_a_task_whose_gradient_raises_is_named_by_its_own_trials():
 def test_a_shard_that_keeps_must_have_an_output():
     learner = pulls.learner()
     state = learner.initial(SEED)
-    shard = Shard("run", 0, 0, 0, "rollout", 0, 2, SEED)
+    shard = Shard("run", 0, 0, 0, Rollout(), 0, 2, SEED)
     with pytest.raises(TaskError, match="function 'rollout' has an output; the shard says otherwise"):
         worker(learner).compute(shard, state.slots)
     with pytest.raises(TaskError, match="function 'evaluate' has no output; the shard says otherwise"):
@@ -192,7 +193,7 @@ def test_a_failure_names_what_is_missing():
     learner = pulls.learner()
     executor = LocalExecutor(learner)
     executor.publish(0, 0, learner.initial(SEED))
-    shard = Shard("run", 0, 1, 0, "gradient", 0, 2, SEED, needs=((0, 0, 0), (0, 0, 3)))
+    shard = Shard("run", 0, 1, 0, Gradient(), 0, 2, SEED, needs=((0, 0, 0), (0, 0, 3)))
     executor.submit(shard, 1)
     [event] = executor.wait(0.1)
     assert isinstance(event, Failed)

@@ -18,6 +18,7 @@ from outsiders import HERE, OUTSIDE, Hand, document, experiment, hands, listenin
 from ports import free_port
 
 from metadist.config.document import override
+from metadist.core.computation import Evaluate, FisherProduct, Gradient, Rollout, Surrogate, ValueGradient
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.round import Shard
 from metadist.experiment import remote
@@ -531,7 +532,7 @@ def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
 def test_a_worker_outlives_a_driver_that_was_killed(tmp_path):
     """SIGKILL: the driver sends no dismissal. The worker joins the driver that resumes the run, with the same bits."""
     steps = (
-        "outer.meta_steps=240",
+        "outer.meta_steps=120",
         "checkpoint.every=2",
         "engine.compile=never",
     )  # or the first may have ended before it is killed
@@ -604,13 +605,27 @@ def test_another_address_than_loopback_needs_tls_and_a_token():
         train(experiment({**document(OUTSIDE), "outside": {"listen": "0.0.0.0:0"}}))
 
 
-def test_shards_are_the_same_after_the_way():
+@pytest.mark.parametrize(
+    "computation",
+    [
+        Gradient(),
+        Gradient((("clip", 0.1), ("mean", -1.2345678901234567e-300))),
+        Evaluate(),
+        Evaluate(3),
+        Rollout(),
+        ValueGradient((("mean", 0.1),)),
+        FisherProduct(),
+        Surrogate(0.8, (("deviation", 0.1), ("mean", -0.0))),
+    ],
+    ids=lambda computation: computation.name,
+)
+def test_shards_are_the_same_after_the_way(computation):
     shard = Shard(
         "run",
         3,
         2,
         7,
-        "gradient",
+        computation,
         14,
         2,
         11,
@@ -618,11 +633,25 @@ def test_shards_are_the_same_after_the_way():
         3,
         "environment",
         ((3, 0, 7), (3, 0, 8)),
-        settings=(("clip", 0.1), ("mean", -1.2345678901234567e-300), ("none", None), ("steps", (1, 2))),
         keeps=True,
         leaf=1,
     )
     assert shard_of(pb.Shard.FromString(shard_message(shard).SerializeToString())) == shard
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "says"),
+    [
+        ("halt", "[]", "computation 'halt'; expected one of evaluate"),
+        ("fisher", '[["mean", 0.1]]', "computation 'fisher' has no argument mean"),
+        ("surrogate", '[["mean", 0.1]]', "computation 'surrogate': .*fraction"),
+        ("gradient", "[[", "shard 0: "),
+        ("gradient", "[1]", "shard 0: "),
+    ],
+)
+def test_a_shard_of_another_version_is_refused_by_name(function, arguments, says):
+    with pytest.raises(GarbledError, match=says):
+        shard_of(pb.Shard(function=function, settings=arguments))
 
 
 def test_frames_arrive_in_chunks_of_a_megabyte():

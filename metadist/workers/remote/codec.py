@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from metadist.core.computation import computation_of
 from metadist.core.engine import Engine
 from metadist.core.round import OutputKey, Shard
 from metadist.workers.calls import Call, Content
@@ -22,7 +23,6 @@ _SHARD = (
     "meta_step",
     "round",
     "index",
-    "function",
     "start",
     "count",
     "seed",
@@ -145,18 +145,19 @@ def _key_of(message: pb.OutputKey) -> OutputKey:
 
 def shard_message(shard: Shard) -> pb.Shard:
     values = {n: getattr(shard, n) for n in _SHARD}
-    return pb.Shard(**values, needs=[_key_message(k) for k in shard.needs], settings=json.dumps(shard.settings))
+    arguments = json.dumps(sorted(shard.computation.arguments().items()))
+    needs = [_key_message(k) for k in shard.needs]
+    return pb.Shard(**values, function=shard.function, settings=arguments, needs=needs)
 
 
 def shard_of(message: pb.Shard) -> Shard:
-    settings = tuple((name, _hashable(value)) for name, value in json.loads(message.settings or "[]"))
-    return Shard(
-        **{n: getattr(message, n) for n in _SHARD}, needs=tuple(map(_key_of, message.needs)), settings=settings
-    )
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+    """Return the shard of a message. GarbledError where its computation is unknown or has other arguments."""
+    try:
+        computation = computation_of(message.function, dict(json.loads(message.settings or "[]")))
+    except (TypeError, ValueError) as error:
+        raise GarbledError(f"shard {message.index}: {error}") from error
+    values = {n: getattr(message, n) for n in _SHARD}
+    return Shard(**values, computation=computation, needs=tuple(map(_key_of, message.needs)))
 
 
 def lease_messages(
