@@ -16,6 +16,8 @@ PINS   := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.ve
 # A group of tests stays in one process, in the order of the lanes (tests/lanes.py). The tests of Ray and of servers wait half
 # of their time: three processes keep two cores busy.
 JOBS   ?= 3
+# Without bytecode on disk, every process of every test compiles the package and the tests once more.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder -n
 
 .PHONY: all train test test-fast test-long coverage helm lint protos clean

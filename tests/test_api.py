@@ -72,6 +72,7 @@ def test_adapts_to_a_new_line(trained: metadist.experiment.result.Result) -> Non
     assert after < before / 2
 
 
+@pytest.mark.lane("numerics")
 def test_loads_what_was_trained(trained: metadist.experiment.result.Result) -> None:
     loaded = metadist.load(trained.run_dir)
     assert loaded.state.sha256() == trained.state.sha256()
@@ -92,6 +93,7 @@ def test_exports_under_the_models_own_names(trained: metadist.experiment.result.
     assert torch.allclose(module(x), trained.predict(unadapted, x))
 
 
+@pytest.mark.lane("numerics")
 def test_starts_from_a_module_or_an_earlier_run(trained: metadist.experiment.result.Result, tmp_path: Path) -> None:
     module = network()
     started = metadist.compose(**parts(model=module)).learner.initial(0)

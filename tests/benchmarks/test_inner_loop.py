@@ -153,6 +153,7 @@ def bench(*arguments):
     return CliRunner().invoke(cli.app, ["bench", "inner-loop", *arguments])
 
 
+@pytest.mark.lane("numerics")
 def test_the_command_prints_a_table_and_one_json_object():
     done = bench(*QUICK, "--json")
     assert done.exit_code == 0, done.stderr

@@ -406,6 +406,7 @@ def test_resume_in_an_empty_folder_begins_with_a_warning(cli, config, tmp_path):
     assert ok(cli("train", config(), "--run-dir", tmp_path / "run", "--resume")).exit_code == 0
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize(
     ("assignment", "key"),
     [
@@ -425,6 +426,7 @@ def test_resume_with_a_changed_config(cli, config, tmp_path, assignment, key):
     assert (tmp_path / "run/config.yaml").read_text() == kept, "nothing is lost"
 
 
+@pytest.mark.lane("numerics")
 def test_resume_with_what_may_change(cli, config, tmp_path):
     one = tiny.last_json(ok(cli("train", config(), "--run-dir", tmp_path / "run", "--json")).stdout)
     changed = [

@@ -27,6 +27,7 @@ from metadist.training.observers import Observer
 # The same bits --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lane("numerics")
 def test_a_steered_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path, monkeypatch):
     """Without interruption; stopped before, at and after the command; and with the command log from the start."""
     commander = Commander(monkeypatch, {3: [size(4)]})
@@ -266,6 +267,7 @@ def test_mlflow_has_the_commands(tmp_path, monkeypatch):
     assert "commands.jsonl" in [a.path for a in client.list_artifacts(found.info.run_id)]
 
 
+@pytest.mark.lane("numerics")
 def test_two_drivers_on_one_run(tmp_path, monkeypatch):
     refused = []
 

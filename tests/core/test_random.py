@@ -91,6 +91,7 @@ def test_independent_of_the_shard(kind):
     assert mapped.equal(whole)
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["real", "fake"])
 def test_steps_can_be_tensors_of_a_traced_graph(kind, mode):

@@ -60,6 +60,7 @@ def check(subject, engine, shard, meta_step=3, tolerance=1e-10, objective=plain_
 WALKING = [(a, m) for a, m in CASES if isinstance(ALGORITHMS[a], InnerLoop)]
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("hessian", HESSIANS)
 @pytest.mark.parametrize(
     ("algorithm", "model"),
@@ -69,6 +70,7 @@ def test_mixed(algorithm, model, hessian):
     check(make(ALGORITHMS[algorithm], model), Engine(differentiation="mixed", hessian=hessian), keys(0, 1, 5))
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("hessian", HESSIANS)
 def test_mixed_on_the_network_and_the_data_of_the_main_job(hessian, data):
     """At the initial θ, too: φ_0 is then the same memory for all tasks, and forward mode must not write to it."""

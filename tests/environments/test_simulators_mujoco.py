@@ -87,6 +87,7 @@ def test_a_trial_is_that_of_gymnasiums_own_body(environment):
         assert episode == 2
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("environment", BODIES, ids=repr)
 def test_earlier_trials_have_no_effect(environment):
     """MuJoCo starts its solver from the last step's accelerations: a reset must clear them too."""

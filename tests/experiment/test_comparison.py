@@ -108,6 +108,7 @@ def test_a_policy_beside_known_methods(tmp_path):
     assert whole["rows"][0]["mean"] == pytest.approx(rows["gittins"]["mean"])
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.renders
 @pytest.mark.parametrize(
     ("environment", "names"),

@@ -109,6 +109,7 @@ def test_every_bit(name, engine):
         )
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize(
     ("name", "engine"), [pytest.param(*c, marks=[COMPILED, LONG]) if "compiled" in c[1] else c for c in CASES]
 )

@@ -102,6 +102,7 @@ def test_imports_for_type_checkers_and_of_nothing_do_not_count(home):
     assert "sibling.py" not in shipped(CONFIG)
 
 
+@pytest.mark.lane("numerics")
 def test_installed_modules_are_noted_once(home, caplog):
     site = home / "site-packages"
     (site / "vendor").mkdir(parents=True)

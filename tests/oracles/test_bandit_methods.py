@@ -139,6 +139,7 @@ def test_the_optimum_by_recursion(pulls, arms):
     assert solve(arms, pulls).value == pytest.approx(value(pulls, ((0, 0),) * arms), abs=1e-12)
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize(("pulls", "arms", "value"), [(10, 5, 6.6600), (10, 50, 6.7140), (20, 5, 14.2873)])
 def test_the_optimal_policy_gets_its_value(pulls, arms, value):
     found = row(Bandit(arms=arms, episodes=pulls), "optimal", 20_000)

@@ -43,6 +43,7 @@ def caught(check, subject, error, *expected, **options):
 # Algorithms -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize(
     "algorithm",
     [
@@ -192,6 +193,7 @@ class Growing(MAML):
         object.__setattr__(self, "extra", self.extra + 1)
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize(
     ("algorithm", "error", "expected"),
     [

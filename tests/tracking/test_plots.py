@@ -20,6 +20,7 @@ def drawn(path) -> tuple[int, int]:
     return pixels.shape[:2]
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("points", [0, 1, 5, 400])
 @pytest.mark.parametrize("evaluations", [0, 1, 7])
 def test_learning_curve_of_any_length(tmp_path, points, evaluations):
@@ -48,6 +49,7 @@ def test_sinusoid_fits(tmp_path, count):
     )
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("shape", [(28, 28), (1, 28, 28), (3, 20, 20)])
 def test_episode_sheet_frames_what_is_right_and_wrong(tmp_path, shape):
     episode = {

@@ -266,7 +266,7 @@ def test_a_backup_of_a_block_may_win_or_fail(monkeypatch):
     monkeypatch.setattr(scheduling, "BACKUP_SECONDS", 0.2)
     for deed in (None, lost):
         toy = Blocks(3).spoil(0, hang)
-        fleet = known(toy, timeout=1.0)
+        fleet = known(toy, timeout=0.3)
         fleet._durations["gradient"].extend([1e-3] * 8)
         toy.deeds[0].append(deed) if deed else None
         assert bits(fleet.run(ROUND)) == EXPECTED

@@ -53,6 +53,7 @@ def test_the_same_experiment_gives_the_same_bits(whole, tmp_path):
     )
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize(
     ("at", "overrides"),
     [

@@ -77,6 +77,7 @@ def test_trials_of_another_theta_would_give_another_result():
     assert state.sha256() != EXPECTED
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("seed", range(3))
 def test_a_lost_output_whose_own_needs_are_lost_too(seed):
     learner = pulls.learner(kind=pulls.Relay)
