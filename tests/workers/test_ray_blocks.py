@@ -146,6 +146,7 @@ def test_a_nan_in_a_block_is_attributed_to_its_task(actors, learner, even, tell)
         training.go(1)
 
 
+@pytest.mark.long
 def test_a_task_that_kills_its_workers_is_found_in_its_block(actors, learner, even, tell):
     ready(actors, learner)
     training = Training(actors, learner).go(1)

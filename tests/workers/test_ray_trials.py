@@ -122,12 +122,21 @@ def test_one_actor_gives_the_same_bits(cluster, folder, expected):
         one.close()
 
 
-@pytest.mark.parametrize("function", ["rollout", "gradient"])
-def test_killing_busy_actors_changes_nothing(fleet, expected, function):
+def either(*functions):
+    """(fleet, function) for both fleets; learners that roll out themselves run in the long tests."""
+    return pytest.mark.parametrize(
+        ("fleet", "given"),
+        [("apart", f) for f in functions] + [pytest.param("both", f, marks=pytest.mark.long) for f in functions],
+        indirect=["fleet"],
+    )
+
+
+@either("rollout", "gradient")
+def test_killing_busy_actors_changes_nothing(fleet, expected, given):
     (actors, learner), kill = fleet, Kill()
     faulty = FaultyExecutor(actors)
     for step in (1, 3):
-        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.function == function, kill)
+        faulty.fail_at(lambda s, step=step: s.meta_step == step and s.function == given, kill)
     sha256, scheduler = train(faulty, learner)
     assert sha256 == expected
     assert len(set(kill.killed)) == 2
@@ -169,13 +178,13 @@ def exchanged(executor):
         outputs[key] = replace(outputs[key], stored=reference)
 
 
-@pytest.mark.parametrize("change", [damaged, exchanged])
-def test_wrong_outputs_are_refused_and_rolled_out_anew(fleet, expected, change, caplog):
+@either(damaged, exchanged)
+def test_wrong_outputs_are_refused_and_rolled_out_anew(fleet, expected, given, caplog):
     actors, learner = fleet
-    sha256, scheduler = train(on_second_epoch(actors, change), learner)
+    sha256, scheduler = train(on_second_epoch(actors, given), learner)
     assert sha256 == expected
     assert 4 <= scheduler.retried["missing"] <= 24
-    reason = "hash mismatch" if change is damaged else "shard is"
+    reason = "hash mismatch" if given is damaged else "shard is"
     refusals = [r.getMessage() for r in caplog.records if "was refused: " in r.getMessage()]
     assert refusals
     assert all(reason in message for message in refusals)
