@@ -62,7 +62,11 @@ class TrialAlgorithm:
         return None
 
     def at(self, meta_step: int) -> TrialAlgorithm:
-        """Return the algorithm with its settings at ``meta_step``, for settings that change during training."""
+        """Return the algorithm with its settings at ``meta_step``, for settings that change during training.
+
+        The learner calls the other methods on this result, in all rounds of a meta-step and in evaluations, whose
+        ``meta_step`` is the number of meta-steps that θ has made.
+        """
         return self
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
