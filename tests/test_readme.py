@@ -230,6 +230,23 @@ def test_links() -> None:
     assert not missing
 
 
+#: a measured number: with an error, a unit of time, memory or speed, or as a multiple
+FIGURE = re.compile(r"± ?[.\d]|[.\d] ?(ms|µs|MiB|GFLOP/s|tasks/s|steps/s|minutes|core-minutes|×)(?![\w×])")
+COMMAND = re.compile(r"`(metadist|make) [^`]+`")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_figure_names_its_command(page: str) -> None:
+    """Each section with a measured number has the command that prints it, in its text, heading or ``console`` block."""
+    text: dict[str, list[str]] = {}
+    for heading, language, line in lines(page):
+        if language != "text":
+            text.setdefault(heading, []).append(line)
+    measured = {h: found for h, each in text.items() if (found := [line for line in each if FIGURE.search(line)])}
+    commands = sections(page)
+    assert {h: f for h, f in measured.items() if h not in commands and not COMMAND.search(" ".join(text[h]))} == {}
+
+
 @functools.cache
 def command_line() -> Any:
     return typer.main.get_command(app)
