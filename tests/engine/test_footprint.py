@@ -13,6 +13,7 @@ from metadist.engine.memory import allocated_bytes, footprint, peak_bytes
 from metadist.models import MLP, Conv4
 
 UNROLLED, MIXED = Engine(), Engine(differentiation="mixed")
+COMPILED = Engine(differentiation="mixed", compile=True)
 FLOAT = 4
 
 
