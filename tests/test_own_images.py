@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -17,8 +18,9 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/own_images.md").read_text(encoding="utf-8")
 
 
-def metadist(words: list[str]) -> list[str]:
-    return [sys.executable, *words[1:]] if words[0] == "python" else [sys.executable, "-m", *words]
+def whole(words: list[str]) -> list[str]:
+    program = {"python": [sys.executable], "metadist": [sys.executable, "-m", "metadist"]}
+    return [*program.get(words[0], words[:1]), *words[1:]]
 
 
 @pytest.mark.lane("services")
@@ -35,7 +37,7 @@ def test_the_example_of_the_page(tmp_path, empty_store):
     server, answers = None, []
     try:
         for words in map(shlex.split, listed):
-            command = metadist([w.replace("8470", str(grpc_port)).replace("8471", str(http_port)) for w in words])
+            command = whole([w.replace("8470", str(grpc_port)).replace("8471", str(http_port)) for w in words])
             if words[1] == "serve":
                 command += ["--port", str(grpc_port), "--http-port", str(http_port)]
                 server = subprocess.Popen(
@@ -45,13 +47,14 @@ def test_the_example_of_the_page(tmp_path, empty_store):
                 continue
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-            answers.append(done.stdout + done.stderr)
+            answers.append(done.stdout)
     finally:
         if server is not None:
             server.send_signal(signal.SIGINT)
             server.wait(60)
     scores = [float(s) for a in answers for s in re.findall(r"^accuracy +([\d.]+)$", a, re.MULTILINE)]
     assert len(scores) == 2 and min(scores) > 0.8, "two new classes, by the model of this process and by the server"
+    assert json.loads(answers[-1])["predictions"][0]["predicted"] == "star"
     assert {p.name for p in (tmp_path / "runs/pictures").iterdir()} >= {"splits.json", "plots"}
 
 

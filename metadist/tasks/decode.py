@@ -12,8 +12,21 @@ import numpy as np
 
 from metadist.core.errors import DataError
 
+#: Pillow's names of the formats that are read, whatever a file is called: others start programs (EPS: Ghostscript)
+FORMATS = (
+    *("PNG", "JPEG", "JPEG2000", "BMP", "DIB", "GIF", "WEBP", "AVIF", "TIFF", "PPM", "TGA", "PCX", "SGI", "QOI"),
+    *("ICO", "PSD", "DDS"),
+)
 #: the tag of a TIFF file that holds the number of bits of a sample
 _BITS_PER_SAMPLE = 258
+
+
+def opened(data: bytes) -> Any:
+    """Open encoded bytes as an image of Pillow, which raises where the format is none of ``FORMATS``."""
+    from PIL import Image
+
+    Image.init()  # registers the formats of this version of Pillow
+    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 @dataclass(frozen=True)
@@ -34,10 +47,8 @@ class Decode:
     white: float | None = None
 
     def __call__(self, where: str, read: Callable[[], bytes]) -> np.ndarray:
-        from PIL import Image
-
         try:
-            return self.pixels(Image.open(io.BytesIO(read())))
+            return self.pixels(opened(read()))
         except _Scale as error:
             raise DataError(f"{where}: {error}") from error
         except DataError:

@@ -299,3 +299,10 @@ def test_twelve_bit_colours_are_refused(tmp_path):
     with pytest.raises(DataError, match="16-bit colours that are black as 16 bits"):
         Decode(6, 3, False)("x.png", lambda: png(rgb))
     assert np.array_equal(Decode(6, 3, False)("x.png", lambda: png(rgb * 16))[0], RAMP * 117 * 16 >> 8)
+
+
+def test_formats_that_start_programs_are_not_read(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n%%EndComments\nshowpage\n")
+    with pytest.raises(DataError, match="x.png is not a readable image"):
+        Decode(6, 1, False)(path.name, path.read_bytes)
