@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from metadist.jobs import links
 from metadist.storage.run_directory import RunDirectory
 from metadist.tracking import Tracker, make_tracker
 from metadist.training.observers import Observer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -80,7 +83,22 @@ def _start_tracker(attempt: Attempt, parent: str | None) -> Tracker:
     )
     if directory.local and (Path(directory.url) / "config.yaml").is_file():
         tracker.artifact(Path(directory.url) / "config.yaml")
+    _record_data(attempt, tracker)
     return tracker
+
+
+def _record_data(attempt: Attempt, tracker: Tracker) -> None:
+    """Write the classes of each split to ``splits.json``, which can serve as a ``split_list``; log the data's notes."""
+    directory, learner = attempt.directory, attempt.experiment.learner
+    if splits := learner.splits():
+        path = directory.scratch / "splits.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({s: list(names) for s, names in splits.items()}, indent=1), encoding="utf-8")
+        directory.upload(path, path.name)
+        tracker.artifact(path)
+    if notes := "; ".join(learner.tasks.data_notes()):
+        log.warning("data: %s", notes)
+        tracker.tags({"metadist.data_notes": notes[:5000]})
 
 
 def _git_revision() -> str:

@@ -74,6 +74,19 @@ class Learner(ABC):
         """SHA-256 of the data that the tasks are made of; None where they are made of random numbers alone."""
         return self.tasks.data_sha256
 
+    def splits(self) -> Mapping[str, Sequence[str]] | None:
+        """Return the names of the classes of each split, or None where tasks have none. ConfigError: two share one."""
+        splits = self.tasks.splits()
+        seen: dict[str, str] = {}
+        for split, names in (splits or {}).items():
+            for name in names:
+                if seen.setdefault(name, split) != split:
+                    raise ConfigError(
+                        f"tasks: '{name}' is in the {seen[name]} split and in the {split} split of "
+                        f"'{type(self.tasks).__name__}'; each class belongs to one split, or training sees test classes"
+                    )
+        return splits
+
     # The rounds of a meta-step ----------------------------------------------------------------------------------------
 
     @abstractmethod

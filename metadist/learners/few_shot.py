@@ -105,6 +105,7 @@ class FewShotLearner(Learner):
         return score_tasks(records, self.tasks.metric_name, request.split, protocol)
 
     def dry_run(self, seed: int) -> None:
+        self.splits()  # refuses splits that share classes
         try_tasks(self, seed)
 
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:

@@ -70,7 +70,7 @@ def open_model(source: str, *, normalization: str | None = None, device: str = "
         learner.normalize(normalization)
     move_to_device(learner, device)
     decode = learner.tasks.decode
-    images = None if decode is None else (decode.size, decode.channels, decode.invert)
+    images = None if decode is None else (decode.size, decode.channels, decode.invert, decode.white)
     return ServedModel(name or experiment.name, learner, state, origin, Limits(**limits), images)
 
 
@@ -208,7 +208,7 @@ def _allow_many_connections() -> None:
 
 
 def image_decoder(images: Sequence[Any]) -> Any:
-    """Return the conversion of image files to inputs, as in training, for (size, channels, invert)."""
-    from metadist.tasks.sources import Decode
+    """Return the conversion of image files to inputs, as in training, for (size, channels, invert, white)."""
+    from metadist.tasks.decode import Decode
 
     return Decode(*images)

@@ -69,8 +69,8 @@ class ServedModel:
     state: State
     source: str = ""
     limits: Limits = field(default_factory=Limits)
-    #: (size, channels, invert): the conversion of images to inputs; None where inputs are not images
-    images: tuple[int, int, bool] | None = None
+    #: (size, channels, invert, white): the conversion of images to inputs; None where inputs are not images
+    images: tuple[int, int, bool, float | None] | None = None
 
     def __post_init__(self) -> None:
         family, self.algorithm = self.learner.tasks, type(self.learner.algorithm).__name__
@@ -101,8 +101,13 @@ class ServedModel:
             "max_inner_steps": self.limits.inner_steps,
             "max_queries": self.limits.queries,
             "normalization": self.learner.normalization if self.learner.model.normalises_over_batch else "none",
-            **({} if self.images is None else {"images": dict(zip(("size", "channels", "invert"), self.images))}),
+            **({} if self.images is None else {"images": self._conversion(*self.images)}),
         }
+
+    @staticmethod
+    def _conversion(size: int, channels: int, invert: bool, white: float | None) -> dict[str, Any]:
+        about = {"size": size, "channels": channels, "invert": invert}
+        return about if white is None else {**about, "white": white}
 
     # Checks of a request ----------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from metadist.core.errors import ConfigError, DataError
 from metadist.core.task import Examples
 from metadist.serving.load import image_decoder, open_model
+from metadist.tasks.folders import by_class
 
 AdaptPredict = Callable[[Tensor, Tensor, Tensor, "int | None"], Tensor]
 """(support x [N, …], support y [N], queries [Q, …], inner steps) → logits [Q, classes]."""
@@ -48,8 +49,8 @@ def predict_folders(source: ModelSource, support: str, query: str, inner_steps: 
                 f"predict: model '{about['name']}' ({about['kind']}) does not classify images; use the Python client "
                 "or HTTP"
             )
-        decode = image_decoder((images["size"], images["channels"], images["invert"]))
-        x, names, labels = decode.by_class(_folder("--support", support))
+        decode = image_decoder((images["size"], images["channels"], images["invert"], images.get("white")))
+        x, names, labels = by_class(decode, _folder("--support", support))
         classes = sorted(set(labels))
         if not names or "" in classes:
             wrong = f"'{names[labels.index('')]}' is in no class folder" if "" in classes else "there are no images"
@@ -58,7 +59,7 @@ def predict_folders(source: ModelSource, support: str, query: str, inner_steps: 
             raise DataError(
                 f"--support {support}: {len(classes)} classes; model '{about['name']}' takes 2 to {about['outputs']}"
             )
-        queries, files, truths = decode.by_class(_folder("--query", query))
+        queries, files, truths = by_class(decode, _folder("--query", query))
         if not files:
             raise DataError(f"--query {query}: there are no images")
         y = torch.tensor([classes.index(label) for label in labels])
