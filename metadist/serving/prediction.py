@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from metadist.core.errors import ConfigError, DataError
-from metadist.core.task import Examples
 from metadist.serving.load import image_decoder, open_model
 
 AdaptPredict = Callable[[Tensor, Tensor, Tensor, "int | None"], Tensor]
@@ -54,10 +53,9 @@ def predict_folders(source: ModelSource, support: str, query: str, inner_steps: 
         if not names or "" in classes:
             wrong = f"'{names[labels.index('')]}' is in no class folder" if "" in classes else "there are no images"
             raise DataError(f"--support {support}: {wrong}; expected {support}/CLASS/IMAGE.png, one folder per class")
-        if not 2 <= len(classes) <= about["outputs"]:
-            raise DataError(
-                f"--support {support}: {len(classes)} classes; model '{about['name']}' takes 2 to {about['outputs']}"
-            )
+        if len(classes) < 2 or (len(classes) > about["outputs"] and not about["any_classes"]):
+            most = "or more" if about["any_classes"] else f"to {about['outputs']}"
+            raise DataError(f"--support {support}: {len(classes)} classes; model '{about['name']}' takes 2 {most}")
         queries, files, truths = decode.by_class(_folder("--query", query))
         if not files:
             raise DataError(f"--query {query}: there are no images")
@@ -101,14 +99,7 @@ def _opened(source: ModelSource) -> Iterator[tuple[Mapping[str, Any], AdaptPredi
             yield opened
         return
     model = open_model(source.location, normalization=source.normalization)
-
-    def compute(x: Tensor, y: Tensor, query: Tensor, steps: int | None) -> Tensor:
-        learner = model.learner
-        support = Examples(x.to(model.dtype), y)
-        phi = learner.adapt(model.state, support, model.check_steps(steps))
-        return learner.predict(model.state, phi, query.to(model.dtype), support)
-
-    yield model.describe(), compute
+    yield model.describe(), model.adapt_predict
 
 
 @contextmanager
