@@ -150,7 +150,10 @@ async def _body(request: Request, max_bytes: int) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > max_bytes:
-            raise BodyTooLarge(f"the body exceeds {max_bytes / 2**20:g} MiB")
+            raise BodyTooLarge(
+                f"the body exceeds {max_bytes / 2**20:g} MiB; send fewer rows in one call, or raise the server's limit "
+                "(metadist serve --max-message-mib)"
+            )
         parts.append(part)
     return b"".join(parts)
 
