@@ -14,11 +14,14 @@ import pytest
 import shaped
 import torch
 from serving_toys import network
+from tiny import last_json
 from tiny import learner as tiny_learner
 from torch import nn
+from typer.testing import CliRunner
 
 import metadist
 from metadist.algorithms import MAML, ProtoNet
+from metadist.cli.app import app
 from metadist.core.errors import CheckpointError, ConfigError, MetadistError
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
@@ -356,3 +359,38 @@ def test_a_few_shot_signature_has_the_tasks_dtype():
     signature = Signature.of_tasks([task], 3, False)
     assert (signature.input_shape, signature.target_shape, signature.classes) == ((4,), (), 3)
     assert signature.ways(torch.tensor([0, 1])) == 3 and signature.prediction_shape == (3,)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def predicted(*arguments):
+    done = CliRunner().invoke(app, ["predict", *map(str, arguments), "--json"])
+    return done.exit_code, last_json(done.stdout) if done.exit_code == 0 else done.stderr
+
+
+def test_arrays_on_the_command_line(tokens, three, tmp_path):
+    y, values = torch.arange(6) % 3, torch.linspace(0, 1, 18).view(6, 3)
+    np.savez(tmp_path / "few.npz", x=IDS, y=y)
+    np.savez(tmp_path / "many.npz", x=ASKED.repeat(600, 1), y=torch.zeros(1200, dtype=torch.int64))
+    code, report = predicted(tokens.run_dir, "--support", tmp_path / "few.npz", "--query", tmp_path / "many.npz")
+    reference = tokens.predict(tokens.adapt(IDS, y), ASKED).softmax(-1)
+    assert code == 0 and [r["predicted"] for r in report["predictions"]] == reference.argmax(-1).tolist() * 600
+    assert report["predictions"][0]["probability"] == round(float(reference[0].max()), 4)
+    assert report["accuracy"] == float((reference.argmax(-1) == 0).double().mean())
+    np.savez(tmp_path / "values.npz", x=X, y=values)
+    code, report = predicted(three.run_dir, "--support", tmp_path / "values.npz", "--query", tmp_path / "values.npz")
+    reference = three.predict(three.adapt(X, values), X)
+    assert code == 0 and [r["predicted"] for r in report["predictions"]] == reference.tolist()
+    assert report["mse"] == pytest.approx(float((reference - values).square().mean()))
+    (tmp_path / "bad.npz").write_bytes(b"no arrays")
+    np.savez(tmp_path / "bare.npz", x=X)
+    np.savez(tmp_path / "float.npz", x=IDS.float(), y=y)
+    for support, words in (
+        ("bad.npz", "can't be read as arrays"),
+        ("bare.npz", "has no array y"),
+        ("nowhere.npz", "can't be read"),
+        ("float.npz", "expected whole numbers"),
+    ):
+        code, error = predicted(tokens.run_dir, "--support", tmp_path / support, "--query", tmp_path / "many.npz")
+        assert code == 2 and words in error and error.count("\n") == 1, error
