@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import threading
@@ -79,6 +80,9 @@ class ServedModel:
         self.params_sha256 = self.state.sha256()
         self.state = State({n: t.to(self.learner.device) for n, t in self.state.slots.items()})
         self._theta_memory = {t.untyped_storage().data_ptr() for t in self.state.slots.values()}
+        whole, module = not self.signature.input_dtype.is_floating_point, self.learner.model.module
+        tried = whole and self.learner.device.type != "cpu" and self.learner.model.has_forward
+        self._on_cpu = copy.deepcopy(module).to("cpu") if tried else None
         self._stackable, self._lock = True, threading.Lock()
         self._needs_support = self.learner.normalization == "inductive"
 
@@ -119,12 +123,19 @@ class ServedModel:
 
     def inputs(self, name: str, x: Tensor) -> Tensor:
         """Return x on the model's device, in its dtype. Raises ``InvalidInput``."""
-        return self.signature.inputs(name, x).to(self.learner.device)
+        return self._known(self.signature.inputs(name, x)).to(self.learner.device)
 
     def support(self, x: Tensor, y: Tensor) -> Examples:
         """Return a support set on the model's device. Raises ``InvalidInput``."""
         support = self.signature.support(x, y)
-        return Examples(support.x.to(self.learner.device), support.y.to(self.learner.device))
+        return Examples(self._known(support.x).to(self.learner.device), support.y.to(self.learner.device))
+
+    def _known(self, x: Tensor) -> Tensor:
+        """Refuse whole numbers that the model does not know, where a GPU would stop the process at one of them."""
+        if self._on_cpu is not None:
+            with torch.no_grad(), self.signature.judged_by_model():
+                self._on_cpu(x.cpu())
+        return x
 
     def check_steps(self, inner_steps: int | None) -> int | None:
         """Return ``inner_steps`` (None: as in training). Raises ``InvalidInput`` outside of the limit."""
