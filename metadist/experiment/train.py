@@ -84,7 +84,9 @@ def _test(run: Run, outcome: Outcome, workers: Scheduler, observers: Observer) -
     """Judge the best state on the test tasks, unless the run was interrupted."""
     if outcome.stopped == "interrupted":
         return []
-    judged = evaluate(workers, run.learner, outcome.best, run.test(outcome.best_step))
+    request = run.test(outcome.best_step)
+    observers.testing(request.tasks)
+    judged = evaluate(workers, run.learner, outcome.best, request)
     observers.metrics(outcome.progress.meta_step, {**judged.metrics(), **run.extra_scores(judged)})
     return [judged]
 
