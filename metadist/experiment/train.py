@@ -18,6 +18,7 @@ from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
 from metadist.experiment.resume import claimed, resume_or_start
 from metadist.learners.evaluation import Evaluation
+from metadist.storage.places import provide_home
 from metadist.tracking import check_uri
 from metadist.tracking.prometheus import exporters
 from metadist.training.evaluation import judge
@@ -29,6 +30,7 @@ from metadist.training.scheduler import Scheduler
 
 def train(experiment: Experiment, request: RunRequest = RunRequest(), display: Observer | None = None) -> Result:
     """Meta-train, test once, and record everything in the run directory. Raises ConfigError for a user's mistake."""
+    provide_home()
     began, learner = time.perf_counter(), experiment.learner
     check_control(experiment.control)
     check_uri(experiment.tracking.uri)
