@@ -187,11 +187,11 @@ class ImageFolder(Episodes):
         import fsspec
 
         root = os.environ.get("METADIST_DATA")
-        given = Path(self.path).expanduser()
+        given = Path(os.path.expanduser(self.path))
         if root and "://" in root and "://" not in self.path and not given.is_absolute() and not given.exists():
             return dataclasses.replace(self, path=f"{root.rstrip('/')}/{self.path}")._located()
         if "://" not in self.path:
-            tried = [given, Path(root).expanduser() / given] if root and not given.is_absolute() else [given]
+            tried = [given, Path(os.path.expanduser(root)) / given] if root and not given.is_absolute() else [given]
             for path in tried:
                 if path.exists():
                     return str(path.resolve())
