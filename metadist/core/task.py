@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +170,10 @@ class TaskFamily:
     def metric(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the metric ``metric_name`` of each example [N]; by default, the squared error."""
         return _squared_error(prediction, target)
+
+    def exported(self) -> dict[str, Any]:
+        """Return options that replace the data in the config of an exported model, so that serving needs no data."""
+        return {}
 
     def protocol(self, split: str) -> dict[str, object]:
         """Return the conditions of a score on ``split`` (ways, shots, queries, …), as plain values for a report."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from metadist.core.errors import ConfigError, DataError
 from metadist.core.random import SPLITS
 from metadist.tasks.episodes import Episodes
 from metadist.tasks.images import ImageSet, cached
+from metadist.tasks.location import located
 from metadist.tasks.sources import Decode, in_folder, split_list, table
 
 TABLES = (".parquet", ".arrow", ".feather")
@@ -66,7 +65,7 @@ class ImageFolder(Episodes):
     def load(self) -> ImageSet:
         import fsspec
 
-        path, decode = self._located(), self.decode
+        path, decode = located("tasks.path", self.path), self.decode
         name = "images-" + re.sub(r"\W+", "-", Path(self.path).name)
         if path.lower().endswith(TABLES):
             system, root = fsspec.core.url_to_fs(path)
@@ -95,28 +94,6 @@ class ImageFolder(Episodes):
         if not names:
             raise DataError(f"tasks.path = {path}: has no rows; expected one row for each image")
         return ImageSet.grouped(pixels, [("", name) for name in names])
-
-    def _located(self) -> str:
-        import fsspec
-
-        root = os.environ.get("METADIST_DATA")
-        given = Path(self.path).expanduser()
-        if root and "://" in root and "://" not in self.path and not given.is_absolute() and not given.exists():
-            return dataclasses.replace(self, path=f"{root.rstrip('/')}/{self.path}")._located()
-        if "://" not in self.path:
-            tried = [given, Path(root).expanduser() / given] if root and not given.is_absolute() else [given]
-            for path in tried:
-                if path.exists():
-                    return str(path.resolve())
-            where = " and ".join(str(p.absolute()) for p in tried)
-            raise DataError(f"tasks.path = {self.path}: no such folder or file; looked for {where}")
-        try:
-            system, root = fsspec.core.url_to_fs(self.path)
-            if system.exists(root):
-                return self.path
-        except Exception as error:  # every fsspec backend raises its own
-            raise DataError(f"tasks.path = {self.path}: cannot be reached ({error})") from error
-        raise DataError(f"tasks.path = {self.path}: there is nothing at that address; check the URL")
 
     def split_classes(self, images: ImageSet) -> dict[str, list[int]]:
         if len(set(images.names)) < len(images.names):
