@@ -21,7 +21,7 @@ app.command(
 )(train.train)
 app.command(
     epilog="Examples:  metadist evaluate runs/a --tasks 1000   |   "
-    "metadist evaluate runs/a --split validation --inner-steps 10"
+    "metadist evaluate runs/a tasks.k_shot=5 --inner-steps 10"
 )(evaluate.evaluate)
 app.command(
     epilog="Examples:  metadist oracle bandit arms=5 episodes=10   |   "

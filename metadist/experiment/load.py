@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from metadist.config.schema import parse_document
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.result import SLOTS, Result
 from metadist.storage.checkpoints import Checkpoints, load_parameters
-from metadist.storage.run_directory import RunDirectory, runs_root
+from metadist.storage.run_directory import RunDirectory
 from metadist.training.progress import Outcome, Progress
 
 
@@ -27,11 +26,6 @@ def initial_parameters(source: str | None) -> Mapping[str, Tensor] | None:
         raise ConfigError(f"init_from: '{source}' is neither a .safetensors file nor a run directory")
     earlier = load_run(source)
     return earlier.experiment.learner.parameters(earlier.state)
-
-
-def tracking_root(directory: RunDirectory) -> Path:
-    """Return the folder of the default SQLite store: METADIST_RUNS, or a local folder where that is remote."""
-    return directory.scratch.parent if "://" in runs_root() else Path(runs_root()).resolve()
 
 
 def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from metadist.config.experiment import Experiment
-from metadist.core.state import State
+from metadist.core.errors import one_of
+from metadist.core.state import Records, State
 from metadist.core.task import Examples
+from metadist.experiment.evaluation_record import recording_of
+from metadist.experiment.judging import EvaluationOptions, Judgement, Trained
 from metadist.learners.evaluation import Evaluation, as_json
 from metadist.storage.checkpoints import export_parameters
 from metadist.training.progress import Outcome
@@ -44,6 +48,10 @@ class Result:
     #: The workers whose numerics differ from the numerics at the run's begin.
     inexact: list[str] = field(default_factory=list)
     tracking_url: str | None = None
+    #: the records of single tasks of the last evaluation
+    task_records: Records | None = field(default=None, repr=False)
+    #: the folder of the evaluation that was recorded last
+    evaluation_dir: str | None = None
 
     @property
     def state(self) -> State:
@@ -66,6 +74,37 @@ class Result:
         """Return predictions for x [N, …]: logits or values [N, …]."""
         learner = self.experiment.learner
         return learner.predict(self.state, adapted.phi, x.to(learner.model.dtype), adapted.support)
+
+    def evaluate(self, *overrides: str, **options: Any) -> Evaluation:
+        """Judge the best parameters again, and record the scores in the run directory and in MLflow.
+
+        ``overrides`` are ``KEY=VALUE`` (``"tasks.k_shot=5"``); ``options`` are ``tasks`` (their number), ``split``,
+        ``inner_steps``, ``normalization``, ``beside``, ``workers`` (default: this process) and ``record``. ConfigError
+        where one of them does not suit the run.
+        """
+        known = [f.name for f in dataclasses.fields(EvaluationOptions) if f.name != "overrides"]
+        for name in options:
+            one_of("evaluate", name, known)
+        return self.judged(EvaluationOptions(overrides=overrides, **{"workers": "0", **options})).evaluations[0]
+
+    def judged(self, options: EvaluationOptions, name: str | None = None) -> Result:
+        """Return this result with the scores of an evaluation, which is recorded under ``name``."""
+        trained = Trained(self.run_id, self.run_dir, self.experiment, self.outcome.best_step, self.state)
+        judgement = Judgement.prepared(trained, options)
+        if options.record:
+            with recording_of(judgement, name) as record:
+                evaluation, records, seconds = judgement.scores()
+                record.write(evaluation, records)
+        else:
+            evaluation, records, seconds = judgement.scores()
+        return dataclasses.replace(
+            self,
+            experiment=judgement.experiment,
+            evaluations=[evaluation],
+            task_records=records,
+            wall_seconds=seconds,
+            evaluation_dir=f"{self.run_dir}/{record.written}" if options.record else None,
+        )
 
     def export(self, path: str | Path) -> None:
         """Write a safetensors file that can be served.
@@ -94,6 +133,7 @@ class Result:
             "best_meta_step": self.outcome.best_step,
             "params_sha256": self.params_sha256,
             "tasks_per_second": round(self.outcome.tasks_per_second, 2),
+            "evaluation_dir": self.evaluation_dir,
             "evaluation": self.evaluations[-1].as_dict() if self.evaluations else None,
             "validation": self.outcome.progress.validation[-1:],
             "shards_retried": self.retried,

@@ -38,6 +38,11 @@ class Evaluation:
     protocol: dict[str, object]
 
     @property
+    def counted(self) -> tuple[str, int]:
+        """The meaning of a position in ``mean``, and the number of the first one: adaptation steps count from 0."""
+        return "step", 0
+
+    @property
     def score(self) -> float:
         """The mean metric after the last step."""
         return self.mean[-1]
@@ -91,7 +96,7 @@ class TrialEvaluation(Evaluation):
     def metrics(self) -> dict[str, float]:
         """Return ``eval/<split>/…``: the return by episode (or gradient step) and by the choice of actions."""
         prefix, last = f"eval/{self.split}/{self.metric}", len(self.mean) - 1
-        name, first = ("step", 0) if self.by_gradient_steps else ("episode", 1)
+        name, first = self.counted
         values = {
             f"{prefix}/{name}_{k + first}": self.mean[k]
             for k in range(last + 1)
@@ -104,6 +109,11 @@ class TrialEvaluation(Evaluation):
         """Return plain data for JSON, without the returns of single trials."""
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trials"}
         return as_json(shown)
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        """The meaning of a position in ``mean``, and the number of the first one: episodes count from 1."""
+        return ("step", 0) if self.by_gradient_steps else ("episode", 1)
 
     @property
     def score(self) -> float:

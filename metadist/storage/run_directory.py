@@ -70,6 +70,11 @@ class RunDirectory:
             self._store.upload(path, name)
 
 
+def tracking_root(directory: RunDirectory) -> Path:
+    """Return the folder of the default SQLite store: METADIST_RUNS, or a local folder where that is remote."""
+    return directory.scratch.parent if "://" in runs_root() else Path(runs_root()).resolve()
+
+
 def new_run_id(name: str) -> str:
     """Return a new run id: the experiment's name, the local time and four random hexadecimal digits."""
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
