@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
@@ -11,6 +12,8 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
 from metadist.core.task import Classification, Examples, Task, TaskFamily
+from metadist.experiment.evaluate import evaluate_run
+from metadist.experiment.judging import EvaluationOptions
 from metadist.oracles.supervised import PENALTIES, Known, baselines, chosen_baselines, measure, pool
 
 
@@ -134,6 +137,22 @@ def test_padding_has_no_part():
 def test_logistic_regression_on_one_class_is_the_majority():
     one = Known(np.zeros((2, 1)), np.array([1, 1]), np.ones((3, 1)), 2)
     assert baselines(Clouds())["logistic_regression"](one).argmax(1).tolist() == [1, 1, 1]
+
+
+@pytest.mark.lane("numerics")
+def test_a_run_beside_its_baselines(tmp_path):
+    """Rows equal ``measure`` on the tasks that the run is judged on, and differences are paired."""
+    run = tiny.train(tiny.experiment(), run_dir=str(tmp_path / "run"), plots=False, test=False)
+    options = EvaluationOptions(tasks=20, beside=["support_mean", "ridge"])
+    judged = evaluate_run(run.run_dir, options).evaluations[0]
+    rows = {row["name"]: row for row in judged.beside}
+    expected = measure(run.experiment.learner.tasks, ["ridge"], TaskKey.of(run.experiment.seed, "test", 0, range(20)))
+    assert rows.keys() == {"this learner", "this learner, 0 steps", "support_mean", "ridge"}
+    assert rows["ridge"]["mean"] == pytest.approx(float(expected["ridge"].mean()))
+    assert rows["this learner"]["mean"] == pytest.approx(judged.score, rel=1e-6)
+    assert rows["ridge"]["difference"] == pytest.approx(rows["ridge"]["mean"] - judged.score, rel=1e-4)
+    with pytest.raises(ConfigError, match="--compare.*'gittins' is not one of"):
+        evaluate_run(run.run_dir, EvaluationOptions(beside=["gittins"]))
 
 
 def test_names():
