@@ -137,24 +137,28 @@ def show_comparison(report: Mapping[str, Any]) -> None:
 
 
 def show_predictions(report: Mapping[str, Any]) -> None:
-    """Print one row per image."""
-    support = f"{report['support']} images of {len(report['classes'])} classes"
+    """Print one row per image, or per row of an array."""
+    classes = f" of {len(report['classes'])} classes" if "classes" in report else ""
+    what = "image" if all("image" in row for row in report["predictions"]) else "row"
+    support = f"{report['support']} {what}s{classes}"
     title = f"{report['model']} ({report['algorithm']}), adapted to {support}"
     table = Table(title=escape(title), title_justify="left")
     known = any("class" in row for row in report["predictions"])
-    for heading in ("image", "predicted", *(("class",) if known else ())):
+    for heading in (what, "predicted", *(("class",) if known else ())):
         table.add_column(heading)
     table.add_column("probability", justify="right")
     for row in report["predictions"]:
         table.add_row(
-            escape(row["image"]),
-            escape(row["predicted"]),
+            escape(str(row[what])),
+            escape(str(row["predicted"])),
             *([escape(row.get("class", ""))] if known else []),
-            f"{row['probability']:.4f}",
+            f"{row['probability']:.4f}" if "probability" in row else "",
         )
     Console(file=sys.stdout, width=120, highlight=False).print(table)
     if report["accuracy"] is not None:
         print(f"accuracy        {report['accuracy']:.4f}")
+    if "mse" in report:
+        print(f"mse             {report['mse']:.6g}")
 
 
 def show_group(group: Group) -> None:

@@ -34,8 +34,10 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
     check_uri(experiment.tracking.uri)
     learner.prepare(torch.device("cpu"))
     learner.dry_run(experiment.seed)  # before the directory is claimed: a user's mistake leaves nothing behind
+    signature = learner.describe(experiment.seed)
     with claimed(experiment, request) as (directory, run_id):  # lock, run id, config.yaml
         attempt = resume_or_start(experiment, directory, run_id)  # refuses another config, seed, data
+        attempt.signature = signature
         with recorded(attempt, request.parent) as recording:
             feed, tracker = Feed(display or Observer()), recording.tracker
             observers = Observers(feed, tracker, *exporters(experiment.workers, run_id))
@@ -108,4 +110,5 @@ def _result(
         dict(workers.retried),
         wall_seconds,
         inexact=attempt.inexact,
+        recorded=attempt.signature,
     )

@@ -21,6 +21,7 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard, WithOutput
+from metadist.core.signature import Signature
 from metadist.core.state import Records, Slot, State
 from metadist.core.task import Examples, TaskFamily
 from metadist.engine.meta_gradient import BUFFERS
@@ -124,8 +125,16 @@ class Learner(ABC):
         """Return why this learner cannot be served, or None where it can."""
         return f"{type(self.tasks).__name__} is a meta-environment; its policy adapts by acting (metadist evaluate)"
 
-    def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Phi:
-        """Return φ_k for one support set. ConfigError where the learner is not ``servable``."""
+    def describe(self, seed: int) -> Signature | None:
+        """Return the signature of the model from sampled tasks; None where the learner is not ``servable``."""
+        return None
+
+    def describe_earlier(self, seed: int) -> Signature | None:
+        """Return the signature for a run of a version that did not record it; None as in ``describe``."""
+        return None
+
+    def adapt(self, state: State, support: Examples, inner_steps: int | None = None, classes: int | None = None) -> Phi:
+        """Return φ_k for one support set of ``classes`` classes. ConfigError where the learner is not ``servable``."""
         raise ConfigError(f"adapt: {self.servable()}")
 
     def predict(self, state: State, phi: Phi, x: Tensor, support: Examples) -> Tensor:
