@@ -157,8 +157,9 @@ def show_predictions(report: Mapping[str, Any]) -> None:
     Console(file=sys.stdout, width=120, highlight=False).print(table)
     if report["accuracy"] is not None:
         print(f"accuracy        {report['accuracy']:.4f}")
-    if "mse" in report:
-        print(f"mse             {report['mse']:.6g}")
+    for error in ("mse", "mae"):
+        if error in report:
+            print(f"{error}             {report[error]:.6g}")
 
 
 def show_group(group: Group) -> None:

@@ -146,9 +146,15 @@ class TaskFamily:
         def decode(self) -> ImageFormat | None:
             """The conversion of images to inputs, for a server; None where inputs are not images."""
             raise NotImplementedError
+
+        @property
+        def columns(self) -> str | None:
+            """The conversion of a table's columns to inputs and targets as JSON; None where inputs are no rows."""
+            raise NotImplementedError
     else:
         data_sha256 = None
         decode = None
+        columns = None
     #: ``skip`` where shards may leave out failed tasks; None for families whose tasks cannot fail
     on_error: str | None = None
 

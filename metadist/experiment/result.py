@@ -162,7 +162,6 @@ class Result:
         if replaced := learner.exported_tasks():
             document["tasks"] = {**document["tasks"], **replaced}
         metadata = {"run_id": self.run_id, "format": "metadist", "config": json.dumps(document)}
-        metadata = {"run_id": self.run_id, "format": "metadist", "config": json.dumps(self.experiment.document)}
         if self.recorded is not None:
             metadata["signature"] = json.dumps(self.recorded.as_dict())
         export_parameters(path, {**learner.parameters(self.state), **others}, metadata)

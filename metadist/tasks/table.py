@@ -102,8 +102,13 @@ class Table(TaskFamily):
         """Return the SHA-256 of the encoded rows, the names of the tasks and their splits."""
         return self._ready().data_sha256
 
+    @property
+    def columns(self) -> str:
+        """Return the conversion of rows as JSON, for a server."""
+        return self.encoded.to_json()
+
     def exported(self) -> dict[str, Any]:
-        return {"encoding": self.encoded.to_json()}
+        return {"encoding": self.columns}
 
     def prepare(self, device: torch.device) -> None:
         prepared = self._ready()

@@ -87,13 +87,18 @@ class Columns:
         cls,
         table: pa.Table,
         where: str,
-        task: str,
+        task: str | None,
         target: Sequence[str],
         features: Sequence[str] | None,
         split: str | None,
     ) -> Columns:
         """Check that the columns exist. Without ``features``, all other columns are inputs."""
-        named = {"task": [task], "target": target, "features": features or (), "split_column": [split] if split else []}
+        named = {
+            "task": [task] if task else [],
+            "target": target,
+            "features": features or (),
+            "split_column": [split] if split else [],
+        }
         for key, columns in named.items():
             for column in columns:
                 if column not in table.column_names:
@@ -101,7 +106,7 @@ class Columns:
                         f"{where}: there is no column '{column}' (tasks.{key}), only {', '.join(table.column_names)}"
                         f"{nearest(column, table.column_names)}"
                     )
-        taken = {task, *target, *([split] if split else [])}
+        taken = {*([task] if task else []), *target, *([split] if split else [])}
         if features and (both := taken & set(features)):
             raise ConfigError(f"tasks.features: '{min(both)}' is the task, the target or the split of a row already")
         chosen = tuple(features) if features else tuple(c for c in table.column_names if c not in taken)
