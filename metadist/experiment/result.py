@@ -158,7 +158,10 @@ class Result:
             for slot in learner.algorithm.slots(learner.model, learner.model.initial(0)[0])
             for name, tensor in self.state.theta(learner.slots)[slot].items()
         }
-        metadata = {"run_id": self.run_id, "format": "metadist", "config": json.dumps(self.experiment.document)}
+        document = dict(self.experiment.document)
+        if replaced := learner.exported_tasks():
+            document["tasks"] = {**document["tasks"], **replaced}
+        metadata = {"run_id": self.run_id, "format": "metadist", "config": json.dumps(document)}
         if self.recorded is not None:
             metadata["signature"] = json.dumps(self.recorded.as_dict())
         export_parameters(path, {**learner.parameters(self.state), **others}, metadata)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -129,6 +129,10 @@ class Learner(ABC):
         return "skip" in (self.non_finite, self.tasks.on_error)
 
     # After a run ------------------------------------------------------------------------------------------------------
+
+    def exported_tasks(self) -> dict[str, Any]:
+        """Return options of the tasks that replace their data in an exported config."""
+        return {}
 
     def servable(self) -> str | None:
         """Return why this learner cannot be served, or None where it can."""

@@ -320,6 +320,9 @@ class FewShotLearner(Learner):
 
         return torch.func.vmap(beside_support)(x)
 
+    def exported_tasks(self) -> dict[str, Any]:
+        return self.tasks.exported()
+
     # For one task, outside a fleet ------------------------------------------------------------------------------------
 
     def describe(self, seed: int) -> Signature:

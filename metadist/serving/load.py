@@ -73,7 +73,8 @@ def open_model(source: str, *, normalization: str | None = None, device: str = "
     move_to_device(learner, device)
     decode = learner.tasks.decode
     images = None if decode is None else (decode.size, decode.channels, decode.invert, decode.white)
-    return ServedModel(name or experiment.name, learner, state, origin, Limits(**limits), images, signature)
+    table, bounds = learner.tasks.columns, Limits(**limits)
+    return ServedModel(name or experiment.name, learner, state, origin, bounds, images, table, signature)
 
 
 Loaded = tuple[str, Experiment, State, Union[Signature, None]]

@@ -69,6 +69,8 @@ class ServedModel:
     limits: Limits = field(default_factory=Limits)
     #: (size, channels, invert, white): the conversion of images to inputs; None where inputs are not images
     images: tuple[int, int, bool, float | None] | None = None
+    #: the conversion of a table's rows to inputs and targets (JSON); None where inputs are no rows of a table
+    table: str | None = None
     #: what requests are checked against; None where the run does not record it
     recorded: Signature | None = None
 
@@ -108,6 +110,7 @@ class ServedModel:
             "target_dtype": str(signature.target_dtype).removeprefix("torch."),
             "any_classes": signature.any_classes,
             **({} if self.images is None else {"images": self._conversion(*self.images)}),
+            **({} if self.table is None else {"table": self.table}),
         }
 
     @staticmethod

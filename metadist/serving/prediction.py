@@ -44,7 +44,7 @@ def predict_folders(source: ModelSource, support: str, query: str, inner_steps: 
     ``query`` are in folders of the same names. Raises ``ConfigError`` for a model without images, ``DataError`` for
     wrong folders.
     """
-    with _opened(source) as (about, adapt_predict):
+    with opened_model(source) as (about, adapt_predict):
         images = about.get("images")
         if about["kind"] != "classification" or images is None:
             raise ConfigError(
@@ -85,7 +85,7 @@ def predict_arrays(source: ModelSource, support: str, query: str, inner_steps: i
     mean squared error. Raises ``DataError`` for wrong files, ``InvalidInput`` where arrays do not fit the model.
     """
     given, asked = _arrays("--support", support, ("x", "y")), _arrays("--query", query, ("x",))
-    with _opened(source) as (about, adapt_predict):
+    with opened_model(source) as (about, adapt_predict):
         prediction = adapt_predict(given["x"], given["y"], asked["x"], inner_steps).double()
     report = {
         "model": about["name"],
@@ -140,7 +140,7 @@ def _folder(option: str, path: str) -> str:
 
 
 @contextmanager
-def _opened(source: ModelSource) -> Iterator[tuple[Mapping[str, Any], AdaptPredict]]:
+def opened_model(source: ModelSource) -> Iterator[tuple[Mapping[str, Any], AdaptPredict]]:
     """Open the model; yield its description (``ServedModel.describe``) and a function that adapts and predicts."""
     if _is_address(source.location):
         with _remote(source) as opened:
