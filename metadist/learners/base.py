@@ -69,6 +69,10 @@ class Learner(ABC):
         ConfigError where the request cannot be met.
         """
 
+    def remarks(self) -> list[str]:
+        """Return what a user should know before the run starts and may not expect, a line for each."""
+        return [line for line in (self.model.frozen_line,) if line]
+
     @property
     def data_sha256(self) -> str | None:
         """SHA-256 of the data that the tasks are made of; None where they are made of random numbers alone."""
