@@ -109,8 +109,11 @@ class Learner(ABC):
         """Compile everything that a shard needs, and return the seconds that compilation took."""
         return 0.0
 
-    def miscompiled(self, seed: int) -> str | None:
-        """Return how a compiled shard differs from the mathematics by more than rounding, or None."""
+    def miscompiled(self, seed: int, memory_bytes: int | None = None) -> str | None:
+        """Return how a compiled shard differs from the mathematics by more than rounding, or None.
+
+        The comparison may take ``memory_bytes``.
+        """
         return None
 
     @property
