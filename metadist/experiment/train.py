@@ -57,6 +57,8 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
                 ) as workers,
             ):
                 run = _run(attempt, workers)
+                for remark in learner.remarks():
+                    observers.note(remark)
                 if attempt.progress.meta_step:
                     observers.note(f"resumed at meta-step {attempt.progress.meta_step}")
                 outcome = meta_train(run, attempt.progress, workers, observers, attempt.checkpoints, steering)

@@ -70,6 +70,10 @@ class Learner(ABC):
         ConfigError where the request cannot be met.
         """
 
+    def remarks(self) -> list[str]:
+        """Return what a user should know before the run starts and may not expect, a line for each."""
+        return [line for line in (self.model.frozen_line,) if line]
+
     @property
     def data_sha256(self) -> str | None:
         """SHA-256 of the data that the tasks are made of; None where they are made of random numbers alone."""
@@ -119,8 +123,11 @@ class Learner(ABC):
         """Compile everything that a shard needs, and return the seconds that compilation took."""
         return 0.0
 
-    def miscompiled(self, seed: int) -> str | None:
-        """Return how a compiled shard differs from the mathematics by more than rounding, or None."""
+    def miscompiled(self, seed: int, memory_bytes: int | None = None) -> str | None:
+        """Return how a compiled shard differs from the mathematics by more than rounding, or None.
+
+        The comparison may take ``memory_bytes``.
+        """
         return None
 
     @property

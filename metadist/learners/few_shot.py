@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -113,14 +114,19 @@ class FewShotLearner(Learner):
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
         return plan_shards(self, request, device, sharing)
 
-    def miscompiled(self, seed: int) -> str | None:
-        return compiled_disagrees(self, seed)
+    def miscompiled(self, seed: int, memory_bytes: int | None = None) -> str | None:
+        return compiled_disagrees(self, seed, memory_bytes)
 
     def servable(self) -> str | None:
         return None
 
     def normalize(self, normalization: str) -> None:
         self.normalization = normalization
+
+    def with_algorithm(self, algorithm: Algorithm) -> FewShotLearner:
+        other = copy.copy(self)
+        other.algorithm, other._compiled, other._prepared = algorithm, self._compiled, self._prepared
+        return other
 
     def eager(self) -> FewShotLearner:
         """Return a copy that does not compile, on the same device and data."""
