@@ -149,7 +149,8 @@ def measure(tasks: TaskFamily, names: Sequence[str], keys: TaskKey) -> dict[str,
     The metric is that of the family, on the real rows of the query set. ConfigError where the targets of a regression
     are not a vector for each row.
     """
-    known, found = baselines(tasks), {name: [] for name in names}  # type: dict[str, list[Tensor]]
+    known = baselines(tasks)
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
     pooled = pool(tasks, keys.seed) if "pooled_ridge" in names else None
     for key in keys.each():
         task = tasks.sample(TaskKey(key.seed, key.split, key.meta_step, key.tasks.reshape(1)), key.split)

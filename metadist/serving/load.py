@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Union
@@ -212,10 +212,3 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     except (ImportError, OSError, ValueError):
         pass
-
-
-def image_decoder(images: Sequence[Any]) -> Any:
-    """Return the conversion of image files to inputs, as in training, for (size, channels, invert, white)."""
-    from metadist.tasks.decode import Decode
-
-    return Decode(*images)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from metadist.core.errors import ConfigError, DataError, first_line
-from metadist.serving.load import image_decoder, open_model
+from metadist.serving.load import open_model
+from metadist.tasks.decode import Decode
 from metadist.tasks.folders import by_class
 
 AdaptPredict = Callable[[Tensor, Tensor, Tensor, "int | None"], Tensor]
@@ -51,7 +52,7 @@ def predict_folders(source: ModelSource, support: str, query: str, inner_steps: 
                 f"predict: model '{about['name']}' ({about['kind']}) does not classify images; give arrays x and y as "
                 "--support FILE.npz and x as --query FILE.npz"
             )
-        decode = image_decoder((images["size"], images["channels"], images["invert"], images.get("white")))
+        decode = Decode(images["size"], images["channels"], images["invert"], images.get("white"))
         x, names, labels = by_class(decode, _folder("--support", support))
         classes = sorted(set(labels))
         if not names or "" in classes:

@@ -237,7 +237,7 @@ class Encoding:
         try:
             found = json.loads(text)
             categories = {name: tuple(values) for name, values in found.pop("categories").items()}
-            plain = {n: tuple(v) if isinstance(v, list) else v for n, v in found.items()}
+            plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in found.items()}
             return cls(categories=categories, **plain)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ConfigError(
