@@ -13,8 +13,8 @@ from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
 from metadist.core.task import Examples, TaskFamily
 
-Prototypes = tuple[Parameters, Tensor, Tensor]
-"""(θ, prototypes [ways, D], whether a class has support examples [ways, 1])."""
+Prototypes = tuple[Parameters, Tensor, Tensor, Tensor]
+"""(θ, prototypes [ways, D] about a centre, whether a class has support examples [ways, 1], the centre [D])."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,14 @@ class ProtoNet(Algorithm):
         if support.mask is not None:
             member = member * support.mask.to(embedded.dtype).unsqueeze(-1)
         count = member.sum(0).unsqueeze(-1)
-        return [(theta["model"], (member.T @ embedded) / count.clamp(min=1), count > 0)]
+        # Distances do not depend on the origin, but their rounding error does: without the common offset of the
+        # embeddings no digits cancel. A constant, because no distance depends on it.
+        centre = (member.sum(1) @ embedded / count.sum().clamp(min=1)).detach()
+        return [(theta["model"], (member.T @ (embedded - centre)) / count.clamp(min=1), count > 0, centre)]
 
     def predict(self, model: BoundModel, phi: Prototypes, x: Tensor) -> Tensor:
-        parameters, prototypes, present = phi
-        embedded = model(parameters, x).flatten(1)
+        parameters, prototypes, present, centre = phi
+        embedded = model(parameters, x).flatten(1) - centre
         # ‖a − b‖², expanded: a matrix product in place of a [N, ways, D] difference.
         logits = 2 * embedded @ prototypes.T - embedded.square().sum(1, keepdim=True) - prototypes.square().sum(1)
         # A class without support examples, in a task of fewer ways, is never predicted.

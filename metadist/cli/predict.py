@@ -39,17 +39,19 @@ def predict(
 ) -> None:
     """Adapt to a few labelled images per class, and classify other images. Images are converted as in training.
 
-    Other models take arrays: x [N, …] and y [N, …] in a .npz file as the support set, x in another one as the queries.
+    A model of tables takes two tables (CSV, Parquet, Arrow) with the columns of its training. Other models take arrays:
+    x [N, …] and y [N, …] in a .npz file as the support set, x in another one as the queries.
     """
     set_up_logging()
     with clean_errors():
         from metadist.cli.display import show_predictions
         from metadist.serving.prediction import ModelSource, predict_arrays, predict_folders
+        from metadist.serving.tables import is_table, predict_tables
 
         with only_results_on_stdout():
             opened = ModelSource(source, model, normalization, token_file, tls_ca)
-            predict_all = predict_arrays if support.endswith(".npz") else predict_folders
-            report = predict_all(opened, support, query, inner_steps)
+            arrays = predict_arrays if support.endswith(".npz") else predict_folders
+            report = (predict_tables if is_table(support) else arrays)(opened, support, query, inner_steps)
         show_predictions(report)
         if as_json:
             print(json.dumps(report))

@@ -60,6 +60,14 @@ class Subject(Protocol):
         """Return whether training tasks have one size, so that one graph can serve them."""
         ...
 
+    def with_algorithm(self, algorithm: Algorithm) -> Subject:
+        """Return a copy that has ``algorithm`` and shares the compiled graphs.
+
+        ``algorithm`` may differ from that of this learner in the number of inner steps alone, and only where no graph
+        depends on that number.
+        """
+        ...
+
     def eager(self) -> Subject:
         """Return a copy that does not compile; everything else is equal, the device and the loaded data too."""
         ...

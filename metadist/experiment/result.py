@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from metadist.config.experiment import Experiment
-from metadist.core.errors import CheckpointError, ConfigError, at_least
+from metadist.core.errors import CheckpointError, ConfigError, at_least, one_of
 from metadist.core.signature import DivergedAdaptation, Signature
-from metadist.core.state import State
+from metadist.core.state import Records, State
 from metadist.core.task import Examples
+from metadist.experiment.evaluation_record import recording_of
+from metadist.experiment.judging import EvaluationOptions, Judgement, Trained
 from metadist.learners.evaluation import Evaluation, as_json
 from metadist.storage.checkpoints import export_parameters
 from metadist.training.progress import Outcome
@@ -66,6 +69,10 @@ class Result:
     tracking_url: str | None = None
     #: the signature that training recorded; None for a run of a version that did not, and for meta-environments
     recorded: Signature | None = None
+    #: the records of single tasks of the last evaluation
+    task_records: Records | None = field(default=None, repr=False)
+    #: the folder of the evaluation that was recorded last
+    evaluation_dir: str | None = None
 
     @property
     def state(self) -> State:
@@ -108,6 +115,37 @@ class Result:
         with self.signature.judged_by_model():
             return learner.predict(self.state, adapted.phi, queries, adapted.support)
 
+    def evaluate(self, *overrides: str, **options: Any) -> Evaluation:
+        """Judge the best parameters again, and record the scores in the run directory and in MLflow.
+
+        ``overrides`` are ``KEY=VALUE`` (``"tasks.k_shot=5"``); ``options`` are ``tasks`` (their number), ``split``,
+        ``inner_steps``, ``normalization``, ``beside``, ``workers`` (default: this process) and ``record``. ConfigError
+        where one of them does not suit the run.
+        """
+        known = [f.name for f in dataclasses.fields(EvaluationOptions) if f.name != "overrides"]
+        for name in options:
+            one_of("evaluate", name, known)
+        return self.judged(EvaluationOptions(overrides=overrides, **{"workers": "0", **options})).evaluations[0]
+
+    def judged(self, options: EvaluationOptions, name: str | None = None) -> Result:
+        """Return this result with the scores of an evaluation, which is recorded under ``name``."""
+        trained = Trained(self.run_id, self.run_dir, self.experiment, self.outcome.best_step, self.state)
+        judgement = Judgement.prepared(trained, options)
+        if options.record:
+            with recording_of(judgement, name) as record:
+                evaluation, records, seconds = judgement.scores()
+                record.write(evaluation, records)
+        else:
+            evaluation, records, seconds = judgement.scores()
+        return dataclasses.replace(
+            self,
+            experiment=judgement.experiment,
+            evaluations=[evaluation],
+            task_records=records,
+            wall_seconds=seconds,
+            evaluation_dir=f"{self.run_dir}/{record.written}" if options.record else None,
+        )
+
     def export(self, path: str | Path) -> None:
         """Write a safetensors file that can be served.
 
@@ -120,7 +158,10 @@ class Result:
             for slot in learner.algorithm.slots(learner.model, learner.model.initial(0)[0])
             for name, tensor in self.state.theta(learner.slots)[slot].items()
         }
-        metadata = {"run_id": self.run_id, "format": "metadist", "config": json.dumps(self.experiment.document)}
+        document = dict(self.experiment.document)
+        if replaced := learner.exported_tasks():
+            document["tasks"] = {**document["tasks"], **replaced}
+        metadata = {"run_id": self.run_id, "format": "metadist", "config": json.dumps(document)}
         if self.recorded is not None:
             metadata["signature"] = json.dumps(self.recorded.as_dict())
         export_parameters(path, {**learner.parameters(self.state), **others}, metadata)
@@ -134,6 +175,7 @@ class Result:
             "best_meta_step": self.outcome.best_step,
             "params_sha256": self.params_sha256,
             "tasks_per_second": round(self.outcome.tasks_per_second, 2),
+            "evaluation_dir": self.evaluation_dir,
             "evaluation": self.evaluations[-1].as_dict() if self.evaluations else None,
             "validation": self.outcome.progress.validation[-1:],
             "shards_retried": self.retried,

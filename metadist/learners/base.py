@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,10 +71,27 @@ class Learner(ABC):
         ConfigError where the request cannot be met.
         """
 
+    def remarks(self) -> list[str]:
+        """Return what a user should know before the run starts and may not expect, a line for each."""
+        return [line for line in (self.model.frozen_line,) if line]
+
     @property
     def data_sha256(self) -> str | None:
         """SHA-256 of the data that the tasks are made of; None where they are made of random numbers alone."""
         return self.tasks.data_sha256
+
+    def splits(self) -> Mapping[str, Sequence[str]] | None:
+        """Return the names of the classes of each split, or None where tasks have none. ConfigError: two share one."""
+        splits = self.tasks.splits()
+        seen: dict[str, str] = {}
+        for split, names in (splits or {}).items():
+            for name in names:
+                if seen.setdefault(name, split) != split:
+                    raise ConfigError(
+                        f"tasks: '{name}' is in the {seen[name]} split and in the {split} split of "
+                        f"'{type(self.tasks).__name__}'; each class belongs to one split, or training sees test classes"
+                    )
+        return splits
 
     # The rounds of a meta-step ----------------------------------------------------------------------------------------
 
@@ -107,8 +124,11 @@ class Learner(ABC):
         """Compile everything that a shard needs, and return the seconds that compilation took."""
         return 0.0
 
-    def miscompiled(self, seed: int) -> str | None:
-        """Return how a compiled shard differs from the mathematics by more than rounding, or None."""
+    def miscompiled(self, seed: int, memory_bytes: int | None = None) -> str | None:
+        """Return how a compiled shard differs from the mathematics by more than rounding, or None.
+
+        The comparison may take ``memory_bytes``.
+        """
         return None
 
     @property
@@ -117,6 +137,10 @@ class Learner(ABC):
         return "skip" in (self.non_finite, self.tasks.on_error)
 
     # After a run ------------------------------------------------------------------------------------------------------
+
+    def exported_tasks(self) -> dict[str, Any]:
+        """Return options of the tasks that replace their data in an exported config."""
+        return {}
 
     def servable(self) -> str | None:
         """Return why this learner cannot be served, or None where it can."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -107,19 +108,25 @@ class FewShotLearner(Learner):
         return score_tasks(records, self.tasks.metric_name, request.split, protocol)
 
     def dry_run(self, seed: int) -> None:
+        self.splits()  # refuses splits that share classes
         try_tasks(self, seed)
 
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
         return plan_shards(self, request, device, sharing)
 
-    def miscompiled(self, seed: int) -> str | None:
-        return compiled_disagrees(self, seed)
+    def miscompiled(self, seed: int, memory_bytes: int | None = None) -> str | None:
+        return compiled_disagrees(self, seed, memory_bytes)
 
     def servable(self) -> str | None:
         return None
 
     def normalize(self, normalization: str) -> None:
         self.normalization = normalization
+
+    def with_algorithm(self, algorithm: Algorithm) -> FewShotLearner:
+        other = copy.copy(self)
+        other.algorithm, other._compiled, other._prepared = algorithm, self._compiled, self._prepared
+        return other
 
     def eager(self) -> FewShotLearner:
         """Return a copy that does not compile, on the same device and data."""
@@ -318,6 +325,9 @@ class FewShotLearner(Learner):
             return algorithm.predict(model, phi, torch.cat([support, single.unsqueeze(0)]))[-1]
 
         return torch.func.vmap(beside_support)(x)
+
+    def exported_tasks(self) -> dict[str, Any]:
+        return self.tasks.exported()
 
     # For one task, outside a fleet ------------------------------------------------------------------------------------
 

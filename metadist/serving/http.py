@@ -17,7 +17,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from torch import Tensor
 
@@ -26,7 +26,9 @@ from metadist.core.task import Examples
 from metadist.rpc.endpoint import Endpoint
 from metadist.rpc.grpc_guard import Refused
 from metadist.rpc.http_guard import BodyTooLarge, FirstRequestTimeout, HttpGuard, error_response
+from metadist.serving import uploads
 from metadist.serving.model import ServedModel
+from metadist.serving.openapi import document, page
 from metadist.serving.service import AdaptationService, TimeLeft
 from metadist.serving.tensors import from_json
 
@@ -45,6 +47,16 @@ def app(service: AdaptationService, *, token: str | None, seconds: float, messag
 
         return reply
 
+    async def classify(request: Request) -> Response:
+        end = time.monotonic() + seconds
+        body, kind = await _body(request, message_bytes), request.headers.get("content-type", "")
+        work = lambda: _classify(service, body, kind, lambda: end - time.monotonic())  # noqa: E731
+        return JSONResponse(await asyncio.get_running_loop().run_in_executor(pool, work))
+
+    async def described(request: Request) -> Response:
+        about = document([m.describe() for m in service.models.values()], token=token is not None)
+        return JSONResponse(about) if request.url.path.endswith(".json") else HTMLResponse(page(about))
+
     async def models(request: Request) -> Response:
         counts = await asyncio.get_running_loop().run_in_executor(pool, service.statistics)
         return JSONResponse({"models": [m.describe() for m in service.models.values()], "statistics": counts})
@@ -57,7 +69,9 @@ def app(service: AdaptationService, *, token: str | None, seconds: float, messag
         return PlainTextResponse("SERVING\n")
 
     routes = [Route(f"/v1/{name}", route(call), methods=["POST"]) for name, call in calls.items()]
-    routes += [Route("/v1/models", models), Route("/metrics", metrics), Route("/healthz", health)]
+    routes += [Route("/v1/classify", classify, methods=["POST"]), Route("/v1/models", models)]
+    routes += [Route("/docs", described), Route("/openapi.json", described)]
+    routes += [Route("/metrics", metrics), Route("/healthz", health)]
     return HttpGuard(
         Starlette(
             routes=routes,
@@ -95,6 +109,16 @@ def _adapt_predict(service: AdaptationService, body: dict[str, Any], left: TimeL
     return {
         "prediction": service.adapt_predict(model, _support(model, body), query, _steps(model, body), left).tolist()
     }
+
+
+def _classify(service: AdaptationService, body: bytes, content_type: str, left: TimeLeft) -> dict[str, Any]:
+    upload = uploads.parse(body, content_type)
+    model = service.model(upload.model)
+    images = model.describe().get("images")
+    if images is None or not model.classification:
+        raise ConfigError(f"classify: model '{model.name}' does not classify pictures; use /v1/adapt_predict")
+    answer = _adapt_predict(service, upload.request(images), left)
+    return {"model": model.name, **upload.answer(_strict(answer["prediction"]))}
 
 
 def _forget(service: AdaptationService, body: dict[str, Any], left: TimeLeft) -> dict[str, Any]:

@@ -72,8 +72,9 @@ def open_model(source: str, *, normalization: str | None = None, device: str = "
         learner.normalize(normalization)
     move_to_device(learner, device)
     decode = learner.tasks.decode
-    images = None if decode is None else (decode.size, decode.channels, decode.invert)
-    return ServedModel(name or experiment.name, learner, state, origin, Limits(**limits), images, signature)
+    images = None if decode is None else (decode.size, decode.channels, decode.invert, decode.white)
+    table, bounds = learner.tasks.columns, Limits(**limits)
+    return ServedModel(name or experiment.name, learner, state, origin, bounds, images, table, signature)
 
 
 Loaded = tuple[str, Experiment, State, Union[Signature, None]]
@@ -214,7 +215,7 @@ def _allow_many_connections() -> None:
 
 
 def image_decoder(images: Sequence[Any]) -> Any:
-    """Return the conversion of image files to inputs, as in training, for (size, channels, invert)."""
-    from metadist.tasks.sources import Decode
+    """Return the conversion of image files to inputs, as in training, for (size, channels, invert, white)."""
+    from metadist.tasks.decode import Decode
 
     return Decode(*images)

@@ -67,8 +67,10 @@ class ServedModel:
     state: State
     source: str = ""
     limits: Limits = field(default_factory=Limits)
-    #: (size, channels, invert): the conversion of images to inputs; None where inputs are not images
-    images: tuple[int, int, bool] | None = None
+    #: (size, channels, invert, white): the conversion of images to inputs; None where inputs are not images
+    images: tuple[int, int, bool, float | None] | None = None
+    #: the conversion of a table's rows to inputs and targets (JSON); None where inputs are no rows of a table
+    table: str | None = None
     #: what requests are checked against; None where the run does not record it
     recorded: Signature | None = None
 
@@ -107,8 +109,14 @@ class ServedModel:
             "input_dtype": str(signature.input_dtype).removeprefix("torch."),
             "target_dtype": str(signature.target_dtype).removeprefix("torch."),
             "any_classes": signature.any_classes,
-            **({} if self.images is None else {"images": dict(zip(("size", "channels", "invert"), self.images))}),
+            **({} if self.images is None else {"images": self._conversion(*self.images)}),
+            **({} if self.table is None else {"table": self.table}),
         }
+
+    @staticmethod
+    def _conversion(size: int, channels: int, invert: bool, white: float | None) -> dict[str, Any]:
+        about = {"size": size, "channels": channels, "invert": invert}
+        return about if white is None else {**about, "white": white}
 
     # Checks of a request ----------------------------------------------------------------------------------------------
 

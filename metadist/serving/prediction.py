@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metadist.core.errors import ConfigError, DataError, first_line
 from metadist.serving.load import image_decoder, open_model
+from metadist.tasks.folders import by_class
 
 AdaptPredict = Callable[[Tensor, Tensor, Tensor, "int | None"], Tensor]
 """(support x [N, …], support y [N], queries [Q, …], inner steps) → logits [Q, classes]."""
@@ -43,15 +44,15 @@ def predict_folders(source: ModelSource, support: str, query: str, inner_steps: 
     ``query`` are in folders of the same names. Raises ``ConfigError`` for a model without images, ``DataError`` for
     wrong folders.
     """
-    with _opened(source) as (about, adapt_predict):
+    with opened_model(source) as (about, adapt_predict):
         images = about.get("images")
         if about["kind"] != "classification" or images is None:
             raise ConfigError(
                 f"predict: model '{about['name']}' ({about['kind']}) does not classify images; give arrays x and y as "
                 "--support FILE.npz and x as --query FILE.npz"
             )
-        decode = image_decoder((images["size"], images["channels"], images["invert"]))
-        x, names, labels = decode.by_class(_folder("--support", support))
+        decode = image_decoder((images["size"], images["channels"], images["invert"], images.get("white")))
+        x, names, labels = by_class(decode, _folder("--support", support))
         classes = sorted(set(labels))
         if not names or "" in classes:
             wrong = f"'{names[labels.index('')]}' is in no class folder" if "" in classes else "there are no images"
@@ -59,7 +60,7 @@ def predict_folders(source: ModelSource, support: str, query: str, inner_steps: 
         if len(classes) < 2 or (len(classes) > about["outputs"] and not about["any_classes"]):
             most = "or more" if about["any_classes"] else f"to {about['outputs']}"
             raise DataError(f"--support {support}: {len(classes)} classes; model '{about['name']}' takes 2 {most}")
-        queries, files, truths = decode.by_class(_folder("--query", query))
+        queries, files, truths = by_class(decode, _folder("--query", query))
         if not files:
             raise DataError(f"--query {query}: there are no images")
         y = torch.tensor([classes.index(label) for label in labels])
@@ -84,7 +85,7 @@ def predict_arrays(source: ModelSource, support: str, query: str, inner_steps: i
     mean squared error. Raises ``DataError`` for wrong files, ``InvalidInput`` where arrays do not fit the model.
     """
     given, asked = _arrays("--support", support, ("x", "y")), _arrays("--query", query, ("x",))
-    with _opened(source) as (about, adapt_predict):
+    with opened_model(source) as (about, adapt_predict):
         prediction = adapt_predict(given["x"], given["y"], asked["x"], inner_steps).double()
     report = {
         "model": about["name"],
@@ -139,7 +140,7 @@ def _folder(option: str, path: str) -> str:
 
 
 @contextmanager
-def _opened(source: ModelSource) -> Iterator[tuple[Mapping[str, Any], AdaptPredict]]:
+def opened_model(source: ModelSource) -> Iterator[tuple[Mapping[str, Any], AdaptPredict]]:
     """Open the model; yield its description (``ServedModel.describe``) and a function that adapts and predicts."""
     if _is_address(source.location):
         with _remote(source) as opened:

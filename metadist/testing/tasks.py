@@ -105,6 +105,16 @@ def _targets(family: TaskFamily, split: str, name: str, e: Examples) -> None:
         )
 
 
+def disjoint(family: TaskFamily, split: str) -> None:
+    """Check that no class of ``split`` is one of another split, where ``splits()`` names them."""
+    with usable(family, "it can name the classes of its splits"):
+        splits = family.splits() or {}
+    for other, names in splits.items():
+        if other != split and (shared := set(names) & set(splits.get(split, ()))):
+            values = f"'{min(shared)}' and {len(shared) - 1} other names are in {split} and in {other}"
+            raise SameTasksError(family, "splits() gives each class to one split", values, "correct splits()")
+
+
 def pure(family: TaskFamily, split: str) -> None:
     """Check that the same key gives the same tasks under any state of the global random generators."""
     first = by_name(sampled(family, split))
@@ -215,6 +225,7 @@ def agrees_with_sample_task(family: TaskFamily, split: str) -> None:
 #: name → property of one split, each a function that raises a PropertyError
 TASK_PROPERTIES: dict[str, Callable[[TaskFamily, str], None]] = {
     "shapes": shapes,
+    "disjoint": disjoint,
     "pure": pure,
     "same_in_any_shard": same_in_any_shard,
     "distinct": distinct,
