@@ -81,7 +81,14 @@ class Reader(nn.Module):
         self.table, self.head = nn.Embedding(20, 4), nn.Linear(4, outputs)
 
     def forward(self, x):
-        return self.head(self.table(x.long()).mean(1))
+        return self.head(self.table(x).mean(1))
+
+
+class ByteReader(Reader):
+    """The same for any whole numbers: an embedding takes int32 and int64 alone."""
+
+    def forward(self, x):
+        return super().forward(x.long())
 
 
 def flat_net():

@@ -16,7 +16,7 @@ from torch import Tensor
 from metadist.core.algorithm import Algorithm, Phi
 from metadist.core.computation import Computation, Evaluate
 from metadist.core.engine import Engine
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, MetadistError, first_line
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
@@ -26,6 +26,7 @@ from metadist.core.state import Records, Slot, State
 from metadist.core.task import Examples, TaskFamily
 from metadist.engine.meta_gradient import BUFFERS
 from metadist.engine.plan import Device, EngineRequest, Plan
+from metadist.learners.culprit import place
 from metadist.learners.evaluation import Evaluation
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
@@ -241,10 +242,20 @@ class Learner(ABC):
     def prepare(self, device: torch.device) -> None:
         """Load the data of the tasks and move the model to ``device``. Every process that computes calls it once."""
         if not self._prepared or device != self.device:
-            self.tasks.prepare(device)
+            self._prepare_tasks(device)
             self.model.to(device)
             self.device, self._prepared = device, True
             self.set_engine(self.engine)
+
+    def _prepare_tasks(self, device: torch.device) -> None:
+        try:
+            self.tasks.prepare(device)
+        except MetadistError:
+            raise
+        except Exception as error:  # the user's own code
+            key = "tasks" if isinstance(self.tasks, TaskFamily) else "environment"
+            name = type(self.tasks).__name__
+            raise ConfigError(f"{key}: '{name}' can't be prepared: {first_line(error)}{place(error)}") from error
 
     def prepared_like(self, other: Learner) -> None:
         """Compute on the device of ``other``, with the data that it has loaded."""

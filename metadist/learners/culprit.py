@@ -27,7 +27,7 @@ def failed(learner: Subject, state: State, task: Task, split: str, error: Except
     judging = next((f for f in frames if _is_judging(f)), None)
     prediction = None if judging is None else judging.f_locals.get("prediction")
     shapes = f"inputs {list(task.support.x.shape)} and targets {list(task.support.y.shape)}"
-    about = f"{first_line(error)}{_place(error)}"
+    about = f"{first_line(error)}{place(error)}"
     if judging is not None and isinstance(prediction, Tensor):
         target = judging.f_locals["examples"].y
         return ConfigError(
@@ -60,7 +60,7 @@ def own_tasks(learner: Subject, split: str) -> Iterator[None]:
         raise
     except Exception as error:
         name = type(learner.tasks).__name__
-        raise ConfigError(f"tasks: '{name}' fails on {split} tasks: {first_line(error)}{_place(error)}") from error
+        raise ConfigError(f"tasks: '{name}' fails on {split} tasks: {first_line(error)}{place(error)}") from error
 
 
 def _is_judging(frame: FrameType) -> bool:
@@ -96,7 +96,7 @@ def _hint(error: Exception, target: object) -> str:
     return "; give classes as int64 (y.long())" if whole and "Long" in str(error) else ""
 
 
-def _place(error: Exception) -> str:
+def place(error: Exception) -> str:
     """Return file and line of the last call that is not PyTorch's own."""
     lines = [line for line in traceback.extract_tb(error.__traceback__) if not line.filename.startswith(_TORCH)]
     return f" ({lines[-1].filename}:{lines[-1].lineno})" if lines else ""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import torch
 from torch import Tensor
 
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, first_line
 from metadist.core.random import TaskKey
 from metadist.core.signature import InvalidInput, Signature, refuse_classes
 from metadist.core.task import Examples, Task
@@ -53,6 +54,7 @@ def check_tasks(learner: Subject, tasks: Task, split: str) -> None:
     """
     family = learner.tasks
     name = f"tasks: '{type(family).__name__}'"
+    _check_protocol(learner, split)
     for part, e in (("support", tasks.support), ("query", tasks.query)):
         lengths = [tuple(t.shape[:2]) for t in (e.x, e.y, e.mask) if t is not None]
         if len(set(lengths)) > 1 or len(lengths[0]) < 2 or not lengths[0][1]:
@@ -69,6 +71,20 @@ def check_tasks(learner: Subject, tasks: Task, split: str) -> None:
     if family.kind == "classification":
         for part, e in (("support", tasks.support), ("query", tasks.query)):
             _check_classes(f"{name}: the {part} set of {split} tasks", e, _ways(learner, split))
+
+
+def _check_protocol(learner: Subject, split: str) -> None:
+    """Refuse a protocol that no report can hold: the first one would be written at the first validation."""
+    with own_tasks(learner, split):
+        learner.tasks.sizes(split)
+        stated = learner.tasks.protocol(split)
+        try:
+            json.dumps(stated)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"tasks: protocol('{split}') of '{type(learner.tasks).__name__}' is no plain data for a report "
+                f"({first_line(error)}); expected a dict of numbers, text and lists"
+            ) from error
 
 
 def _ways(learner: Subject, split: str) -> int:

@@ -253,7 +253,7 @@ def test_token_ids(tokens, everywhere):
 
 
 def test_token_ids_of_another_dtype_and_with_values(tmp_path):
-    result = trained(tmp_path, shaped.ByteTokens(), shaped.Reader)
+    result = trained(tmp_path, shaped.ByteTokens(), shaped.ByteReader)
     assert result.signature.input_dtype == torch.uint8
     y = torch.arange(6) % 3
     assert torch.equal(

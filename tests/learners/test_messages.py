@@ -359,6 +359,16 @@ class FailingWays(Blobs):
         return {"train": 3}[split]
 
 
+class FailingProtocol(Curves):
+    def protocol(self, split):
+        return {"rows": self.number}
+
+
+class UnwritableProtocol(Curves):
+    def protocol(self, split):
+        return {"rows": {1, 2}}
+
+
 @dataclass(frozen=True)
 class FailingAlgorithm(MAML):
     def predict(self, model, phi, x):
@@ -374,6 +384,12 @@ class FailingAlgorithm(MAML):
             ("tasks: the metric of 'FailingMetric'", "KeyError: 'threshold' (", "test_messages.py:"),
         ),
         (FailingLoss(), MAML(), ("tasks: the loss of 'FailingLoss'", "predictions float64 [6, 2]", "delta")),
+        (
+            FailingProtocol(),
+            MAML(),
+            ("tasks: 'FailingProtocol' fails on train", "AttributeError", ".py:"),
+        ),
+        (UnwritableProtocol(), MAML(), ("protocol('train') of 'UnwritableProtocol'", "set", "numbers, text and lists")),
         (FailingWays(), MAML(), ("tasks: 'FailingWays'", "KeyError: 'validation'")),
         (Curves(), FailingAlgorithm(), ("algorithm: 'FailingAlgorithm' fails", "IndexError", "test_messages.py:")),
     ],
@@ -389,3 +405,17 @@ def test_any_error_of_a_model_is_one_line():
         raise AssertionError("x must be even\nreally")
 
     refused(lambda: small(raise_).dry_run(0), "model: 'Small' fails on train tasks", "AssertionError: x must be even (")
+
+
+@dataclass(frozen=True)
+class Unprepared(Curves):
+    def prepare(self, device):
+        raise OSError("no such disk")
+
+
+def test_a_family_that_cannot_be_prepared():
+    refused(
+        lambda: learner(MAML(), mlp, Unprepared()).prepare(torch.device("cpu")),
+        "tasks: 'Unprepared' can't be prepared: OSError: no such disk (",
+        "test_messages.py:",
+    )
