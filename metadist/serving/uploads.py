@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from metadist.core.errors import DataError
-from metadist.serving.load import image_decoder
 from metadist.serving.model import InvalidInput
-from metadist.tasks.decode import opened
+from metadist.tasks.decode import Decode, opened
 
 #: the largest picture, in pixels: a small file can hold a huge one
 MOST_PIXELS = 50_000_000
@@ -123,7 +122,7 @@ def _class_name(name: str) -> str:
 
 def _packed(pictures: Sequence[tuple[str, bytes]], images: Mapping[str, Any]) -> dict[str, Any]:
     """Return pictures as one tensor in JSON: float32 [N, channels, size, size] in [0, 1], as in training."""
-    decode = image_decoder((images["size"], images["channels"], images["invert"], images.get("white")))
+    decode = Decode(images["size"], images["channels"], images["invert"], images.get("white"))
     pixels = []
     for name, data in pictures:
         _check_size(name, data)
