@@ -7,6 +7,7 @@ import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ def _packed(pictures: Sequence[tuple[str, bytes]], images: Mapping[str, Any]) ->
     for name, data in pictures:
         _check_size(name, data)
         try:
-            pixels.append(decode(repr(name[:80]), lambda data=data: data))
+            pixels.append(decode(repr(name[:80]), partial(bytes, data)))
         except DataError as error:
             raise InvalidInput(str(error)) from None
     x = np.stack(pixels).astype("<f4") * np.float32(1 / 255)
