@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -148,9 +148,15 @@ class TaskFamily:
         def decode(self) -> ImageFormat | None:
             """The conversion of images to inputs, for a server; None where inputs are not images."""
             raise NotImplementedError
+
+        @property
+        def columns(self) -> str | None:
+            """The conversion of a table's columns to inputs and targets as JSON; None where inputs are no rows."""
+            raise NotImplementedError
     else:
         data_sha256 = None
         decode = None
+        columns = None
     #: ``skip`` where shards may leave out failed tasks; None for families whose tasks cannot fail
     on_error: str | None = None
 
@@ -187,6 +193,10 @@ class TaskFamily:
     def task_classes(self, key: TaskKey, split: str) -> Sequence[str] | None:
         """Return the names of the classes 0, 1, … of the task of ``key``, for pictures; None where they have none."""
         return None
+
+    def exported(self) -> dict[str, Any]:
+        """Return options that replace the data in the config of an exported model, so that serving needs no data."""
+        return {}
 
     def protocol(self, split: str) -> dict[str, object]:
         """Return the conditions of a score on ``split`` (ways, shots, queries, …), as plain values for a report."""

@@ -16,10 +16,10 @@ import torch
 import metadist
 from metadist.config.schema import flatten
 from metadist.experiment.attempt import Attempt
-from metadist.experiment.load import tracking_root
+from metadist.experiment.evaluation_record import write_tasks
 from metadist.experiment.result import Result
 from metadist.jobs import links
-from metadist.storage.run_directory import RunDirectory
+from metadist.storage.run_directory import RunDirectory, tracking_root
 from metadist.tracking import Tracker, make_tracker
 from metadist.training.observers import Observer
 
@@ -135,6 +135,10 @@ def write_result(directory: RunDirectory, result: Result, tracker: Tracker, *, p
         tracker.artifact(Path(directory.url) / "model.safetensors")
     if result.evaluations:
         directory.write("evaluation.json", json.dumps([e.as_dict() for e in result.evaluations], indent=1))
+    if result.evaluations and result.task_records is not None:
+        tasks = write_tasks(directory.scratch / "evaluation_tasks.parquet", result.evaluations[0], result.task_records)
+        directory.upload(tasks, tasks.name)
+        tracker.artifact(tasks)
     if result.interrupted:
         return
     # Matplotlib and MLflow's requirements take seconds to import.

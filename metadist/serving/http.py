@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from torch import Tensor
 
 from metadist.core.errors import ConfigError
 from metadist.core.task import Examples
@@ -145,17 +147,23 @@ def _steps(model: ServedModel, body: dict[str, Any]) -> int | None:
 
 
 def _inputs(model: ServedModel, name: str, body: dict[str, Any], max_rows: int) -> Any:
-    x = from_json(name, body.get(name), lambda shape: model.check_shape(name, shape, max_rows))
-    packed = isinstance(body[name], dict)
-    return model.check_values(name, x if packed else x.double())  # in JSON, 0 and 1 may be floating-point numbers
+    return model.inputs(name, _tensor_x(model, name, body, max_rows))
 
 
 def _support(model: ServedModel, body: dict[str, Any]) -> Examples:
-    x = _inputs(model, "x", body, model.limits.support)
-    y = from_json("y", body.get("y"), lambda shape: model.check_target_shape(shape, len(x)))
-    if not model.classification and not isinstance(body["y"], dict):
-        y = y.double()
-    return Examples(x, model.check_targets(y, len(x)))
+    x = _tensor_x(model, "x", body, model.limits.support)
+    y = from_json("y", body.get("y"), lambda shape: model.signature.check_target_shape(shape, len(x)))
+    return model.support(x, _as_real(body["y"], y, model.signature.target_dtype))
+
+
+def _tensor_x(model: ServedModel, name: str, body: dict[str, Any], max_rows: int) -> Tensor:
+    x = from_json(name, body.get(name), lambda shape: model.check_shape(name, shape, max_rows))
+    return _as_real(body[name], x, model.signature.input_dtype)
+
+
+def _as_real(sent: Any, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return lists of numbers as floating-point numbers where the model takes them: JSON writes 1.0 as 1, too."""
+    return tensor.double() if dtype.is_floating_point and not isinstance(sent, dict) else tensor
 
 
 # Requests and responses -----------------------------------------------------------------------------------------------
@@ -166,7 +174,10 @@ async def _body(request: Request, max_bytes: int) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > max_bytes:
-            raise BodyTooLarge(f"the body exceeds {max_bytes / 2**20:g} MiB")
+            raise BodyTooLarge(
+                f"the body exceeds {max_bytes / 2**20:g} MiB; send fewer rows in one call, or raise the server's limit "
+                "(metadist serve --max-message-mib)"
+            )
         parts.append(part)
     return b"".join(parts)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from metadist.tasks.augmentation import Augmentation, Flip
 from metadist.tasks.decode import Decode
 from metadist.tasks.episodes import Episodes
 from metadist.tasks.folders import SUFFIXES, TABLES, Files, everything_in
+from metadist.tasks.image_tables import Columns, shards, splits_of, table
 from metadist.tasks.images import ImageSet, cached
-from metadist.tasks.tables import Columns, shards, splits_of, table
+from metadist.tasks.location import located
 
 Labels = list[tuple[str, str]]
 """(part, class) of each image."""
@@ -105,7 +105,7 @@ class ImageFolder(Episodes):
     def load(self) -> ImageSet:
         import fsspec
 
-        path = self._located()
+        path = located("tasks.path", self.path)
         if path.lower().endswith(TABLES):
             system, root = fsspec.core.url_to_fs(path)
             if not system.isdir(root):
@@ -182,28 +182,6 @@ class ImageFolder(Episodes):
         train, validation, _ = self.fractions
         cuts = round(len(order) * train), round(len(order) * (train + validation))
         return [sorted(piece) for piece in (order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :])]
-
-    def _located(self) -> str:
-        import fsspec
-
-        root = os.environ.get("METADIST_DATA")
-        given = Path(self.path).expanduser()
-        if root and "://" in root and "://" not in self.path and not given.is_absolute() and not given.exists():
-            return dataclasses.replace(self, path=f"{root.rstrip('/')}/{self.path}")._located()
-        if "://" not in self.path:
-            tried = [given, Path(root).expanduser() / given] if root and not given.is_absolute() else [given]
-            for path in tried:
-                if path.exists():
-                    return str(path.resolve())
-            where = " and ".join(str(p.absolute()) for p in tried)
-            raise DataError(f"tasks.path = {self.path}: no such folder or file; looked for {where}")
-        try:
-            system, root = fsspec.core.url_to_fs(self.path)
-            if system.exists(root):
-                return self.path
-        except Exception as error:  # every fsspec backend raises its own
-            raise DataError(f"tasks.path = {self.path}: cannot be reached ({error})") from error
-        raise DataError(f"tasks.path = {self.path}: there is nothing at that address; check the URL")
 
     def split_classes(self, images: ImageSet) -> dict[str, list[int]]:
         few = self._too_few(images)

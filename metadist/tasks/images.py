@@ -16,12 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metadist.storage.places import cache_root
+
 log = logging.getLogger(__name__)
-
-
-def cache_directory() -> Path:
-    """Return ``METADIST_CACHE``, or ~/.cache/metadist. Users may delete its files at any time."""
-    return Path(os.environ.get("METADIST_CACHE") or "~/.cache/metadist").expanduser()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +74,7 @@ def cached(name: str, source: str, build: Callable[[], ImageSet]) -> ImageSet:
     """
     from filelock import FileLock
 
-    directory = cache_directory()
+    directory = cache_root()
     entry = directory / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.json"
     found = _open(entry)  # without the lock: a complete cache may be read-only
     if found is not None:

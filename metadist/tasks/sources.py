@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metadist.core.errors import DataError
-from metadist.tasks.images import cache_directory, replacing
+from metadist.storage.places import cache_root
+from metadist.tasks.images import replacing
 
 log = logging.getLogger(__name__)
 
@@ -28,19 +29,14 @@ def data_folder(name: str, files: Sequence[str]) -> Path | None:
     if not root:
         return None
     if "://" not in root:
-        return Path(root).expanduser() / name
+        return Path(os.path.expanduser(root)) / name
     import fsspec
 
     try:
         system, base = fsspec.core.url_to_fs(f"{root.rstrip('/')}/{name}")
         there = {f: f"{base}/{f}" for f in files if system.exists(f"{base}/{f}")}
         state = sorted((f, str(system.ukey(path))) for f, path in there.items())
-        copy = (
-            cache_directory()
-            / "data"
-            / hashlib.sha256(json.dumps([root, name, state]).encode()).hexdigest()[:16]
-            / name
-        )
+        copy = cache_root() / "data" / hashlib.sha256(json.dumps([root, name, state]).encode()).hexdigest()[:16] / name
         for f, path in there.items():
             if not (copy / f).is_file():
                 copy.mkdir(parents=True, exist_ok=True)
@@ -53,7 +49,7 @@ def data_folder(name: str, files: Sequence[str]) -> Path | None:
 
 def download(url: str, md5: str) -> bytes:
     """Return the file at ``url``, from the cache or the network. Raises DataError where its MD5 is not ``md5``."""
-    target = cache_directory() / posixpath.basename(url)
+    target = cache_root() / posixpath.basename(url)
     try:
         data = target.read_bytes()
         if hashlib.md5(data, usedforsecurity=False).hexdigest() == md5:

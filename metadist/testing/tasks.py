@@ -74,8 +74,8 @@ def _inputs(family: TaskFamily, split: str, name: str, e: Examples) -> None:
     if shape is not None and tuple(e.x.shape[2:]) != tuple(shape):
         values = f"{name}.x of {split} tasks has examples of shape {list(e.x.shape[2:])}"
         raise ShapeError(family, f"examples have its input_shape {list(shape)}", values, "correct input_shape")
-    if not e.x.is_floating_point():
-        raise ShapeError(family, "x is floating-point", f"{name}.x is {e.x.dtype}", "convert it in sample()")
+    if e.x.is_complex():
+        raise ShapeError(family, "x is real or integer", f"{name}.x is {e.x.dtype}", "convert it in sample()")
     if bad := not_finite({f"{name}.x": e.x, f"{name}.y": e.y}):
         raise ShapeError(
             family, "tasks are finite", f"{bad} of {split} tasks has NaN or Inf", "clean the data in prepare()"
