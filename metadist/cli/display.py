@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -66,6 +66,10 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
         table.add_row(*row)
     Console(file=sys.stdout, width=100, highlight=False).print(table)
     print(f"divergence rate {evaluation.divergence_rate:.4f}")
+    if evaluation.beside:
+        _show_methods(
+            f"the same {evaluation.tasks} tasks", evaluation.beside, "learner is better by", evaluation.metric
+        )
     print("protocol        " + ", ".join(f"{k}={v}" for k, v in evaluation.protocol.items() if v is not None))
     if published:
         print("published       K=10, α=.01 after 70,000 meta-steps: an independent re-run of the reference code")
@@ -107,17 +111,18 @@ def _show_trials(evaluation: TrialEvaluation) -> None:
         _show_methods(f"the same {evaluation.tasks} trials", evaluation.beside, "policy is ahead by")
 
 
-def _show_methods(title: str, rows: Iterable[Mapping[str, Any]], difference: str) -> None:
+def _show_methods(title: str, rows: Sequence[Mapping[str, Any]], difference: str, metric: str = "return") -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for heading in ("return", "SE", "% of oracle − random", difference, "SE"):
+    scored = ["% of oracle − random"] if "percent" in rows[0] else []
+    for heading in (metric, "SE", *scored, difference, "SE"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
             row["name"],
             f"{row['mean']:.4f}",
             f"{row['error']:.4f}",
-            f"{row['percent']:.2f}",
+            *(f"{row['percent']:.2f}" for _ in scored),
             f"{row['difference']:+.4f}",
             f"{row['difference_error']:.4f}",
         )
@@ -132,24 +137,29 @@ def show_comparison(report: Mapping[str, Any]) -> None:
 
 
 def show_predictions(report: Mapping[str, Any]) -> None:
-    """Print one row per image."""
-    support = f"{report['support']} images of {len(report['classes'])} classes"
+    """Print one row per image, or per row of an array."""
+    classes = f" of {len(report['classes'])} classes" if "classes" in report else ""
+    what = "image" if all("image" in row for row in report["predictions"]) else "row"
+    support = f"{report['support']} {what}s{classes}"
     title = f"{report['model']} ({report['algorithm']}), adapted to {support}"
     table = Table(title=escape(title), title_justify="left")
     known = any("class" in row for row in report["predictions"])
-    for heading in ("image", "predicted", *(("class",) if known else ())):
+    for heading in (what, "predicted", *(("class",) if known else ())):
         table.add_column(heading)
     table.add_column("probability", justify="right")
     for row in report["predictions"]:
         table.add_row(
-            escape(row["image"]),
-            escape(row["predicted"]),
+            escape(str(row[what])),
+            escape(str(row["predicted"])),
             *([escape(row.get("class", ""))] if known else []),
-            f"{row['probability']:.4f}",
+            f"{row['probability']:.4f}" if "probability" in row else "",
         )
     Console(file=sys.stdout, width=120, highlight=False).print(table)
     if report["accuracy"] is not None:
         print(f"accuracy        {report['accuracy']:.4f}")
+    for error in ("mse", "mae"):
+        if error in report:
+            print(f"{error}             {report[error]:.6g}")
 
 
 def show_group(group: Group) -> None:

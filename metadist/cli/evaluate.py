@@ -37,7 +37,7 @@ def evaluate(
             "--compare",
             "--beside",
             metavar="NAME,…",
-            help="Compare with known methods on the same trials of a meta-environment: gittins,ucb1, or all.",
+            help="Compare on the same tasks: known methods (gittins,ucb1), baselines (nearest_mean,ridge), or all.",
         ),
     ] = None,
     record: Annotated[

@@ -20,9 +20,10 @@ from metadist.core.random import SPLITS
 from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.core.state import Records, State
 from metadist.engine.plan import Plan
+from metadist.experiment.baseline_comparison import check_baselines, paired_with_baselines
 from metadist.experiment.fleet import start_workers
 from metadist.experiment.oracle_comparison import check_methods, paired
-from metadist.learners import of_trials
+from metadist.learners import of_trials, supervised
 from metadist.learners.base import Learner
 from metadist.learners.evaluation import Evaluation, TrialEvaluation
 from metadist.rl.environment import MetaEnvironment
@@ -47,7 +48,8 @@ ALLOWED = (
 class EvaluationOptions:
     """Deviations from the protocol of a run; None means the run's own value.
 
-    ``beside`` names known methods for a comparison on the same trials of a meta-environment. ``overrides`` are
+    ``beside`` names known methods (of meta-environments) or baselines (of supervised tasks) for a comparison on the
+    same tasks. ``overrides`` are
     ``KEY=VALUE`` for keys of ``ALLOWED``. ``record`` writes the scores to the run directory and to MLflow.
     """
 
@@ -110,7 +112,7 @@ class Judgement:
         learner, chosen = experiment.learner, experiment.evaluate
         _check_fit(trained.experiment.learner, learner, options)
         if options.beside:
-            check_methods(of_trials(learner).tasks, options.beside)  # before minutes of evaluation
+            _check_compared(learner, options.beside)  # before minutes of evaluation
         learner.prepare(torch.device("cpu"))
         key = MetaStepKey(trained.run_id, trained.meta_step, experiment.evaluation_seed)
         request = EvaluationRequest(key, options.split, chosen.test_tasks, chosen.inner_steps)
@@ -122,12 +124,27 @@ class Judgement:
         with start_workers(self.experiment, self.trained.run_id, Plan.eager) as workers:
             judged, records = judge(workers, learner, self.trained.state, self.request)
         if self.options.beside:
-            assert isinstance(judged, TrialEvaluation)
-            environment, seed = of_trials(learner).tasks, self.request.key.seed
-            rows = paired(judged, environment, self.options.beside, seed=seed)
+            rows = _compared(learner, self.request, judged, records, self.options.beside)
             judged = dataclasses.replace(judged, beside=rows)
         learner.prepare(torch.device("cpu"))  # an executor in this process may have moved the model to a GPU
         return judged, records, time.perf_counter() - began
+
+
+def _check_compared(learner: Learner, names: Sequence[str]) -> None:
+    """Raise ConfigError for a known method or a baseline that the learner's tasks do not have."""
+    if isinstance(learner.tasks, MetaEnvironment):
+        check_methods(learner.tasks, names)
+    else:
+        check_baselines(supervised(learner), names)
+
+
+def _compared(
+    learner: Learner, request: EvaluationRequest, judged: Evaluation, records: Records, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the scores of known methods or baselines on the tasks of ``records``."""
+    if isinstance(judged, TrialEvaluation):
+        return paired(judged, of_trials(learner).tasks, names, seed=request.key.seed)
+    return paired_with_baselines(supervised(learner), request, records, names)
 
 
 def _deviating(experiment: Experiment, options: EvaluationOptions) -> Experiment:

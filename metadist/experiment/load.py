@@ -10,7 +10,7 @@ from metadist.config.build import build
 from metadist.config.experiment import Experiment
 from metadist.config.schema import parse_document
 from metadist.core.errors import CheckpointError, ConfigError
-from metadist.experiment.result import SLOTS, Result
+from metadist.experiment.result import SLOTS, Result, signature_of
 from metadist.storage.checkpoints import Checkpoints, load_parameters
 from metadist.storage.run_directory import RunDirectory
 from metadist.storage.torch_files import TORCH_FILES, load_torch_parameters
@@ -56,4 +56,14 @@ def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
     if loaded is None:
         raise CheckpointError(f"run directory '{run_dir}' has no checkpoint yet")
     outcome = Outcome(Progress.of(loaded), loaded.state, loaded.meta_step, 0.0)
-    return Result(about["run_id"], folder.url, experiment, outcome, [], loaded.state.sha256(), {}, 0.0)
+    return Result(
+        about["run_id"],
+        folder.url,
+        experiment,
+        outcome,
+        [],
+        loaded.state.sha256(),
+        {},
+        0.0,
+        recorded=signature_of(loaded.manifest),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from metadist.jobs import links
 from metadist.storage.run_directory import RunDirectory, tracking_root
 from metadist.tracking import Tracker, make_tracker
 from metadist.training.observers import Observer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,9 +85,10 @@ def _start_tracker(attempt: Attempt, parent: str | None) -> Tracker:
         parent=parent,
         mlflow_run_id=attempt.manifest.get("mlflow_run_id"),
     )
-    _record_data(tracker, experiment)
+    _record_input(tracker, experiment)
     if directory.local and (Path(directory.url) / "config.yaml").is_file():
         tracker.artifact(Path(directory.url) / "config.yaml")
+    _record_data(attempt, tracker)
     return tracker
 
 
@@ -112,7 +116,7 @@ def _git(folder: Path, *arguments: str) -> str:
         return ""
 
 
-def _record_data(tracker: Tracker, experiment: Experiment) -> None:
+def _record_input(tracker: Tracker, experiment: Experiment) -> None:
     """Record the data of the tasks as an input of the run; for generated tasks, their config."""
     document = experiment.document[experiment.tasks_key]
     name, data = str(document.get("name")), experiment.learner.data_sha256
@@ -139,6 +143,20 @@ def description(result: Result) -> str:
     }
     rows = [f"- {name}: {value}" for name, value in facts.items() if value]
     return "\n\n".join([*scores, "\n".join(rows)])
+
+
+def _record_data(attempt: Attempt, tracker: Tracker) -> None:
+    """Write the classes of each split to ``splits.json``, which can serve as a ``split_list``; log the data's notes."""
+    directory, learner = attempt.directory, attempt.experiment.learner
+    if splits := learner.splits():
+        path = directory.scratch / "splits.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({s: list(names) for s, names in splits.items()}, indent=1), encoding="utf-8")
+        directory.upload(path, path.name)
+        tracker.artifact(path)
+    if notes := "; ".join(learner.tasks.data_notes()):
+        log.warning("data: %s", notes)
+        tracker.tags({"metadist.data_notes": notes[:5000]})
 
 
 def inexact_marker(attempt: Attempt, observers: Observer, tracker: Tracker) -> Callable[[str], None]:

@@ -67,7 +67,6 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
         raise ConfigError(
             f"run {result.run_id} has no validation at meta-step {meta_step}; the choice of the champion needs one"
         )
-    classification = learner.tasks.kind == "classification"
     protocol = {
         "tasks": experiment.document.get("tasks"),
         "seed": experiment.evaluation_seed,
@@ -83,7 +82,7 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
         "score": judged[-1]["mean"],
         "higher_is_better": learner.tasks.higher_is_better,
         "protocol": hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        "outputs": learner.tasks.ways("test") if classification else learner.tasks.outputs,
+        "prediction_shape": [-1 if n is None else n for n in result.signature.prediction_shape],
         "dtype": str(learner.model.dtype).removeprefix("torch."),
         "inner_steps": -1 if settings.inner_steps is None else settings.inner_steps,
     }

@@ -43,12 +43,14 @@ def draw(result: Result, folder: Path) -> list[Path]:
     elif learner.tasks.kind == "classification" and learner.tasks.input_shape and len(learner.tasks.input_shape) == 3:
         drawn.append(folder / "episode.png")
         task, trajectory = _adapted(result, 0)
+        key = TaskKey.of(result.experiment.seed, "test", 0, [0]).each()[0]
         predicted = result.predict(AdaptedParameters(trajectory[-1], task.support), task.query.x).argmax(-1)
         episode = {
             "support": task.support.x,
             "support_labels": task.support.y,
             "query": task.query.x,
             "query_labels": task.query.y,
+            "classes": learner.tasks.task_classes(key, "test"),
         }
         plots.episode_sheet(drawn[-1], {**episode, "predicted": predicted, "title": "A held-out episode"})
     return drawn

@@ -36,8 +36,10 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
     check_uri(experiment.tracking.uri)
     learner.prepare(torch.device("cpu"))
     learner.dry_run(experiment.seed)  # before the directory is claimed: a user's mistake leaves nothing behind
+    signature = learner.describe(experiment.seed)
     with claimed(experiment, request) as (directory, run_id):  # lock, run id, config.yaml
         attempt = resume_or_start(experiment, directory, run_id)  # refuses another config, seed, data
+        attempt.signature = signature
         with recorded(attempt, request.parent) as recording:
             feed, tracker = Feed(display or Observer()), recording.tracker
             observers = Observers(feed, tracker, *exporters(experiment.workers, run_id))
@@ -55,6 +57,8 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
                 ) as workers,
             ):
                 run = _run(attempt, workers)
+                for remark in learner.remarks():
+                    observers.note(remark)
                 if attempt.progress.meta_step:
                     observers.note(f"resumed at meta-step {attempt.progress.meta_step}")
                 outcome = meta_train(run, attempt.progress, workers, observers, attempt.checkpoints, steering)
@@ -110,4 +114,5 @@ def _result(
         dict(workers.retried),
         wall_seconds,
         inexact=attempt.inexact,
+        recorded=attempt.signature,
     )

@@ -36,6 +36,8 @@ class Evaluation:
     loss: list[float]
     divergence_rate: float
     protocol: dict[str, object]
+    #: scores of known methods on the same tasks, where they were requested
+    beside: list[dict[str, object]] = field(default_factory=list, kw_only=True)
 
     @property
     def counted(self) -> tuple[str, int]:
@@ -90,8 +92,6 @@ class TrialEvaluation(Evaluation):
     measured: dict[str, list[float]] = field(default_factory=dict)
     #: by episode (or gradient step): its return minus that of the first in the same trial, mean and standard error
     gained: list[tuple[float, float]] = field(default_factory=list)
-    #: scores of known methods on the same trials, where they were requested
-    beside: list[dict[str, object]] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Return ``eval/<split>/…``: the return by episode (or gradient step) and by the choice of actions."""
