@@ -17,6 +17,7 @@ from metadist.core.task import Task
 from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
+from metadist.learners.dry_run_paths import is_known, refusal
 
 
 def try_tasks(learner: Subject, seed: int) -> None:
@@ -44,6 +45,8 @@ def try_tasks(learner: Subject, seed: int) -> None:
             if split == "train":
                 _check_participation(learner, state, one)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if is_known(learner.model, error):
+                raise ConfigError(refusal(learner.model, "trained", error)) from error
             raise ConfigError(
                 f"model: '{type(learner.model.module).__name__}' fails on {split} tasks with inputs "
                 f"{list(one.support.x.shape)} and "
