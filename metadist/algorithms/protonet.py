@@ -21,6 +21,8 @@ Prototypes = tuple[Parameters, Tensor, Tensor, Tensor]
 class ProtoNet(Algorithm):
     """Prototypical networks (Snell, Swersky, Zemel 2017, eq. 1–2): logits are −‖f(x) − c_k‖², with class means c_k."""
 
+    any_ways = True
+
     def outputs(self, family: TaskFamily) -> int | None:
         return None
 
@@ -31,9 +33,8 @@ class ProtoNet(Algorithm):
 
     def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Prototypes]:
         embedded = model(theta["model"], support.x, step=0).flatten(1)
-        ways = context.family.ways(context.key.split)
         # Not one_hot: it reads the values of its argument, which vmap forbids.
-        member = (support.y.unsqueeze(-1) == torch.arange(ways, device=support.y.device)).to(embedded.dtype)
+        member = (support.y.unsqueeze(-1) == torch.arange(context.ways, device=support.y.device)).to(embedded.dtype)
         if support.mask is not None:
             member = member * support.mask.to(embedded.dtype).unsqueeze(-1)
         count = member.sum(0).unsqueeze(-1)

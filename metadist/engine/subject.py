@@ -24,6 +24,7 @@ class Subject(Protocol):
     tasks: TaskFamily
     outer: OuterLoop
     engine: Engine
+    non_finite: str
     device: torch.device
     slots: dict[str, Slot]
 

@@ -24,6 +24,7 @@ from metadist.core.state import Contribution, Records, State
 from metadist.core.task import Examples
 from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject, initial_theta
+from metadist.learners.culprit import failed
 
 #: tasks that are computed together: more than one, so that ``vmap`` has tasks to batch
 TASKS = 2
@@ -63,68 +64,75 @@ def try_paths(learner: Tried, seed: int) -> None:
         phi = learner.adapt(state, task.support)
         learner.predict(state, phi, task.query.x, task.support)
 
-    _try(learner.model, "trained", lambda: learner.contribute(theta, few, 0))
-    _try(learner.model, "evaluated", lambda: learner.evaluate(theta, held_out, 0))
+    _try(learner, few, "trained", lambda: learner.contribute(theta, few, 0))
+    _try(learner, held_out, "evaluated", lambda: learner.evaluate(theta, held_out, 0))
     if learner.device.type == "cpu":  # a service computes on the device of its own learner
-        _try(learner.model, "served", serve)
-    _try(learner.model, "trained", lambda: _refuse_state(learner, few))
+        _try(learner, held_out, "served", serve)
+    _try(learner, few, "trained", lambda: _refuse_state(learner, few))
 
 
-def _try(model: Model, path: str, compute: Callable[[], object]) -> None:
+def _try(learner: Tried, keys: TaskKey, path: str, compute: Callable[[], object]) -> None:
     try:
         compute()
     except NonFiniteError:
         return
     except MetadistError:
         raise
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ConfigError(refusal(model, path, error)) from error
+    except Exception as error:  # the user's own code
+        if is_known(learner.model, error):
+            raise ConfigError(refusal(learner.model, path, error)) from error
+        one = pytree.tree_map(lambda t: t[0], learner.sample(keys))
+        raise failed(learner, learner.initial(keys.seed), one, keys.split, error) from error
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_UNBATCHED = ("Batching rule not implemented", "match the broadcast shape")
 _CHANGES = ("in-place operation", "that would mutate a captured", "fallback path doesn't work on out=")
 
 
 def refusal(model: Model, path: str, error: Exception) -> str:
-    """Return one line: the module that fails when it is ``trained``, ``evaluated`` or ``served``, why, and a remedy."""
-    name, module = _failing(model, error)
-    text = f"{type(error).__name__}: {error}"
-    reason, remedy = _explanation(model, module, text, first_line(error))
+    """Return one line: the module that fails when it is ``trained``, ``evaluated`` or ``served``, why, and a remedy.
+
+    ValueError where ``error`` is not known.
+    """
+    name, module = _failing(model, error) or ("", model.module)
+    known = _explanation(model, error)
+    if known is None:
+        raise ValueError(f"no reason is known for {first_line(error)}")
     of = f"'{name}' ({type(module).__name__})" if name else f"'{type(module).__name__}'"
-    return f"model: {of} can't be {path}: {reason}; {remedy}"
+    return f"model: {of} can't be {path}: {known[0]}; {known[1]}"
 
 
 def is_known(model: Model, error: Exception) -> bool:
-    """Return whether ``refusal`` has a reason and a remedy of its own for ``error``."""
-    _, module = _failing(model, error)
-    text = f"{type(error).__name__}: {error}"
-    return _explanation(model, module, text, "")[0] != _GENERAL.format("")
+    """Return whether ``refusal`` knows the reason for ``error`` and a remedy."""
+    return _explanation(model, error) is not None
 
 
-_GENERAL = "tasks are computed together by torch.func.vmap and grad, where it fails with {}"
-
-
-def _explanation(model: Model, module: nn.Module, text: str, line: str) -> tuple[str, str]:
+def _explanation(model: Model, error: Exception) -> tuple[str, str] | None:
     """Return (reason, remedy)."""
-    if isinstance(module, _RECURRENT):
-        return (
-            "torch's recurrent kernels don't compute several tasks together",
-            "write the recurrence as a loop over time with torch.nn.Linear layers",
-        )
+    failing, text = _failing(model, error), str(error)
     if "scaled_dot_product" in text:
         return (
             "torch's fused attention has no second derivative",
             "call it within torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or set "
             "algorithm.first_order: true",
         )
-    if any(_is_spectral(m) for m in model.module.modules()) and any(change in text for change in _CHANGES):
+    if failing is None:
+        return None
+    if isinstance(failing[1], _RECURRENT) and any(sign in text for sign in _UNBATCHED):
+        return (
+            "torch's recurrent kernels don't compute several tasks together",
+            "write the recurrence as a loop over time with torch.nn.Linear layers",
+        )
+    changes = any(sign in text for sign in _CHANGES)
+    if changes and any(_is_spectral(m) for m in model.module.modules()):
         return (
             "spectral normalisation changes its own buffers in every forward pass",
             "use torch.nn.utils.parametrizations.weight_norm in its place",
         )
-    if any(change in text for change in _CHANGES):
+    if changes:
         return (
             "its forward pass changes a buffer or parameter in place, which tasks cannot share",
             "keep counters and averages out of forward",
@@ -134,7 +142,9 @@ def _explanation(model: Model, module: nn.Module, text: str, line: str) -> tuple
             "its forward pass reads the value of a tensor in Python, such as by if or .item()",
             "use torch.where or a mask",
         )
-    return _GENERAL.format(line), "write its forward pass with other operators of torch"
+    if "Batching rule not implemented" in text:
+        return f"vmap cannot compute several tasks together ({first_line(error)})", "use other operators of torch"
+    return None
 
 
 def _is_spectral(module: nn.Module) -> bool:
@@ -143,17 +153,16 @@ def _is_spectral(module: nn.Module) -> bool:
     return parametrised or any(type(hook).__name__ == "SpectralNorm" for hook in hooks)
 
 
-def _failing(model: Model, error: Exception) -> tuple[str, nn.Module]:
-    """Return the innermost module on the stack of ``error``, and its name; the whole module for errors elsewhere."""
-    names = {id(m): n for n, m in model.module.named_modules()}
-    found = model.module
+def _failing(model: Model, error: Exception) -> tuple[str, nn.Module] | None:
+    """Return the innermost module on the stack of ``error``, with its name; None for errors outside of ``forward``."""
+    names, found = {id(m): n for n, m in model.module.named_modules()}, None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and id(module) in names:
-            found = module
-    if found is model.module and "scaled_dot_product" in str(error):  # a derivative fails outside of all modules
-        found = next((m for m in model.module.modules() if isinstance(m, nn.MultiheadAttention)), found)
-    return names[id(found)], found
+            found = names[id(module)], module
+    if found is None and "scaled_dot_product" in str(error):  # a derivative fails after all forward passes
+        found = next(((n, m) for n, m in model.module.named_modules() if isinstance(m, nn.MultiheadAttention)), None)
+    return found
 
 
 # State in the module --------------------------------------------------------------------------------------------------
