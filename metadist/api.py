@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from metadist.config.schema import Document, as_plain
 from metadist.config.settings import TrackingSettings
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
+from metadist.core.imports import path_of
 from metadist.core.task import TaskFamily
 from metadist.experiment.load import load_run
 from metadist.experiment.request import RunRequest
@@ -67,12 +68,13 @@ def train(*, run_dir: str | None = None, resume: bool = False, **parts: Any) -> 
     return train_experiment(compose(**parts), RunRequest(run_dir=run_dir, resume=resume))
 
 
-def load(run_dir: str, made_from: Experiment | None = None) -> Result:
+def load(run_dir: str, made_from: Experiment | None = None, trust: Sequence[str] = ()) -> Result:
     """Load the best parameters of a run, ready to ``adapt`` and ``predict``.
 
-    Pass the experiment as ``made_from`` where the classes of the run cannot be imported.
+    ``trust``: the modules with parts of the run that metadist may import, such as ``["lines"]`` for your lines.py.
+    Pass the experiment as ``made_from`` where they cannot be imported.
     """
-    return load_run(run_dir, made_from)
+    return load_run(run_dir, made_from, trust)
 
 
 def _described(part: Any) -> Document:
@@ -81,7 +83,7 @@ def _described(part: Any) -> Document:
         return {**_described(part.func), **part.keywords}
     named = part if inspect.isfunction(part) or inspect.isclass(part) else type(part)
     options = as_plain(part) if is_dataclass(part) and not inspect.isclass(part) else {}
-    return {"name": f"{named.__module__}:{named.__qualname__}", **options}
+    return {"name": path_of(named), **options}
 
 
 __all__ = ["compose", "load", "train"]

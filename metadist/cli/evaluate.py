@@ -10,6 +10,7 @@ import typer
 from metadist.cli.terminal import (
     AsJson,
     Overrides,
+    Trust,
     Workers,
     clean_errors,
     only_results_on_stdout,
@@ -37,6 +38,7 @@ def evaluate(
         ),
     ] = None,
     workers: Workers = "0",
+    trust: Trust = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run's best parameters after 0, 1, … adaptation steps, or by episode in a meta-environment."""
@@ -54,7 +56,7 @@ def evaluate(
                 raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}{nearest(value, allowed)}")
         with only_results_on_stdout():
             methods = [name.strip() for name in beside.split(",")] if beside else []
-            options = EvaluationOptions(tasks, split, inner_steps, workers, normalization, methods)
+            options = EvaluationOptions(tasks, split, inner_steps, workers, normalization, methods, trust or ())
             result = evaluate_run(run_dir, options)
         show_evaluation(result.evaluations[0])
         if as_json:

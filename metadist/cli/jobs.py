@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metadist.cli.terminal import AsJson, Overrides, Workers, clean_errors, say, set_up_logging
+from metadist.cli.terminal import AsJson, Overrides, Trust, Workers, clean_errors, say, set_up_logging
 
 if TYPE_CHECKING:
     from metadist.jobs.submit import Submitted
@@ -60,6 +60,7 @@ def submit(
         ),
     ] = None,
     driver_cpus: Annotated[float, typer.Option(help="CPUs for the driver; with 0 it runs on the head.", min=0)] = 0.0,
+    trust: Trust = None,
     as_json: AsJson = False,
 ) -> None:
     """Train on a Ray cluster. Submitting a run again resumes it, on any node."""
@@ -68,8 +69,8 @@ def submit(
         from metadist.config.document import requested
         from metadist.jobs import submit as jobs
 
-        document = requested(config, overrides, workers)
-        request = jobs.Request(run_id, run_dir, data, _environment(env or []), driver_cpus, module or [])
+        document = requested(config, overrides, workers, trust)
+        request = jobs.Request(run_id, run_dir, data, _environment(env or []), driver_cpus, module or [], trust or ())
         cluster = _cluster(address)
         submitted = jobs.submit(cluster, document, request)
         _announce(submitted)

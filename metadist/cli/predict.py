@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from metadist.cli.terminal import AsJson, clean_errors, only_results_on_stdout, set_up_logging
+from metadist.cli.terminal import AsJson, Trust, clean_errors, only_results_on_stdout, set_up_logging
 
 
 def predict(
@@ -30,6 +30,7 @@ def predict(
     tls_ca: Annotated[
         str | None, typer.Option(metavar="FILE", help="The server's certificate authority (PEM).")
     ] = None,
+    trust: Trust = None,
     as_json: AsJson = False,
 ) -> None:
     """Adapt to a few labelled images per class, and classify other images. Images are converted as in training."""
@@ -39,7 +40,7 @@ def predict(
         from metadist.serving.prediction import ModelSource, predict_folders
 
         with only_results_on_stdout():
-            opened = ModelSource(source, model, normalization, token_file, tls_ca)
+            opened = ModelSource(source, model, normalization, token_file, tls_ca, trust or ())
             report = predict_folders(opened, support, query, inner_steps)
         show_predictions(report)
         if as_json:

@@ -21,6 +21,16 @@ Workers = Annotated[
     ),
 ]
 
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust",
+        metavar="MODULE",
+        envvar="METADIST_TRUST",
+        help="Let a run or model that may be somebody else's run the code of this module; repeat it for several.",
+    ),
+]
+
 
 @contextmanager
 def clean_errors() -> Iterator[None]:

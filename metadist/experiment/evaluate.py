@@ -6,13 +6,14 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
-from metadist.config.build import build
 from metadist.config.document import set_workers
 from metadist.config.experiment import Experiment
 from metadist.config.groups import WorkerGroup
+from metadist.config.schema import typed
 from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.engine.plan import Plan
 from metadist.experiment.fleet import start_workers
@@ -28,7 +29,8 @@ from metadist.training.evaluation import evaluate
 class EvaluationOptions:
     """Deviations from the protocol of a run; None means the run's own value.
 
-    ``beside`` names known methods for a comparison on the same trials of a meta-environment.
+    ``beside`` names known methods for a comparison on the same trials of a meta-environment. ``trust``: the modules
+    that the run's config may name.
     """
 
     tasks: int | None = None
@@ -37,11 +39,12 @@ class EvaluationOptions:
     workers: str | None = None
     normalization: str | None = None
     beside: Sequence[str] = ()
+    trust: Sequence[str] = ()
 
 
 def evaluate_run(run_dir: str, options: EvaluationOptions = EvaluationOptions()) -> Result:
     """Evaluate the best parameters of a run. Raises ConfigError where an option does not suit the run's tasks."""
-    loaded = load_run(run_dir)
+    loaded = load_run(run_dir, trust=options.trust)
     experiment = _without_remote_workers(loaded.experiment, options.workers)
     settings, learner = experiment.evaluate, experiment.learner
     if options.normalization is not None:
@@ -71,6 +74,7 @@ def _without_remote_workers(experiment: Experiment, workers: str | None) -> Expe
     """Return the experiment without remote workers, with ``workers`` in place of its own groups if given."""
     groups = experiment.workers
     if workers is not None:
-        groups = build(set_workers(experiment.document, workers)).workers
+        given = set_workers(experiment.document, workers)["workers"]
+        groups = cast(tuple[WorkerGroup, ...], typed("workers", given, tuple[WorkerGroup, ...]))
     mine = tuple(g for g in groups if not g.outside) or (WorkerGroup(min=0, max=0),)
     return dataclasses.replace(experiment, workers=mine)

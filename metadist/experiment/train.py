@@ -34,7 +34,7 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
     learner.prepare(torch.device("cpu"))
     learner.dry_run(experiment.seed)  # before the directory is claimed: a user's mistake leaves nothing behind
     with claimed(experiment, request) as (directory, run_id):  # lock, run id, config.yaml
-        attempt = resume_or_start(experiment, directory, run_id)  # refuses another config, seed, data
+        attempt = resume_or_start(experiment, directory, run_id, request.trust)  # refuses another config, seed, data
         with recorded(attempt, request.parent) as recording:
             feed, tracker = Feed(display or Observer()), recording.tracker
             observers = Observers(feed, tracker, *exporters(experiment.workers, run_id))

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metadist.config.build import build
+from metadist.config.build import build_foreign
 from metadist.config.experiment import Experiment
+from metadist.config.schema import Document
+from metadist.config.trust import trusted
 from metadist.core.errors import CheckpointError, ConfigError, nearest, one_of
 from metadist.core.state import State
 from metadist.experiment.load import load_run
@@ -42,13 +44,22 @@ class Serving:
     max_support: int = 1000
     max_queries: int = 1000
     max_inner_steps: int = 100
+    trust: tuple[str, ...] = ()
 
 
-def open_model(source: str, *, normalization: str | None = None, device: str = "cpu", **limits: Any) -> ServedModel:
+def open_model(
+    source: str,
+    *,
+    normalization: str | None = None,
+    device: str = "cpu",
+    trust: Sequence[str] = (),
+    **limits: Any,
+) -> ServedModel:
     """Load a model for serving.
 
     ``source`` is a run directory, a file of ``metadist export``, or a registered model (``models:/NAME@champion``);
-    NAME=SOURCE gives the model another name. ``limits`` are fields of ``model.Limits``.
+    NAME=SOURCE gives the model another name. ``trust``: the modules that the source's config may name. ``limits`` are
+    fields of ``model.Limits``.
 
     Raises ``ConfigError`` or ``CheckpointError`` if the source cannot be loaded or served.
     """
@@ -61,7 +72,8 @@ def open_model(source: str, *, normalization: str | None = None, device: str = "
         from metadist.experiment.registration import fetch_registered
 
         location = fetch_registered(location)
-    origin, experiment, state = _exported(location) if location.endswith(".safetensors") else _run(location)
+    opened = _exported(location, trust) if location.endswith(".safetensors") else _run(location, trust)
+    origin, experiment, state = opened
     if reason := experiment.learner.servable():
         raise ConfigError(f"serve: {location} cannot be served: {reason}")
     learner = supervised(experiment.learner)
@@ -74,16 +86,16 @@ def open_model(source: str, *, normalization: str | None = None, device: str = "
     return ServedModel(name or experiment.name, learner, state, origin, Limits(**limits), images)
 
 
-def _run(location: str) -> tuple[str, Experiment, State]:
-    loaded = load_run(location)
+def _run(location: str, trust: Sequence[str]) -> tuple[str, Experiment, State]:
+    loaded = load_run(location, trust=trust)
     return loaded.run_id, loaded.experiment, loaded.state
 
 
-def _exported(path: str) -> tuple[str, Experiment, State]:
+def _exported(path: str, trust: Sequence[str]) -> tuple[str, Experiment, State]:
     metadata, tensors = exported_metadata(path), load_parameters(path)
     if "config" not in metadata:
         raise CheckpointError(f"{path} has parameters but no config; export it again by 'metadist export RUN {path}'")
-    experiment = build(json.loads(metadata["config"]))
+    experiment = build_foreign(_document(metadata["config"], path), f"file '{path}'", trust)
     learner = experiment.learner
     initial = learner.initial(experiment.seed)
     if learner.servable() is not None:
@@ -101,6 +113,13 @@ def _exported(path: str) -> tuple[str, Experiment, State]:
                 raise CheckpointError(f"{path}: '{n}' of {name} is {found}; expected shape {list(shape)}")
         slots[name] = layout.flatten({n: t.to(vector.dtype) for n, t in named.items() if t is not None})
     return metadata.get("run_id", ""), experiment, State(slots, {})
+
+
+def _document(text: str, path: str) -> Document:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its config is damaged: {error}") from error
 
 
 def move_to_device(learner: FewShotLearner, device: str) -> None:
@@ -128,7 +147,7 @@ def build_service(serving: Serving, shared_cache: Callable[..., Any] | None = No
         torch.set_num_threads(serving.threads)
     limits = {"support": serving.max_support, "queries": serving.max_queries, "inner_steps": serving.max_inner_steps}
     models = [
-        open_model(source, normalization=serving.normalization, device=serving.device, **limits)
+        open_model(source, normalization=serving.normalization, device=serving.device, trust=serving.trust, **limits)
         for source in serving.sources
     ]
     for model in models:
@@ -190,7 +209,9 @@ def build_replica(
         raise ConfigError(
             f"args.{min(unknown)}: unknown key; expected one of {', '.join(known)}{nearest(min(unknown), known)}"
         )
-    serving = Serving(**{**settings, "sources": tuple(settings["sources"])})
+    serving = Serving(
+        **{**settings, "sources": tuple(settings["sources"]), "trust": trusted(settings.get("trust") or ())}
+    )
     token = read_token(token_file) if token_file else None
     service = build_service(serving, shared_cache)
     return app(service, token=token, seconds=seconds, message_bytes=message_bytes, concurrent=concurrent)

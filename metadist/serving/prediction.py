@@ -24,7 +24,8 @@ class ModelSource:
     """The model of a prediction.
 
     ``location`` is a run directory, an exported file, a registered model, or HOST:PORT of ``metadist serve``.
-    ``model``, ``token_file`` and ``tls_ca`` apply to a server, ``normalization`` applies to the others.
+    ``model``, ``token_file`` and ``tls_ca`` apply to a server, ``normalization`` and ``trust`` (the modules
+    that the model's config may name) apply to the others.
     """
 
     location: str
@@ -32,6 +33,7 @@ class ModelSource:
     normalization: str | None = None
     token_file: str | None = None
     tls_ca: str | None = None
+    trust: Sequence[str] = ()
 
 
 def predict_folders(source: ModelSource, support: str, query: str, inner_steps: int | None = None) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def _opened(source: ModelSource) -> Iterator[tuple[Mapping[str, Any], AdaptPredi
         with _remote(source) as opened:
             yield opened
         return
-    model = open_model(source.location, normalization=source.normalization)
+    model = open_model(source.location, normalization=source.normalization, trust=source.trust)
 
     def compute(x: Tensor, y: Tensor, query: Tensor, steps: int | None) -> Tensor:
         learner = model.learner
