@@ -8,12 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 
+from metadist.cli.terminal import show as print  # no call can forget to escape control characters
 from metadist.config.experiment import Experiment
+from metadist.core.text import printable
 from metadist.engine.plan import size
 from metadist.experiment.result import Result
 from metadist.experiment.seeds import Group
@@ -25,6 +28,15 @@ from metadist.training.observers import Observer
 #: The query MSE of MAML on sinusoids, K = 10, α = .01, after 70,000 meta-steps, from an independent re-run of the
 #: reference code.
 PUBLISHED_SINUSOID = {0: 3.01, 1: 0.351, 5: 0.123, 10: 0.100}
+
+
+class PlainConsole(Console):
+    """A console that shows control characters of texts as escapes: names of files and classes come from outside."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else printable(segment.text, keep="\n")
+            yield segment if text == segment.text else Segment(text, segment.style)
 
 
 class Plain(Observer):
@@ -80,7 +92,7 @@ def plain() -> Observer:
 def live(experiment: Experiment) -> Iterator[Observer]:
     """Yield the display of a run: a bar where stderr is a terminal, lines elsewhere."""
     meta_steps = experiment.learner.outer.meta_steps
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     if not console.is_terminal:
         yield Plain(meta_steps)
         return
@@ -138,7 +150,7 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
         if published:
             row.append(f"{published[step]:.3f}" if step in published else "")
         table.add_row(*row)
-    Console(file=sys.stdout, width=100, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=100, highlight=False).print(table)
     print(f"divergence rate {evaluation.divergence_rate:.4f}")
     print("protocol        " + ", ".join(f"{k}={v}" for k, v in evaluation.protocol.items() if v is not None))
     if published:
@@ -172,7 +184,7 @@ def _show_trials(evaluation: TrialEvaluation) -> None:
                 f"{evaluation.median[k]:.4f}",
             ]
             table.add_row(*row, *((f"{gained[k][0]:+.4f}", f"{gained[k][1]:.4f}") if gained else ()))
-    Console(file=sys.stdout, width=100, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=100, highlight=False).print(table)
     what = "trial" if first else "adapted"
     for policy, total in evaluation.totals.items():
         print(f"{what}, {policy:<8} {total['mean']:.4f} ± {total['standard_error']:.4f} (standard error)")
@@ -195,7 +207,7 @@ def _show_methods(title: str, rows: Iterable[Mapping[str, Any]], difference: str
             f"{row['difference']:+.4f}",
             f"{row['difference_error']:.4f}",
         )
-    Console(file=sys.stdout, width=110, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=110, highlight=False).print(table)
 
 
 def show_comparison(report: Mapping[str, Any]) -> None:
@@ -221,7 +233,7 @@ def show_predictions(report: Mapping[str, Any]) -> None:
             *([escape(row.get("class", ""))] if known else []),
             f"{row['probability']:.4f}",
         )
-    Console(file=sys.stdout, width=120, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=120, highlight=False).print(table)
     if report["accuracy"] is not None:
         print(f"accuracy        {report['accuracy']:.4f}")
 
@@ -236,7 +248,7 @@ def show_group(group: Group) -> None:
         if key.endswith("/mean"):
             deviation = group.summary.get(key.removesuffix("mean") + "sd")
             table.add_row(key.removesuffix("/mean"), f"{value:.4f}", "" if deviation is None else f"{deviation:.4f}")
-    Console(file=sys.stdout, width=100, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=100, highlight=False).print(table)
     print(f"runs            {group.run_dir}")
 
 
@@ -268,7 +280,7 @@ def show_plan(report: Mapping[str, Any]) -> None:
                 else str(value)
             )
             table.add_row(key, shown, reasons[key])
-    Console(file=sys.stdout, width=120, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=120, highlight=False).print(table)
     if "predicted_peak_bytes" not in report:
         return
     table = Table(
@@ -280,13 +292,13 @@ def show_plan(report: Mapping[str, Any]) -> None:
     for kind, count in report["predicted_peak_bytes"].items():
         table.add_row(kind, size(count))
     table.add_row("usable", size(report["usable_bytes"]))
-    Console(file=sys.stdout, width=120, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=120, highlight=False).print(table)
 
 
 def show_benchmark(report: Mapping[str, Any]) -> None:
     """Print a table per case with a row per contestant, the other facts of the case, the versions and the machine."""
     print(f"{report['benchmark']}: {_facts(report['settings'])}")
-    console = Console(file=sys.stdout, width=180, highlight=False)
+    console = PlainConsole(file=sys.stdout, width=180, highlight=False)
     for title, case in report["cases"].items():
         table = Table(title=escape(f"{title} [{case['unit']}]"), title_justify="left")
         table.add_column("")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metadist.cli.terminal import AsJson, Overrides, Trust, Workers, clean_errors, say, set_up_logging
+from metadist.cli.terminal import show as print  # no call can forget to escape control characters
 
 if TYPE_CHECKING:
     from metadist.jobs.submit import Submitted
@@ -152,8 +153,7 @@ def logs(
         cluster = _cluster(address or context.obj)
         job = find(cluster, id)
         for text in cluster.follow(job.id) if follow else [cluster.logs(job.id)]:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            print(text, end="", flush=True)
 
 
 @app.command(epilog="Example:  metadist jobs stop sinusoid-maml-20260101-120000-ab12 --address http://HEAD:8265")
@@ -227,8 +227,7 @@ def _wait(cluster: Any, job_id: str) -> str:
     """Show the log and return the job's last status. Ctrl-C does not stop the job."""
     try:
         for text in cluster.follow(job_id):
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            print(text, end="", file=sys.stderr, flush=True)
         return cluster.job(job_id).status
     except KeyboardInterrupt:
         say(

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -54,12 +54,33 @@ def only_results_on_stdout() -> AbstractContextManager[Any]:
 
 def say(message: str) -> None:
     """Print a message to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    show(message, file=sys.stderr, flush=True)
+
+
+def show(text: object, *, end: str = "\n", file: IO[str] | None = None, flush: bool = False) -> None:
+    """Print as ``print`` does, with control characters as escapes: names and failures come from outside."""
+    from metadist.core.text import printable
+
+    print(printable(str(text), keep="\n\t"), end=end, file=file, flush=flush)
+
+
+class LogFormatter(logging.Formatter):
+    """Write control characters as escapes, and indent further lines: a text in a record can't imitate a record."""
+
+    def __init__(self) -> None:
+        super().__init__("%(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        from metadist.core.text import printable
+
+        return printable(super().format(record), keep="\n\t").replace("\n", "\n    ")
 
 
 def set_up_logging(verbose: bool = False) -> None:
     """Send warnings to stderr; with ``verbose`` also what metadist does."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("metadist").setLevel(logging.INFO if verbose else logging.WARNING)
 
 

@@ -43,8 +43,8 @@ def check_trust(document: Document, source: str, trust: Sequence[str] = ()) -> N
     modules = sorted({path.partition(":")[0] for _, path in refused})
     if "__main__" in modules:
         raise ConfigError(
-            f"{source}: {names}: '__main__' can't be imported: it was a notebook or stdin; train from a file, such as "
-            "mine.py, or pass the experiment to metadist.load as made_from="
+            f"{source}: {names}: '__main__' can't be imported: it was a notebook, stdin or a file whose name is no "
+            "module's; train from a file such as mine.py, or pass the experiment to metadist.load as made_from="
         )
     several = "s" if len(modules) > 1 else ""
     raise ConfigError(

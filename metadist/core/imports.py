@@ -45,8 +45,8 @@ def import_path(path: str, key: str) -> object:
     module, name = parts
     if module == "__main__":
         raise ConfigError(
-            f"{key}: '{path}' can't be imported: it was defined in a notebook or on stdin; move it into a file, such "
-            f"as mine.py, and import it there (mine:{name}); in Python, metadist.load also takes made_from="
+            f"{key}: '{path}' can't be imported: it was defined in a notebook, on stdin or in a file whose name is "
+            f"no module's; move it into a file such as mine.py, and name it mine:{name}"
         )
     _search_working_directory()
     places = _places(module.partition(".")[0])

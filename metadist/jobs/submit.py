@@ -22,6 +22,7 @@ import yaml
 import metadist
 from metadist.config.build import build
 from metadist.core.errors import ConfigError, MetadistError, WorkerError
+from metadist.core.text import has_password
 from metadist.jobs.links import JOB_ID, JOB_URL
 from metadist.jobs.modules import shipment
 from metadist.jobs.ray_jobs import WORKING_DIRECTORY_LIMIT, Job, JobRequest, RayJobs
@@ -165,6 +166,12 @@ def _run_id_at(run_dir: str) -> str | None:
 
 def _environment(request: Request, run_dir: str) -> dict[str, str]:
     given = {name: os.environ[name] for name in FORWARDED if os.environ.get(name)}
+    if has_password(given.get("MLFLOW_TRACKING_URI", "")) and "MLFLOW_TRACKING_URI" not in request.environment:
+        del given["MLFLOW_TRACKING_URI"]
+        log.warning(
+            "MLFLOW_TRACKING_URI has a password, which everyone with the cluster's token could read, and is not sent; "
+            "set it on the nodes, or send it by --env MLFLOW_TRACKING_URI"
+        )
     if request.data:
         given["METADIST_DATA"] = request.data
     data = given.get("METADIST_DATA", "")
