@@ -174,7 +174,9 @@ def run(words: list[str]) -> None:
 
 def marks(page: str, listed: list[str]) -> list[pytest.MarkDecorator]:
     ray = any(re.search(r"^metadist (?!render).*--workers (?!0( |$))", command) for command in listed)
-    return [pytest.mark.lane("ray" if ray else "services"), *([pytest.mark.long] if page in LONG else [])]
+    # Ray's tests of the workers take one process for as long as all other tests take another.
+    group = [pytest.mark.xdist_group("pages on Ray")] if ray else []
+    return [*group, pytest.mark.lane("ray" if ray else "services"), *([pytest.mark.long] if page in LONG else [])]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +192,7 @@ def test_commands(home: Path, listed: list[str], request: pytest.FixtureRequest)
         run(shortened(command))
 
 
+@pytest.mark.xdist_group("pages on Ray")
 @pytest.mark.lane("ray")
 def test_programs(home: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", cluster.get_runtime_context().gcs_address)

@@ -76,7 +76,7 @@ class TrialLearner(Learner):
             )
         if self.algorithm.trust_region is not None and self.algorithm.fits_value and outer.weight_decay:
             raise ConfigError(
-                f"outer.weight_decay: {outer.weight_decay} would move the policy beside its trust region; use 0 with "
+                f"outer.weight_decay: {outer.weight_decay} would move the policy out of its trust region; use 0 with "
                 "optimizer: trpo"
             )
 
