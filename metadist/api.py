@@ -63,9 +63,12 @@ def compose(
     return experiment
 
 
-def train(*, run_dir: str | None = None, resume: bool = False, **parts: Any) -> Result:
-    """Meta-train the experiment that ``compose(**parts)`` returns. Its arguments are those of ``compose``."""
-    return train_experiment(compose(**parts), RunRequest(run_dir=run_dir, resume=resume))
+def train(*, run_dir: str | None = None, resume: bool = False, trust: Sequence[str] = (), **parts: Any) -> Result:
+    """Meta-train the experiment that ``compose(**parts)`` returns. Its arguments are those of ``compose``.
+
+    ``trust``: the modules that the run in ``init_from`` may name, besides those of this experiment.
+    """
+    return train_experiment(compose(**parts), RunRequest(run_dir=run_dir, resume=resume, trust=trust))
 
 
 def load(run_dir: str, made_from: Experiment | None = None, trust: Sequence[str] = ()) -> Result:

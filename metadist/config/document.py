@@ -10,7 +10,7 @@ from typing import Any
 
 from metadist.config.groups import ROLES
 from metadist.config.schema import Document, parse_document, parse_yaml
-from metadist.config.trust import check_trust
+from metadist.config.trust import check_trust, trust_of_environment
 from metadist.core.errors import ConfigError, nearest
 
 #: the largest number of remote workers of a role, where the config does not say
@@ -32,14 +32,15 @@ def requested(
     config: str, overrides: Sequence[str] | None, workers: str | None = None, trust: Sequence[str] | None = None
 ) -> Document:
     """Return the document of a command line: a config with ``KEY=VALUE`` overrides and ``--workers``."""
-    document = override(read_document(config, trust or ()), overrides or [])
+    document = override(read_document(config, trust), overrides or [])
     return document if workers is None else set_workers(document, workers)
 
 
-def read_document(config: str, trust: Sequence[str] = ()) -> Document:
+def read_document(config: str, trust: Sequence[str] | None = None) -> Document:
     """Read the YAML file at a path, or the shipped config of that name.
 
-    A config in a run directory may be somebody else's: it may name only modules that are in ``trust``.
+    A config in a run directory may be somebody else's: it may name only modules that are in ``trust`` (default:
+    METADIST_TRUST).
     """
     path = Path(config)
     if not os.path.isfile(config):  # False where even the name is impossible
@@ -62,7 +63,8 @@ def read_document(config: str, trust: Sequence[str] = ()) -> Document:
         raise ConfigError(f"config '{config}' can't be read: {error}") from error
     document = parse_document(text, str(config))
     if path.parent.joinpath("run.json").is_file():
-        check_trust(document, f"config '{config}' of a run directory", trust)
+        allowed = trust_of_environment() if trust is None else trust
+        check_trust(document, f"config '{config}' of a run directory", allowed)
     return document
 
 

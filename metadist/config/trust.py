@@ -7,6 +7,7 @@ name (``--trust my_module``). Decision 31 has the reasons.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from metadist.config.schema import Document, flatten
@@ -36,7 +37,11 @@ def check_trust(document: Document, source: str, trust: Sequence[str] = ()) -> N
     ``source`` says in words where the document comes from. A trusted package includes its modules.
     """
     allowed = ("metadist", *trusted(trust))
-    refused = [(key, path) for key, path in import_paths(document) if not within(path.partition(":")[0], allowed)]
+    try:
+        named = list(import_paths(document))
+    except RecursionError:
+        raise ConfigError(f"{source}: its config is nested too deeply") from None
+    refused = [(key, path) for key, path in named if not within(path.partition(":")[0], allowed)]
     if not refused:
         return
     names = ", ".join(f"{key}: '{path}'" for key, path in refused)
@@ -49,8 +54,14 @@ def check_trust(document: Document, source: str, trust: Sequence[str] = ()) -> N
     several = "s" if len(modules) > 1 else ""
     raise ConfigError(
         f"{source}: {names}: code of the module{several} {', '.join(modules)} would run; if you trust the "
-        f"author, allow it with {' '.join(f'--trust {name}' for name in modules)} (in Python: trust={modules})"
+        f"author, allow it with {' '.join(f'--trust {name}' for name in modules)} (METADIST_TRUST="
+        f"'{' '.join(modules)}'; in Python trust={modules})"
     )
+
+
+def trust_of_environment() -> list[str]:
+    """Return the modules in the environment variable METADIST_TRUST, which are separated by spaces."""
+    return os.environ.get("METADIST_TRUST", "").split()
 
 
 def trusted(names: Iterable[str]) -> tuple[str, ...]:

@@ -157,14 +157,13 @@ def home_of(found: object, path: str) -> str:
     A function or class belongs to the module that defines it, not to one that imports it. Another object, such as a
     ``functools.partial``, belongs to the module that ``path`` names.
     """
-    if inspect.ismethod(found):
-        found = found.__func__
+    found = inspect.unwrap(found) if callable(found) else found  # of decorators, functools.cache too
+    found = found.__func__ if inspect.ismethod(found) else found
     if inspect.isbuiltin(found) or inspect.ismethoddescriptor(found):
         return "builtins"
-    if inspect.isfunction(found):
-        found = inspect.unwrap(found)
-        return str(found.__module__ or "builtins")
-    return str(found.__module__) if inspect.isclass(found) else path.partition(":")[0]
+    if inspect.isfunction(found) or inspect.isclass(found):
+        return found.__module__ or "builtins"
+    return path.partition(":")[0]
 
 
 def within(module: str, packages: Iterable[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from metadist.config.trust import trust_of_environment
 from metadist.core.errors import ConfigError
 from metadist.core.task import Examples
 from metadist.serving.load import open_model
@@ -49,5 +49,5 @@ def _load_pyfunc(data_path: str) -> AdaptingModel:
     A model with code of its own needs the names of its modules in the environment variable METADIST_TRUST: MLflow's
     model_config is a part of the model, whose author must not grant trust.
     """
-    path, trust = Path(data_path), os.environ.get("METADIST_TRUST", "").split()
+    path, trust = Path(data_path), trust_of_environment()
     return AdaptingModel(open_model(str(path / "model.safetensors" if path.is_dir() else path), trust=trust))

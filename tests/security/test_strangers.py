@@ -70,6 +70,10 @@ def network(width=4):
 def absolute(prediction, target):
     return (prediction - target).abs().flatten(1).mean(1)
 
+@functools.cache
+def wrapped():
+    return network()
+
 narrow = functools.partial(network, 3)
 getter = os.environ.get
 """
@@ -207,6 +211,7 @@ def test_no_command_runs_a_config_of_commands(stranger: Stranger, words: tuple[s
         {"tasks": {"name": "{module}:Lines"}},
         {"model": {"name": "{module}:network", "width": 7}},
         {"model": {"name": "{module}:narrow"}},
+        {"model": {"name": "{module}:wrapped"}},
         {"loss": "{module}:absolute"},
         {"metric": {"name": "{module}:absolute"}},
     ],
@@ -257,7 +262,8 @@ def test_a_driver_makes_its_workers_import_nothing(stranger: Stranger, attack: s
 def test_commands_name_the_module_and_the_option(stranger: Stranger) -> None:
     stranger.write_module(SIDE_EFFECT)
     run, export = stranger.run_directory(OWN), stranger.export(OWN)
-    wanted = f"allow it with --trust {stranger.module} (in Python: trust=['{stranger.module}'])"
+    name = stranger.module
+    wanted = f"allow it with --trust {name} (METADIST_TRUST='{name}'; in Python trust=['{name}'])"
     for words in (
         ("evaluate", run),
         ("export", run, "out.safetensors"),
@@ -269,12 +275,28 @@ def test_commands_name_the_module_and_the_option(stranger: Stranger) -> None:
         ("train", run / "config.yaml", "--print-config"),
         ("train", run / "config.yaml", "--run-dir", run, "--resume"),
         ("plan", run / "config.yaml"),
+        ("oracle", run / "config.yaml"),
+        ("bench", "tracking", run / "config.yaml"),
         ("train", "sinusoid_maml", f"init_from={run}", "--workers", "0", "tracking.uri=none"),
     ):
         line = cli(*words)
         assert wanted in line and "tasks.name: " in line, line
     with pytest.raises(MetadistError, match="--trust"):
         _load_pyfunc(str(export))
+
+
+def test_a_hostile_file_is_refused_in_one_line(stranger: Stranger) -> None:
+    tensors = safetensors.torch.load_file(stranger.run / "model.safetensors")
+    for config in (
+        "[" * 50_000,
+        '{"tasks": ' * 600 + "1" + "}" * 600,
+        "[]",
+        "null",
+        '{"tasks": {"name": ["a:b"]}}',
+        "é{",
+    ):
+        safetensors.torch.save_file(tensors, "theirs.safetensors", {"config": config})
+        assert cli("serve", "theirs.safetensors")
 
 
 def test_several_modules_are_named_at_once() -> None:
