@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metadist.cli.terminal import clean_errors, say, set_up_logging
-from metadist.cli.terminal import show as print  # no call can forget to escape control characters
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 if TYPE_CHECKING:
     from metadist.control.client import RemoteRun

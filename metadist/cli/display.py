@@ -8,16 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.segment import Segment
 from rich.table import Table
 
-from metadist.cli.terminal import show as print  # no call can forget to escape control characters
 from metadist.config.experiment import Experiment
-from metadist.core.text import printable
+from metadist.core.text import show as print  # no call can forget to escape control characters
 from metadist.engine.plan import size
+from metadist.experiment.console import PlainConsole
 from metadist.experiment.result import Result
 from metadist.experiment.seeds import Group
 from metadist.jobs import links as run_page
@@ -28,15 +26,6 @@ from metadist.training.observers import Observer
 #: The query MSE of MAML on sinusoids, K = 10, α = .01, after 70,000 meta-steps, from an independent re-run of the
 #: reference code.
 PUBLISHED_SINUSOID = {0: 3.01, 1: 0.351, 5: 0.123, 10: 0.100}
-
-
-class PlainConsole(Console):
-    """A console that shows control characters of texts as escapes: names of files and classes come from outside."""
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            text = segment.text if segment.control else printable(segment.text, keep="\n")
-            yield segment if text == segment.text else Segment(text, segment.style)
 
 
 class Plain(Observer):

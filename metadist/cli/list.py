@@ -14,7 +14,7 @@ from metadist.cli.terminal import (
     say,
     set_up_logging,
 )
-from metadist.cli.terminal import show as print  # no call can forget to escape control characters
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 KINDS = ("algorithms", "tasks", "environments", "models", "trackers", "configs")
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from metadist.cli.terminal import AsJson, Trust, clean_errors, only_results_on_stdout, set_up_logging
-from metadist.cli.terminal import show as print  # no call can forget to escape control characters
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 
 def predict(

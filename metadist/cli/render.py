@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from metadist.cli.terminal import AsJson, Overrides, Trust, Workers, clean_errors, say, set_up_logging
-from metadist.cli.terminal import show as print  # no call can forget to escape control characters
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 RunDir = Annotated[str, typer.Option(help="The run's directory: an fsspec URL, or a folder that all nodes have.")]
 RunId = Annotated[str | None, typer.Option(help="The run's id; default: name, time and four random digits.")]

@@ -6,9 +6,11 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+
+from metadist.core.text import printable, show
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Override config keys: outer.lr=1e-3")
@@ -57,13 +59,6 @@ def say(message: str) -> None:
     show(message, file=sys.stderr, flush=True)
 
 
-def show(text: object, *, end: str = "\n", file: IO[str] | None = None, flush: bool = False) -> None:
-    """Print as ``print`` does, with control characters as escapes: names and failures come from outside."""
-    from metadist.core.text import printable
-
-    print(printable(str(text), keep="\n\t"), end=end, file=file, flush=flush)
-
-
 class LogFormatter(logging.Formatter):
     """Write control characters as escapes, and indent further lines: a text in a record can't imitate a record."""
 
@@ -71,8 +66,6 @@ class LogFormatter(logging.Formatter):
         super().__init__("%(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        from metadist.core.text import printable
-
         return printable(super().format(record), keep="\n\t").replace("\n", "\n    ")
 
 

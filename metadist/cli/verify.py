@@ -16,7 +16,7 @@ from metadist.cli.terminal import (
     only_results_on_stdout,
     set_up_logging,
 )
-from metadist.cli.terminal import show as print  # no call can forget to escape control characters
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 
 def verify(

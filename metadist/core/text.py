@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import IO
 from urllib.parse import urlsplit
 
 #: control characters, line and paragraph separators, marks that change the direction of text, lone surrogates
@@ -31,3 +32,8 @@ def printable(text: str, keep: str = "") -> str:
     The escapes are those of JSON, so that a JSON text stays valid.
     """
     return _CONTROL.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
+
+
+def show(text: object, *, end: str = "\n", file: IO[str] | None = None, flush: bool = False) -> None:
+    """Print as ``print`` does, with control characters as escapes: names and failures come from outside."""
+    print(printable(str(text), keep="\n\t"), end=end, file=file, flush=flush)
