@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from contextlib import redirect_stdout
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,29 +23,8 @@ from metadist.cli.terminal import (
 )
 from metadist.core.text import show as print  # no call can forget to escape control characters
 
-
-class _Stop:
-    """Stop the loop after the present meta-step at the first Ctrl-C or SIGTERM, and interrupt it at the second.
-
-    Before the loop begins, the first signal interrupts.
-    """
-
-    def __init__(self) -> None:
-        self.asked = self._looping = False
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    def __call__(self) -> bool:
-        if not self._looping:
-            self._looping = True
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._handle)
-        return self.asked
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.asked = True
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.default_int_handler)
-        say("\nstopping after this meta-step, with a checkpoint; press Ctrl-C again to stop immediately")
+if TYPE_CHECKING:
+    from metadist.config.experiment import Experiment
 
 
 def train(
@@ -104,16 +83,18 @@ def _train_one(
     run_id: str | None,
     trust: list[str] | None,
 ) -> None:
-    from metadist.cli.display import live, show_result
+    from metadist.cli.display import show_result
     from metadist.config.build import build
+    from metadist.experiment.interruption import StopSignals
+    from metadist.experiment.live import live
     from metadist.experiment.request import RunRequest
     from metadist.experiment.train import train as run_training
+    from metadist.training.observers import Observers
 
     experiment = build(document)
-    stop = _Stop()
-    with only_results_on_stdout(), live(experiment) as display:
+    with only_results_on_stdout(), StopSignals(say) as stop, live(experiment) as display:
         request = RunRequest(run_dir=run_dir, resume=resume, run_id=run_id, trust=trust or (), stop=stop)
-        result = run_training(experiment, request, display)
+        result = run_training(experiment, request, Observers(display, stop))
     if result.interrupted:
         say(
             f"stopped at meta-step {result.outcome.progress.meta_step}; continue with: metadist train … "
@@ -134,19 +115,28 @@ def _train_seeds(
     as_json: bool,
     trust: list[str] | None,
 ) -> None:
-    from metadist.cli.display import live, show_group, show_result
+    from metadist.cli.display import show_group, show_result
+    from metadist.experiment.interruption import StopSignals
+    from metadist.experiment.live import live
     from metadist.experiment.request import RunRequest
     from metadist.experiment.seeds import train_seeds
+    from metadist.training.observers import Observer, Observers
 
-    stop, stdout = _Stop(), sys.stdout
+    stdout = sys.stdout
 
     def show(result: Any) -> None:
         with redirect_stdout(stdout):
             show_result(result)
 
-    with only_results_on_stdout():
+    with only_results_on_stdout(), StopSignals(say) as stop:
+
+        @contextmanager
+        def displayed(experiment: Experiment) -> Iterator[Observer]:
+            with live(experiment) as display:
+                yield Observers(display, stop)
+
         request = RunRequest(run_dir=run_dir, resume=resume, trust=trust or (), stop=stop)
-        group = train_seeds(document, seeds, request, live, show)
+        group = train_seeds(document, seeds, request, displayed, show)
     show_group(group)
     if as_json:
         print(json.dumps(group.as_dict()))

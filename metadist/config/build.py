@@ -13,7 +13,7 @@ from metadist.config.components import component, model_factory, named, user_fun
 from metadist.config.experiment import ALLOWED, Component, Experiment, setting_types
 from metadist.config.schema import Document, as_plain, settings, typed
 from metadist.config.settings import MetricSettings
-from metadist.config.trust import check_trust
+from metadist.config.trust import allowed_modules, check_trust
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import TaskFamily
@@ -49,7 +49,7 @@ def build_foreign(document: Document, source: str, trust: Sequence[str] = ()) ->
     Raises ConfigError, before anything is imported, where it names modules that are not in ``trust``.
     """
     check_trust(document, source, trust)
-    return build(document, trust)
+    return build(document, allowed_modules(trust))
 
 
 def build_environment(document: Document, trust: Sequence[str] = ()) -> MetaEnvironment:

@@ -10,7 +10,7 @@ from typing import Any
 
 from metadist.config.groups import ROLES
 from metadist.config.schema import Document, parse_document, parse_yaml
-from metadist.config.trust import check_trust, trust_of_environment
+from metadist.config.trust import check_trust
 from metadist.core.errors import ConfigError, nearest
 
 #: the largest number of remote workers of a role, where the config does not say
@@ -32,15 +32,14 @@ def requested(
     config: str, overrides: Sequence[str] | None, workers: str | None = None, trust: Sequence[str] | None = None
 ) -> Document:
     """Return the document of a command line: a config with ``KEY=VALUE`` overrides and ``--workers``."""
-    document = override(read_document(config, trust), overrides or [])
+    document = override(read_document(config, trust or ()), overrides or [])
     return document if workers is None else set_workers(document, workers)
 
 
-def read_document(config: str, trust: Sequence[str] | None = None) -> Document:
+def read_document(config: str, trust: Sequence[str] = ()) -> Document:
     """Read the YAML file at a path, or the shipped config of that name.
 
-    A config in a run directory may be somebody else's: it may name only modules that are in ``trust`` (default:
-    METADIST_TRUST).
+    A config in a run directory may be somebody else's: it may name only modules that are in ``trust``.
     """
     path = Path(config)
     if not os.path.isfile(config):  # False where even the name is impossible
@@ -63,8 +62,7 @@ def read_document(config: str, trust: Sequence[str] | None = None) -> Document:
         raise ConfigError(f"config '{config}' can't be read: {error}") from error
     document = parse_document(text, str(config))
     if path.parent.joinpath("run.json").is_file():
-        allowed = trust_of_environment() if trust is None else trust
-        check_trust(document, f"config '{config}' of a run directory", allowed)
+        check_trust(document, f"config '{config}' of a run directory", trust)
     return document
 
 

@@ -14,13 +14,10 @@ from metadist.config.schema import Document, flatten
 from metadist.core.errors import ConfigError
 from metadist.core.imports import split_path, within
 
-#: the sections whose texts can be import paths
-SECTIONS = ("tasks", "environment", "model", "algorithm", "loss", "metric")
-
 
 def import_paths(document: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield (key, import path) for every text of the sections of parts that reads ``package.module:name``."""
-    for key, value in flatten({name: document[name] for name in SECTIONS if name in document}).items():
+    """Yield (key, import path) for every text that reads ``package.module:name``."""
+    for key, value in flatten(dict(document)).items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and split_path(text):
                 yield key, text
@@ -36,7 +33,7 @@ def check_trust(document: Document, source: str, trust: Sequence[str] = ()) -> N
 
     ``source`` says in words where the document comes from. A trusted package includes its modules.
     """
-    allowed = ("metadist", *trusted(trust))
+    allowed = ("metadist", *allowed_modules(trust))
     try:
         named = list(import_paths(document))
     except RecursionError:
@@ -59,9 +56,9 @@ def check_trust(document: Document, source: str, trust: Sequence[str] = ()) -> N
     )
 
 
-def trust_of_environment() -> list[str]:
-    """Return the modules in the environment variable METADIST_TRUST, which are separated by spaces."""
-    return os.environ.get("METADIST_TRUST", "").split()
+def allowed_modules(trust: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the modules in ``trust`` and in METADIST_TRUST, an environment variable with names between spaces."""
+    return *trusted(trust), *trusted(os.environ.get("METADIST_TRUST", "").split())
 
 
 def trusted(names: Iterable[str]) -> tuple[str, ...]:

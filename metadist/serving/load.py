@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
@@ -16,9 +16,10 @@ from metadist.config.experiment import Experiment
 from metadist.config.schema import Document
 from metadist.config.trust import trusted
 from metadist.core.errors import CheckpointError, ConfigError, nearest, one_of
+from metadist.core.signature import Signature
 from metadist.core.state import State
 from metadist.experiment.load import load_run
-from metadist.experiment.result import SLOTS
+from metadist.experiment.result import SLOTS, signature_of
 from metadist.learners import FewShotLearner, supervised
 from metadist.storage.checkpoints import exported_metadata, load_parameters
 
@@ -72,8 +73,8 @@ def open_model(
         from metadist.experiment.registration import fetch_registered
 
         location = fetch_registered(location)
-    opened = _exported(location, trust) if location.endswith(".safetensors") else _run(location, trust)
-    origin, experiment, state = opened
+    read = _exported if location.endswith(".safetensors") else _run
+    origin, experiment, state, signature = read(location, trust)
     if reason := experiment.learner.servable():
         raise ConfigError(f"serve: {location} cannot be served: {reason}")
     learner = supervised(experiment.learner)
@@ -82,16 +83,21 @@ def open_model(
         learner.normalize(normalization)
     move_to_device(learner, device)
     decode = learner.tasks.decode
-    images = None if decode is None else (decode.size, decode.channels, decode.invert)
-    return ServedModel(name or experiment.name, learner, state, origin, Limits(**limits), images)
+    images = None if decode is None else (decode.size, decode.channels, decode.invert, decode.white)
+    table, bounds = learner.tasks.columns, Limits(**limits)
+    return ServedModel(name or experiment.name, learner, state, origin, bounds, images, table, signature)
 
 
-def _run(location: str, trust: Sequence[str]) -> tuple[str, Experiment, State]:
+Loaded = tuple[str, Experiment, State, Union[Signature, None]]
+"""(run id, experiment, state, what training recorded of inputs and targets)."""
+
+
+def _run(location: str, trust: Sequence[str]) -> Loaded:
     loaded = load_run(location, trust=trust)
-    return loaded.run_id, loaded.experiment, loaded.state
+    return loaded.run_id, loaded.experiment, loaded.state, loaded.recorded
 
 
-def _exported(path: str, trust: Sequence[str]) -> tuple[str, Experiment, State]:
+def _exported(path: str, trust: Sequence[str]) -> Loaded:
     metadata, tensors = exported_metadata(path), load_parameters(path)
     if "config" not in metadata:
         raise CheckpointError(f"{path} has parameters but no config; export it again by 'metadist export RUN {path}'")
@@ -99,7 +105,7 @@ def _exported(path: str, trust: Sequence[str]) -> tuple[str, Experiment, State]:
     learner = experiment.learner
     initial = learner.initial(experiment.seed)
     if learner.servable() is not None:
-        return metadata.get("run_id", ""), experiment, initial
+        return metadata.get("run_id", ""), experiment, initial, None
     slots = {}
     for name, vector in initial.slots.items():
         layout = learner.slots[name].layout
@@ -112,7 +118,7 @@ def _exported(path: str, trust: Sequence[str]) -> tuple[str, Experiment, State]:
                 found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
                 raise CheckpointError(f"{path}: '{n}' of {name} is {found}; expected shape {list(shape)}")
         slots[name] = layout.flatten({n: t.to(vector.dtype) for n, t in named.items() if t is not None})
-    return metadata.get("run_id", ""), experiment, State(slots, {})
+    return metadata.get("run_id", ""), experiment, State(slots, {}), signature_of(metadata)
 
 
 def _document(text: str, path: str) -> Document:
@@ -193,7 +199,7 @@ def build_replica(
     *,
     shared_cache: Callable[..., Any],
     token_file: str | None = None,
-    message_bytes: int = 8 << 20,
+    message_bytes: int = 64 << 20,
     concurrent: int = 128,
     seconds: float = 60.0,
 ) -> Any:
@@ -226,10 +232,3 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     except (ImportError, OSError, ValueError):
         pass
-
-
-def image_decoder(images: Sequence[Any]) -> Any:
-    """Return the conversion of image files to inputs, as in training, for (size, channels, invert)."""
-    from metadist.tasks.sources import Decode
-
-    return Decode(*images)

@@ -372,9 +372,9 @@ def test_every_section_that_names_parts_is_read_for_import_paths() -> None:
         "loss": "m:n",
         "metric": {"name": "o:p"},
         "algorithm": {"name": "maml"},
-        "outside": {"listen": "here:there"},
+        "a_later_section": [{"deep": {"er": "q:r"}}],
     }
-    assert {path for _, path in import_paths(document)} == {"a:B", "c:d", "h.i:j", "k:l", "m:n", "o:p"}
+    assert {path for _, path in import_paths(document)} == {"a:B", "c:d", "h.i:j", "k:l", "m:n", "o:p", "q:r"}
 
 
 # Pickles --------------------------------------------------------------------------------------------------------------
@@ -410,6 +410,7 @@ def test_no_module_reads_code_as_data() -> None:
     """``torch.load``, pickles, unsafe YAML, ``eval`` and shells: each use is listed with the reason it is safe."""
     known = {
         ("environments/meta_world.py", "pickle.loads"),  # made by Meta-World in this process
+        ("storage/torch_files.py", "torch.load"),  # weights_only=True
         ("testing/elsewhere.py", "pickle.loads"),  # of a process that this one started
         ("testing/round_trips.py", "cloudpickle.loads"),  # made by this process
     }

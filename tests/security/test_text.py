@@ -14,10 +14,11 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from metadist.cli.app import app
-from metadist.cli.display import Plain, show_predictions
+from metadist.cli.display import show_predictions
 from metadist.cli.terminal import LogFormatter, say
 from metadist.core.text import printable, show
 from metadist.experiment.console import PlainConsole
+from metadist.experiment.live import Plain
 from metadist.workers.remote import work_pb2 as pb
 from metadist.workers.remote.codec import applicant_of, facts, failure_of
 
