@@ -31,6 +31,7 @@ from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
 from metadist.learners.base import Learner, Surround
 from metadist.learners.dry_run import try_tasks
+from metadist.learners.dry_run_paths import try_paths
 from metadist.learners.evaluation import Evaluation, score_tasks
 from metadist.learners.signature import describe, describe_earlier
 
@@ -110,6 +111,7 @@ class FewShotLearner(Learner):
     def dry_run(self, seed: int) -> None:
         self.splits()  # refuses splits that share classes
         try_tasks(self, seed)
+        try_paths(self, seed)
 
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
         return plan_shards(self, request, device, sharing)
