@@ -164,6 +164,12 @@ class Episodes(Classification):
             )
         return part, classes
 
+    def source(self, key: TaskKey, split: str) -> tuple[int, ...]:
+        """Return the numbers of the task's classes in the split; turned images are classes of their own."""
+        _, classes = self._checked(split)
+        (words,) = key.words(classes=self.ways(split))
+        return tuple(choose(words, classes).tolist())
+
     def draw(self, keys: TaskKey, split: str) -> Tensor:
         """Draw the episodes' images as indices of ``pixels``: int64 [T, k + q, n]."""
         part, classes = self._checked(split)
