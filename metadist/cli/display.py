@@ -125,7 +125,8 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
     if isinstance(evaluation, TrialEvaluation):
         _show_trials(evaluation)
         return
-    table = Table(title=_title(evaluation, "tasks"), title_justify="left")
+    print(_title(evaluation, "tasks"))
+    table = Table()
     for heading in ("adaptation steps", "mean", "95 % CI", "median", *(("published",) if published else ())):
         table.add_column(heading, justify="right")
     for step in range(len(evaluation.mean)):
@@ -154,6 +155,7 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
 
 def _title(evaluation: Evaluation, what: str) -> str:
     note = f" ({evaluation.left_out_note})" if evaluation.left_out else ""
+    # Not the title of a table, which is broken to the table's width.
     return f"{evaluation.split}: {evaluation.metric} on {evaluation.drawn} {what}{note}"
 
 
@@ -178,10 +180,8 @@ def _show_task_metrics(evaluation: Evaluation) -> None:
 
 def _show_trials(evaluation: TrialEvaluation) -> None:
     """Print the returns by episode, which show adaptation; then the returns of whole trials."""
-    table = Table(
-        title=f"{_title(evaluation, 'trials')}, {evaluation.policy}",
-        title_justify="left",
-    )
+    print(f"{_title(evaluation, 'trials')}, {evaluation.policy}")
+    table = Table()
     first = 0 if evaluation.by_gradient_steps else 1
     gained = evaluation.gained
     for heading in (
