@@ -10,6 +10,7 @@ import torch
 
 import metadist
 from metadist.config.experiment import Experiment
+from metadist.core.signature import Signature
 from metadist.storage.checkpoints import Checkpoints, Loaded
 from metadist.storage.run_directory import RunDirectory
 from metadist.training.progress import Progress
@@ -22,7 +23,7 @@ class Attempt:
     """One process's attempt at a run: the run's directory, and the state at which this attempt begins.
 
     ``earlier`` is the checkpoint that the attempt resumes, or None. ``inexact`` names the workers whose numerics differ
-    from the numerics at the run's begin; every checkpoint stores the list.
+    from the numerics at the run's begin; every checkpoint stores the list. ``signature`` describes inputs and targets.
     """
 
     experiment: Experiment
@@ -32,6 +33,7 @@ class Attempt:
     earlier: Loaded | None
     progress: Progress
     inexact: list[str] = field(default_factory=list)
+    signature: Signature | None = None
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class Attempt:
             "fingerprint": first["fingerprint"],
             "engine": asdict(plan.engine),
             "data_sha256": self.experiment.learner.data_sha256,
+            **({} if self.signature is None else {"signature": self.signature.as_dict()}),
             "versions": {
                 "metadist": metadist.__version__,
                 "torch": torch.__version__,

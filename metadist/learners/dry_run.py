@@ -17,6 +17,8 @@ from metadist.core.task import Task
 from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
+from metadist.learners.culprit import failed
+from metadist.learners.signature import check_loss, check_tasks
 
 
 def try_tasks(learner: Subject, seed: int) -> None:
@@ -38,17 +40,16 @@ def try_tasks(learner: Subject, seed: int) -> None:
             raise ConfigError(
                 f"tasks: '{name}' can't sample {split} tasks: {first_line(error)} ({last.filename}:{last.lineno})"
             ) from error
+        check_tasks(learner, task, split)
         one = torch.utils._pytree.tree_map(lambda t: t[0], task)
         try:
             _check_output(learner, state, one, split)
             if split == "train":
                 _check_participation(learner, state, one)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(
-                f"model: '{type(learner.model.module).__name__}' fails on {split} tasks with inputs "
-                f"{list(one.support.x.shape)} and "
-                f"targets {list(one.support.y.shape)}: {first_line(error)}"
-            ) from error
+        except MetadistError:
+            raise
+        except Exception as error:  # the user's own code
+            raise failed(learner, state, one, split, error) from error
 
 
 def try_trials(learner: Learner, seed: int) -> None:
@@ -129,4 +130,5 @@ def _check_output(learner: Subject, state: State, task: Task, split: str) -> Non
             f"model: '{type(learner.model.module).__name__}' predicts shape {list(shape)} where the {split} tasks "
             f"need {list(expected)}"
         )
-    context.loss(prediction, task.query), context.metric(prediction, task.query)
+    check_loss(learner, task, split, context.loss(prediction, task.query))
+    context.metric(prediction, task.query)

@@ -85,6 +85,8 @@ class Evaluation:
     loss_rose: int = field(default=0, kw_only=True)
     task_metrics: dict[str, TaskScore] = field(default_factory=dict, kw_only=True)
     tables: dict[str, list[list[float]]] = field(default_factory=dict, kw_only=True)
+    #: scores of known methods on the same tasks, where they were requested
+    beside: list[dict[str, object]] = field(default_factory=list, kw_only=True)
 
     @property
     def drawn(self) -> int:
@@ -95,6 +97,11 @@ class Evaluation:
     def left_out_note(self) -> str:
         """Text that stands with every score: "n of N left out: not finite", or nothing where all tasks count."""
         return left_out_note(self.left_out, self.drawn)
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        """The meaning of a position in ``mean``, and the number of the first one: adaptation steps count from 0."""
+        return "step", 0
 
     @property
     def score(self) -> float:
@@ -145,13 +152,11 @@ class TrialEvaluation(Evaluation):
     measured: dict[str, list[float]] = field(default_factory=dict)
     #: by episode (or gradient step): its return minus that of the first in the same trial, mean and standard error
     gained: list[tuple[float, float]] = field(default_factory=list)
-    #: scores of known methods on the same trials, where they were requested
-    beside: list[dict[str, object]] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Return ``eval/<split>/…``: the return by episode (or gradient step) and by the choice of actions."""
         prefix, last = f"eval/{self.split}/{self.metric}", len(self.mean) - 1
-        name, first = ("step", 0) if self.by_gradient_steps else ("episode", 1)
+        name, first = self.counted
         values = {
             f"{prefix}/{name}_{k + first}": self.mean[k]
             for k in range(last + 1)
@@ -173,6 +178,11 @@ class TrialEvaluation(Evaluation):
     @property
     def left_out_note(self) -> str:
         return left_out_note(self.left_out, self.drawn, "environment failed")
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        """The meaning of a position in ``mean``, and the number of the first one: episodes count from 1."""
+        return ("step", 0) if self.by_gradient_steps else ("episode", 1)
 
     @property
     def score(self) -> float:

@@ -95,7 +95,7 @@ class Fields(TaskFamily):
     def __init__(self, listed=False):
         self.listed = listed
 
-    def source(self, key, split):
+    def sources(self, key, split):
         return int(key.stream("field").integers(FIELDS))
 
     def listed_tasks(self, split):
@@ -104,7 +104,7 @@ class Fields(TaskFamily):
     def sample_task(self, key, split):
         if split != "train":
             assert not self.listed or int(key.tasks) < FIELDS
-        field = int(key.tasks) if self.listed and split != "train" else Fields.source(self, key, split)
+        field = int(key.tasks) if self.listed and split != "train" else Fields.sources(self, key, split)
         x = key.stream("x").normal(12, 1)
         y = x * field + field
         return Task(Examples(x[:6], y[:6]), Examples(x[6:], y[6:]))
@@ -131,7 +131,7 @@ def test_draws_from_few_fields_have_the_interval_of_the_fields():
 
 
 class Once(Fields):
-    def source(self, key, split):
+    def sources(self, key, split):
         return None
 
 
@@ -144,6 +144,23 @@ def test_listed_tasks_are_taken_once_each():
     assert judged(Once(listed=True), split="train").tasks == 100
     usual = judged(Once())
     assert (usual.protocol["interval"], usual.ci95_tasks) == ("over tasks", None)
+
+
+def test_an_evaluation_of_few_sources_is_recorded_by_task(tmp_path):
+    from pyarrow import parquet
+
+    from metadist.experiment.evaluation_record import write_tasks
+
+    learner = toys.learner(MAML(inner_lr=0.01, inner_steps=2), lambda: MLP(hidden=(4,)).build((1,), 1), Fields())
+    keys, state = TaskKey.of(0, "test", 0, range(5)), learner.initial(0)
+    records = learner.evaluate(state.theta(learner.slots), keys, 0)
+    tables = torch.arange(5 * 3 * 4).reshape(5, 3, 2, 2).double()
+    judged = learner.summarise(EvaluationRequest(MetaStepKey("r", 0, 0), "test", 5, None), records)
+    more = Records({**records.columns, "table": tables})
+    rows = parquet.read_table(write_tasks(tmp_path / "tasks.parquet", judged, more)).to_pylist()
+    assert [row["step"] for row in rows] == [0, 1, 2] * 5
+    assert rows[4]["source"] == [Fields.sources(None, keys.each()[1], "test")]
+    assert rows[4]["table"] == tables[1, 1].flatten().tolist()
 
 
 def test_episodes_of_few_classes_name_their_classes():
@@ -161,11 +178,11 @@ def test_episodes_of_few_classes_name_their_classes():
     family = Seven(n_way=5, k_shot=1, query_shots=1)
     keys = TaskKey.of(0, "test", 0, range(30))
     chosen = family.draw(keys, "test")[:, 0] // 4 - 14  # the first image of each class
-    assert [list(family.source(key, "test")) for key in keys.each()] == chosen.tolist()
-    sources = torch.tensor([family.source(key, "test") for key in keys.each()])
+    assert [list(family.sources(key, "test")) for key in keys.each()] == chosen.tolist()
+    sources = torch.tensor([family.sources(key, "test") for key in keys.each()])
     assert Sampling(30, sources).described() == "over 7 sources (Student's t)"
     same = sources.sort(1).values[:1].expand(30, 5)
     assert (
         Sampling(30, same).described() == "over tasks, all of the same 5 sources: it says nothing about other sources"
     )
-    assert Blobs().source(keys.each()[0], "test") is None
+    assert Blobs().sources(keys.each()[0], "test") is None
