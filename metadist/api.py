@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from metadist.config.components import model_factory
+from metadist.config.components import JUDGES, judge_by, model_factory
 from metadist.config.experiment import KEYS, Component, Experiment
 from metadist.config.groups import WorkerGroup
 from metadist.config.schema import Document, as_plain
@@ -48,7 +49,8 @@ def compose(
     ``model`` is a function that builds an ``nn.Module`` (initialised from ``seed``), a module (training starts from
     its parameters) or a model config such as ``metadist.Conv4()``. ``workers=0`` computes in this process.
     ``settings`` are further fields of an experiment: name, seed, outer, evaluate, engine, checkpoint, control,
-    init_from. Raises ConfigError where a part has the wrong type.
+    init_from, and loss, metric and task_metrics by name or import path. Raises ConfigError where a part has the
+    wrong type.
     """
     if not isinstance(tasks, TaskFamily) or not isinstance(algorithm, Algorithm):
         raise ConfigError(
@@ -59,6 +61,9 @@ def compose(
     for name in settings:
         if name not in known:
             raise ConfigError(f"unknown setting '{name}'{nearest(name, known)}; allowed: {', '.join(known)}")
+    if any(settings.get(name) is not None for name in JUDGES):
+        tasks = copy.copy(tasks)  # the caller's family keeps its own
+        judge_by(tasks, settings)
     experiment = Experiment(
         tasks=Component(tasks, _described(tasks)),
         model=Component(model_factory(model, tasks, algorithm), {**_described(model), "freeze": list(freeze)}),

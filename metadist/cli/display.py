@@ -52,7 +52,8 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
     if isinstance(evaluation, TrialEvaluation):
         _show_trials(evaluation)
         return
-    table = Table(title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} tasks", title_justify="left")
+    print(_title(evaluation, "tasks"))
+    table = Table()
     for heading in ("adaptation steps", "mean", "95 % CI", "median", *(("published",) if published else ())):
         table.add_column(heading, justify="right")
     for step in range(len(evaluation.mean)):
@@ -66,7 +67,14 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
             row.append(f"{published[step]:.3f}" if step in published else "")
         table.add_row(*row)
     PlainConsole(file=sys.stdout, width=100, highlight=False).print(table)
-    print(f"divergence rate {evaluation.divergence_rate:.4f}")
+    _show_task_metrics(evaluation)
+    print(
+        f"divergence rate {evaluation.divergence_rate:.4f} (query loss higher after {len(evaluation.mean) - 1} "
+        f"adaptation steps than before: {evaluation.loss_rose} tasks)"
+    )
+    if evaluation.ci95_tasks is not None:
+        alone = evaluation.ci95_tasks[-1]
+        print(f"95 % CI         {evaluation.protocol['interval']}; with all tasks taken as independent ± {alone:.4f}")
     if evaluation.beside:
         _show_methods(
             f"the same {evaluation.tasks} tasks", evaluation.beside, "learner is better by", evaluation.metric
@@ -76,12 +84,35 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
         print("published       K=10, α=.01 after 70,000 meta-steps: an independent re-run of the reference code")
 
 
+def _title(evaluation: Evaluation, what: str) -> str:
+    note = f" ({evaluation.left_out_note})" if evaluation.left_out else ""
+    # Not the title of a table, which is broken to the table's width.
+    return f"{evaluation.split}: {evaluation.metric} on {evaluation.drawn} {what}{note}"
+
+
+def _show_task_metrics(evaluation: Evaluation) -> None:
+    """Print the scores by metrics of whole tasks, and the sums of tables."""
+    last = len(evaluation.mean) - 1
+    if evaluation.task_metrics:
+        table = Table(title=f"whole tasks, after {last} adaptation steps", title_justify="left")
+        table.add_column("metric")
+        for heading in ("before", "mean", "95 % CI", "median", "left out"):
+            table.add_column(heading, justify="right")
+        for name, score in evaluation.task_metrics.items():
+            numbers = (f"{score.mean[0]:.4f}", f"{score.mean[-1]:.4f}", f"± {score.ci95[-1]:.4f}")
+            left_out = f"{score.left_out} of {evaluation.drawn}"
+            table.add_row(escape(name), *numbers, f"{score.median[-1]:.4f}", left_out)
+        PlainConsole(file=sys.stdout, width=100, highlight=False).print(table)
+    for name, counts in evaluation.tables.items():
+        print(f"{name}: rows are classes, columns predicted classes, after {last} adaptation steps")
+        for row in counts:
+            print(" ".join(f"{count:7.0f}" for count in row))
+
+
 def _show_trials(evaluation: TrialEvaluation) -> None:
     """Print the returns by episode, which show adaptation; then the returns of whole trials."""
-    table = Table(
-        title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} trials, {evaluation.policy}",
-        title_justify="left",
-    )
+    print(f"{_title(evaluation, 'trials')}, {evaluation.policy}")
+    table = Table()
     first = 0 if evaluation.by_gradient_steps else 1
     gained = evaluation.gained
     for heading in (

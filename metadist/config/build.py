@@ -9,10 +9,9 @@ from dataclasses import is_dataclass
 from typing import Any, cast
 
 from metadist.config.catalog import ALGORITHM, ENVIRONMENT, MODEL, TASK_FAMILY
-from metadist.config.components import component, model_factory, named, user_function
+from metadist.config.components import component, judge_by, model_factory, named
 from metadist.config.experiment import ALLOWED, Component, Experiment, setting_types
-from metadist.config.schema import Document, as_plain, settings, typed
-from metadist.config.settings import MetricSettings
+from metadist.config.schema import Document, as_plain, typed
 from metadist.config.trust import allowed_modules, check_trust
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
@@ -89,20 +88,8 @@ def _tasks(key: str, document: Document, trust: Sequence[str]) -> TaskFamily | M
         raise ConfigError(
             f"tasks.name: {type(made).__name__} is a meta-environment; give it as environment: {{name: …}}"
         )
-    _judge_by(made, document, trust)
+    judge_by(made, document, trust)
     return made
-
-
-def _judge_by(tasks: TaskFamily | MetaEnvironment, document: Document, trust: Sequence[str]) -> None:
-    """Replace the loss and the metric of the family by the user's own."""
-    if document.get("loss") is not None:
-        object.__setattr__(tasks, "loss", user_function(str(typed("loss", document["loss"], str)), "loss", trust))
-    if document.get("metric") is not None:
-        metric = document["metric"]
-        chosen = settings("metric", {"name": metric} if isinstance(metric, str) else metric, MetricSettings)
-        object.__setattr__(tasks, "metric", user_function(chosen.name, "metric", trust))
-        object.__setattr__(tasks, "metric_name", chosen.name.partition(":")[2])
-        object.__setattr__(tasks, "higher_is_better", chosen.higher_is_better)
 
 
 def _algorithm(key: str, given: Any, trust: Sequence[str]) -> Algorithm | TrialAlgorithm:

@@ -13,11 +13,13 @@ from torch import nn
 
 from metadist.config.catalog import resolve
 from metadist.config.plugins import Kind
-from metadist.config.schema import Document, explained, settings
+from metadist.config.schema import Document, explained, settings, typed
+from metadist.config.settings import MetricSettings
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError
 from metadist.core.imports import author, home_of, import_path, split_path, within
 from metadist.core.task import TaskFamily
+from metadist.core.task_metrics import BUILT_IN
 from metadist.models import MODELS, ModelConfig, PolicyConfig
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import Continuous, MetaEnvironment
@@ -171,7 +173,36 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module)
 
 
-def user_function(path: str, key: str, trust: Sequence[str] = ()) -> Callable[..., object]:
+#: the keys that replace how a family judges predictions
+JUDGES = ("loss", "metric", "task_metrics")
+PER_EXAMPLE = "(prediction [N, …], target [N, …]) → one value per example [N]"
+PER_TASK = "(prediction [N, …], target [N, …], mask [N]) → one number per task"
+
+
+def judge_by(tasks: TaskFamily | MetaEnvironment, document: Mapping[str, Any], trust: Sequence[str] = ()) -> None:
+    """Give the family the loss, the metric and the metrics of whole tasks that ``document`` names."""
+    given = {name: document[name] for name in JUDGES if document.get(name) is not None}
+    if given and isinstance(tasks, MetaEnvironment):
+        raise ConfigError(f"{', '.join(given)}: for supervised tasks; a meta-environment is judged by its returns")
+    if "loss" in given:
+        object.__setattr__(tasks, "loss", user_function(str(typed("loss", given["loss"], str)), "loss", trust))
+    if "metric" in given:
+        metric = given["metric"]
+        chosen = settings("metric", {"name": metric} if isinstance(metric, str) else metric, MetricSettings)
+        if chosen.name in BUILT_IN:
+            raise ConfigError(
+                f"metric: '{chosen.name}' is a metric of whole tasks, and metric is one of examples; give it as "
+                f"task_metrics: [{chosen.name}]"
+            )
+        object.__setattr__(tasks, "metric", user_function(chosen.name, "metric", trust))
+        object.__setattr__(tasks, "metric_name", chosen.name.partition(":")[2])
+        object.__setattr__(tasks, "higher_is_better", chosen.higher_is_better)
+    if "task_metrics" in given:
+        names = cast("tuple[str, ...]", typed("task_metrics", given["task_metrics"], tuple[str, ...]))
+        found = tuple(user_function(n, "task_metrics", trust, PER_TASK) if ":" in n else n for n in names)
+        object.__setattr__(tasks, "task_metrics", found)
+
+
+def user_function(path: str, key: str, trust: Sequence[str] = (), expected: str = PER_EXAMPLE) -> Callable[..., object]:
     """Import the loss or metric at ``path``. Raises ConfigError that names ``key`` where it is no function."""
-    expected = "a function (prediction [N, …], target [N, …]) → one value per example [N]"
-    return _own_function(import_path(path, key), path, key, expected, trust)
+    return _own_function(import_path(path, key), path, key, f"a function {expected}", trust)

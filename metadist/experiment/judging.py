@@ -34,6 +34,7 @@ ALLOWED = (
     "tasks.",
     "environment.",
     "metric",
+    "task_metrics",
     "outer.shard_size",
     "engine.device",
     "evaluate.test_tasks",

@@ -171,7 +171,8 @@ def _report(report: Mapping[str, float]) -> str:
 
 
 def _score(evaluation: Evaluation) -> str:
-    return f"{evaluation.metric} {evaluation.score:.4f} ± {evaluation.score_ci95:.4f}"
+    note = f" ({evaluation.left_out_note})" if evaluation.left_out else ""
+    return f"{evaluation.metric} {evaluation.score:.4f} ± {evaluation.score_ci95:.4f}{note}"
 
 
 def _minutes(seconds: float) -> str:

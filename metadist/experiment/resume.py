@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "control",
     "checkpoint",
     "evaluate",
+    "task_metrics",
     "engine.exact",
     "engine.shard_timeout",
     "engine.worker_patience",

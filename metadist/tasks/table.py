@@ -210,6 +210,15 @@ class Table(TaskFamily):
         size = self._query_size(split)
         return (self.k_shot, size) if int(self._ready().counts[split].min()) >= self.k_shot + size else None
 
+    def listed_tasks(self, split: str) -> int | None:
+        """Return the number of tasks of ``split`` where a task has the same rows at every draw."""
+        return len(self.task_names(split)) if self.support == "first" else None
+
+    def sources(self, key: TaskKey, split: str) -> int:
+        """Return the place in ``task_names`` of the task of ``key``."""
+        count = len(self.task_names(split))
+        return int(integers(key.words(tasks=1)[0][0], count)) if split == "train" else int(key.tasks) % count
+
     def protocol(self, split: str) -> dict[str, object]:
         prepared = self._checked(split)
         return {

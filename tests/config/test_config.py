@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import textwrap
@@ -434,6 +435,60 @@ def test_ones_own_parts_are_trained_resolved_and_built_again(module, tmp_path, c
     if "loss" in filled:
         assert result.evaluations[0].metric == "mse"
         assert result.evaluations[0].loss != result.evaluations[0].mean
+
+
+WORST = """
+    def worst(prediction, target, mask):
+        return (prediction - target).abs()[mask].max()
+"""
+
+
+def test_metrics_of_whole_tasks_are_named_in_the_config(module, tmp_path):
+    name = module(WORST)
+    run = build(tiny.document("outer.meta_steps=2", f"task_metrics=[r2, '{name}:worst']"))
+    result = train(run, run_dir=str(tmp_path / "run"), plots=False)
+    [judged] = result.evaluations
+    assert list(judged.task_metrics) == ["r2", "worst"]
+    assert judged.task_metrics["worst"].mean[-1] ** 2 > judged.mean[-1]
+    assert build(run.document).document["task_metrics"] == ["r2", f"{name}:worst"]
+    written = json.loads((tmp_path / "run/evaluation.json").read_text())[0]["task_metrics"]
+    assert written["r2"]["mean"] == judged.task_metrics["r2"].mean and written["r2"]["left_out"] == 0
+
+
+def test_judges_of_the_config_hold_from_python_too(module):
+    """Earlier, ``compose`` wrote them into the config of the run and judged by the family's own."""
+    import metadist
+
+    name = module(MINE)
+    family = metadist.Sinusoid()
+    parts = {"tasks": family, "model": metadist.MLP(), "algorithm": metadist.MAML(), "outer": metadist.OuterLoop()}
+    judged = metadist.compose(**parts, metric=f"{name}:absolute", task_metrics=("mae",)).learner
+    assert (judged.tasks.metric_name, [m.name for m in judged.task_metrics]) == ("absolute", ["mae"])
+    one = torch.ones(3, 1)
+    assert judged.tasks.metric(2 * one, -one).tolist() == [3.0] * 3
+    assert (family.metric_name, family.metric(2 * one, -one).tolist()) == ("mse", [9.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("task_metrics=[r3]", "task_metrics: 'r3' is unknown; 'Sinusoid' is regression: expected one of r2, mae"),
+        ("task_metrics=[macro_f1]", "'macro_f1' is for classification"),
+        ("task_metrics=r2", "task_metrics: 'r2' is not allowed; expected a list"),
+        ("task_metrics=['os:sep']", "task_metrics: 'os:sep' is '/'; expected a function (prediction [N, …], target"),
+        (
+            "metric=r2",
+            "metric: 'r2' is a metric of whole tasks, and metric is one of examples; give it as task_metrics",
+        ),
+    ],
+)
+def test_mistakes_in_task_metrics(assignment, expected):
+    assert expected in refused(assignment)
+
+
+def test_a_meta_environment_has_no_judges():
+    document = read_document("bandit_rl2")
+    assert refused("task_metrics=[r2]", document=document).startswith("task_metrics: for supervised tasks; ")
 
 
 def test_ones_own_loss_changes_what_is_learned(module, tmp_path):
