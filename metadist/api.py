@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import is_dataclass
 from typing import Any
@@ -20,8 +20,10 @@ from metadist.config.schema import Document, as_plain
 from metadist.config.settings import TrackingSettings
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
+from metadist.core.imports import path_of
 from metadist.core.round import Report
 from metadist.core.task import TaskFamily
+from metadist.core.text import show
 from metadist.experiment.interruption import StopSignals, TrainingInterrupted
 from metadist.experiment.live import live
 from metadist.experiment.load import load_run
@@ -81,6 +83,7 @@ def train(
     on_step: Callable[[int, Mapping[str, float]], object] | None = None,
     on_evaluation: Callable[[int, Evaluation], object] | None = None,
     quiet: bool = False,
+    trust: Sequence[str] = (),
     **parts: Any,
 ) -> Result:
     """Meta-train the experiment that ``compose(**parts)`` returns.
@@ -88,13 +91,16 @@ def train(
     Progress is shown on stderr: a bar on a terminal, a line below the cell of a notebook, lines elsewhere; nothing with
     ``quiet``. ``on_step(meta_step, report)`` is called after every meta-step, ``on_evaluation(meta_step, evaluation)``
     after every validation; an exception that they raise ends the run, with a checkpoint. So do Ctrl-C and SIGTERM:
-    ``TrainingInterrupted``, a KeyboardInterrupt, then carries the result so far.
+    ``TrainingInterrupted``, a KeyboardInterrupt, then carries the result so far. ``trust``: the modules that the
+    run in ``init_from`` may name, besides those of this experiment.
     """
     experiment = compose(**parts)
-    with StopSignals(lambda message: print(message, file=sys.stderr)) as stop, ExitStack() as stack:
+    with StopSignals(lambda message: show(message, file=sys.stderr)) as stop, ExitStack() as stack:
         display = Observer() if quiet else stack.enter_context(live(experiment))
         observers = Observers(display, stop, _Callbacks(on_step, on_evaluation))
-        result = train_experiment(experiment, RunRequest(run_dir=run_dir, resume=resume, stop=stop), observers)
+        result = train_experiment(
+            experiment, RunRequest(run_dir=run_dir, resume=resume, trust=trust, stop=stop), observers
+        )
     if result.interrupted and stop.asked:
         raise TrainingInterrupted(result)
     return result
@@ -119,12 +125,13 @@ class _Callbacks(Observer):
             self._on_evaluation(meta_step, evaluation)
 
 
-def load(run_dir: str, made_from: Experiment | None = None) -> Result:
+def load(run_dir: str, made_from: Experiment | None = None, trust: Sequence[str] = ()) -> Result:
     """Load the best parameters of a run, ready to ``adapt`` and ``predict``.
 
-    Pass the experiment as ``made_from`` where the classes of the run cannot be imported.
+    ``trust``: the modules with parts of the run that metadist may import, such as ``["lines"]`` for your lines.py.
+    Pass the experiment as ``made_from`` where they cannot be imported.
     """
-    return load_run(run_dir, made_from)
+    return load_run(run_dir, made_from, trust)
 
 
 def _described(part: Any) -> Document:
@@ -133,7 +140,7 @@ def _described(part: Any) -> Document:
         return {**_described(part.func), **part.keywords}
     named = part if inspect.isfunction(part) or inspect.isclass(part) else type(part)
     options = as_plain(part) if is_dataclass(part) and not inspect.isclass(part) else {}
-    return {"name": f"{named.__module__}:{named.__qualname__}", **options}
+    return {"name": path_of(named), **options}
 
 
 __all__ = ["compose", "load", "train"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import yaml
 
 from metadist.config.experiment import Experiment
 from metadist.config.schema import flatten, parse_yaml
+from metadist.config.trust import modules_of
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.attempt import Attempt
 from metadist.experiment.lifecycle import locked
@@ -76,8 +77,10 @@ def _run_id(directory: RunDirectory, experiment: Experiment, run_id: str, resume
     return run_id
 
 
-def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str) -> Attempt:
+def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str, trust: Sequence[str] = ()) -> Attempt:
     """Load the newest checkpoint, or make the initial state.
+
+    ``trust``: the modules that the config of the run in ``init_from`` may name, besides those of this experiment.
 
     Raises ConfigError where a key that changes θ differs from the run's config, and CheckpointError where seed or data
     differ.
@@ -87,7 +90,8 @@ def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str
     checkpoints = Checkpoints(directory.url, keep=experiment.checkpoint.keep, higher_is_better=higher_is_better)
     earlier = checkpoints.latest(learner.slots)
     if earlier is None:
-        progress = Progress(0, learner.initial(experiment.seed, initial_parameters(experiment.init_from)))
+        modules = [*trust, *modules_of(experiment.document)]
+        progress = Progress(0, learner.initial(experiment.seed, initial_parameters(experiment.init_from, modules)))
     else:
         progress = Progress.of(earlier)
         _refuse_other_data(experiment, earlier.manifest)

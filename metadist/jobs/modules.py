@@ -14,7 +14,6 @@ import importlib.util
 import os
 import re
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, Literal
 
 from metadist.config.schema import flatten
 from metadist.core.errors import ConfigError
+from metadist.core.imports import is_users_own
 
 #: folders in a package that hold no modules of it; hidden folders too
 SKIPPED = {"__pycache__", "node_modules"}
@@ -132,19 +132,12 @@ def _module(name: str) -> _Module:
     places = spec.submodule_search_locations  # of a package, also of one without __init__.py
     if places is None and spec.has_location:
         places = [str(spec.origin)]
-    own = tuple(Path(place).absolute() for place in places or () if _is_own(Path(place).resolve()))
+    own = tuple(Path(place).absolute() for place in places or () if is_users_own(Path(place).resolve()))
     if not own:
         return _Module(name, "installed")
     if own[0].is_file() and own[0].suffix != ".py":
         return _Module(name, "compiled", own)
     return _Module(name, "own", own)
-
-
-def _is_own(path: Path) -> bool:
-    """Return whether a file or folder is neither installed nor Python's own."""
-    if not path.exists() or {"site-packages", "dist-packages"} & set(path.parts):
-        return False
-    return Path(sysconfig.get_path("stdlib")).resolve() not in path.parents
 
 
 def _comes_with_metadist(name: str) -> bool:

@@ -18,6 +18,7 @@ from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
 from metadist.learners.culprit import failed
+from metadist.learners.dry_run_paths import is_known, refusal
 from metadist.learners.signature import check_loss, check_tasks
 
 
@@ -49,6 +50,8 @@ def try_tasks(learner: Subject, seed: int) -> None:
         except MetadistError:
             raise
         except Exception as error:  # the user's own code
+            if is_known(learner.model, error):
+                raise ConfigError(refusal(learner.model, "trained", error)) from error
             raise failed(learner, state, one, split, error) from error
 
 

@@ -32,6 +32,7 @@ from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
 from metadist.learners.base import Learner, Surround
 from metadist.learners.dry_run import try_tasks
+from metadist.learners.dry_run_paths import try_paths
 from metadist.learners.evaluation import Evaluation, score_tasks
 from metadist.learners.signature import describe, describe_earlier
 
@@ -117,6 +118,7 @@ class FewShotLearner(Learner):
     def dry_run(self, seed: int) -> None:
         self.splits()  # refuses splits that share classes
         try_tasks(self, seed)
+        try_paths(self, seed)
         theta = self.initial(seed).theta(self.slots)
         for split in ("train", "validation"):
             if self.task_metrics or self.tasks.sizes(split) is None:

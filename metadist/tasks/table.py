@@ -127,7 +127,7 @@ class Table(TaskFamily):
 
     def _load(self) -> _Prepared:
         where = f"tasks.path = {self.path}"
-        table = read_table(located("tasks.path", self.path), where)
+        table = read_table(located("tasks.path", self.path), where, splits_by_file=self.split_column is not None)
         columns = TableColumns.of(table, where, self.task, self.targets, self.features, self.split_column)
         tasks, splits = split_of(columns, self.fractions, self.split_seed)
         row_splits = np.array([splits[name] for name in tasks.names])[tasks.of_row]
@@ -160,6 +160,10 @@ class Table(TaskFamily):
         )
 
     # Tasks ------------------------------------------------------------------------------------------------------------
+
+    def splits(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the tasks of each split."""
+        return dict(self._ready().names)
 
     def task_names(self, split: str) -> tuple[str, ...]:
         """Return the tasks of ``split`` in the order of their numbers."""

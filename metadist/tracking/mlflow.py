@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from metadist.core.errors import ConfigError
+from metadist.core.text import without_passwords
 from metadist.tracking.base import STATUSES, Tracker
 from metadist.tracking.delivery import Delivery
-from metadist.tracking.mlflow_uri import without_password
 from metadist.tracking.spool import Spool, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class MLflowTracker(Tracker):
             "parent": parent or before.get("parent"),
             "mlflow_run_id": mlflow_run_id or before.get("mlflow_run_id"),
             "experiment": self.experiment,
-            "tracking_uri": without_password(self.tracking_uri),
+            "tracking_uri": without_passwords(self.tracking_uri),
             "runs_root": str(self.runs_root),
             "start_ms": before.get("start_ms") or time.time_ns() // 1_000_000,
             "tail_lost": bool(before.get("tail_lost") or spool.damaged or acked.get("offset", 0) > spool.end),
@@ -79,6 +79,10 @@ class MLflowTracker(Tracker):
     def tags(self, values: Mapping[str, str]) -> None:
         """Append the tags to the spool."""
         self._opened().set_tags(values)
+
+    def dataset(self, name: str, digest: str, source: str, about: Mapping[str, str]) -> None:
+        """Append the data set to the spool; MLflow shows it as an input of the run."""
+        self._opened().dataset(name, digest, source, about)
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Copy the file into the spool."""
@@ -121,7 +125,7 @@ class MLflowTracker(Tracker):
         delivery = self._delivery
         if delivery is None or delivery.mlflow_run_id is None or not self.tracking_uri.startswith("http"):
             return None
-        server = without_password(self.tracking_uri).rpartition("@")
+        server = without_passwords(self.tracking_uri).rpartition("@")
         base = self.tracking_uri.split("://")[0] + "://" + server[2] if server[1] else self.tracking_uri
         return f"{base.rstrip('/')}/#/experiments/{delivery.experiment_id}/runs/{delivery.mlflow_run_id}"
 

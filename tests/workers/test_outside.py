@@ -456,7 +456,16 @@ def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, monkeypa
     made = document(HERE, OUTSIDE)
     made["tasks"]["name"] = "slow_sines:Slow"
     run, sent = experiment(made), []
-    process = tiny.start("worker", "--connect", run.outside.listen, folder=tmp_path, OMP_NUM_THREADS="1", SLOW="2")
+    process = tiny.start(
+        "worker",
+        "--connect",
+        run.outside.listen,
+        "--trust",
+        "slow_sines",
+        folder=tmp_path,
+        OMP_NUM_THREADS="1",
+        SLOW="2",
+    )
 
     def interrupt():
         process.send_signal(signal.SIGINT)
