@@ -76,6 +76,11 @@ class MetaEnvironment:
     on_error: str | None = None
 
     @property
+    def title(self) -> str:
+        """Return the environment's name in messages."""
+        return type(self).__name__
+
+    @property
     def observation_size(self) -> int:
         raise NotImplementedError
 

@@ -51,8 +51,9 @@ def check_model(
         return
     learner = _learner(model, tasks or Blobs(), algorithm)
     seeded_parameters(learner.model, model)
+    with usable(learner, "it can be called with the inputs of a task"):
+        pure_function(learner)
     few_shot.begins(learner)
-    pure_function(learner)
     if isinstance(model, ModelConfig) and not isinstance(model, type):
         embedding(model, learner)
     with usable(learner, "shards can be computed"):
