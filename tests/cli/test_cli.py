@@ -368,7 +368,7 @@ def test_bad_options_of_verify(cli, config, option):
 
 
 def test_more_kills_than_meta_steps(cli, config):
-    mistake(cli("verify", config(), "--workers", "2", "--kill", "3", "--meta-steps", "2"), "--kill 3")
+    mistake(cli("verify", config(), "--workers", "0,2", "--kill", "3", "--meta-steps", "2"), "--kill 3")
 
 
 def test_run_dirs_that_cannot_be(cli, config, tmp_path):
