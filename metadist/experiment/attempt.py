@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ class Attempt:
     """One process's attempt at a run: the run's directory, and the state at which this attempt begins.
 
     ``earlier`` is the checkpoint that the attempt resumes, or None. ``inexact`` names the workers whose numerics differ
-    from the numerics at the run's begin; every checkpoint stores the list.
+    from the numerics at the run's begin; every checkpoint stores the list. ``edited`` names the user's modules whose
+    code is another one than that of the earlier checkpoint.
     """
 
     experiment: Experiment
@@ -32,6 +34,7 @@ class Attempt:
     earlier: Loaded | None
     progress: Progress
     inexact: list[str] = field(default_factory=list)
+    edited: list[str] = field(default_factory=list)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -57,6 +60,7 @@ class Attempt:
             "fingerprint": first["fingerprint"],
             "engine": asdict(plan.engine),
             "data_sha256": self.experiment.learner.data_sha256,
+            "modules": self.experiment.code,
             "versions": {
                 "metadist": metadist.__version__,
                 "torch": torch.__version__,
@@ -69,3 +73,14 @@ class Attempt:
 def planner_for(experiment: Experiment) -> Planner:
     """Return the planner of a new run: it chooses the engine settings that the config leaves open."""
     return lambda device: experiment.learner.plan(experiment.engine, device, sharing(device, experiment.workers))
+
+
+def edited_modules(experiment: Experiment, manifest: Mapping[str, Any]) -> list[str]:
+    """Name the user's modules whose code is not that of a checkpoint with this manifest.
+
+    Checkpoints of version 0.1 do not state the code; nothing is compared with them.
+    """
+    before, now = manifest.get("modules"), experiment.code
+    if before is None:
+        return []
+    return [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ def try_tasks(learner: Subject, seed: int) -> None:
     state = learner.initial(seed)
     for split in SPLITS:
         # A whole shard: one task alone is never padded.
-        keys = TaskKey.of(seed, split, 0, range(min(learner.outer.shard_size, learner.outer.meta_batch_size)))
+        keys = _first_keys(learner, seed, split)
         task = _sampled(learner, keys)
         _check_sampling(learner, keys, task)
         if split == "test":
@@ -53,6 +54,30 @@ def try_tasks(learner: Subject, seed: int) -> None:
                 f"{list(one.support.x.shape)} and "
                 f"targets {list(one.support.y.shape)}: {first_line(error)}"
             ) from error
+
+
+def task_hashes(learner: Subject, seed: int) -> dict[str, str]:
+    """Return the SHA-256 of the tensors of each split's first shard, by split and name."""
+    return {
+        f"{split} tasks ({name})": digest
+        for split in SPLITS
+        for name, digest in _hashes(by_name(_sampled(learner, _first_keys(learner, seed, split)))).items()
+    }
+
+
+def trial_hashes(learner: Learner, seed: int) -> dict[str, str]:
+    """Return the SHA-256 of the columns of the first trial."""
+    shard = Shard("check", 0, 0, 0, Rollout(), 0, 1, seed, keeps=True)
+    rolled = _rolled(learner, shard, learner.initial(seed).slots)
+    return {f"trials ({name})": digest for name, digest in _hashes(_environment_first(rolled)).items()}
+
+
+def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {n: hashlib.sha256(t.contiguous().cpu().numpy().tobytes()).hexdigest() for n, t in tensors.items()}
+
+
+def _first_keys(learner: Subject, seed: int, split: str) -> TaskKey:
+    return TaskKey.of(seed, split, 0, range(min(learner.outer.shard_size, learner.outer.meta_batch_size)))
 
 
 def _sampled(learner: Subject, keys: TaskKey) -> Task:

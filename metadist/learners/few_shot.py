@@ -28,7 +28,7 @@ from metadist.engine.functions import TensorCall, directly
 from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
 from metadist.learners.base import Learner, Surround
-from metadist.learners.dry_run import try_tasks
+from metadist.learners.dry_run import task_hashes, try_tasks
 from metadist.learners.evaluation import Evaluation, score_tasks
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,9 @@ class FewShotLearner(Learner):
 
     def dry_run(self, seed: int) -> None:
         try_tasks(self, seed)
+
+    def sampled_hashes(self, seed: int) -> dict[str, str]:
+        return task_hashes(self, seed)
 
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
         return plan_shards(self, request, device, sharing)

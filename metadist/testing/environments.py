@@ -19,9 +19,10 @@ from metadist.rl import journey as rl_journey
 from metadist.rl.environment import Continuous, Discrete, MetaEnvironment, Step
 from metadist.rl.policy import Policy
 from metadist.rl.trial import EPISODE_END, TRIAL_END, VALID, rollout
-from metadist.testing import elsewhere, round_trips
+from metadist.testing import round_trips
 from metadist.testing.conditions import one_thread
 from metadist.testing.failures import ImpureError, InexactError, SameTasksError, ShapeError, usable
+from metadist.workers import elsewhere
 
 COUNT = rl_journey.ROWS
 PURE = (

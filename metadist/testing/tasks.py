@@ -15,7 +15,7 @@ from metadist.core.differences import by_name, difference, not_finite
 from metadist.core.random import SPLITS, TaskKey, seeded
 from metadist.core.task import Examples, Task, TaskFamily
 from metadist.learners.purity import FROM_KEY, differs_by_shard, impurity, other_generators, rows_of
-from metadist.testing import elsewhere, round_trips
+from metadist.testing import round_trips
 from metadist.testing.conditions import one_thread
 from metadist.testing.failures import (
     ImpureError,
@@ -26,6 +26,7 @@ from metadist.testing.failures import (
     ShapeError,
     usable,
 )
+from metadist.workers import elsewhere
 
 COUNT = 6
 
