@@ -23,6 +23,7 @@ _WHERE = {
     "metadist.core.algorithm": ("Algorithm", "TaskContext"),
     "metadist.core.errors": ("MetadistError",),
     "metadist.core.inner_loop": ("InnerLoop",),
+    "metadist.experiment.interruption": ("TrainingInterrupted",),
     "metadist.learners": ("Learner",),
     "metadist.rl.algorithm": ("TrialAlgorithm",),
     "metadist.rl.environment": ("Continuous", "Discrete", "MetaEnvironment", "Step"),
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from metadist.core.parameters import Parameters
     from metadist.core.random import TaskKey
     from metadist.core.task import Classification, Examples, Task, TaskFamily
+    from metadist.experiment.interruption import TrainingInterrupted
     from metadist.learners import Learner
     from metadist.learners.trials import TrialLearner
     from metadist.models import GRU, LSTM, MLP, Conv4, Reactive

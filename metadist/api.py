@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -17,11 +19,16 @@ from metadist.config.schema import Document, as_plain
 from metadist.config.settings import TrackingSettings
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
+from metadist.core.round import Report
 from metadist.core.task import TaskFamily
+from metadist.experiment.interruption import StopSignals, TrainingInterrupted
+from metadist.experiment.live import live
 from metadist.experiment.load import load_run
 from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
 from metadist.experiment.train import train as train_experiment
+from metadist.learners.evaluation import Evaluation
+from metadist.training.observers import Observer, Observers
 
 
 def compose(
@@ -63,9 +70,49 @@ def compose(
     return experiment
 
 
-def train(*, run_dir: str | None = None, resume: bool = False, **parts: Any) -> Result:
-    """Meta-train the experiment that ``compose(**parts)`` returns. Its arguments are those of ``compose``."""
-    return train_experiment(compose(**parts), RunRequest(run_dir=run_dir, resume=resume))
+def train(
+    *,
+    run_dir: str | None = None,
+    resume: bool = False,
+    on_step: Callable[[int, Mapping[str, float]], object] | None = None,
+    on_evaluation: Callable[[int, Evaluation], object] | None = None,
+    quiet: bool = False,
+    **parts: Any,
+) -> Result:
+    """Meta-train the experiment that ``compose(**parts)`` returns.
+
+    Progress is shown on stderr: a bar on a terminal, a line below the cell of a notebook, lines elsewhere; nothing with
+    ``quiet``. ``on_step(meta_step, report)`` is called after every meta-step, ``on_evaluation(meta_step, evaluation)``
+    after every validation; an exception that they raise ends the run, with a checkpoint. So do Ctrl-C and SIGTERM:
+    ``TrainingInterrupted``, a KeyboardInterrupt, then carries the result so far.
+    """
+    experiment = compose(**parts)
+    with StopSignals(lambda message: print(message, file=sys.stderr)) as stop, ExitStack() as stack:
+        display = Observer() if quiet else stack.enter_context(live(experiment))
+        observers = Observers(display, stop, _Callbacks(on_step, on_evaluation))
+        result = train_experiment(experiment, RunRequest(run_dir=run_dir, resume=resume, stop=stop), observers)
+    if result.interrupted and stop.asked:
+        raise TrainingInterrupted(result)
+    return result
+
+
+class _Callbacks(Observer):
+    """Call the functions of the user."""
+
+    def __init__(
+        self,
+        on_step: Callable[[int, Mapping[str, float]], object] | None,
+        on_evaluation: Callable[[int, Evaluation], object] | None,
+    ) -> None:
+        self._on_step, self._on_evaluation = on_step, on_evaluation
+
+    def step(self, meta_step: int, report: Report, tasks_per_second: float) -> None:
+        if self._on_step is not None:
+            self._on_step(meta_step, {**report, "tasks_per_second": tasks_per_second})
+
+    def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
+        if self._on_evaluation is not None:
+            self._on_evaluation(meta_step, evaluation)
 
 
 def load(run_dir: str, made_from: Experiment | None = None) -> Result:

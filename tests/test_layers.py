@@ -22,7 +22,7 @@ LIBRARIES = {
     "algorithms": {"torch"},
     "models": {"torch"},
     "rl": {"torch"},
-    "oracles": {"torch"},
+    "oracles": {"torch", "numpy", "sklearn"},
     "environments": {"torch", "numpy", "gymnasium", "mujoco", "metaworld"},
     "wire": {"torch", "pyarrow", "xxhash"},
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -127,6 +128,8 @@ def configs() -> list[tuple[str, str]]:
 
 def shortened(command: str) -> list[str]:
     words = shlex.split(command)
+    if words[0] == "python":
+        return words
     trials = len(words) > 2 and ("rl2" in words[2] or "promp" in words[2])
     if words[1] == "train":
         few = ["outer.meta_batch_size=8", "outer.shard_size=2"] if trials else []
@@ -153,6 +156,8 @@ def home(tmp_path: Path, empty_store: Callable[[Path], None], monkeypatch: pytes
     empty_store(tmp_path / "runs/mlflow.db")
     for name, text in programs():
         (tmp_path / name).write_text(text)
+        if "metadist" not in text:  # it writes a table for the commands
+            runpy.run_path(name)
     for name, text in configs():
         (tmp_path / f"{name}.yaml").write_text(text)
     return tmp_path
@@ -162,7 +167,11 @@ def run(words: list[str]) -> None:
     """Run ``metadist …`` of this source tree; nothing but exit code 0 and no traceback will do.
 
     The command runs in this process, because an interpreter takes seconds to start; Ray is the cluster of all tests.
+    ``python PROGRAM`` runs in another one.
     """
+    if words[0] == "python":
+        subprocess.run([sys.executable, *words[1:]], check=True, timeout=300)
+        return
     assert words[0] == "metadist", words
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     done = CliRunner().invoke(app, words[1:], prog_name="metadist")
@@ -174,7 +183,9 @@ def run(words: list[str]) -> None:
 
 def marks(page: str, listed: list[str]) -> list[pytest.MarkDecorator]:
     ray = any(re.search(r"^metadist (?!render).*--workers (?!0( |$))", command) for command in listed)
-    return [pytest.mark.lane("ray" if ray else "services"), *([pytest.mark.long] if page in LONG else [])]
+    # Ray's tests of the workers take one process for as long as all other tests take another.
+    group = [pytest.mark.xdist_group("pages on Ray")] if ray else []
+    return [*group, pytest.mark.lane("ray" if ray else "services"), *([pytest.mark.long] if page in LONG else [])]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +201,7 @@ def test_commands(home: Path, listed: list[str], request: pytest.FixtureRequest)
         run(shortened(command))
 
 
+@pytest.mark.xdist_group("pages on Ray")
 @pytest.mark.lane("ray")
 def test_programs(home: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", cluster.get_runtime_context().gcs_address)
@@ -202,6 +214,7 @@ def test_programs(home: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.lane("services")
 def test_configs(home: Path) -> None:
+    run(["python", "draw.py"])
     for name, _ in configs():
         run(["metadist", "train", f"{name}.yaml", *SHORT, "tracking.uri=none", "--workers", "0"])
 
@@ -228,6 +241,23 @@ def test_links() -> None:
                 headings = [h for h, kind, _ in lines(str(there.resolve().relative_to(ROOT))) if kind == "heading"]
                 missing += [f"{page}: {target}"] if anchor not in map(slug, headings) else []
     assert not missing
+
+
+#: a measured number: with an error, a unit of time, memory or speed, or as a multiple
+FIGURE = re.compile(r"± ?[.\d]|[.\d] ?(ms|µs|MiB|GFLOP/s|tasks/s|steps/s|minutes|core-minutes|×)(?![\w×])")
+COMMAND = re.compile(r"`(metadist|make) [^`]+`")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_figure_names_its_command(page: str) -> None:
+    """Each section with a measured number has the command that prints it, in its text, heading or ``console`` block."""
+    text: dict[str, list[str]] = {}
+    for heading, language, line in lines(page):
+        if language != "text":
+            text.setdefault(heading, []).append(line)
+    measured = {h: found for h, each in text.items() if (found := [line for line in each if FIGURE.search(line)])}
+    commands = sections(page)
+    assert {h: f for h, f in measured.items() if h not in commands and not COMMAND.search(" ".join(text[h]))} == {}
 
 
 @functools.cache

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from metadist.algorithms.maml import MAML
 from metadist.core.algorithm import TaskContext, Theta
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, within
 from metadist.core.inner_loop import Descent
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
@@ -28,6 +29,7 @@ class MetaSGD(MAML):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        within(0, math.inf, **{"algorithm.lr_of_inner_lr": self.lr_of_inner_lr})
         if self.inner_optimizer != "sgd":
             raise ConfigError(
                 f"algorithm.inner_optimizer: {self.inner_optimizer}, but meta_sgd learns the rates of sgd; use sgd"

@@ -49,7 +49,8 @@ class Reptile(InnerLoop):
         phi = theta["model"]
         moments = self.fresh(phi)
         if self.moments == "carried":
-            moments = Moments(theta["inner_first"], theta["inner_second"], theta["inner_count"]["count"])
+            count = theta["inner_count"]["count"].double()
+            moments = Moments(theta["inner_first"], theta["inner_second"], count)
         loss = self.support_loss(model, support, context)
         return Descent(loss, phi, self.inner_lr, moments, finish=lambda phi, moments: (phi, moments))
 
@@ -61,6 +62,6 @@ class Reptile(InnerLoop):
         parameters, moments = phi
         delta = {"model": theta["model"] - parameters}
         if self.moments == "carried":
-            count = Parameters({"count": torch.as_tensor(moments.count)})
+            count = Parameters({"count": torch.as_tensor(moments.count).to(theta["inner_count"]["count"].dtype)})
             delta |= {"inner_first": moments.first, "inner_second": moments.second, "inner_count": count}
         return delta

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+import metadist
 from metadist.cli import control, evaluate, jobs, list, predict, register, render, serve, train, verify, worker
 from metadist.cli.bench import app as bench
+from metadist.cli.terminal import provide_streams
+from metadist.storage.places import provide_home
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and exit."""
+    if wanted:
+        print(f"metadist {metadist.__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
-    help="Distributed, task-parallel meta-training: any number of workers gives the same final parameters bit for bit.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=print_version)
+    ] = False,
+) -> None:
+    """Distributed, task-parallel meta-training: any number of workers gives the same final parameters bit for bit."""
+
+
 app.command(
     epilog="Examples:  metadist train sinusoid_maml --workers 2   |   "
     "metadist train my.yaml outer.lr=3e-4 --seeds 0,1,2   |   "
@@ -21,7 +44,7 @@ app.command(
 )(train.train)
 app.command(
     epilog="Examples:  metadist evaluate runs/a --tasks 1000   |   "
-    "metadist evaluate runs/a --split validation --inner-steps 10"
+    "metadist evaluate runs/a tasks.k_shot=5 --inner-steps 10"
 )(evaluate.evaluate)
 app.command(
     epilog="Examples:  metadist oracle bandit arms=5 episodes=10   |   "
@@ -59,4 +82,6 @@ app.command(epilog="Example:  metadist predict runs/a --support animals/few --qu
 
 def main() -> None:
     """Run the command line."""
+    provide_streams()
+    provide_home()
     app()

@@ -1,16 +1,13 @@
-"""Show live progress on stderr and results on stdout."""
+"""Print results to stdout."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from metadist.config.experiment import Experiment
@@ -20,81 +17,10 @@ from metadist.experiment.seeds import Group
 from metadist.jobs import links as run_page
 from metadist.learners.evaluation import Evaluation, TrialEvaluation
 from metadist.rl.algorithm import EPISODES_SHOWN
-from metadist.training.observers import Observer
 
 #: The query MSE of MAML on sinusoids, K = 10, α = .01, after 70,000 meta-steps, from an independent re-run of the
 #: reference code.
 PUBLISHED_SINUSOID = {0: 3.01, 1: 0.351, 5: 0.123, 10: 0.100}
-
-
-class Plain(Observer):
-    """Print a line to stderr every few seconds, for logs."""
-
-    def __init__(self, meta_steps: int | None = None, every: float = 10.0) -> None:
-        self._meta_steps, self._every, self._last = meta_steps, every, time.monotonic()
-        self._first: tuple[int, float] | None = None
-
-    def step(self, meta_step: int, report: Mapping[str, float], tasks_per_second: float) -> None:
-        now = time.monotonic()
-        self._first = self._first or (meta_step, now)
-        if now - self._last >= self._every and self._meta_steps is not None:
-            self._last = now
-            done, since = meta_step - self._first[0], now - self._first[1]
-            left = f", {_minutes((self._meta_steps - meta_step) * since / done)} left" if done else ""
-            self.note(
-                f"meta-step {meta_step}/{self._meta_steps}  {_report(report)}  {tasks_per_second:.0f} tasks/s{left}"
-            )
-
-    def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
-        self.note(f"meta-step {meta_step}  validation {_score(evaluation)}")
-
-    def note(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
-
-
-class Bar(Observer):
-    """Show a progress bar on a terminal."""
-
-    def __init__(self, progress: Progress, meta_steps: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("meta-training", total=meta_steps, report="", rate="", validation="")
-
-    def step(self, meta_step: int, report: Mapping[str, float], tasks_per_second: float) -> None:
-        self._progress.update(
-            self._task, completed=meta_step, report=_report(report), rate=f"{tasks_per_second:.0f} tasks/s"
-        )
-
-    def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
-        self._progress.update(self._task, validation=f"validation {_score(evaluation)}")
-
-    def note(self, message: str) -> None:
-        self._progress.console.print(message, markup=False, emoji=False, highlight=False)
-
-
-def plain() -> Observer:
-    """Return a display that prints only notes and validation scores."""
-    return Plain()
-
-
-@contextmanager
-def live(experiment: Experiment) -> Iterator[Observer]:
-    """Yield the display of a run: a bar where stderr is a terminal, lines elsewhere."""
-    meta_steps = experiment.learner.outer.meta_steps
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield Plain(meta_steps)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[report]}"),
-        TextColumn("[green]{task.fields[validation]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=False) as progress:
-        yield Bar(progress, meta_steps)
 
 
 def show_result(result: Result) -> None:
@@ -140,6 +66,10 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
         table.add_row(*row)
     Console(file=sys.stdout, width=100, highlight=False).print(table)
     print(f"divergence rate {evaluation.divergence_rate:.4f}")
+    if evaluation.beside:
+        _show_methods(
+            f"the same {evaluation.tasks} tasks", evaluation.beside, "learner is better by", evaluation.metric
+        )
     print("protocol        " + ", ".join(f"{k}={v}" for k, v in evaluation.protocol.items() if v is not None))
     if published:
         print("published       K=10, α=.01 after 70,000 meta-steps: an independent re-run of the reference code")
@@ -181,17 +111,18 @@ def _show_trials(evaluation: TrialEvaluation) -> None:
         _show_methods(f"the same {evaluation.tasks} trials", evaluation.beside, "policy is ahead by")
 
 
-def _show_methods(title: str, rows: Iterable[Mapping[str, Any]], difference: str) -> None:
+def _show_methods(title: str, rows: Sequence[Mapping[str, Any]], difference: str, metric: str = "return") -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for heading in ("return", "SE", "% of oracle − random", difference, "SE"):
+    scored = ["% of oracle − random"] if "percent" in rows[0] else []
+    for heading in (metric, "SE", *scored, difference, "SE"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
             row["name"],
             f"{row['mean']:.4f}",
             f"{row['error']:.4f}",
-            f"{row['percent']:.2f}",
+            *(f"{row['percent']:.2f}" for _ in scored),
             f"{row['difference']:+.4f}",
             f"{row['difference_error']:.4f}",
         )
@@ -206,24 +137,29 @@ def show_comparison(report: Mapping[str, Any]) -> None:
 
 
 def show_predictions(report: Mapping[str, Any]) -> None:
-    """Print one row per image."""
-    support = f"{report['support']} images of {len(report['classes'])} classes"
+    """Print one row per image, or per row of an array."""
+    classes = f" of {len(report['classes'])} classes" if "classes" in report else ""
+    what = "image" if all("image" in row for row in report["predictions"]) else "row"
+    support = f"{report['support']} {what}s{classes}"
     title = f"{report['model']} ({report['algorithm']}), adapted to {support}"
     table = Table(title=escape(title), title_justify="left")
     known = any("class" in row for row in report["predictions"])
-    for heading in ("image", "predicted", *(("class",) if known else ())):
+    for heading in (what, "predicted", *(("class",) if known else ())):
         table.add_column(heading)
     table.add_column("probability", justify="right")
     for row in report["predictions"]:
         table.add_row(
-            escape(row["image"]),
-            escape(row["predicted"]),
+            escape(str(row[what])),
+            escape(str(row["predicted"])),
             *([escape(row.get("class", ""))] if known else []),
-            f"{row['probability']:.4f}",
+            f"{row['probability']:.4f}" if "probability" in row else "",
         )
     Console(file=sys.stdout, width=120, highlight=False).print(table)
     if report["accuracy"] is not None:
         print(f"accuracy        {report['accuracy']:.4f}")
+    for error in ("mse", "mae"):
+        if error in report:
+            print(f"{error}             {report[error]:.6g}")
 
 
 def show_group(group: Group) -> None:
@@ -328,20 +264,3 @@ def _published(experiment: Experiment) -> Mapping[int, float] | None:
     return (
         PUBLISHED_SINUSOID if same and algorithm.get("inner_lr") == 0.01 and not algorithm.get("first_order") else None
     )
-
-
-def _report(report: Mapping[str, float]) -> str:
-    shown = (
-        ("return", "kl", "entropy", "explained_variance")
-        if "return" in report
-        else [k for k in report if k not in ("gradient_norm", "lr")]
-    )
-    return "  ".join(f"{k} {report[k]:.4f}" for k in shown if k in report)
-
-
-def _score(evaluation: Evaluation) -> str:
-    return f"{evaluation.metric} {evaluation.score:.4f} ± {evaluation.score_ci95:.4f}"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -18,7 +18,11 @@ from metadist.cli.terminal import (
 
 
 def evaluate(
-    run_dir: Annotated[str, typer.Argument(help="The folder that train printed.")],
+    run_dir: Annotated[str, typer.Argument(help="The folder that train printed: a run, or a group of seeds.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]…", help="Override keys of tasks and evaluation: tasks.k_shot=5"),
+    ] = None,
     tasks: Annotated[int | None, typer.Option(help="Number of tasks; default: evaluate.test_tasks.", min=2)] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     inner_steps: Annotated[
@@ -33,30 +37,45 @@ def evaluate(
             "--compare",
             "--beside",
             metavar="NAME,…",
-            help="Compare with known methods on the same trials of a meta-environment: gittins,ucb1, or all.",
+            help="Compare on the same tasks: known methods (gittins,ucb1), baselines (nearest_mean,ridge), or all.",
         ),
     ] = None,
+    record: Annotated[
+        bool, typer.Option("--record/--no-record", help="Record the scores in the run directory and in MLflow.")
+    ] = True,
     workers: Workers = "0",
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a run's best parameters after 0, 1, … adaptation steps, or by episode in a meta-environment."""
+    """Evaluate a run's best parameters after 0, 1, … adaptation steps, or by episode in a meta-environment.
+
+    The scores are recorded in RUN_DIR/evaluations and in MLflow, with a row per task. Of a group of seeds every seed is
+    judged on the same tasks.
+    """
     set_up_logging()
     with clean_errors():
-        from metadist.cli.display import show_evaluation
-        from metadist.core.errors import ConfigError, nearest
-        from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
+        from metadist.cli.display import show_evaluation, show_group
+        from metadist.experiment.evaluate import evaluate_group, evaluate_run, is_group
+        from metadist.experiment.judging import EvaluationOptions
+        from metadist.experiment.seeds import Group
 
-        for option, value, allowed in (
-            ("--split", split, ("train", "validation", "test")),
-            ("--normalization", normalization, ("transductive", "inductive")),
-        ):
-            if value is not None and value not in allowed:
-                raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}{nearest(value, allowed)}")
+        options = EvaluationOptions(
+            tasks=tasks,
+            split=split,
+            inner_steps=inner_steps,
+            workers=workers,
+            normalization=normalization,
+            beside=[name.strip() for name in beside.split(",")] if beside else [],
+            overrides=overrides or [],
+            record=record,
+        )
         with only_results_on_stdout():
-            methods = [name.strip() for name in beside.split(",")] if beside else []
-            options = EvaluationOptions(tasks, split, inner_steps, workers, normalization, methods)
-            result = evaluate_run(run_dir, options)
-        show_evaluation(result.evaluations[0])
+            result = evaluate_group(run_dir, options) if is_group(run_dir) else evaluate_run(run_dir, options)
+        for single in result.results if isinstance(result, Group) else [result]:
+            show_evaluation(single.evaluations[0])
+            if single.evaluation_dir:
+                print(f"recorded        {single.evaluation_dir}")
+        if isinstance(result, Group):
+            show_group(result)
         if as_json:
             print(json.dumps(result.as_dict()))
 

@@ -84,7 +84,7 @@ def serve(
     max_batch: MaxBatch = 64,
     batch_wait_ms: BatchWait = 2.0,
     budget_mib: Budget = 256.0,
-    max_message_mib: MaxMessage = 8.0,
+    max_message_mib: MaxMessage = 64.0,
     max_calls: MaxCalls = 128,
     max_support: MaxSupport = 1000,
     max_queries: MaxQueries = 1000,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
@@ -45,6 +47,23 @@ def only_results_on_stdout() -> AbstractContextManager[Any]:
 def say(message: str) -> None:
     """Print a message to stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def provide_streams() -> None:
+    """Open the standard streams that the caller has closed, and print characters that they lack as ``?``.
+
+    Otherwise the next file that is opened becomes stdout.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def set_up_logging(verbose: bool = False) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from contextlib import redirect_stdout
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,29 +21,8 @@ from metadist.cli.terminal import (
     set_up_logging,
 )
 
-
-class _Stop:
-    """Stop the loop after the present meta-step at the first Ctrl-C or SIGTERM, and interrupt it at the second.
-
-    Before the loop begins, the first signal interrupts.
-    """
-
-    def __init__(self) -> None:
-        self.asked = self._looping = False
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    def __call__(self) -> bool:
-        if not self._looping:
-            self._looping = True
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._handle)
-        return self.asked
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.asked = True
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.default_int_handler)
-        say("\nstopping after this meta-step, with a checkpoint; press Ctrl-C again to stop immediately")
+if TYPE_CHECKING:
+    from metadist.config.experiment import Experiment
 
 
 def train(
@@ -96,16 +75,18 @@ def train(
 def _train_one(
     document: dict[str, Any], run_dir: str | None, resume: bool, as_json: bool, run_id: str | None = None
 ) -> None:
-    from metadist.cli.display import live, show_result
+    from metadist.cli.display import show_result
     from metadist.config.build import build
+    from metadist.experiment.interruption import StopSignals
+    from metadist.experiment.live import live
     from metadist.experiment.request import RunRequest
     from metadist.experiment.train import train as run_training
+    from metadist.training.observers import Observers
 
     experiment = build(document)
-    stop = _Stop()
-    with only_results_on_stdout(), live(experiment) as display:
+    with only_results_on_stdout(), StopSignals(say) as stop, live(experiment) as display:
         request = RunRequest(run_dir=run_dir, resume=resume, run_id=run_id, stop=stop)
-        result = run_training(experiment, request, display)
+        result = run_training(experiment, request, Observers(display, stop))
     if result.interrupted:
         say(
             f"stopped at meta-step {result.outcome.progress.meta_step}; continue with: metadist train … "
@@ -119,18 +100,27 @@ def _train_one(
 
 
 def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None, resume: bool, as_json: bool) -> None:
-    from metadist.cli.display import live, show_group, show_result
+    from metadist.cli.display import show_group, show_result
+    from metadist.experiment.interruption import StopSignals
+    from metadist.experiment.live import live
     from metadist.experiment.request import RunRequest
     from metadist.experiment.seeds import train_seeds
+    from metadist.training.observers import Observer, Observers
 
-    stop, stdout = _Stop(), sys.stdout
+    stdout = sys.stdout
 
     def show(result: Any) -> None:
         with redirect_stdout(stdout):
             show_result(result)
 
-    with only_results_on_stdout():
-        group = train_seeds(document, seeds, RunRequest(run_dir=run_dir, resume=resume, stop=stop), live, show)
+    with only_results_on_stdout(), StopSignals(say) as stop:
+
+        @contextmanager
+        def displayed(experiment: Experiment) -> Iterator[Observer]:
+            with live(experiment) as display:
+                yield Observers(display, stop)
+
+        group = train_seeds(document, seeds, RunRequest(run_dir=run_dir, resume=resume, stop=stop), displayed, show)
     show_group(group)
     if as_json:
         print(json.dumps(group.as_dict()))

@@ -35,8 +35,9 @@ def verify(
     """Check that every number of workers gives the same final parameters bit for bit; exit code 1 if not."""
     set_up_logging()
     with clean_errors():
-        from metadist.cli.display import plain, show_verification
+        from metadist.cli.display import show_verification
         from metadist.config.document import requested
+        from metadist.experiment.live import plain
         from metadist.experiment.verify import counts
         from metadist.experiment.verify import verify as compare
 

@@ -109,6 +109,11 @@ class Experiment:
         return "environment" if isinstance(self.tasks.made, MetaEnvironment) else "tasks"
 
     @property
+    def evaluation_seed(self) -> int:
+        """The seed of validation and test tasks."""
+        return self.seed if self.evaluate.seed is None else self.evaluate.seed
+
+    @property
     def in_process(self) -> bool:
         """Whether the driver's own process computes every shard."""
         return not any(group.max for group in self.workers)

@@ -14,7 +14,9 @@ class EvaluateSettings:
 
     Every ``every`` meta-steps ``tasks`` validation tasks judge θ, after ``inner_steps`` adaptation steps (null: the
     algorithm's own number). ``test_tasks`` test tasks judge the best θ once, at the end. Training stops after
-    ``patience`` validations without a better one. ``policy`` is the choice of actions in a meta-environment.
+    ``patience`` validations without a better one. ``policy`` is the choice of actions in a meta-environment. ``seed``
+    is the seed of validation and test tasks (null: the run's own seed); all seeds of a group share it, so that the
+    same tasks judge them.
     """
 
     every: int = 500
@@ -24,10 +26,11 @@ class EvaluateSettings:
     normalization: Literal["transductive", "inductive"] = "transductive"
     patience: int | None = None
     policy: Literal["greedy", "sampled"] = "greedy"
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         at_least(1, **{f"evaluate.{n}": getattr(self, n) for n in ("every", "tasks", "test_tasks", "patience")})
-        at_least(0, **{"evaluate.inner_steps": self.inner_steps})
+        at_least(0, **{"evaluate.inner_steps": self.inner_steps, "evaluate.seed": self.seed})
 
 
 @dataclass(frozen=True)

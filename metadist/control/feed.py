@@ -69,6 +69,9 @@ class Feed(Observer):
         values = {k: v for k, v in self.validation.items() if k != "meta_step"}
         self._publish(Snapshot("validation", meta_step, values, time=time.time()))
 
+    def testing(self, tasks: int) -> None:
+        self._display.testing(tasks)
+
     def note(self, message: str) -> None:
         self._display.note(message)
         meta_step = self.newest.meta_step if self.newest else 0

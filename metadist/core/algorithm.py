@@ -25,13 +25,20 @@ on. Every algorithm narrows the type."""
 class TaskContext:
     """Everything that an algorithm may know besides θ and the support set.
 
-    In compiled shards ``meta_step`` is a 0-d tensor.
+    In compiled shards ``meta_step`` is a 0-d tensor. ``classes`` is the number of classes of a support set from
+    outside; None for the family's own tasks.
     """
 
     key: TaskKey
     meta_step: Union[int, Tensor]
     training: bool
     family: TaskFamily
+    classes: Union[int, None] = None
+
+    @property
+    def ways(self) -> int:
+        """The number of classes of the task."""
+        return self.family.ways(self.key.split) if self.classes is None else self.classes
 
     def loss(self, prediction: Tensor, examples: Examples) -> Tensor:
         """Return the family's loss, averaged over the real examples: a scalar."""
@@ -52,6 +59,8 @@ class Algorithm:
 
     #: whether ``objective`` reads φ_0 … φ_{k-1} too; the derivatives with respect to them then stay in memory
     whole_trajectory: ClassVar[bool] = False
+    #: whether ``adapt`` takes any number of classes, which ``context.ways`` gives: metric methods
+    any_ways: ClassVar[bool] = False
     #: gradient steps of the inner loop; 0 where there is no such loop
     inner_steps: int = 0
     #: whether the meta-gradient treats the gradients of the inner loop as constants

@@ -25,16 +25,16 @@ class Engine:
 
     ``compile``: run shards as compiled graphs.
     ``differentiation``: ``unrolled`` differentiates through the recorded inner loop. ``mixed`` goes back over the
-    inner steps and computes each of them a second time, so that a step adds only φ to the memory (Kemaev et al.
-    2025).
+    inner steps and computes each of them a second time, so that a step adds only φ and the moments to the memory
+    (Kemaev et al. 2025).
     ``hessian``: how ``mixed`` multiplies by the inner Hessian: ``forward`` over reverse, or ``reverse`` over reverse
     where the forward derivative of an operator is missing or wrong.
     ``precision``: ``tf32`` lets a GPU round the inputs of matrix products to 10 bits of mantissa; ``bfloat16`` runs
     the model's passes in the inner loop under autocast.
     ``deterministic``: allow only GPU kernels that give the same bits every time.
     ``chunk``: number of tasks of a shard that are in memory at one time, a power of two; None for all. The sum over
-    tasks has the same bits for every chunk size, but libraries choose kernels by batch size: results are equal for
-    the transformer and for an MLP in mixed mode, and equal to 1e-6 for conv4 (measured).
+    tasks has the same tree for every chunk size, but its terms may differ by rounding, because libraries choose
+    kernels by batch size (a chunk of one task does so for MLPs and conv4). The numerics fingerprint has the chunk.
     """
 
     compile: bool = False
@@ -50,5 +50,5 @@ class Engine:
         if self.chunk is not None and (self.chunk < 1 or self.chunk & (self.chunk - 1)):
             raise ConfigError(
                 f"engine.chunk: {self.chunk} is not a power of two; use 1, 2, 4, … or null: only these chunks are "
-                "complete subtrees of the sum over tasks, so that the result has the same bits"
+                "complete subtrees of the sum over tasks"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -50,6 +51,16 @@ def at_least(lowest: int, **values: float | None) -> None:
     for key, value in values.items():
         if value is not None and value < lowest:
             raise ConfigError(f"{key}: {value} is below {lowest}")
+
+
+def within(low: float, below: float, **values: float | None) -> None:
+    """Raise ConfigError where a value, named by its key, is NaN or not in [``low``, ``below``). None is allowed."""
+    for key, value in values.items():
+        if value is not None and not low <= value < below:
+            expected = (
+                f"a finite number of {low:g} or more" if below == math.inf else f"a number in [{low:g}, {below:g})"
+            )
+            raise ConfigError(f"{key}: {value} is not {expected}")
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

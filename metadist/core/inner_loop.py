@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from typing import Any, ClassVar, Literal, Union, final
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, Phi, TaskContext, Theta
-from metadist.core.errors import ConfigError, one_of
+from metadist.core.errors import ConfigError, one_of, within
 from metadist.core.model import BoundModel, InnerStep
-from metadist.core.parameters import Parameters
+from metadist.core.parameters import Parameters, Scalar
 from metadist.core.random import TaskKey
 from metadist.core.task import Examples
 
@@ -28,8 +29,8 @@ class Moments:
     """The state of an inner optimiser: first and second moments with the shapes of φ (empty where the optimiser keeps
     none), and the number of steps so far.
 
-    With ``counted``, the count is a tensor and a leaf of the pytree. Otherwise it is a number, which is the same for
-    all tasks and not a leaf.
+    With ``counted``, the count is a tensor and a leaf of the pytree: a whole number in float64, because the leaves are
+    differentiated, which integers cannot be. Otherwise it is a number, which is the same for all tasks and not a leaf.
     """
 
     first: Parameters
@@ -51,6 +52,19 @@ pytree.register_pytree_node(
 )
 
 InnerState = tuple[Parameters, Moments]
+
+
+def _bias_correction(beta: float, count: Union[int, Tensor], like: Parameters) -> Scalar:
+    """Return 1 − βᵗ after ``count`` = t steps. In float32 the difference would lose the digits that β has above 1 − β.
+
+    For a tensor the result has the dtype of ``like``.
+    """
+    if not isinstance(count, Tensor):
+        return 1 - beta**count
+    if beta == 0:
+        return 1.0
+    exact = -torch.expm1(count.detach().double() * math.log(beta))
+    return exact.to(next(iter(like.values())).dtype)
 
 
 @dataclass(frozen=True)
@@ -78,11 +92,20 @@ class Descent:
 class InnerLoop(Algorithm):
     """The base of all algorithms that adapt by gradient steps. A subclass defines ``descent``.
 
+    An inner optimiser of your own overrides ``update``, and ``fresh`` where it keeps other moments. No other method is
+    made for it: mixed differentiation takes a step apart into gradient and update, so ``step`` is final, and an
+    algorithm that overrides ``step`` or ``adapt`` is differentiated through its recorded inner loop.
+
     ``inner_lr`` multiplies the gradient of the *mean* loss over the support set. Adam's ε is inside the root,
     φ ← φ − α m̂ / √(v̂ + ε), so that the step is differentiable at zero.
     An ``inner_batch_size`` below the size of the support set draws minibatches, one epoch after another, keyed by the
     task.
     """
+
+    #: the values of ``inner_optimizer`` with which the ``update`` *of this class* is linear in (φ, gradient, moments);
+    #: mixed differentiation then differentiates it without a value of the gradient. A class that overrides ``update``
+    #: declares its own; without a declaration, its ``update`` is not linear.
+    linear_optimizers: ClassVar[tuple[str, ...]] = ("sgd",)
 
     inner_lr: float = 0.01
     inner_steps: int = 1
@@ -96,8 +119,9 @@ class InnerLoop(Algorithm):
         one_of("algorithm.inner_optimizer", self.inner_optimizer, ("sgd", "adam"))
         if self.inner_steps < 0:
             raise ConfigError(f"algorithm.inner_steps: {self.inner_steps} is negative; expected 0 or more")
-        if not 0 <= self.inner_momentum < 1:
-            raise ConfigError(f"algorithm.inner_momentum: {self.inner_momentum} is not in [0, 1)")
+        within(0, math.inf, **{f"algorithm.{name}": getattr(self, name) for name in ("inner_lr", "inner_eps")})
+        betas = {f"algorithm.inner_betas[{i}]": beta for i, beta in enumerate(self.inner_betas)}
+        within(0, 1, **{"algorithm.inner_momentum": self.inner_momentum, **betas})
         if self.inner_momentum and self.inner_optimizer == "adam":
             raise ConfigError(
                 f"algorithm.inner_momentum: {self.inner_momentum} goes with inner_optimizer: sgd; adam has inner_betas"
@@ -119,6 +143,19 @@ class InnerLoop(Algorithm):
             states.append(self.step(descent, states[-1], step))
         return [descent.finish(*state) for state in states]
 
+    @property
+    def update_is_linear(self) -> bool:
+        """Whether the class that defines ``update`` declares it linear under ``inner_optimizer``."""
+        defined_by = next(cls for cls in type(self).__mro__ if "update" in vars(cls))
+        return self.inner_optimizer in vars(defined_by).get("linear_optimizers", ())
+
+    @property
+    def overridden(self) -> str | None:
+        """The name of a method that only unrolled differentiation follows where a subclass overrides it, or None."""
+        own = type(self)
+        return "adapt" if own.adapt is not InnerLoop.adapt else "step" if own.step is not InnerLoop.step else None
+
+    @final
     def step(self, descent: Descent, state: InnerState, step: InnerStep) -> InnerState:
         """Return the state after one optimiser step from ``state``."""
         phi, moments = state
@@ -128,13 +165,17 @@ class InnerLoop(Algorithm):
         return self.update(phi, gradient, descent.rate, moments)
 
     def update(self, phi: Parameters, gradient: Parameters, rate: Rate, moments: Moments) -> InnerState:
-        """Apply the inner optimiser's formula to ``gradient``; return the new state."""
+        """Apply the inner optimiser's formula to ``gradient``; return the new state.
+
+        The one place for an inner optimiser of your own: a function of its four arguments alone.
+        """
         if self.inner_optimizer == "adam":
             beta1, beta2 = self.inner_betas
             count = moments.count + 1
             first = moments.first * beta1 + gradient * (1 - beta1)
             second = moments.second * beta2 + gradient.square() * (1 - beta2)
-            step = (first / (1 - beta1**count)) / (second / (1 - beta2**count) + self.inner_eps).sqrt()
+            corrections = (_bias_correction(beta, count, first) for beta in self.inner_betas)
+            step = (first / next(corrections)) / (second / next(corrections) + self.inner_eps).sqrt()
             return phi - step * rate, Moments(first, second, count, moments.counted)
         if self.inner_momentum:
             first = moments.first * self.inner_momentum + gradient

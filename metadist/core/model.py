@@ -93,8 +93,10 @@ class _Call(nn.Module):
 class Model:
     """A module that ``factory`` builds from a seeded state: all workers hold the same module.
 
-    ``freeze`` lists patterns of parameter names that are not learned. Raises ConfigError for a module that keeps
-    running statistics: tasks cannot share them under ``vmap``, and they would carry information between tasks.
+    Parameters with ``requires_grad=False`` and those with a name that a pattern in ``freeze`` matches are not learned:
+    neither the inner nor the outer loop changes them. Raises ConfigError for a module that keeps running statistics
+    (tasks cannot share them under ``vmap``, and they would carry information between tasks), and for one with a
+    tensor that requires a gradient and is no parameter.
     """
 
     def __init__(
@@ -105,13 +107,8 @@ class Model:
         self.device = torch.device("cpu")
         self._refuse_running_statistics()
         self._refuse_unkeyed_dropout()
-        names = [n for n, _ in self.module.named_parameters()]
-        for pattern in freeze:
-            if not any(fnmatch.fnmatch(n, pattern) for n in names):
-                raise ConfigError(f"model.freeze: '{pattern}' matches no parameter; there are {', '.join(names)}")
-        self.frozen = frozenset(n for n in names if any(fnmatch.fnmatch(n, p) for p in freeze))
-        if len(self.frozen) == len(names) and names:
-            raise ConfigError(f"model.freeze: {list(freeze)} freezes every parameter; leave at least one to be learned")
+        self._refuse_unregistered_parameters()
+        self.frozen = self._frozen()
 
     @property
     def module(self) -> nn.Module:
@@ -145,6 +142,42 @@ class Model:
                 )
         return module.to(self.dtype)
 
+    def _frozen(self) -> frozenset[str]:
+        """Return the names of the parameters that the module or ``freeze`` fixes."""
+        names = {n: p.requires_grad for n, p in self.module.named_parameters()}
+        for pattern in self.freeze:
+            if not any(fnmatch.fnmatch(n, pattern) for n in names):
+                raise ConfigError(f"model.freeze: '{pattern}' matches no parameter; there are {', '.join(names)}")
+        frozen = {n for n, learns in names.items() if not learns or any(fnmatch.fnmatch(n, p) for p in self.freeze)}
+        if len(frozen) == len(names) and names:
+            reason = f"model.freeze: {list(self.freeze)} freezes every parameter"
+            if not all(names.values()):
+                patterns = f" and model.freeze: {list(self.freeze)}" if self.freeze else ""
+                reason = f"model: requires_grad=False{patterns} fix every parameter of '{type(self.module).__name__}'"
+            raise ConfigError(f"{reason}; leave at least one to be learned")
+        return frozenset(frozen)
+
+    @property
+    def frozen_line(self) -> str | None:
+        """A line that names the frozen parameters and what freezes them; None where all parameters are learned."""
+        names = [n for n, _ in self.module.named_parameters() if n in self.frozen]
+        if not names:
+            return None
+        by_module = any(not p.requires_grad for p in self.module.parameters())
+        reasons = (["requires_grad=False"] if by_module else []) + (["model.freeze"] if self.freeze else [])
+        shown = ", ".join(names[:6]) + (f", … ({len(names)} in all)" if len(names) > 6 else "")
+        return f"frozen by {' and '.join(reasons)}, in inner and outer loop: {shown}"
+
+    def _refuse_unregistered_parameters(self) -> None:
+        for prefix, module in self.module.named_modules():
+            tensors = {**vars(module), **dict(module.named_buffers(recurse=False))}
+            for name, value in tensors.items():
+                if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
+                    raise ConfigError(
+                        f"model: '{f'{prefix}.{name}' if prefix else name}' requires a gradient but is no parameter, "
+                        "so nothing would learn it; make it a torch.nn.Parameter, or set its requires_grad to False"
+                    )
+
     def _refuse_running_statistics(self) -> None:
         for name, norm in self.module.named_modules():
             if isinstance(norm, _NORMS) and norm.track_running_stats:
@@ -163,13 +196,17 @@ class Model:
                 )
 
     def initial(self, seed: int) -> tuple[Parameters, Parameters, Parameters]:
-        """Return (learned parameters, frozen parameters, buffers) of a module that is built from ``seed``."""
+        """Return (learned parameters, frozen parameters, buffers) of a module that is built from ``seed``.
+
+        Frozen parameters of another dtype than the model's, such as tables of integers, are among the buffers.
+        """
         module = self._build(seed)
         parameters = {n: p.detach().clone() for n, p in module.named_parameters()}
         buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
         learned = Parameters({n: p for n, p in parameters.items() if n not in self.frozen})
-        frozen = Parameters({n: p for n, p in parameters.items() if n in self.frozen})
-        return learned, frozen, Parameters(buffers)
+        frozen = {n: p for n, p in parameters.items() if n in self.frozen}
+        buffers.update({n: p for n, p in frozen.items() if p.dtype != self.dtype})
+        return learned, Parameters({n: p for n, p in frozen.items() if p.dtype == self.dtype}), Parameters(buffers)
 
     def to(self, device: torch.device) -> Model:
         """Move the module to ``device``, in place; return the model."""

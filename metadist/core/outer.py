@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metadist.core.errors import ConfigError, NonFiniteError, at_least, one_of
+from metadist.core.errors import ConfigError, NonFiniteError, at_least, one_of, within
 from metadist.core.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
@@ -63,15 +63,13 @@ class OuterLoop:
         one_of("outer.optimizer", self.optimizer, OPTIMIZERS)
         one_of("outer.schedule", self.schedule, SCHEDULES)
         at_least(1, **{f"outer.{n}": getattr(self, n) for n in ("meta_batch_size", "shard_size", "meta_steps")})
-        if not (0 <= self.lr < math.inf and 0 <= self.final_lr < math.inf):
-            raise ConfigError(
-                f"outer.lr, outer.final_lr: {self.lr}, {self.final_lr}; expected finite rates of 0 or more"
-            )
+        within(0, math.inf, **{f"outer.{n}": getattr(self, n) for n in ("lr", "final_lr", "eps", "weight_decay")})
+        within(0, 1, **{"outer.momentum": self.momentum, **{f"outer.betas[{i}]": b for i, b in enumerate(self.betas)}})
         if self.momentum and self.optimizer != "sgd":
             raise ConfigError(
                 f"outer.momentum: {self.momentum} goes with optimizer: sgd; for {self.optimizer} set outer.betas"
             )
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"outer.clip_norm: {self.clip_norm} is not above 0; use null for no clipping")
 
     def rate(self, lr: float, meta_step: int) -> float:

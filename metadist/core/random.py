@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import Union
+from operator import index
+from typing import SupportsIndex, Union
 
 import torch
 from torch import Tensor
@@ -139,15 +141,19 @@ def integers(words: Tensor, high: int) -> Tensor:
 def choose(words: Tensor, population: Tensor | int) -> Tensor:
     """Convert words […, k] to k ordered draws without replacement from range(``population``): int64 […, k].
 
-    ``population`` is an int or a tensor […]. A partial Fisher–Yates shuffle without the array that is shuffled. Draw
-    j takes the item at place pick_j ≥ j, and moves the item at place j to pick_j. The item at a place before draw j
-    was moved there by the last earlier draw that picked this place; following these draws back ends at a place that
-    no draw has changed. O(k²) for every size of population.
+    ``population`` is an int up to 2³² or a tensor […] with values up to 2³¹. A partial Fisher–Yates shuffle without
+    the array that is shuffled. Draw j takes the item at place pick_j ≥ j, and moves the item at place j to pick_j. The
+    item at a place before draw j was moved there by the last earlier draw that picked this place; following these
+    draws back ends at a place that no draw has changed. O(k²) for every size of population.
     """
     k = words.shape[-1]
+    large = not isinstance(population, Tensor) and population > 1 << 31
+    if large and population > 1 << 32:
+        raise ValueError(f"population is {population}; expected 2**32 or less")
     turn = torch.arange(k, device=words.device)
     left = (population.unsqueeze(-1) if isinstance(population, Tensor) else population) - turn
-    picks = ((words * left) >> 32) + turn
+    high = (words * left) >> 32
+    picks = (high & _MASK if large else high) + turn  # products above 2⁶³ wrap
     if k < 2:
         return picks
     # For each turn j: the last draw i < j that picked place j, and the last draw that picked place pick_j; -1 for none.
@@ -206,7 +212,8 @@ class Stream:
 class TaskKey:
     """(run seed, split, meta-step, task index), which determine a task; for one task, or for all tasks of a shard.
 
-    In a traced graph, the meta-step (and a stream's ``step`` and ``call``) can be int64 scalars.
+    In a traced graph, the meta-step (and a stream's ``step`` and ``call``) can be int64 scalars. Indices and meta-step
+    are words of 32 bits: ``of`` refuses others, which would share the numbers of other tasks.
     """
 
     seed: int
@@ -216,9 +223,18 @@ class TaskKey:
 
     @classmethod
     def of(cls, seed: int, split: str, meta_step: int, tasks: range | list[int]) -> TaskKey:
-        """Return the key of ``tasks``, a range or list of task indices."""
+        """Return the key of ``tasks``, a range or list of task indices.
+
+        Raises ValueError where the split is unknown, or where ``meta_step`` or an index is not an integer in [0, 2³²).
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split '{split}' is unknown; expected one of {', '.join(SPLITS)}")
+        _refuse_other_words("meta_step", (meta_step,))
         if isinstance(tasks, range):
-            return cls(seed, split, meta_step, torch.arange(tasks.start, max(tasks.start, tasks.stop), tasks.step))
+            _refuse_other_words("task index", (tasks[0], tasks[-1]) if tasks else ())
+            found = torch.arange(tasks.start, tasks.stop, tasks.step) if tasks else torch.empty(0, dtype=torch.int64)
+            return cls(seed, split, meta_step, found)
+        _refuse_other_words("task index", tasks)
         return cls(seed, split, meta_step, torch.tensor(tasks, dtype=torch.int64))
 
     def stream(self, name: str, step: CounterWord = 0, call: CounterWord = 0) -> Stream:
@@ -252,6 +268,17 @@ class TaskKey:
         The seed has 32 bits: one in 2³² pairs of tasks shares its numbers. Streams have no such limit.
         """
         return torch.Generator().manual_seed(int(self.stream(name).bits()))
+
+
+def _refuse_other_words(name: str, values: Iterable[SupportsIndex]) -> None:
+    """Raise ValueError where a value is not a 32-bit word: it would share the random numbers of the word mod 2³²."""
+    for value in values:
+        try:
+            valid = 0 <= index(value) <= _MASK
+        except TypeError:
+            valid = False
+        if not valid:
+            raise ValueError(f"{name} {value}; expected an integer of 0 or more and below 2**32")
 
 
 def seeded(seed: int, name: str) -> torch.Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
@@ -10,6 +11,7 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from metadist.core.errors import ConfigError, within
 from metadist.core.parameters import Layout, Parameters
 
 Rule = Literal["gradient", "average", "constant"]
@@ -29,6 +31,12 @@ class Slot:
     lr: float | None = None
     bounds: tuple[float | None, float | None] = (None, None)
     weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        within(0, math.inf, **{"lr of a slot": self.lr, "weight_decay of a slot": self.weight_decay})
+        low, high = (unbounded if b is None else b for b, unbounded in zip(self.bounds, (-math.inf, math.inf)))
+        if not low <= high:
+            raise ConfigError(f"bounds of a slot: {self.bounds}; expected (low, high) with low ≤ high, or None for one")
 
 
 @dataclass(frozen=True)

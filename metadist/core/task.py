@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,8 @@ class ImageFormat(Protocol):
     def channels(self) -> int: ...
     @property
     def invert(self) -> bool: ...
+    @property
+    def white(self) -> float | None: ...
 
 
 class TaskFamily:
@@ -146,9 +148,15 @@ class TaskFamily:
         def decode(self) -> ImageFormat | None:
             """The conversion of images to inputs, for a server; None where inputs are not images."""
             raise NotImplementedError
+
+        @property
+        def columns(self) -> str | None:
+            """The conversion of a table's columns to inputs and targets as JSON; None where inputs are no rows."""
+            raise NotImplementedError
     else:
         data_sha256 = None
         decode = None
+        columns = None
     #: ``skip`` where shards may leave out failed tasks; None for families whose tasks cannot fail
     on_error: str | None = None
 
@@ -170,6 +178,25 @@ class TaskFamily:
     def metric(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the metric ``metric_name`` of each example [N]; by default, the squared error."""
         return _squared_error(prediction, target)
+
+    def splits(self) -> Mapping[str, Sequence[str]] | None:
+        """Return the names of the classes (or other sources of tasks) of each split; None where there are none.
+
+        No name may be in two splits: a run is refused otherwise. Every run keeps them as ``splits.json``.
+        """
+        return None
+
+    def data_notes(self) -> Sequence[str]:
+        """Return what the user should know about the data, such as files that are passed over, a line for each."""
+        return ()
+
+    def task_classes(self, key: TaskKey, split: str) -> Sequence[str] | None:
+        """Return the names of the classes 0, 1, … of the task of ``key``, for pictures; None where they have none."""
+        return None
+
+    def exported(self) -> dict[str, Any]:
+        """Return options that replace the data in the config of an exported model, so that serving needs no data."""
+        return {}
 
     def protocol(self, split: str) -> dict[str, object]:
         """Return the conditions of a score on ``split`` (ways, shots, queries, …), as plain values for a report."""

@@ -29,7 +29,7 @@ MAX_SIGNATURES = 16
 
 
 class Compiled:
-    """Run functions of tensors as compiled graphs, one for every (name, shapes of the arguments' tensors).
+    """Run functions of tensors as compiled graphs, one for every (name, structure and shapes of the arguments).
 
     Whole numbers among the arguments become 0-d tensors, so that one graph serves every meta-step and inner step.
     Each compilation runs inside ``around(name)``: a lock of the node, a log message. ``seconds`` is the time that
@@ -51,7 +51,7 @@ class Compiled:
         def run(name: str, function: Callable[..., T], *arguments: object) -> T:
             leaves, spec = pytree.tree_flatten(arguments)
             tensors = [t if isinstance(t, Tensor) else torch.tensor(t, device=self.device) for t in leaves]
-            key = (name, *static, *((t.shape, t.dtype) for t in tensors))
+            key = (name, *static, spec, *((t.shape, t.dtype) for t in tensors))
             if key not in self._functions:
                 self._functions[key] = self._compile(name, function, spec, tensors)
             compiled, returned = self._functions[key]

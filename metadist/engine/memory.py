@@ -68,6 +68,24 @@ def allocated_bytes(subject: Subject) -> int:
     return _measured(subject, Engine(), subject.algorithm.inner_steps).total
 
 
+def float64_within(subject: Subject, budget: int | None) -> tuple[int, int | None]:
+    """Return how many inner steps, and how many tasks at once, unrolled float64 gradients may have in ``budget`` bytes.
+
+    All steps, and None for all tasks of a shard, where these fit or ``budget`` is None; else at least two steps of one
+    task. The number of tasks is a power of two.
+    """
+    steps, shard = subject.algorithm.inner_steps, subject.outer.shard_size
+    if budget is None:
+        return steps, None
+    bytes_of = replace(footprint(subject, Engine()), shared=0)  # of the model's dtype: float64 may take twice as many
+    if 2 * bytes_of.peak(shard) <= budget:
+        return steps, None
+    chunk = max(1, budget // max(1, 2 * bytes_of.peak(1)))
+    while steps > 2 and 2 * replace(bytes_of, inner_steps=steps).peak(1) > budget:
+        steps -= 1
+    return steps, 1 << chunk.bit_length() - 1
+
+
 def _one_task(subject: Subject) -> tuple[Theta, Task, TaskKey, Tensor]:
     keys = TaskKey.of(0, "train", 0, [0])
     return (

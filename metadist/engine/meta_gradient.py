@@ -101,8 +101,11 @@ class MetaGradient:
         """Return the reason why mixed differentiation is impossible, or None."""
         if self.algorithm.contribution == "delta":
             return "the algorithm contributes a delta, and differentiates through nothing"
-        if not isinstance(self.algorithm, InnerLoop) or type(self.algorithm).adapt is not InnerLoop.adapt:
-            return f"{type(self.algorithm).__name__} has no inner loop stated by descent()"
+        name = type(self.algorithm).__name__
+        if not isinstance(self.algorithm, InnerLoop):
+            return f"{name} has no inner loop stated by descent()"
+        if overridden := self.algorithm.overridden:
+            return f"{name} overrides {overridden}(), which only unrolled differentiation follows (override update())"
         return None
 
     @property
@@ -187,13 +190,10 @@ class MetaGradient:
 
     def _start(self, bound: _BoundTask) -> InnerState:
         phi, moments = bound.descent().start
-        if self.engine.compile and moments.first:
+        if self.engine.compile:
             # A number would be a constant of each step's graph, and each step would be compiled.
-            moments = replace(
-                moments,
-                count=torch.full((), float(moments.count), dtype=self.model.dtype, device=self.model.device),
-                counted=True,
-            )
+            count = torch.full((), float(moments.count), dtype=torch.float64, device=self.model.device)
+            moments = replace(moments, count=count, counted=True)
         return phi, moments
 
     def _step(self, bound: _BoundTask, state: InnerState, step: StepIndex) -> InnerState:
@@ -261,8 +261,8 @@ class MetaGradient:
         step: StepIndex,
     ) -> tuple[InnerState, Values]:
         here, (phi, moments) = descent(held), state
-        # The update of plain SGD is linear in the gradient, so its derivative needs no value of the gradient.
-        linear = self._inner_loop.inner_optimizer == "sgd" and not isinstance(here.rate, (Parameters, Tensor))
+        # The derivative of a linear update needs no value of the gradient, unless a rate multiplies that value.
+        linear = self._inner_loop.update_is_linear and not isinstance(here.rate, (Parameters, Tensor))
         gradient: Parameters = phi.zeros() if linear else grad(here.loss)(phi, step)
 
         def update(phi: Parameters, moments: Moments, gradient: Parameters, held: Values) -> InnerState:

@@ -27,6 +27,7 @@ class Subject(Protocol):
     tasks: TaskFamily
     outer: OuterLoop
     engine: Engine
+    non_finite: str
     device: torch.device
     slots: dict[str, Slot]
 
@@ -64,6 +65,14 @@ class Subject(Protocol):
 
     def tasks_alike(self) -> bool:
         """Return whether training tasks have one size, so that one graph can serve them."""
+        ...
+
+    def with_algorithm(self, algorithm: Algorithm) -> Subject:
+        """Return a copy that has ``algorithm`` and shares the compiled graphs.
+
+        ``algorithm`` may differ from that of this learner in the number of inner steps alone, and only where no graph
+        depends on that number.
+        """
         ...
 
     def eager(self) -> Subject:

@@ -20,6 +20,7 @@ from metadist.core.errors import ConfigError, nearest, one_of
 from metadist.core.random import TaskKey
 from metadist.environments.simulated import OnError, SimulatedEnvironment, TaskValues
 from metadist.rl.environment import Tasks
+from metadist.storage.places import cache_root
 
 #: a task's ``parameters``: three or six numbers, padded with zeros
 WIDTH = 6
@@ -134,7 +135,7 @@ def listed(benchmark: str, family: str, task_seed: int, split: str) -> Listed:
     """Return the tasks of ``split``, from a file in the cache if there is one: a list of ML45 takes half a minute."""
     of = family if benchmark == "ML1" else "all"
     name = f"metaworld-{version('metaworld')}-{benchmark}-{of}-{task_seed}-{split}.npz"
-    folder = Path(os.environ.get("METADIST_CACHE") or "~/.cache/metadist").expanduser()
+    folder = cache_root()
     with (
         suppress(OSError, EOFError, ValueError, KeyError, BadZipFile),
         np.load(folder / name, allow_pickle=False) as file,

@@ -11,6 +11,7 @@ import torch
 
 import metadist
 from metadist.config.experiment import Experiment
+from metadist.core.signature import Signature
 from metadist.storage.checkpoints import Checkpoints, Loaded
 from metadist.storage.run_directory import RunDirectory
 from metadist.training.progress import Progress
@@ -24,7 +25,7 @@ class Attempt:
 
     ``earlier`` is the checkpoint that the attempt resumes, or None. ``inexact`` names the workers whose numerics differ
     from the numerics at the run's begin; every checkpoint stores the list. ``edited`` names the user's modules whose
-    code is another one than that of the earlier checkpoint.
+    code is another one than that of the earlier checkpoint. ``signature`` describes inputs and targets.
     """
 
     experiment: Experiment
@@ -35,6 +36,7 @@ class Attempt:
     progress: Progress
     inexact: list[str] = field(default_factory=list)
     edited: list[str] = field(default_factory=list)
+    signature: Signature | None = None
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -61,6 +63,7 @@ class Attempt:
             "engine": asdict(plan.engine),
             "data_sha256": self.experiment.learner.data_sha256,
             "modules": self.experiment.code,
+            **({} if self.signature is None else {"signature": self.signature.as_dict()}),
             "versions": {
                 "metadist": metadist.__version__,
                 "torch": torch.__version__,

@@ -1,76 +1,55 @@
-"""Evaluate a finished run."""
+"""Evaluate a finished run, or all seeds of a group on the same tasks."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
-
-from metadist.config.build import build
-from metadist.config.document import set_workers
-from metadist.config.experiment import Experiment
-from metadist.config.groups import WorkerGroup
-from metadist.core.round import EvaluationRequest, MetaStepKey
-from metadist.engine.plan import Plan
-from metadist.experiment.fleet import start_workers
+from metadist.core.errors import ConfigError
+from metadist.experiment.evaluation_record import FOLDER, new_evaluation_id
+from metadist.experiment.judging import EvaluationOptions
 from metadist.experiment.load import load_run
-from metadist.experiment.oracle_comparison import check_methods, paired
 from metadist.experiment.result import Result
-from metadist.learners import of_trials
-from metadist.learners.evaluation import TrialEvaluation
-from metadist.training.evaluation import evaluate
+from metadist.experiment.seeds import Group
+from metadist.learners.evaluation import as_json
+from metadist.storage.run_directory import RunDirectory
+from metadist.tracking import mean_sd
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """Deviations from the protocol of a run; None means the run's own value.
+def evaluate_run(run_dir: str, options: EvaluationOptions = EvaluationOptions(), name: str | None = None) -> Result:
+    """Evaluate the best parameters of a run. Raises ConfigError where an option does not suit the run's tasks.
 
-    ``beside`` names known methods for a comparison on the same trials of a meta-environment.
+    ``name`` is the name of the evaluation's folder in the run directory.
     """
-
-    tasks: int | None = None
-    split: str = "test"
-    inner_steps: int | None = None
-    workers: str | None = None
-    normalization: str | None = None
-    beside: Sequence[str] = ()
+    return load_run(run_dir).judged(options, name)
 
 
-def evaluate_run(run_dir: str, options: EvaluationOptions = EvaluationOptions()) -> Result:
-    """Evaluate the best parameters of a run. Raises ConfigError where an option does not suit the run's tasks."""
-    loaded = load_run(run_dir)
-    experiment = _without_remote_workers(loaded.experiment, options.workers)
-    settings, learner = experiment.evaluate, experiment.learner
-    if options.normalization is not None:
-        learner.normalize(options.normalization)
-    environment = of_trials(learner).tasks if options.beside else None
-    if environment is not None:
-        check_methods(environment, options.beside)  # before minutes of evaluation
-    learner.prepare(torch.device("cpu"))
-    request = EvaluationRequest(
-        MetaStepKey(loaded.run_id, loaded.outcome.best_step, experiment.seed),
-        options.split,
-        options.tasks or settings.test_tasks,
-        settings.inner_steps if options.inner_steps is None else options.inner_steps,
-    )
-    began = time.perf_counter()
-    with start_workers(experiment, loaded.run_id, Plan.eager) as workers:
-        judged = evaluate(workers, learner, loaded.state, request)
-    if environment is not None:
-        assert isinstance(judged, TrialEvaluation)
-        judged = dataclasses.replace(judged, beside=paired(judged, environment, options.beside, seed=experiment.seed))
-    learner.prepare(torch.device("cpu"))
-    seconds = time.perf_counter() - began
-    return dataclasses.replace(loaded, experiment=experiment, evaluations=[judged], wall_seconds=seconds)
+def is_group(run_dir: str) -> bool:
+    """Return whether ``run_dir`` holds a group of seeds."""
+    folder = RunDirectory(run_dir)
+    return folder.read("run.json") is None and folder.read("group.json") is not None
 
 
-def _without_remote_workers(experiment: Experiment, workers: str | None) -> Experiment:
-    """Return the experiment without remote workers, with ``workers`` in place of its own groups if given."""
-    groups = experiment.workers
-    if workers is not None:
-        groups = build(set_workers(experiment.document, workers)).workers
-    mine = tuple(g for g in groups if not g.outside) or (WorkerGroup(min=0, max=0),)
-    return dataclasses.replace(experiment, workers=mine)
+def evaluate_group(run_dir: str, options: EvaluationOptions = EvaluationOptions()) -> Group:
+    """Evaluate every seed of a group on the same tasks: those of ``evaluate.seed``, or else of the first seed."""
+    folder = RunDirectory(run_dir)
+    about = folder.read_json("group.json")
+    if about is None:
+        raise ConfigError(f"'{run_dir}' holds no group of seeds; is it the folder that train --seeds printed?")
+    name, seeds, seed = new_evaluation_id(options.split), about["seeds"], about.get("evaluate_seed")
+    if "evaluate.seed" not in options.keys:
+        shared = f"evaluate.seed={seeds[0] if seed is None else seed}"
+        options = dataclasses.replace(options, overrides=[*options.overrides, shared])
+    results = [evaluate_run(f"{folder.url}/seed-{each}", options, name) for each in seeds]
+    summary = mean_sd([result.evaluations[0].metrics() for result in results])
+    if options.record:
+        record = {
+            "id": name,
+            "created": time.time(),
+            "overrides": list(options.overrides),
+            "summary": as_json(summary),
+            "seeds": [{"seed": r.experiment.seed, "evaluation": r.evaluations[0].as_dict()} for r in results],
+        }
+        folder.write(f"{FOLDER}/{name}/evaluation.json", json.dumps(record, indent=1))
+    return Group(str(about["group_id"]), folder.url, results, summary)

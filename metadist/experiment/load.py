@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
@@ -13,29 +12,33 @@ from metadist.config.experiment import Experiment
 from metadist.config.schema import parse_document
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.attempt import edited_modules
-from metadist.experiment.result import SLOTS, Result
+from metadist.experiment.result import SLOTS, Result, signature_of
 from metadist.storage.checkpoints import Checkpoints, load_parameters
-from metadist.storage.run_directory import RunDirectory, runs_root
+from metadist.storage.run_directory import RunDirectory
+from metadist.storage.torch_files import TORCH_FILES, load_torch_parameters
 from metadist.training.progress import Outcome, Progress
 
 log = logging.getLogger(__name__)
 
 
 def initial_parameters(source: str | None) -> Mapping[str, Tensor] | None:
-    """Return the model parameters of a safetensors file, or the best ones of an earlier run; None without a source."""
+    """Return the model parameters of a safetensors or torch file, or the best ones of an earlier run.
+
+    None without a source.
+    """
     if source is None:
         return None
     if source.endswith(".safetensors"):
         return {name: tensor for name, tensor in load_parameters(source).items() if not name.startswith(SLOTS)}
+    if source.endswith(TORCH_FILES):
+        return load_torch_parameters(source)
     if RunDirectory(source).read("run.json") is None:
-        raise ConfigError(f"init_from: '{source}' is neither a .safetensors file nor a run directory")
+        raise ConfigError(
+            f"init_from: '{source}' is neither a .safetensors file, nor a file of torch.save "
+            f"({', '.join(TORCH_FILES)}), nor a run directory"
+        )
     earlier = load_run(source)
     return earlier.experiment.learner.parameters(earlier.state)
-
-
-def tracking_root(directory: RunDirectory) -> Path:
-    """Return the folder of the default SQLite store: METADIST_RUNS, or a local folder where that is remote."""
-    return directory.scratch.parent if "://" in runs_root() else Path(runs_root()).resolve()
 
 
 def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
@@ -63,4 +66,14 @@ def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
             ", ".join(edited),
         )
     outcome = Outcome(Progress.of(loaded), loaded.state, loaded.meta_step, 0.0)
-    return Result(about["run_id"], folder.url, experiment, outcome, [], loaded.state.sha256(), {}, 0.0)
+    return Result(
+        about["run_id"],
+        folder.url,
+        experiment,
+        outcome,
+        [],
+        loaded.state.sha256(),
+        {},
+        0.0,
+        recorded=signature_of(loaded.manifest),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,12 +16,14 @@ import torch
 import metadist
 from metadist.config.schema import flatten
 from metadist.experiment.attempt import Attempt
-from metadist.experiment.load import tracking_root
+from metadist.experiment.evaluation_record import write_tasks
 from metadist.experiment.result import Result
 from metadist.jobs import links
-from metadist.storage.run_directory import RunDirectory
+from metadist.storage.run_directory import RunDirectory, tracking_root
 from metadist.tracking import Tracker, make_tracker
 from metadist.training.observers import Observer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -80,7 +83,22 @@ def _start_tracker(attempt: Attempt, parent: str | None) -> Tracker:
     )
     if directory.local and (Path(directory.url) / "config.yaml").is_file():
         tracker.artifact(Path(directory.url) / "config.yaml")
+    _record_data(attempt, tracker)
     return tracker
+
+
+def _record_data(attempt: Attempt, tracker: Tracker) -> None:
+    """Write the classes of each split to ``splits.json``, which can serve as a ``split_list``; log the data's notes."""
+    directory, learner = attempt.directory, attempt.experiment.learner
+    if splits := learner.splits():
+        path = directory.scratch / "splits.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({s: list(names) for s, names in splits.items()}, indent=1), encoding="utf-8")
+        directory.upload(path, path.name)
+        tracker.artifact(path)
+    if notes := "; ".join(learner.tasks.data_notes()):
+        log.warning("data: %s", notes)
+        tracker.tags({"metadist.data_notes": notes[:5000]})
 
 
 def _git_revision() -> str:
@@ -117,6 +135,10 @@ def write_result(directory: RunDirectory, result: Result, tracker: Tracker, *, p
         tracker.artifact(Path(directory.url) / "model.safetensors")
     if result.evaluations:
         directory.write("evaluation.json", json.dumps([e.as_dict() for e in result.evaluations], indent=1))
+    if result.evaluations and result.task_records is not None:
+        tasks = write_tasks(directory.scratch / "evaluation_tasks.parquet", result.evaluations[0], result.task_records)
+        directory.upload(tasks, tasks.name)
+        tracker.artifact(tasks)
     if result.interrupted:
         return
     # Matplotlib and MLflow's requirements take seconds to import.

@@ -15,10 +15,10 @@ import torch
 
 from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
-from metadist.experiment.load import load_run, tracking_root
+from metadist.experiment.load import load_run
 from metadist.experiment.result import Result
 from metadist.learners import supervised
-from metadist.storage.run_directory import RunDirectory, runs_root
+from metadist.storage.run_directory import RunDirectory, runs_root, tracking_root
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def _write(place: Path, result: Result) -> list[Path]:
 def _example(result: Result) -> dict[str, Any]:
     """Return the first validation task as an example of the model's input."""
     learner = supervised(result.experiment.learner)
-    task = learner.sample(TaskKey.of(result.experiment.seed, "validation", 0, [0]))
+    task = learner.sample(TaskKey.of(result.experiment.evaluation_seed, "validation", 0, [0]))
     return {
         "support_x": task.support.x[0].numpy(),
         "support_y": task.support.y[0].numpy(),
@@ -67,10 +67,9 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
         raise ConfigError(
             f"run {result.run_id} has no validation at meta-step {meta_step}; the choice of the champion needs one"
         )
-    classification = learner.tasks.kind == "classification"
-    tasks = {n: experiment.document.get(n) for n in ("tasks", "seed")}
     protocol = {
-        **tasks,
+        "tasks": experiment.document.get("tasks"),
+        "seed": experiment.evaluation_seed,
         "validation_tasks": settings.tasks,
         "inner_steps": settings.inner_steps,
         "metric": learner.tasks.metric_name,
@@ -83,7 +82,7 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
         "score": judged[-1]["mean"],
         "higher_is_better": learner.tasks.higher_is_better,
         "protocol": hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        "outputs": learner.tasks.ways("test") if classification else learner.tasks.outputs,
+        "prediction_shape": [-1 if n is None else n for n in result.signature.prediction_shape],
         "dtype": str(learner.model.dtype).removeprefix("torch."),
         "inner_steps": -1 if settings.inner_steps is None else settings.inner_steps,
     }

@@ -43,12 +43,14 @@ def draw(result: Result, folder: Path) -> list[Path]:
     elif learner.tasks.kind == "classification" and learner.tasks.input_shape and len(learner.tasks.input_shape) == 3:
         drawn.append(folder / "episode.png")
         task, trajectory = _adapted(result, 0)
+        key = TaskKey.of(result.experiment.seed, "test", 0, [0]).each()[0]
         predicted = result.predict(AdaptedParameters(trajectory[-1], task.support), task.query.x).argmax(-1)
         episode = {
             "support": task.support.x,
             "support_labels": task.support.y,
             "query": task.query.x,
             "query_labels": task.query.y,
+            "classes": learner.tasks.task_classes(key, "test"),
         }
         plots.episode_sheet(drawn[-1], {**episode, "predicted": predicted, "title": "A held-out episode"})
     return drawn
@@ -56,7 +58,7 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 def _adapted(result: Result, index: int) -> tuple[Task, Any]:
     """Return a test task and its trajectory φ_0 … φ_k."""
-    learner, seed = supervised(result.experiment.learner), result.experiment.seed
+    learner, seed = supervised(result.experiment.learner), result.experiment.evaluation_seed
     keys = TaskKey.of(seed, "test", 0, [index])
     task: Task = torch.utils._pytree.tree_map(lambda t: t[0], learner.sample(keys))
     algorithm = with_inner_steps(learner.algorithm, result.experiment.evaluate.inner_steps)
@@ -70,7 +72,7 @@ def _sinusoid(result: Result, family: Sinusoid, index: int) -> dict[str, Any]:
     task, trajectory = _adapted(result, index)
     x = torch.linspace(*family.x_range, 200).unsqueeze(-1)
     steps = sorted({0, 1, len(trajectory) - 1} & set(range(len(trajectory))))
-    keys = TaskKey.of(result.experiment.seed, "test", 0, [index])
+    keys = TaskKey.of(result.experiment.evaluation_seed, "test", 0, [index])
     return {
         "x_support": task.support.x[:, 0],
         "y_support": task.support.y[:, 0],

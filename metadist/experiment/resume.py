@@ -71,7 +71,9 @@ def _run_id(directory: RunDirectory, experiment: Experiment, run_id: str, resume
     if resume:
         log.warning("run_dir %s holds no run yet; a new one starts", directory.url)
     _write_config(directory, experiment)
-    directory.write("run.json", json.dumps({"run_id": run_id, "name": experiment.name, "created": time.time()}))
+    about = {"run_id": run_id, "name": experiment.name, "created": time.time()}
+    notes = list(experiment.tasks.made.data_notes())
+    directory.write("run.json", json.dumps({**about, **({"data_notes": notes} if notes else {})}))
     return run_id
 
 

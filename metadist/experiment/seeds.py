@@ -1,4 +1,7 @@
-"""Train several seeds of one experiment: a run per seed under one parent that records mean and standard deviation."""
+"""Train several seeds of one experiment: a run per seed under one parent that records mean and standard deviation.
+
+The same validation and test tasks judge all of them.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,11 @@ from metadist.config.build import build
 from metadist.config.experiment import Experiment
 from metadist.config.schema import Document
 from metadist.core.errors import ConfigError
-from metadist.experiment.load import tracking_root
 from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
 from metadist.experiment.train import train
 from metadist.learners.evaluation import as_json
-from metadist.storage.run_directory import RunDirectory, new_run_id, newest_run, runs_root
+from metadist.storage.run_directory import RunDirectory, new_run_id, newest_run, runs_root, tracking_root
 from metadist.tracking import log_group, make_tracker, mean_sd
 from metadist.training.observers import Observer
 
@@ -51,10 +53,11 @@ def train_seeds(
     ``live(experiment)`` returns the display of a run; ``show(result)`` is called after each run.
     """
     base = build(document)
-    directory, group_id = _claim(base.name, seeds, request)
+    directory, group_id, judged_by = _claim(base, seeds, request)
     results: list[Result] = []
     for seed in seeds:
-        experiment = build({**document, "seed": seed})
+        evaluation = {**(document.get("evaluate") or {}), **({} if judged_by is None else {"seed": judged_by})}
+        experiment = build({**document, "seed": seed, "evaluate": evaluation})
         child = f"{directory.url}/seed-{seed}"
         again = request.resume and RunDirectory(child).read("run.json") is not None
         with live(experiment) as display:
@@ -69,8 +72,13 @@ def train_seeds(
     return Group(group_id, directory.url, results, mean_sd(final), interrupted=len(final) < len(seeds))
 
 
-def _claim(name: str, seeds: Sequence[int], request: RunRequest) -> tuple[RunDirectory, str]:
-    """Return the group's directory and id. Raises ConfigError where the directory belongs to another run or group."""
+def _claim(base: Experiment, seeds: Sequence[int], request: RunRequest) -> tuple[RunDirectory, str, int | None]:
+    """Return the group's directory, its id, and the seed of the tasks that judge all its runs.
+
+    A group of an earlier version has no such seed. Raises ConfigError where the directory belongs to another run or
+    group.
+    """
+    name = base.name
     run_dir = request.run_dir
     if request.resume and run_dir is None:
         run_dir = newest_run(name, "group.json")
@@ -82,16 +90,17 @@ def _claim(name: str, seeds: Sequence[int], request: RunRequest) -> tuple[RunDir
             f"run_dir '{directory.url}' holds a run already; choose another --run-dir for {len(seeds)} seeds"
         )
     if known is None:
+        judged_by = seeds[0] if base.evaluate.seed is None else base.evaluate.seed
         about = {"group_id": group_id, "name": name, "created": time.time(), "seeds": list(seeds)}
-        directory.write("group.json", json.dumps(about))
-        return directory, group_id
+        directory.write("group.json", json.dumps({**about, "evaluate_seed": judged_by}))
+        return directory, group_id, judged_by
     if not request.resume:
         raise ConfigError(
             f"run_dir '{directory.url}' holds runs already; continue them with --resume, or choose another --run-dir"
         )
     if sorted(known["seeds"]) != sorted(seeds):
         raise ConfigError(f"--resume: the group has the seeds {known['seeds']}, not {list(seeds)}; give the same seeds")
-    return directory, str(known["group_id"])
+    return directory, str(known["group_id"]), known.get("evaluate_seed")
 
 
 def _record(base: Experiment, directory: RunDirectory, group_id: str, final: list[dict[str, float]]) -> None:

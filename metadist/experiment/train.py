@@ -8,6 +8,7 @@ import torch
 
 from metadist.config.experiment import Experiment
 from metadist.control.feed import Feed
+from metadist.core.state import Records
 from metadist.experiment.attempt import Attempt
 from metadist.experiment.fleet import WorkerReports, start_workers
 from metadist.experiment.lifecycle import check_control, serve_control, steering_of
@@ -18,9 +19,10 @@ from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
 from metadist.experiment.resume import claimed, resume_or_start
 from metadist.learners.evaluation import Evaluation
+from metadist.storage.places import provide_home
 from metadist.tracking import check_uri
 from metadist.tracking.prometheus import exporters
-from metadist.training.evaluation import evaluate
+from metadist.training.evaluation import judge
 from metadist.training.loop import meta_train
 from metadist.training.observers import Observer, Observers
 from metadist.training.progress import Outcome, Run
@@ -29,14 +31,17 @@ from metadist.training.scheduler import Scheduler
 
 def train(experiment: Experiment, request: RunRequest = RunRequest(), display: Observer | None = None) -> Result:
     """Meta-train, test once, and record everything in the run directory. Raises ConfigError for a user's mistake."""
+    provide_home()
     began, learner = time.perf_counter(), experiment.learner
     check_control(experiment.control)
     check_uri(experiment.tracking.uri)
     learner.prepare(torch.device("cpu"))
     with compared_elsewhere(experiment):  # before the directory is claimed: a user's mistake leaves nothing behind
         learner.dry_run(experiment.seed)
+    signature = learner.describe(experiment.seed)
     with claimed(experiment, request) as (directory, run_id):  # lock, run id, config.yaml
         attempt = resume_or_start(experiment, directory, run_id)  # refuses another config, seed, data
+        attempt.signature = signature
         with recorded(attempt, request.parent) as recording:
             feed, tracker = Feed(display or Observer()), recording.tracker
             observers = Observers(feed, tracker, *exporters(experiment.workers, run_id))
@@ -56,13 +61,16 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
                 ) as workers,
             ):
                 run = _run(attempt, workers)
+                for remark in learner.remarks():
+                    observers.note(remark)
                 if attempt.progress.meta_step:
                     observers.note(f"resumed at meta-step {attempt.progress.meta_step}")
                 outcome = meta_train(run, attempt.progress, workers, observers, attempt.checkpoints, steering)
-                scores = _test(run, outcome, workers, observers) if request.test else []
+                scores, records = _test(run, outcome, workers, observers) if request.test else ([], None)
                 workers.ended = outcome.stopped or ""
             learner.prepare(torch.device("cpu"))  # an executor in this process may have moved the model to a GPU
             result = _result(attempt, outcome, scores, workers, time.perf_counter() - began)
+            result.task_records = records
             write_result(directory, result, tracker, plots=request.plots)
             recording.status = "KILLED" if result.interrupted else "FINISHED"
     result.undelivered, result.tracking_url = recording.undelivered, recording.url
@@ -80,17 +88,21 @@ def _run(attempt: Attempt, workers: Scheduler) -> Run:
         experiment.checkpoint,
         experiment.tracking.log_every,
         attempt.facts(workers),
-        Regret(experiment.tasks.made, experiment.seed),
+        Regret(experiment.tasks.made, experiment.evaluation_seed),
     )
 
 
-def _test(run: Run, outcome: Outcome, workers: Scheduler, observers: Observer) -> list[Evaluation]:
+def _test(
+    run: Run, outcome: Outcome, workers: Scheduler, observers: Observer
+) -> tuple[list[Evaluation], Records | None]:
     """Judge the best state on the test tasks, unless the run was interrupted."""
     if outcome.stopped == "interrupted":
-        return []
-    judged = evaluate(workers, run.learner, outcome.best, run.test(outcome.best_step))
+        return [], None
+    request = run.test(outcome.best_step)
+    observers.testing(request.tasks)
+    judged, records = judge(workers, run.learner, outcome.best, request)
     observers.metrics(outcome.progress.meta_step, {**judged.metrics(), **run.extra_scores(judged)})
-    return [judged]
+    return [judged], records
 
 
 def _result(
@@ -106,4 +118,5 @@ def _result(
         dict(workers.retried),
         wall_seconds,
         inexact=attempt.inexact,
+        recorded=attempt.signature,
     )

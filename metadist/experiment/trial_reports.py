@@ -33,7 +33,7 @@ def draw_trials(result: Result, folder: Path) -> list[Path]:
     learner, drawn = of_trials(result.experiment.learner), []
     for judged in result.evaluations:
         assert isinstance(judged, TrialEvaluation)
-        rows = _known(learner, result.experiment.seed, judged.split, max(2, min(TRIALS, judged.tasks)))
+        rows = _known(learner, result.experiment.evaluation_seed, judged.split, max(2, min(TRIALS, judged.tasks)))
         ours = {f"this policy, {judged.policy}": (judged.mean, judged.ci95)}
         drawn.append(folder / f"returns_{judged.split}.png")
         curves = {**ours, **{r.name: (r.by_episode, None) for r in rows}}
@@ -73,7 +73,7 @@ def _known(learner: TrialLearner, seed: int, split: str, trials: int) -> list[Ro
 
 
 def _played(result: Result, learner: TrialLearner, state: State, count: int) -> Trials:
-    keys = TaskKey.of(result.experiment.seed, "test", 0, range(count))
+    keys = TaskKey.of(result.experiment.evaluation_seed, "test", 0, range(count))
     theta = state.theta(learner.slots)
     policy = TrialContext(learner.tasks, learner.model, keys, 0).policy(theta)
     return rollout(learner.tasks, policy, keys, greedy=learner.policy == "greedy")
@@ -86,7 +86,7 @@ def _episodes(trials: Trials, index: int) -> list[Tensor]:
 
 
 def _grid(result: Result, learner: TrialLearner, environment: Gridworld, path: Path) -> None:
-    goal = int(environment.sample(TaskKey.of(result.experiment.seed, "test", 0, [0]))["goal"])
+    goal = int(environment.sample(TaskKey.of(result.experiment.evaluation_seed, "test", 0, [0]))["goal"])
     size = environment.size
     rows = {}
     for label, state in (("before", learner.initial(result.experiment.seed)), ("after", result.state)):
@@ -96,14 +96,14 @@ def _grid(result: Result, learner: TrialLearner, environment: Gridworld, path: P
 
 
 def _plane(result: Result, learner: TrialLearner, path: Path) -> None:
-    keys = TaskKey.of(result.experiment.seed, "test", 0, range(3))
+    keys = TaskKey.of(result.experiment.evaluation_seed, "test", 0, range(3))
     goals = [tuple(goal) for goal in learner.tasks.sample(keys)["goal"].tolist()]
     trials = _played(result, learner, result.state, 3)
     plots.planar_trials(path, goals, [_episodes(trials, i) for i in range(3)])
 
 
 def _speeds(result: Result, learner: TrialLearner, environment: HalfCheetahVel, path: Path) -> None:
-    targets = environment.sample(TaskKey.of(result.experiment.seed, "test", 0, range(RUNS)))["target"]
+    targets = environment.sample(TaskKey.of(result.experiment.evaluation_seed, "test", 0, range(RUNS)))["target"]
     trials = _played(result, learner, result.state, RUNS)
     speed, episode, valid = trials.measured["x_velocity"], trials.episode(), trials.flag(VALID)
     means = []

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,15 +16,17 @@ from torch import Tensor
 from metadist.core.algorithm import Algorithm, Phi
 from metadist.core.computation import Computation, Evaluate
 from metadist.core.engine import Engine
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, MetadistError, first_line
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard, WithOutput
+from metadist.core.signature import Signature
 from metadist.core.state import Records, Slot, State
 from metadist.core.task import Examples, TaskFamily
 from metadist.engine.meta_gradient import BUFFERS
 from metadist.engine.plan import Device, EngineRequest, Plan
+from metadist.learners.culprit import place
 from metadist.learners.evaluation import Evaluation
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
@@ -73,10 +75,27 @@ class Learner(ABC):
         ConfigError where the request cannot be met.
         """
 
+    def remarks(self) -> list[str]:
+        """Return what a user should know before the run starts and may not expect, a line for each."""
+        return [line for line in (self.model.frozen_line,) if line]
+
     @property
     def data_sha256(self) -> str | None:
         """SHA-256 of the data that the tasks are made of; None where they are made of random numbers alone."""
         return self.tasks.data_sha256
+
+    def splits(self) -> Mapping[str, Sequence[str]] | None:
+        """Return the names of the classes of each split, or None where tasks have none. ConfigError: two share one."""
+        splits = self.tasks.splits()
+        seen: dict[str, str] = {}
+        for split, names in (splits or {}).items():
+            for name in names:
+                if seen.setdefault(name, split) != split:
+                    raise ConfigError(
+                        f"tasks: '{name}' is in the {seen[name]} split and in the {split} split of "
+                        f"'{type(self.tasks).__name__}'; each class belongs to one split, or training sees test classes"
+                    )
+        return splits
 
     # The rounds of a meta-step ----------------------------------------------------------------------------------------
 
@@ -109,8 +128,11 @@ class Learner(ABC):
         """Compile everything that a shard needs, and return the seconds that compilation took."""
         return 0.0
 
-    def miscompiled(self, seed: int) -> str | None:
-        """Return how a compiled shard differs from the mathematics by more than rounding, or None."""
+    def miscompiled(self, seed: int, memory_bytes: int | None = None) -> str | None:
+        """Return how a compiled shard differs from the mathematics by more than rounding, or None.
+
+        The comparison may take ``memory_bytes``.
+        """
         return None
 
     @property
@@ -120,12 +142,24 @@ class Learner(ABC):
 
     # After a run ------------------------------------------------------------------------------------------------------
 
+    def exported_tasks(self) -> dict[str, Any]:
+        """Return options of the tasks that replace their data in an exported config."""
+        return {}
+
     def servable(self) -> str | None:
         """Return why this learner cannot be served, or None where it can."""
         return f"{type(self.tasks).__name__} is a meta-environment; its policy adapts by acting (metadist evaluate)"
 
-    def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Phi:
-        """Return φ_k for one support set. ConfigError where the learner is not ``servable``."""
+    def describe(self, seed: int) -> Signature | None:
+        """Return the signature of the model from sampled tasks; None where the learner is not ``servable``."""
+        return None
+
+    def describe_earlier(self, seed: int) -> Signature | None:
+        """Return the signature for a run of a version that did not record it; None as in ``describe``."""
+        return None
+
+    def adapt(self, state: State, support: Examples, inner_steps: int | None = None, classes: int | None = None) -> Phi:
+        """Return φ_k for one support set of ``classes`` classes. ConfigError where the learner is not ``servable``."""
         raise ConfigError(f"adapt: {self.servable()}")
 
     def predict(self, state: State, phi: Phi, x: Tensor, support: Examples) -> Tensor:
@@ -212,10 +246,20 @@ class Learner(ABC):
     def prepare(self, device: torch.device) -> None:
         """Load the data of the tasks and move the model to ``device``. Every process that computes calls it once."""
         if not self._prepared or device != self.device:
-            self.tasks.prepare(device)
+            self._prepare_tasks(device)
             self.model.to(device)
             self.device, self._prepared = device, True
             self.set_engine(self.engine)
+
+    def _prepare_tasks(self, device: torch.device) -> None:
+        try:
+            self.tasks.prepare(device)
+        except MetadistError:
+            raise
+        except Exception as error:  # the user's own code
+            key = "tasks" if isinstance(self.tasks, TaskFamily) else "environment"
+            name = type(self.tasks).__name__
+            raise ConfigError(f"{key}: '{name}' can't be prepared: {first_line(error)}{place(error)}") from error
 
     def prepared_like(self, other: Learner) -> None:
         """Compute on the device of ``other``, with the data that it has loaded."""

@@ -23,7 +23,9 @@ from metadist.core.task import Task
 from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
+from metadist.learners.culprit import failed
 from metadist.learners.purity import FROM_KEY, ROUNDING, SALTS, ImpureConfigError, differs_by_shard, impurity
+from metadist.learners.signature import check_loss, check_tasks
 from metadist.rl.environment import MetaEnvironment
 from metadist.rl.journey import journey
 
@@ -39,6 +41,7 @@ def try_tasks(learner: Subject, seed: int) -> None:
         # A whole shard: one task alone is never padded.
         keys = _first_keys(learner, seed, split)
         task = _sampled(learner, keys)
+        check_tasks(learner, task, split)
         _check_sampling(learner, keys, task)
         if split == "test":
             continue
@@ -48,12 +51,10 @@ def try_tasks(learner: Subject, seed: int) -> None:
             if split == "train":
                 _check_participation(learner, state, one)
             _check_computation(learner, state, keys)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(
-                f"model: '{type(learner.model.module).__name__}' fails on {split} tasks with inputs "
-                f"{list(one.support.x.shape)} and "
-                f"targets {list(one.support.y.shape)}: {first_line(error)}"
-            ) from error
+        except MetadistError:
+            raise
+        except Exception as error:  # the user's own code
+            raise failed(learner, state, one, split, error) from error
 
 
 def task_hashes(learner: Subject, seed: int) -> dict[str, str]:
@@ -289,4 +290,5 @@ def _check_output(learner: Subject, state: State, task: Task, split: str) -> Non
             f"model: '{type(learner.model.module).__name__}' predicts shape {list(shape)} where the {split} tasks "
             f"need {list(expected)}"
         )
-    context.loss(prediction, task.query), context.metric(prediction, task.query)
+    check_loss(learner, task, split, context.loss(prediction, task.query))
+    context.metric(prediction, task.query)

@@ -36,6 +36,13 @@ class Evaluation:
     loss: list[float]
     divergence_rate: float
     protocol: dict[str, object]
+    #: scores of known methods on the same tasks, where they were requested
+    beside: list[dict[str, object]] = field(default_factory=list, kw_only=True)
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        """The meaning of a position in ``mean``, and the number of the first one: adaptation steps count from 0."""
+        return "step", 0
 
     @property
     def score(self) -> float:
@@ -85,13 +92,11 @@ class TrialEvaluation(Evaluation):
     measured: dict[str, list[float]] = field(default_factory=dict)
     #: by episode (or gradient step): its return minus that of the first in the same trial, mean and standard error
     gained: list[tuple[float, float]] = field(default_factory=list)
-    #: scores of known methods on the same trials, where they were requested
-    beside: list[dict[str, object]] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Return ``eval/<split>/…``: the return by episode (or gradient step) and by the choice of actions."""
         prefix, last = f"eval/{self.split}/{self.metric}", len(self.mean) - 1
-        name, first = ("step", 0) if self.by_gradient_steps else ("episode", 1)
+        name, first = self.counted
         values = {
             f"{prefix}/{name}_{k + first}": self.mean[k]
             for k in range(last + 1)
@@ -104,6 +109,11 @@ class TrialEvaluation(Evaluation):
         """Return plain data for JSON, without the returns of single trials."""
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trials"}
         return as_json(shown)
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        """The meaning of a position in ``mean``, and the number of the first one: episodes count from 1."""
+        return ("step", 0) if self.by_gradient_steps else ("episode", 1)
 
     @property
     def score(self) -> float:

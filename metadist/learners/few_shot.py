@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -20,6 +21,7 @@ from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard
+from metadist.core.signature import Signature
 from metadist.core.state import Contribution, Records, State, TreeSum
 from metadist.core.task import Examples, Task, TaskFamily
 from metadist.engine.agreement import compiled_disagrees
@@ -30,6 +32,7 @@ from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
 from metadist.learners.base import Learner, Surround
 from metadist.learners.dry_run import task_hashes, try_tasks
 from metadist.learners.evaluation import Evaluation, score_tasks
+from metadist.learners.signature import describe, describe_earlier
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -105,6 +108,7 @@ class FewShotLearner(Learner):
         return score_tasks(records, self.tasks.metric_name, request.split, protocol)
 
     def dry_run(self, seed: int) -> None:
+        self.splits()  # refuses splits that share classes
         try_tasks(self, seed)
 
     def sampled_hashes(self, seed: int) -> dict[str, str]:
@@ -113,14 +117,19 @@ class FewShotLearner(Learner):
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
         return plan_shards(self, request, device, sharing)
 
-    def miscompiled(self, seed: int) -> str | None:
-        return compiled_disagrees(self, seed)
+    def miscompiled(self, seed: int, memory_bytes: int | None = None) -> str | None:
+        return compiled_disagrees(self, seed, memory_bytes)
 
     def servable(self) -> str | None:
         return None
 
     def normalize(self, normalization: str) -> None:
         self.normalization = normalization
+
+    def with_algorithm(self, algorithm: Algorithm) -> FewShotLearner:
+        other = copy.copy(self)
+        other.algorithm, other._compiled, other._prepared = algorithm, self._compiled, self._prepared
+        return other
 
     def eager(self) -> FewShotLearner:
         """Return a copy that does not compile, on the same device and data."""
@@ -152,7 +161,13 @@ class FewShotLearner(Learner):
 
     def sample(self, keys: TaskKey) -> Task:
         """Return the tasks of ``keys`` on the learner's device. The keys stay on the CPU."""
-        task = self.tasks.sample(keys, keys.split).to(self.device, self.model.dtype)
+        task = self.tasks.sample(keys, keys.split)
+        if not isinstance(task, Task):
+            raise ConfigError(
+                f"tasks: sample of '{type(self.tasks).__name__}' returns {type(task).__name__}; expected "
+                "Task(Examples(x, y), Examples(x, y))"
+            )
+        task = task.to(self.device, self.model.dtype)
         if (task.support.mask is not None or task.query.mask is not None) and self.model.normalises_over_batch:
             raise ConfigError(
                 "model: batch normalisation over padded rows would mix padding into the statistics; these tasks "
@@ -314,13 +329,25 @@ class FewShotLearner(Learner):
 
         return torch.func.vmap(beside_support)(x)
 
+    def exported_tasks(self) -> dict[str, Any]:
+        return self.tasks.exported()
+
     # For one task, outside a fleet ------------------------------------------------------------------------------------
 
-    def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Phi:
-        """Return φ_k for one support set: the argument of ``predict``."""
+    def describe(self, seed: int) -> Signature:
+        return describe(self, seed)
+
+    def describe_earlier(self, seed: int) -> Signature:
+        return describe_earlier(self, seed)
+
+    def adapt(self, state: State, support: Examples, inner_steps: int | None = None, classes: int | None = None) -> Phi:
+        """Return φ_k for one support set: the argument of ``predict``.
+
+        ``classes`` is the number of its classes; None for as many as the family's tasks have.
+        """
         algorithm = with_inner_steps(self.algorithm, inner_steps)
         key = TaskKey.of(0, "test", 0, [0]).each()[0]
-        context = TaskContext(key, 0, False, self.tasks)
+        context = TaskContext(key, 0, False, self.tasks, classes)
         theta = state.theta(self.slots)
         with torch.no_grad():
             return algorithm.adapt(self.bind(theta, None, False), theta, support, context)[-1]

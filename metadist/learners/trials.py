@@ -76,7 +76,7 @@ class TrialLearner(Learner):
             )
         if self.algorithm.trust_region is not None and self.algorithm.fits_value and outer.weight_decay:
             raise ConfigError(
-                f"outer.weight_decay: {outer.weight_decay} would move the policy beside its trust region; use 0 with "
+                f"outer.weight_decay: {outer.weight_decay} would move the policy out of its trust region; use 0 with "
                 "optimizer: trpo"
             )
 
@@ -95,7 +95,7 @@ class TrialLearner(Learner):
             raise WorkerError(f"meta-step {key.meta_step}: every trial was left out (environment.on_error: skip)")
         statistics = {n: v / total.weight for n, v in total.metrics.items()}
         statistics.update(steps=total.weight, trials=total.tasks)
-        algorithm = self.algorithm
+        algorithm = self.algorithm.at(key.meta_step)
         broadcast = tuple(sorted(algorithm.settings_of(statistics).items()))
         report = {**self._described(statistics), "steps": statistics["steps"]}
         step = MetaStep(key.meta_step, key.seed, rolled, broadcast, state, self.slots, self.outer, report)
@@ -190,19 +190,23 @@ class TrialLearner(Learner):
         )
         named = {name: self.slots[name].layout.unflatten(vector) for name, vector in theta.items()}
         context = TrialContext(self.tasks, self.model, keys, shard.meta_step)
+        # Every function of a meta-step has the settings of this meta-step: sums of a rollout describe the advantages
+        # that the update rounds compute.
+        algorithm = self.algorithm.at(shard.meta_step)
         if isinstance(shard.computation, Rollout):
-            trials, sums, weight = self.algorithm.rollout(named, context)
+            trials, sums, weight = algorithm.rollout(named, context)
             return WithOutput(Contribution({}, weight, shard.count - int(sums.get("left_out", 0)), sums), trials)
         if isinstance(shard.computation, Evaluate):
             with torch.no_grad():
-                returns = self.algorithm.evaluate(named, context, shard.computation.inner_steps)
+                returns = algorithm.evaluate(named, context, shard.computation.inner_steps)
             return Records({"task": keys.tasks.cpu(), **{n: v.cpu() for n, v in returns.items()}})
-        return self._learn(shard, named, inputs[0], context)
+        return self._learn(algorithm, shard, named, inputs[0], context)
 
-    def _learn(self, shard: Shard, theta: Theta, trials: Records, context: TrialContext) -> Contribution:
+    def _learn(
+        self, algorithm: TrialAlgorithm, shard: Shard, theta: Theta, trials: Records, context: TrialContext
+    ) -> Contribution:
         """Compute a shard of an update round on the trials of the rollout round."""
-        algorithm, sums = self.algorithm.at(shard.meta_step), dict[str, float]()
-        slots, asked = dict[str, Parameters](), shard.computation
+        slots, sums, asked = dict[str, Parameters](), dict[str, float](), shard.computation
         if isinstance(asked, Gradient):
             slots, sums, weight = algorithm.gradient(theta, trials, dict(asked.statistics), context)
         elif isinstance(asked, ValueGradient):

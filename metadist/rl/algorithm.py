@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -62,7 +62,11 @@ class TrialAlgorithm:
         return None
 
     def at(self, meta_step: int) -> TrialAlgorithm:
-        """Return the algorithm with its settings at ``meta_step``, for settings that change during training."""
+        """Return the algorithm with its settings at ``meta_step``, for settings that change during training.
+
+        The learner calls the other methods on this result, in all rounds of a meta-step and in evaluations, whose
+        ``meta_step`` is the number of meta-steps that θ has made.
+        """
         return self
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
@@ -172,6 +176,7 @@ class PolicySearch(TrialAlgorithm):
         self._within("0 or more", lambda v: v >= 0, "entropy", "final_entropy", "damping")
         counts = ("epochs", "minibatches", "cg_steps", "backtracks", "entropy_steps", "gae_lambda_steps")
         self._within("1 or more", lambda v: v >= 1, *counts)
+        self._reached("gae_lambda", "entropy")
         if self.optimizer == "trpo" and self.kl_limit is not None:
             raise ConfigError(
                 f"algorithm.kl_limit: {self.kl_limit} goes with optimizer: ppo; trpo's step is bounded by algorithm.kl"
@@ -182,6 +187,17 @@ class PolicySearch(TrialAlgorithm):
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise ConfigError(f"algorithm.{name}: {value}; expected {expected}")
+
+    def _reached(self, *names: str) -> None:
+        """Refuse a final value without the number of meta-steps that lead to it: it would have no effect."""
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in names:
+            final = getattr(self, f"final_{name}")
+            if getattr(self, f"{name}_steps") is None and final not in (defaults[f"final_{name}"], getattr(self, name)):
+                raise ConfigError(
+                    f"algorithm.final_{name}: {final} has no effect without algorithm.{name}_steps; set the number of "
+                    f"meta-steps from {name} {getattr(self, name)} to this value"
+                )
 
     def at(self, meta_step: int) -> PolicySearch:
         return replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Union
 
@@ -74,6 +74,14 @@ class MetaEnvironment:
     data_sha256: str | None = None
     #: ``skip`` where shards may leave out trials of an environment that fails; None where it cannot fail
     on_error: str | None = None
+
+    def splits(self) -> Mapping[str, Sequence[str]] | None:
+        """Return the names of each split's sources of tasks, none in two splits; None where there are no such names."""
+        return None
+
+    def data_notes(self) -> Sequence[str]:
+        """Return what the user should know about the data of the tasks, a line for each."""
+        return ()
 
     @property
     def title(self) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -75,6 +77,7 @@ def calling(address: str) -> Iterator[None]:
         raise ServiceError(f"{address}: {explain(error)}", code) from None
 
 
+_TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\. (\d+)\)")
 _MEANINGS = {
     grpc.StatusCode.UNAUTHENTICATED: "the server refused the token; give the file with its token (--token-file)",
     grpc.StatusCode.PERMISSION_DENIED: "the server does not allow this call",
@@ -95,6 +98,12 @@ def explain(error: grpc.RpcError) -> str:
         if "refused" in details.lower() or "resolution" in details.lower() or "DNS" in details:
             return "no server answers there; is the server running, and are host and port right?"
         return f"the connection failed; is the server running, and does it use TLS (--tls-ca)? ({details})"
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(details)):
+        size, limit = (int(n) / 2**20 for n in sizes.groups())
+        return (
+            f"a message of {size:.1f} MiB is above the limit of {limit:g} MiB; send fewer rows in one call, or raise "
+            f"the server's limit (metadist serve --max-message-mib {math.ceil(size)})"
+        )
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return f"a limit is exceeded: {details or 'too many calls run simultaneously'}"
     if code in _MEANINGS:

@@ -43,8 +43,8 @@ def error_response(error: Exception) -> Response:
     elif isinstance(error, HTTPException):
         status, message = (
             error.status_code,
-            f"{error.detail}; the calls are POST /v1/adapt, /v1/predict, /v1/adapt_predict, /v1/forget "
-            "and GET /v1/models",
+            f"{error.detail}; the calls are POST /v1/adapt, /v1/predict, /v1/adapt_predict, /v1/classify, /v1/forget "
+            "and GET /v1/models, /docs, /openapi.json",
         )
     elif isinstance(error, ConfigError):
         status, message = 400, str(error)

@@ -14,6 +14,9 @@ from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
 from metadist.serving.tensors import from_reply, to_message
 
+#: the largest limit that a server can be started with; the server's own limit decides
+MESSAGE_BYTES = 1 << 30
+
 
 class Client:
     """Adapt and predict on a server of ``metadist serve``, as ``Result`` does in this process.
@@ -32,7 +35,7 @@ class Client:
         self, address: str, *, token_file: str | None = None, tls_ca: str | None = None, seconds: float = 60.0
     ) -> None:
         self.address = address
-        self._channel = connect(address, token_file, tls_ca, seconds=seconds)
+        self._channel = connect(address, token_file, tls_ca, message_bytes=MESSAGE_BYTES, seconds=seconds)
         self._stub = adapt_pb2_grpc.AdaptationStub(self._channel)
 
     def adapt(self, x: Any, y: Any, *, model: str = "", inner_steps: int | None = None) -> str:

@@ -47,17 +47,13 @@ class GrpcAdaptationService(adapt_pb2_grpc.AdaptationServicer):
 
 
 def _inputs(model: ServedModel, name: str, message: pb.Tensor, max_rows: int) -> Any:
-    return model.check_values(name, from_message(name, message, lambda shape: model.check_shape(name, shape, max_rows)))
+    return model.inputs(name, from_message(name, message, lambda shape: model.check_shape(name, shape, max_rows)))
 
 
 def _support(model: ServedModel, request: Any) -> Examples:
-    x = _inputs(model, "x", request.x, model.limits.support)
-    return Examples(
-        x,
-        model.check_targets(
-            from_message("y", request.y, lambda shape: model.check_target_shape(shape, len(x))), len(x)
-        ),
-    )
+    x = from_message("x", request.x, lambda shape: model.check_shape("x", shape, model.limits.support))
+    y = from_message("y", request.y, lambda shape: model.signature.check_target_shape(shape, len(x)))
+    return model.support(x, y)
 
 
 def _steps(model: ServedModel, request: Any) -> int | None:

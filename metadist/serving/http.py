@@ -12,19 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from torch import Tensor
 
 from metadist.core.errors import ConfigError
 from metadist.core.task import Examples
 from metadist.rpc.endpoint import Endpoint
 from metadist.rpc.grpc_guard import Refused
 from metadist.rpc.http_guard import BodyTooLarge, FirstRequestTimeout, HttpGuard, error_response
+from metadist.serving import uploads
 from metadist.serving.model import ServedModel
+from metadist.serving.openapi import document, page
 from metadist.serving.service import AdaptationService, TimeLeft
 from metadist.serving.tensors import from_json
 
@@ -43,6 +47,16 @@ def app(service: AdaptationService, *, token: str | None, seconds: float, messag
 
         return reply
 
+    async def classify(request: Request) -> Response:
+        end = time.monotonic() + seconds
+        body, kind = await _body(request, message_bytes), request.headers.get("content-type", "")
+        work = lambda: _classify(service, body, kind, lambda: end - time.monotonic())  # noqa: E731
+        return JSONResponse(await asyncio.get_running_loop().run_in_executor(pool, work))
+
+    async def described(request: Request) -> Response:
+        about = document([m.describe() for m in service.models.values()], token=token is not None)
+        return JSONResponse(about) if request.url.path.endswith(".json") else HTMLResponse(page(about))
+
     async def models(request: Request) -> Response:
         counts = await asyncio.get_running_loop().run_in_executor(pool, service.statistics)
         return JSONResponse({"models": [m.describe() for m in service.models.values()], "statistics": counts})
@@ -55,7 +69,9 @@ def app(service: AdaptationService, *, token: str | None, seconds: float, messag
         return PlainTextResponse("SERVING\n")
 
     routes = [Route(f"/v1/{name}", route(call), methods=["POST"]) for name, call in calls.items()]
-    routes += [Route("/v1/models", models), Route("/metrics", metrics), Route("/healthz", health)]
+    routes += [Route("/v1/classify", classify, methods=["POST"]), Route("/v1/models", models)]
+    routes += [Route("/docs", described), Route("/openapi.json", described)]
+    routes += [Route("/metrics", metrics), Route("/healthz", health)]
     return HttpGuard(
         Starlette(
             routes=routes,
@@ -95,6 +111,16 @@ def _adapt_predict(service: AdaptationService, body: dict[str, Any], left: TimeL
     }
 
 
+def _classify(service: AdaptationService, body: bytes, content_type: str, left: TimeLeft) -> dict[str, Any]:
+    upload = uploads.parse(body, content_type)
+    model = service.model(upload.model)
+    images = model.describe().get("images")
+    if images is None or not model.classification:
+        raise ConfigError(f"classify: model '{model.name}' does not classify pictures; use /v1/adapt_predict")
+    answer = _adapt_predict(service, upload.request(images), left)
+    return {"model": model.name, **upload.answer(_strict(answer["prediction"]))}
+
+
 def _forget(service: AdaptationService, body: dict[str, Any], left: TimeLeft) -> dict[str, Any]:
     _only(body, "handle")
     return {"existed": service.forget(_text(body, "handle"))}
@@ -121,17 +147,23 @@ def _steps(model: ServedModel, body: dict[str, Any]) -> int | None:
 
 
 def _inputs(model: ServedModel, name: str, body: dict[str, Any], max_rows: int) -> Any:
-    x = from_json(name, body.get(name), lambda shape: model.check_shape(name, shape, max_rows))
-    packed = isinstance(body[name], dict)
-    return model.check_values(name, x if packed else x.double())  # in JSON, 0 and 1 may be floating-point numbers
+    return model.inputs(name, _tensor_x(model, name, body, max_rows))
 
 
 def _support(model: ServedModel, body: dict[str, Any]) -> Examples:
-    x = _inputs(model, "x", body, model.limits.support)
-    y = from_json("y", body.get("y"), lambda shape: model.check_target_shape(shape, len(x)))
-    if not model.classification and not isinstance(body["y"], dict):
-        y = y.double()
-    return Examples(x, model.check_targets(y, len(x)))
+    x = _tensor_x(model, "x", body, model.limits.support)
+    y = from_json("y", body.get("y"), lambda shape: model.signature.check_target_shape(shape, len(x)))
+    return model.support(x, _as_real(body["y"], y, model.signature.target_dtype))
+
+
+def _tensor_x(model: ServedModel, name: str, body: dict[str, Any], max_rows: int) -> Tensor:
+    x = from_json(name, body.get(name), lambda shape: model.check_shape(name, shape, max_rows))
+    return _as_real(body[name], x, model.signature.input_dtype)
+
+
+def _as_real(sent: Any, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return lists of numbers as floating-point numbers where the model takes them: JSON writes 1.0 as 1, too."""
+    return tensor.double() if dtype.is_floating_point and not isinstance(sent, dict) else tensor
 
 
 # Requests and responses -----------------------------------------------------------------------------------------------
@@ -142,7 +174,10 @@ async def _body(request: Request, max_bytes: int) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > max_bytes:
-            raise BodyTooLarge(f"the body exceeds {max_bytes / 2**20:g} MiB")
+            raise BodyTooLarge(
+                f"the body exceeds {max_bytes / 2**20:g} MiB; send fewer rows in one call, or raise the server's limit "
+                "(metadist serve --max-message-mib)"
+            )
         parts.append(part)
     return b"".join(parts)
 

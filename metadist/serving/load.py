@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
 from metadist.config.build import build
 from metadist.config.experiment import Experiment
 from metadist.core.errors import CheckpointError, ConfigError, nearest, one_of
+from metadist.core.signature import Signature
 from metadist.core.state import State
 from metadist.experiment.load import load_run
-from metadist.experiment.result import SLOTS
+from metadist.experiment.result import SLOTS, signature_of
 from metadist.learners import FewShotLearner, supervised
 from metadist.storage.checkpoints import exported_metadata, load_parameters
 
@@ -61,7 +62,8 @@ def open_model(source: str, *, normalization: str | None = None, device: str = "
         from metadist.experiment.registration import fetch_registered
 
         location = fetch_registered(location)
-    origin, experiment, state = _exported(location) if location.endswith(".safetensors") else _run(location)
+    read = _exported if location.endswith(".safetensors") else _run
+    origin, experiment, state, signature = read(location)
     if reason := experiment.learner.servable():
         raise ConfigError(f"serve: {location} cannot be served: {reason}")
     learner = supervised(experiment.learner)
@@ -70,16 +72,21 @@ def open_model(source: str, *, normalization: str | None = None, device: str = "
         learner.normalize(normalization)
     move_to_device(learner, device)
     decode = learner.tasks.decode
-    images = None if decode is None else (decode.size, decode.channels, decode.invert)
-    return ServedModel(name or experiment.name, learner, state, origin, Limits(**limits), images)
+    images = None if decode is None else (decode.size, decode.channels, decode.invert, decode.white)
+    table, bounds = learner.tasks.columns, Limits(**limits)
+    return ServedModel(name or experiment.name, learner, state, origin, bounds, images, table, signature)
 
 
-def _run(location: str) -> tuple[str, Experiment, State]:
+Loaded = tuple[str, Experiment, State, Union[Signature, None]]
+"""(run id, experiment, state, what training recorded of inputs and targets)."""
+
+
+def _run(location: str) -> Loaded:
     loaded = load_run(location)
-    return loaded.run_id, loaded.experiment, loaded.state
+    return loaded.run_id, loaded.experiment, loaded.state, loaded.recorded
 
 
-def _exported(path: str) -> tuple[str, Experiment, State]:
+def _exported(path: str) -> Loaded:
     metadata, tensors = exported_metadata(path), load_parameters(path)
     if "config" not in metadata:
         raise CheckpointError(f"{path} has parameters but no config; export it again by 'metadist export RUN {path}'")
@@ -87,7 +94,7 @@ def _exported(path: str) -> tuple[str, Experiment, State]:
     learner = experiment.learner
     initial = learner.initial(experiment.seed)
     if learner.servable() is not None:
-        return metadata.get("run_id", ""), experiment, initial
+        return metadata.get("run_id", ""), experiment, initial, None
     slots = {}
     for name, vector in initial.slots.items():
         layout = learner.slots[name].layout
@@ -100,7 +107,7 @@ def _exported(path: str) -> tuple[str, Experiment, State]:
                 found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
                 raise CheckpointError(f"{path}: '{n}' of {name} is {found}; expected shape {list(shape)}")
         slots[name] = layout.flatten({n: t.to(vector.dtype) for n, t in named.items() if t is not None})
-    return metadata.get("run_id", ""), experiment, State(slots, {})
+    return metadata.get("run_id", ""), experiment, State(slots, {}), signature_of(metadata)
 
 
 def move_to_device(learner: FewShotLearner, device: str) -> None:
@@ -174,7 +181,7 @@ def build_replica(
     *,
     shared_cache: Callable[..., Any],
     token_file: str | None = None,
-    message_bytes: int = 8 << 20,
+    message_bytes: int = 64 << 20,
     concurrent: int = 128,
     seconds: float = 60.0,
 ) -> Any:
@@ -205,10 +212,3 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     except (ImportError, OSError, ValueError):
         pass
-
-
-def image_decoder(images: Sequence[Any]) -> Any:
-    """Return the conversion of image files to inputs, as in training, for (size, channels, invert)."""
-    from metadist.tasks.sources import Decode
-
-    return Decode(*images)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from metadist.core.errors import ConfigError
-from metadist.core.task import Examples
 from metadist.serving.load import open_model
 
 INPUTS = ("support_x", "support_y", "query_x")
@@ -32,14 +31,9 @@ class AdaptingModel:
         if missing:
             raise ConfigError(f"the input has no {', '.join(missing)}; expected arrays {', '.join(INPUTS)}")
         x, y, query = (torch.from_numpy(np.array(model_input[n])) for n in INPUTS)
-        model, steps = self._model, (params or {}).get("inner_steps")
-        model.check_shape("support_x", tuple(x.shape), model.limits.support)
-        model.check_shape("query_x", tuple(query.shape), model.limits.queries)
-        support = Examples(model.check_values("support_x", x), model.check_targets(y, len(x)))
-        phi = model.learner.adapt(
-            model.state, support, model.check_steps(None if steps is None or steps < 0 else int(steps))
-        )
-        return model.learner.predict(model.state, phi, model.check_values("query_x", query), support).cpu().numpy()
+        steps = (params or {}).get("inner_steps")
+        asked = None if steps is None or steps < 0 else int(steps)
+        return self._model.adapt_predict(x, y, query, asked).cpu().numpy()
 
 
 def _load_pyfunc(data_path: str) -> AdaptingModel:

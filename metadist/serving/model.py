@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import safetensors.torch
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from metadist.core.errors import ConfigError
+from metadist.core.signature import DivergedAdaptation, InvalidInput, Signature
 from metadist.core.state import State
 from metadist.core.task import Examples
 from metadist.learners.few_shot import FewShotLearner
 
 log = logging.getLogger(__name__)
-
-
-class InvalidInput(ConfigError):
-    """The tensors of a request do not fit the model."""
-
-
-class DivergedAdaptation(ConfigError):
-    """The adaptation gave NaN or Inf."""
 
 
 class ServedAdaptation(NamedTuple):
@@ -39,8 +33,12 @@ class ServedAdaptation(NamedTuple):
     bytes: int
     #: a hash of the structure of φ; ``predict`` stacks parameters with equal hashes
     structure: int
-    #: inner steps, shape of x, shape of y: the arguments of an adaptation that gives the same structure
+    #: inner steps, shapes of x and y, classes: the arguments of an adaptation that gives the same structure
     made_by: tuple[Any, ...]
+
+
+How = tuple[Union[int, None], Union[int, None]]
+"""Inner steps, and classes of the support set; None: as in training."""
 
 
 @dataclass(frozen=True)
@@ -69,31 +67,38 @@ class ServedModel:
     state: State
     source: str = ""
     limits: Limits = field(default_factory=Limits)
-    #: (size, channels, invert): the conversion of images to inputs; None where inputs are not images
-    images: tuple[int, int, bool] | None = None
+    #: (size, channels, invert, white): the conversion of images to inputs; None where inputs are not images
+    images: tuple[int, int, bool, float | None] | None = None
+    #: the conversion of a table's rows to inputs and targets (JSON); None where inputs are no rows of a table
+    table: str | None = None
+    #: what requests are checked against; None where the run does not record it
+    recorded: Signature | None = None
 
     def __post_init__(self) -> None:
-        family, self.algorithm = self.learner.tasks, type(self.learner.algorithm).__name__
-        self.classification = family.kind == "classification"
-        self.input_shape = None if family.input_shape is None else tuple(family.input_shape)
-        self.outputs = family.ways("test") if self.classification else family.outputs
-        self.target_shape: tuple[int, ...] = () if self.classification else (family.outputs,)
+        self.algorithm = type(self.learner.algorithm).__name__
+        self.signature = self.recorded or self.learner.describe_earlier(0)
+        self.classification = self.signature.classes is not None
         self.dtype = self.learner.model.dtype
         self.params_sha256 = self.state.sha256()
         self.state = State({n: t.to(self.learner.device) for n, t in self.state.slots.items()})
         self._theta_memory = {t.untyped_storage().data_ptr() for t in self.state.slots.values()}
+        whole, module = not self.signature.input_dtype.is_floating_point, self.learner.model.module
+        tried = whole and self.learner.device.type != "cpu" and self.learner.model.has_forward
+        self._on_cpu = copy.deepcopy(module).to("cpu") if tried else None
         self._stackable, self._lock = True, threading.Lock()
         self._needs_support = self.learner.normalization == "inductive"
 
     def describe(self) -> dict[str, Any]:
         """Return the fields of the message ``Model``: name, algorithm, shapes, limits, hash of the parameters."""
+        signature = self.signature
+        values = math.prod(n or 1 for n in signature.target_shape or ())
         return {
             "name": self.name,
             "algorithm": self.algorithm,
             "kind": self.learner.tasks.kind,
-            "input_shape": list(self.input_shape or ()),
-            "target_shape": list(self.target_shape),
-            "outputs": self.outputs,
+            "input_shape": [-1 if n is None else n for n in signature.input_shape or ()],
+            "target_shape": [-1 if n is None else n for n in signature.target_shape or ()],
+            "outputs": values if signature.classes is None else signature.classes,
             "dtype": str(self.dtype).removeprefix("torch."),
             "params_sha256": self.params_sha256,
             "source": self.source,
@@ -101,56 +106,44 @@ class ServedModel:
             "max_inner_steps": self.limits.inner_steps,
             "max_queries": self.limits.queries,
             "normalization": self.learner.normalization if self.learner.model.normalises_over_batch else "none",
-            **({} if self.images is None else {"images": dict(zip(("size", "channels", "invert"), self.images))}),
+            "input_dtype": str(signature.input_dtype).removeprefix("torch."),
+            "target_dtype": str(signature.target_dtype).removeprefix("torch."),
+            "any_classes": signature.any_classes,
+            **({} if self.images is None else {"images": self._conversion(*self.images)}),
+            **({} if self.table is None else {"table": self.table}),
         }
+
+    @staticmethod
+    def _conversion(size: int, channels: int, invert: bool, white: float | None) -> dict[str, Any]:
+        about = {"size": size, "channels": channels, "invert": invert}
+        return about if white is None else {**about, "white": white}
 
     # Checks of a request ----------------------------------------------------------------------------------------------
 
     def check_shape(self, name: str, shape: Sequence[int], max_rows: int) -> None:
         """Check the shape of the inputs x [N, …] before their data is copied. Raises ``InvalidInput``."""
-        expected = "" if self.input_shape is None else "".join(f", {n}" for n in self.input_shape)
         if len(shape) < 1 or not 1 <= shape[0] <= max_rows:
             raise InvalidInput(
-                f"{name} has {shape[0] if shape else 'no'} rows; expected 1 to {max_rows}, shape [N{expected}]"
+                f"{name} has {shape[0] if shape else 'no'} rows; expected 1 to {max_rows}, shape "
+                f"{self.signature.shown_input_shape()}"
             )
-        if self.input_shape is not None and tuple(shape[1:]) != self.input_shape:
-            raise InvalidInput(f"{name} has shape {list(shape)}; model '{self.name}' takes [N{expected}]")
+        self.signature.check_input_shape(name, shape)
 
-    def check_values(self, name: str, x: Tensor) -> Tensor:
-        """Return x with the model's dtype and device. Raises ``InvalidInput`` for integers, NaN and Inf."""
-        if not x.is_floating_point():
-            raise InvalidInput(
-                f"{name} holds {str(x.dtype).removeprefix('torch.')}; expected floating-point numbers, "
-                "for images in [0, 1]"
-            )
-        x = x.to(self.learner.device, self.dtype)
-        if not bool(torch.isfinite(x).all()):
-            raise InvalidInput(
-                f"{name} holds NaN or Inf; every input must be finite (as {str(self.dtype).removeprefix('torch.')})"
-            )
+    def inputs(self, name: str, x: Tensor) -> Tensor:
+        """Return x on the model's device, in its dtype. Raises ``InvalidInput``."""
+        return self._known(self.signature.inputs(name, x)).to(self.learner.device)
+
+    def support(self, x: Tensor, y: Tensor) -> Examples:
+        """Return a support set on the model's device. Raises ``InvalidInput``."""
+        support = self.signature.support(x, y)
+        return Examples(self._known(support.x).to(self.learner.device), support.y.to(self.learner.device))
+
+    def _known(self, x: Tensor) -> Tensor:
+        """Refuse whole numbers that the model does not know, where a GPU would stop the process at one of them."""
+        if self._on_cpu is not None:
+            with torch.no_grad(), self.signature.judged_by_model():
+                self._on_cpu(x.cpu())
         return x
-
-    def check_target_shape(self, shape: Sequence[int], rows: int) -> None:
-        """Check the shape of the targets of ``rows`` inputs. Raises ``InvalidInput``."""
-        if tuple(shape) != (rows, *self.target_shape):
-            raise InvalidInput(
-                f"y has shape {list(shape)}; with {rows} rows of x it must be {[rows, *self.target_shape]}"
-            )
-
-    def check_targets(self, y: Tensor, rows: int) -> Tensor:
-        """Return the targets, classes as int64. Raises ``InvalidInput`` for wrong shapes and unknown classes."""
-        self.check_target_shape(tuple(y.shape), rows)
-        if not self.classification:
-            return self.check_values("y", y)
-        if y.is_floating_point():
-            raise InvalidInput("y holds floating-point numbers; expected classes as whole numbers")
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= self.outputs:
-            raise InvalidInput(
-                f"y holds class {low if low < 0 else high}; model '{self.name}' has {self.outputs} classes, "
-                f"0 to {self.outputs - 1}"
-            )
-        return y.to(self.learner.device, torch.int64)
 
     def check_steps(self, inner_steps: int | None) -> int | None:
         """Return ``inner_steps`` (None: as in training). Raises ``InvalidInput`` outside of the limit."""
@@ -165,17 +158,34 @@ class ServedModel:
         return max(1, self.limits.batch_elements // max(1, elements))
 
     def adapt(self, supports: Sequence[Examples], inner_steps: int | None) -> list[ServedAdaptation | Exception]:
-        """Adapt to each support set; a support set that fails has its exception in the list."""
-        parts = _parts(supports, self.together(supports[0].x.numel()))
-        with self._lock:
-            return [adapted for some in parts for adapted in self._adapt(some, inner_steps)]
+        """Adapt to each support set; a support set that fails has its exception in the list.
 
-    def _adapt(self, supports: Sequence[Examples], inner_steps: int | None) -> list[ServedAdaptation | Exception]:
+        All have one shape and, where the algorithm takes any number of classes, one number of classes.
+        """
+        parts = _parts(supports, self.together(supports[0].x.numel()))
+        how = (inner_steps, self.signature.ways(supports[0].y))
+        with self._lock:
+            return [adapted for some in parts for adapted in self._adapt(some, how)]
+
+    def adapt_predict(self, x: Tensor, y: Tensor, query: Tensor, inner_steps: int | None = None) -> Tensor:
+        """Adapt to one support set and predict, with the checks and limits of a request.
+
+        Raises ``InvalidInput``, or ``DivergedAdaptation``.
+        """
+        self.check_shape("x", tuple(x.shape), self.limits.support)
+        self.check_shape("query", tuple(query.shape), self.limits.queries)
+        support, queries = self.support(x, y), self.inputs("query", query)
+        (adapted,) = self.adapt([support], self.check_steps(inner_steps))
+        if isinstance(adapted, Exception):
+            raise adapted
+        return self.predict([adapted], [queries])[0]
+
+    def _adapt(self, supports: Sequence[Examples], how: How) -> list[ServedAdaptation | Exception]:
         if len(supports) > 1 and self._stackable:
             stacked = Examples(torch.stack([s.x for s in supports]), torch.stack([s.y for s in supports]))
             try:
-                many = torch.func.vmap(lambda s: self.learner.adapt(self.state, s, inner_steps))(stacked)
-                return self._split(many, supports, inner_steps)
+                many = torch.func.vmap(lambda s: self.learner.adapt(self.state, s, *how))(stacked)
+                return self._split(many, supports, how)
             except (
                 RuntimeError,
                 TypeError,
@@ -187,20 +197,18 @@ class ServedModel:
                     error,
                 )
                 self._stackable = False
-        return [self._alone(support, inner_steps) for support in supports]
+        return [self._alone(support, how) for support in supports]
 
-    def _alone(self, support: Examples, inner_steps: int | None) -> ServedAdaptation | Exception:
+    def _alone(self, support: Examples, how: How) -> ServedAdaptation | Exception:
         try:
-            phi = self._compute(lambda: self.learner.adapt(self.state, support, inner_steps))
+            phi = self._compute(lambda: self.learner.adapt(self.state, support, *how))
             return self._split(
-                pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, phi), [support], inner_steps
+                pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, phi), [support], how
             )[0]
         except Exception as error:
             return error
 
-    def _split(
-        self, many: Any, supports: Sequence[Examples], inner_steps: int | None
-    ) -> list[ServedAdaptation | Exception]:
+    def _split(self, many: Any, supports: Sequence[Examples], how: How) -> list[ServedAdaptation | Exception]:
         """Split a stacked φ into one for each support set, in memory of its own; tensors of θ stay shared."""
         leaves, spec = pytree.tree_flatten(many)
         adapted = [self._is_adapted(t) for t in leaves]
@@ -213,16 +221,14 @@ class ServedModel:
         split: list[ServedAdaptation | Exception] = []
         for i, (support, good) in enumerate(zip(supports, finite.tolist())):
             if not good:
-                split.append(
-                    DivergedAdaptation("the adaptation gave NaN or Inf; are the inputs scaled as in training?")
-                )
+                split.append(DivergedAdaptation())
                 continue
             phi = pytree.tree_unflatten(
                 [row[i].detach().clone() if own else row[i] for row, own in zip(rows, adapted)], spec
             )
             inputs = support.x if self._needs_support else None
             total = size + (0 if inputs is None else inputs.numel() * inputs.element_size())
-            made_by = (inner_steps, tuple(support.x.shape), tuple(support.y.shape))
+            made_by = (how, tuple(support.x.shape), tuple(support.y.shape))
             split.append(ServedAdaptation(phi, inputs, total, structure, made_by))
         return split
 
@@ -238,21 +244,17 @@ class ServedModel:
 
     def unpack(self, packed: tuple[Any, ...]) -> ServedAdaptation:
         """Return the adapted parameters that another replica's ``pack`` packed."""
-        data, (inner_steps, x, y) = packed
+        data, (how, x, y) = packed
         tensors = {n: t.clone().to(self.learner.device) for n, t in safetensors.torch.load(data).items()}
         with self._lock:
-            targets = torch.zeros(
-                y, dtype=torch.int64 if self.classification else self.dtype, device=self.learner.device
-            )
-            empty = self.learner.adapt(
-                self.state, Examples(torch.zeros(x, dtype=self.dtype, device=self.learner.device), targets), inner_steps
-            )
+            zeros = self._zeros(x, y)
+            empty = self.learner.adapt(self.state, zeros, *how)
         leaves, spec = pytree.tree_flatten(empty)
         own = iter(range(len(leaves)))
         phi = pytree.tree_unflatten([tensors[f"phi/{next(own)}"] if self._is_adapted(t) else t for t in leaves], spec)
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         structure = hash((str(spec), *(tuple(t.shape) if isinstance(t, Tensor) else t for t in leaves)))
-        return ServedAdaptation(phi, tensors.get("support"), total, structure, (inner_steps, x, y))
+        return ServedAdaptation(phi, tensors.get("support"), total, structure, (how, x, y))
 
     def _is_adapted(self, leaf: Any) -> bool:
         """Return whether a leaf of φ is a tensor that does not share θ's memory."""
@@ -287,24 +289,28 @@ class ServedModel:
         return list(self._compute(lambda: torch.func.vmap(single, in_dims=(dims, 0, 0))(stacked, x, support)).unbind())
 
     def _compute(self, compute: Any) -> Any:
-        """Compute; convert errors into ``InvalidInput`` if only the model itself can judge the input's shape."""
-        try:
+        with self.signature.judged_by_model():
             return compute()
-        except (RuntimeError, IndexError, ValueError) as error:
-            if self.input_shape is not None:
-                raise
-            raise InvalidInput(f"model '{self.name}' cannot compute on inputs of this shape") from error
+
+    def _zeros(self, x: Sequence[int], y: Sequence[int]) -> Examples:
+        device = self.learner.device
+        return Examples(
+            torch.zeros(*x, dtype=self.signature.input_dtype, device=device),
+            torch.zeros(*y, dtype=self.signature.target_dtype, device=device),
+        )
 
     def warm_up(self) -> None:
         """Compute one adaptation and prediction: PyTorch's one-time work would delay the first caller."""
-        if self.input_shape is None:
+        inputs, targets = self.signature.input_shape, self.signature.target_shape
+        if inputs is None or targets is None or None in inputs or None in targets:
             return
-        rows = self.outputs if self.classification else 2
-        x = torch.zeros(rows, *self.input_shape, dtype=self.dtype, device=self.learner.device)
-        y = torch.arange(rows) if self.classification else torch.zeros(rows, *self.target_shape, dtype=self.dtype)
-        adapted = self.adapt([Examples(x, y.to(self.learner.device))], None)[0]
+        rows = self.signature.classes or 2
+        support = self._zeros((rows, *inputs), (rows, *targets))  # type: ignore[arg-type]
+        if self.classification:
+            support.y.copy_(torch.arange(rows))
+        adapted = self.adapt([support], None)[0]
         if isinstance(adapted, ServedAdaptation):
-            self.predict([adapted], [x])
+            self.predict([adapted], [support.x])
 
 
 def _parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -1,19 +1,23 @@
-"""Classify folders of images, by a model in this process or by a server."""
+"""Predict folders of images, or files of arrays, by a model in this process or by a server."""
 
 from __future__ import annotations
 
+import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.core.errors import ConfigError, DataError
-from metadist.core.task import Examples
-from metadist.serving.load import image_decoder, open_model
+from metadist.core.errors import ConfigError, DataError, first_line
+from metadist.serving.load import open_model
+from metadist.tasks.decode import Decode
+from metadist.tasks.folders import by_class
 
 AdaptPredict = Callable[[Tensor, Tensor, Tensor, "int | None"], Tensor]
 """(support x [N, …], support y [N], queries [Q, …], inner steps) → logits [Q, classes]."""
@@ -41,24 +45,23 @@ def predict_folders(source: ModelSource, support: str, query: str, inner_steps: 
     ``query`` are in folders of the same names. Raises ``ConfigError`` for a model without images, ``DataError`` for
     wrong folders.
     """
-    with _opened(source) as (about, adapt_predict):
+    with opened_model(source) as (about, adapt_predict):
         images = about.get("images")
         if about["kind"] != "classification" or images is None:
             raise ConfigError(
-                f"predict: model '{about['name']}' ({about['kind']}) does not classify images; use the Python client "
-                "or HTTP"
+                f"predict: model '{about['name']}' ({about['kind']}) does not classify images; give arrays x and y as "
+                "--support FILE.npz and x as --query FILE.npz"
             )
-        decode = image_decoder((images["size"], images["channels"], images["invert"]))
-        x, names, labels = decode.by_class(_folder("--support", support))
+        decode = Decode(images["size"], images["channels"], images["invert"], images.get("white"))
+        x, names, labels = by_class(decode, _folder("--support", support))
         classes = sorted(set(labels))
         if not names or "" in classes:
             wrong = f"'{names[labels.index('')]}' is in no class folder" if "" in classes else "there are no images"
             raise DataError(f"--support {support}: {wrong}; expected {support}/CLASS/IMAGE.png, one folder per class")
-        if not 2 <= len(classes) <= about["outputs"]:
-            raise DataError(
-                f"--support {support}: {len(classes)} classes; model '{about['name']}' takes 2 to {about['outputs']}"
-            )
-        queries, files, truths = decode.by_class(_folder("--query", query))
+        if len(classes) < 2 or (len(classes) > about["outputs"] and not about["any_classes"]):
+            most = "or more" if about["any_classes"] else f"to {about['outputs']}"
+            raise DataError(f"--support {support}: {len(classes)} classes; model '{about['name']}' takes 2 {most}")
+        queries, files, truths = by_class(decode, _folder("--query", query))
         if not files:
             raise DataError(f"--query {query}: there are no images")
         y = torch.tensor([classes.index(label) for label in labels])
@@ -74,6 +77,50 @@ def predict_folders(source: ModelSource, support: str, query: str, inner_steps: 
         "predictions": rows,
         "accuracy": sum(judged) / len(judged) if judged else None,
     }
+
+
+def predict_arrays(source: ModelSource, support: str, query: str, inner_steps: int | None = None) -> dict[str, Any]:
+    """Adapt to the arrays x [N, …] and y [N, …] of the file ``support`` (.npz), and predict x [Q, …] of ``query``.
+
+    Returns plain data for JSON: a prediction for each row, and where ``query`` has y the accuracy, or for values the
+    mean squared error. Raises ``DataError`` for wrong files, ``InvalidInput`` where arrays do not fit the model.
+    """
+    given, asked = _arrays("--support", support, ("x", "y")), _arrays("--query", query, ("x",))
+    with opened_model(source) as (about, adapt_predict):
+        prediction = adapt_predict(given["x"], given["y"], asked["x"], inner_steps).double()
+    report = {
+        "model": about["name"],
+        "algorithm": about["algorithm"],
+        "normalization": about["normalization"],
+        "support": len(given["x"]),
+        "accuracy": None,
+    }
+    target = asked.get("y")
+    if target is not None and len(target) != len(prediction):
+        raise DataError(f"--query {query}: y has {len(target)} rows and x {len(prediction)}")
+    if about["kind"] != "classification":
+        rows = [{"row": i, "predicted": values} for i, values in enumerate(prediction.tolist())]
+        error = {} if target is None else {"mse": float((prediction - target.view_as(prediction)).square().mean())}
+        return {**report, "predictions": rows, **error}
+    best, which = torch.softmax(prediction, -1).max(-1)
+    rows = [
+        {"row": i, "predicted": c, "probability": round(p, 4)}
+        for i, (c, p) in enumerate(zip(which.tolist(), best.tolist()))
+    ]
+    accuracy = None if target is None else float((which == target).double().mean())
+    return {**report, "classes": sorted(set(given["y"].tolist())), "predictions": rows, "accuracy": accuracy}
+
+
+def _arrays(option: str, path: str, needed: Sequence[str]) -> dict[str, Tensor]:
+    """Return the arrays of a ``.npz`` file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: torch.from_numpy(file[name]) for name in ("x", "y") if name in file.files}
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{option} {path}: can't be read as arrays ({first_line(error)})") from None
+    if missing := [name for name in needed if name not in found]:
+        raise DataError(f"{option} {path}: has no array {' and no '.join(missing)}; expected {', '.join(needed)}")
+    return found
 
 
 def _rows(logits: Tensor, classes: Sequence[str], files: Sequence[str], truths: Sequence[str]) -> list[dict[str, Any]]:
@@ -94,21 +141,15 @@ def _folder(option: str, path: str) -> str:
 
 
 @contextmanager
-def _opened(source: ModelSource) -> Iterator[tuple[Mapping[str, Any], AdaptPredict]]:
+def opened_model(source: ModelSource) -> Iterator[tuple[Mapping[str, Any], AdaptPredict]]:
     """Open the model; yield its description (``ServedModel.describe``) and a function that adapts and predicts."""
     if _is_address(source.location):
         with _remote(source) as opened:
             yield opened
         return
-    model = open_model(source.location, normalization=source.normalization)
-
-    def compute(x: Tensor, y: Tensor, query: Tensor, steps: int | None) -> Tensor:
-        learner = model.learner
-        support = Examples(x.to(model.dtype), y)
-        phi = learner.adapt(model.state, support, model.check_steps(steps))
-        return learner.predict(model.state, phi, query.to(model.dtype), support)
-
-    yield model.describe(), compute
+    # The limits of requests protect a server; here the user's own memory decides.
+    model = open_model(source.location, normalization=source.normalization, support=sys.maxsize, queries=sys.maxsize)
+    yield model.describe(), model.adapt_predict
 
 
 @contextmanager

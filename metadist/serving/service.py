@@ -13,12 +13,13 @@ import grpc
 from torch import Tensor
 
 from metadist.core.errors import ConfigError, nearest
+from metadist.core.signature import DivergedAdaptation, InvalidInput
 from metadist.core.task import Examples
 from metadist.rpc.grpc_guard import Refused
 from metadist.serving.batching import Batcher
 from metadist.serving.cache import HandleCache, ReplicaCache
 from metadist.serving.metrics import ServiceMetrics
-from metadist.serving.model import DivergedAdaptation, InvalidInput, ServedAdaptation, ServedModel
+from metadist.serving.model import ServedAdaptation, ServedModel
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
@@ -150,7 +151,8 @@ class AdaptationService:
     def _adapted(
         self, model: ServedModel, support: Examples, inner_steps: int | None, left: TimeLeft
     ) -> ServedAdaptation:
-        key = ("adapt", model.name, tuple(support.x.shape), tuple(support.y.shape), inner_steps)
+        shapes = tuple(support.x.shape), tuple(support.y.shape)
+        key = ("adapt", model.name, *shapes, model.signature.ways(support.y), inner_steps)
         adapted = _within(left, self._batcher.submit(key, support))
         self.adaptations += 1
         return adapted

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metadist.core.signature import InvalidInput
 from metadist.serving import adapt_pb2 as pb
-from metadist.serving.model import InvalidInput
 from metadist.wire.codec import RejectedError
 from metadist.wire.plain import decode_plain, encode_plain
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.core.errors import ConfigError, MetadistError
+from metadist.storage.places import cache_root
 from metadist.storage.store import Store, why
 
 
@@ -34,8 +35,8 @@ class RunDirectory:
         self.local = self._store.local
         self.url = self._store.path() if self.local else location.rstrip("/")
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:12]
-        cache = Path(os.environ.get("METADIST_CACHE") or Path.home() / ".cache" / "metadist")
-        self.scratch = Path(self.url) if self.local else cache / "runs" / f"{self.url.rsplit('/', 1)[-1]}-{digest}"
+        remote = f"{self.url.rsplit('/', 1)[-1]}-{digest}"
+        self.scratch = Path(self.url) if self.local else cache_root() / "runs" / remote
 
     def read(self, name: str) -> str | None:
         """Return a file's text, or None if there is no such file. ``ConfigError`` if the store fails."""
@@ -68,6 +69,11 @@ class RunDirectory:
         """Copy a local file into the run's directory; do nothing where that directory is local."""
         if not self.local:
             self._store.upload(path, name)
+
+
+def tracking_root(directory: RunDirectory) -> Path:
+    """Return the folder of the default SQLite store: METADIST_RUNS, or a local folder where that is remote."""
+    return directory.scratch.parent if "://" in runs_root() else Path(runs_root()).resolve()
 
 
 def new_run_id(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor
 from metadist.core.errors import ConfigError, DataError
 from metadist.core.random import SPLITS, TaskKey, choose, integers
 from metadist.core.task import Classification, Examples, Task
+from metadist.tasks.augmentation import WORDS, Augmentation
 from metadist.tasks.images import ImageSet, on_device, turned
 
 Rotations = Literal["classes", "slot", "none"]
@@ -39,6 +41,7 @@ class _Prepared:
 
     pixels: Tensor
     images: int
+    source: ImageSet
     splits: dict[str, _Split]
     data_sha256: str
 
@@ -81,6 +84,10 @@ class Episodes(Classification):
         """Return the use of quarter turns in ``split``: new classes, one random turn for each class, or none."""
         return "none"
 
+    def augmentation_in(self, split: str) -> Augmentation | None:
+        """Return the random changes of images in ``split``, or None."""
+        return None
+
     def shape(self, split: str) -> tuple[int, int, int]:
         """Return (n_way, k_shot, query_shots) of ``split``."""
         if split == "train":
@@ -113,6 +120,7 @@ class Episodes(Classification):
         prepared = _Prepared(
             on_device(turned(images) if any(self.rotations_in(s) != "none" for s in SPLITS) else images, device),
             len(images.pixels),
+            images,
             {s: _Split(tuple(images.names[c] for c in splits[s]), first[splits[s]], counts[splits[s]]) for s in SPLITS},
             hashlib.sha256(described.encode()).hexdigest(),
         )
@@ -137,6 +145,24 @@ class Episodes(Classification):
         """Return the images that ``draw`` indexes, u8 [N, channels, height, width], on the prepared device."""
         return self._ready().pixels
 
+    def source(self) -> ImageSet:
+        """Return the loaded images."""
+        return self._ready().source
+
+    def splits(self) -> Mapping[str, Sequence[str]]:
+        return {split: part.names for split, part in self._ready().splits.items()}
+
+    def data_notes(self) -> Sequence[str]:
+        ready = self._ready()
+        return (*ready.source.notes, *_shared_images(ready.source, ready.splits))
+
+    def task_classes(self, key: TaskKey, split: str) -> Sequence[str]:
+        part, classes = self._checked(split)
+        (slots,) = key.to(torch.device("cpu")).words(classes=self.shape(split)[0])
+        chosen = choose(slots, classes).tolist()
+        turns = [90 * (c // len(part.names)) for c in chosen]
+        return [part.names[c % len(part.names)] + f" ({turn}°)" * (turn > 0) for c, turn in zip(chosen, turns)]
+
     def class_names(self, split: str) -> tuple[str, ...]:
         """Return the classes of ``split``, in the order of their numbers."""
         return self._ready().splits[split].names
@@ -160,7 +186,7 @@ class Episodes(Classification):
         if k + q > fewest:
             raise ConfigError(
                 f"{key('k_shot')} + {key('query_shots')} = {k} + {q}: class '{name}' of the {split} split has {fewest} "
-                "images; lower one of the two, or leave the class out"
+                "images; lower one of the two, or leave the class out (image_folder: by tasks.min_images)"
             )
         return part, classes
 
@@ -188,14 +214,21 @@ class Episodes(Classification):
         # Copy all indices to the device together, and gather once for each set.
         index = index.to(pixels.device)
         labels = torch.arange(n, device=pixels.device)
+        augmentation, words = self.augmentation_in(split), None
+        if augmentation:
+            (words,) = keys.to(torch.device("cpu")).words(augmentation=(k + q) * n * WORDS)
+            words = words.unflatten(-1, (k + q, n, WORDS)).to(pixels.device)
 
-        def examples(index: Tensor, shots: int) -> Examples:
-            tasks = index.shape[:-2]
-            images = pixels.index_select(0, index.flatten()).view(*tasks, shots * n, *pixels.shape[1:])
+        def examples(first: int, shots: int) -> Examples:
+            rows = index[..., first : first + shots, :]
+            tasks = rows.shape[:-2]
             # A product, not a quotient: CUDA divides by a scalar as a product with its inverse, the CPU does not.
-            return Examples(images.to(torch.float32).mul_(1 / 255), labels.repeat(*tasks, shots))
+            images = pixels.index_select(0, rows.flatten()).to(torch.float32).mul_(1 / 255)
+            if augmentation and words is not None:
+                images = augmentation(images, words[..., first : first + shots, :, :].reshape(-1, WORDS))
+            return Examples(images.view(*tasks, shots * n, *pixels.shape[1:]), labels.repeat(*tasks, shots))
 
-        return Task(examples(index[..., :k, :], k), examples(index[..., k:, :], q))
+        return Task(examples(0, k), examples(k, q))
 
     def sample_task(self, key: TaskKey, split: str) -> Task:
         return self.sample(key, split)
@@ -215,3 +248,13 @@ class Episodes(Classification):
     def sizes(self, split: str) -> tuple[int, int]:
         n, k, q = self.shape(split)
         return n * k, n * q
+
+
+def _shared_images(images: ImageSet, splits: Mapping[str, _Split]) -> list[str]:
+    """Return a line for each two splits that share images, pixel by pixel."""
+    found: dict[str, set[bytes]] = {}
+    for split, part in splits.items():
+        rows = [i for first, n in zip(part.first.tolist(), part.counts.tolist()) for i in range(first, first + n)]
+        found[split] = {hashlib.blake2b(images.pixels[i].tobytes(), digest_size=16).digest() for i in rows}
+    pairs = [(a, b, len(found[a] & found[b])) for i, a in enumerate(SPLITS) for b in SPLITS[i + 1 :]]
+    return [f"{n:,} images are in the {a} split and in the {b} split, pixel by pixel" for a, b, n in pairs if n]

@@ -1,22 +1,31 @@
-"""Define few-shot classification of the user's images: a folder of folders, or one Parquet or Arrow file."""
+"""Define few-shot classification of the user's images: a folder of folders, or Parquet and Arrow files."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
+import json
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from metadist.core.errors import ConfigError, DataError
-from metadist.core.random import SPLITS
-from metadist.tasks.episodes import Episodes
-from metadist.tasks.images import ImageSet, cached
-from metadist.tasks.sources import Decode, in_folder, split_list, table
+import numpy as np
 
-TABLES = (".parquet", ".arrow", ".feather")
+from metadist.core.errors import ConfigError, DataError, one_of
+from metadist.core.random import SPLITS
+from metadist.tasks import layout
+from metadist.tasks.augmentation import Augmentation, Flip
+from metadist.tasks.decode import Decode
+from metadist.tasks.episodes import Episodes
+from metadist.tasks.folders import SUFFIXES, TABLES, Files, everything_in
+from metadist.tasks.image_tables import Columns, shards, splits_of, table
+from metadist.tasks.images import ImageSet, cached
+from metadist.tasks.location import located
+
+Labels = list[tuple[str, str]]
+"""(part, class) of each image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,26 +33,38 @@ class ImageFolder(Episodes):
     """Images by class at ``path``, a local path (then also tried in ``METADIST_DATA``) or any fsspec URL.
 
     Each folder with images is a class, and its path is the class name (``dogs``, ``Greek/character01``). Top folders
-    ``train``, ``validation`` and ``test`` are splits. Or ``path`` is a .parquet, .arrow or .feather file with an image
-    column (encoded bytes, or lists of pixels) and a label column.
+    ``train``, ``validation`` and ``test``, in any usual spelling, are splits. Or ``path`` is a .parquet, .arrow or
+    .feather file, or a folder of them, with an image column (encoded bytes, or lists of pixels) and a label column.
+    What is passed over is named (``data_notes``); a layout in which test classes could be trained on is refused.
 
     Without such top folders ``split_list`` splits the classes, a JSON file {"train": [class names], "validation": […],
     "test": […]}; without it ``fractions`` does, in the order of the SHA-256 of ``split_seed`` and name, so that the
-    split depends on the names alone.
+    split depends on the names alone. With ``split_by: images`` every split has the same classes, and the images of
+    each class are split in that way, or by top folders: for data of two classes. Classes with fewer than
+    ``min_images`` images are left out.
 
     Images become squares of ``image_size`` (LANCZOS, centre crop) with 1 or 3 ``channels``. ``invert`` is for dark
-    images on a light background.
+    images on a light background; ``white`` is the value of white in images of more than 8 bits (``decode.Decode``).
+    In training, and there alone, ``crop``, ``flip``, ``rotation`` and ``colour`` change images at random
+    (``augmentation.Augmentation``).
     """
 
     path: str
     image_size: int = 28
     channels: Literal[1, 3] = 1
     invert: bool = False
+    white: float | None = None
     split_list: str | None = None
+    split_by: Literal["classes", "images"] = "classes"
     fractions: tuple[float, float, float] = (0.64, 0.16, 0.2)
     split_seed: int = 0
+    min_images: int = 0
     image_column: str = "image"
     label_column: str = "label"
+    crop: float = 0.0
+    flip: Flip = "none"
+    rotation: float = 0.0
+    colour: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,94 +77,172 @@ class ImageFolder(Episodes):
                 f"tasks.fractions = {list(self.fractions)}: must be three numbers ≥ 0 for {', '.join(SPLITS)} with the "
                 "sum 1"
             )
+        if self.white is not None and not self.white > 0:
+            raise ConfigError(f"tasks.white = {self.white}: must be above 0; 65535 for 16 bits, 4095 for 12 bits")
+        if self.min_images < 0:
+            raise ConfigError(f"tasks.min_images = {self.min_images}: must be 0 or more")
+        one_of("tasks.split_by", self.split_by, ("classes", "images"))
+        one_of("tasks.flip", self.flip, ("none", "horizontal", "vertical", "both"))
+        for key, value, below in (("crop", self.crop, 1), ("colour", self.colour, 1), ("rotation", self.rotation, 180)):
+            if not 0 <= value <= below or (key == "crop" and value == 1):
+                raise ConfigError(f"tasks.{key} = {value}: must be from 0 to {below}{' (degrees)' * (below == 180)}")
+        if self.split_list is not None and self.split_by == "images":
+            raise ConfigError(
+                f"tasks.split_list = {self.split_list}: names the classes of splits, and tasks.split_by = images gives "
+                "all splits the same classes; remove one of the two"
+            )
         object.__setattr__(self, "input_shape", (self.channels, self.image_size, self.image_size))
 
     @property
     def decode(self) -> Decode:
         """Return the settings that turn encoded bytes into an image."""
-        return Decode(self.image_size, self.channels, self.invert)
+        return Decode(self.image_size, self.channels, self.invert, self.white)
+
+    def augmentation_in(self, split: str) -> Augmentation | None:
+        chosen = Augmentation(self.crop, self.flip, self.rotation, self.colour)
+        return chosen if split == "train" and chosen else None
 
     def load(self) -> ImageSet:
         import fsspec
 
-        path, decode = self._located(), self.decode
-        name = "images-" + re.sub(r"\W+", "-", Path(self.path).name)
+        path = located("tasks.path", self.path)
         if path.lower().endswith(TABLES):
             system, root = fsspec.core.url_to_fs(path)
-            source = (
-                f"{sorted((k, str(v)) for k, v in system.info(root).items())} {self.image_column} {self.label_column}"
+            if not system.isdir(root):
+                state = sorted((k, str(v)) for k, v in system.info(root).items())
+                return self._cached(f"{state} {self._columns}", lambda: self._from_table(path))
+        listing = everything_in(path)
+        files = listing.matching(SUFFIXES)
+        if not files.names and (tables := listing.matching(TABLES)).names:
+            parts = splits_of(tables) if self.split_list is None else dict.fromkeys(tables.names, "")
+            source = f"{path} {tables.identity} {sorted(parts.items())} {self._columns}"
+            found = self._cached(source, lambda: self._from_shards(tables, parts))
+            return dataclasses.replace(found, notes=tables.notes)
+        if not files.names:
+            held = f"; it has {', '.join(files.notes)}" if files.notes else ""
+            raise DataError(
+                f"tasks.path = {path}: has no images in folders; expected {path}/CLASS/IMAGE.png or .jpg …{held}"
             )
-            return cached(name, decode.source(source), lambda: self._from_table(path, decode))
-        files = in_folder(path)
-        classes = {n: n.rpartition("/")[0] for n in files.names}
-        if not classes:
-            raise DataError(f"tasks.path = {path}: has no images in folders; expected {path}/CLASS/IMAGE.png or .jpg …")
-        if "" in classes.values():
-            stray = next(n for n, c in classes.items() if not c)
-            raise DataError(f"tasks.path = {path}: '{stray}' is in no folder; move every image to its class's folder")
-        labels = [_label(c) for c in classes.values()]
-        if not all(part in SPLITS and name for part, name in labels):
-            labels = [("", c) for c in classes.values()]
-        return cached(
-            name,
-            decode.source(f"{path} {files.identity}"),
-            lambda: ImageSet.grouped(files.decode(decode, files.names), labels),
+        labels = layout.labels(path, files.names, any_layout=self.split_list is not None)
+        found = self._cached(
+            f"{path} {files.identity} {hashlib.sha256(json.dumps(labels).encode()).hexdigest()}",
+            lambda: self._grouped(files.decode(self.decode, files.names), labels, files.names),
         )
+        return dataclasses.replace(found, notes=files.notes)
 
-    def _from_table(self, path: str, decode: Decode) -> ImageSet:
-        pixels, names = table(path, self.image_column, self.label_column, decode)
+    @property
+    def _columns(self) -> Columns:
+        return Columns(self.image_column, self.label_column)
+
+    def _cached(self, source: str, build: Callable[[], ImageSet]) -> ImageSet:
+        name = "images-" + re.sub(r"\W+", "-", Path(self.path).name)
+        by = f" by images {self.fractions} {self.split_seed}" if self.split_by == "images" else ""
+        return cached(name, self.decode.source(source + by), build)
+
+    def _from_table(self, path: str) -> ImageSet:
+        pixels, names = table(path, self._columns, self.decode)
         if not names:
             raise DataError(f"tasks.path = {path}: has no rows; expected one row for each image")
-        return ImageSet.grouped(pixels, [("", name) for name in names])
+        return self._grouped(pixels, [("", name) for name in names], [f"row {i}" for i in range(len(names))])
 
-    def _located(self) -> str:
-        import fsspec
+    def _from_shards(self, files: Files, parts: Mapping[str, str]) -> ImageSet:
+        pixels, names, rows = shards(files, self._columns, self.decode)
+        if not names:
+            raise DataError(f"tasks.path = {files.root}: has no rows; expected one row for each image")
+        return self._grouped(pixels, [(parts[row.rpartition(" row ")[0]], n) for row, n in zip(rows, names)], rows)
 
-        root = os.environ.get("METADIST_DATA")
-        given = Path(self.path).expanduser()
-        if root and "://" in root and "://" not in self.path and not given.is_absolute() and not given.exists():
-            return dataclasses.replace(self, path=f"{root.rstrip('/')}/{self.path}")._located()
-        if "://" not in self.path:
-            tried = [given, Path(root).expanduser() / given] if root and not given.is_absolute() else [given]
-            for path in tried:
-                if path.exists():
-                    return str(path.resolve())
-            where = " and ".join(str(p.absolute()) for p in tried)
-            raise DataError(f"tasks.path = {self.path}: no such folder or file; looked for {where}")
-        try:
-            system, root = fsspec.core.url_to_fs(self.path)
-            if system.exists(root):
-                return self.path
-        except Exception as error:  # every fsspec backend raises its own
-            raise DataError(f"tasks.path = {self.path}: cannot be reached ({error})") from error
-        raise DataError(f"tasks.path = {self.path}: there is nothing at that address; check the URL")
+    def _grouped(self, pixels: np.ndarray, labels: Labels, items: Sequence[str]) -> ImageSet:
+        """Return the set; with ``split_by: images`` a class of each split is one of its own."""
+        if self.split_by == "classes":
+            return ImageSet.grouped(pixels, labels)
+        if not any(part for part, _ in labels):
+            labels = self._split_images(labels, items)
+        return ImageSet.grouped(pixels, labels, items)
+
+    def _split_images(self, labels: Labels, items: Sequence[str]) -> Labels:
+        members: dict[str, list[int]] = {}
+        for i, (_, name) in enumerate(labels):
+            members.setdefault(name, []).append(i)
+        chosen = list(labels)
+        for name, rows in members.items():
+            pieces = self._cut(rows, lambda i: items[i])
+            for split, piece, fraction in zip(SPLITS, pieces, self.fractions):
+                if fraction and not piece and len(rows) >= self.min_images:
+                    raise DataError(
+                        f"tasks.path = {self.path}: class '{name}' has {len(rows)} images, none of them in the {split} "
+                        f"split by tasks.fractions = {list(self.fractions)}; set tasks.min_images, or other fractions"
+                    )
+                for i in piece:
+                    chosen[i] = (split, name)
+        return chosen
+
+    def _cut(self, members: Sequence[int], name: Callable[[int], str]) -> list[list[int]]:
+        """Cut members into the three splits by ``fractions``, in the order of the hashes of their names."""
+        order = sorted(members, key=lambda i: _hash(self.split_seed, name(i)))
+        train, validation, _ = self.fractions
+        cuts = round(len(order) * train), round(len(order) * (train + validation))
+        return [sorted(piece) for piece in (order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :])]
 
     def split_classes(self, images: ImageSet) -> dict[str, list[int]]:
-        if len(set(images.names)) < len(images.names):
+        few = self._too_few(images)
+        if self.split_by == "images":
+            splits = {s: [i for i, part in enumerate(images.parts) if part == s] for s in SPLITS}
+        elif len(set(images.names)) < len(images.names):
             twice = next(n for n in images.names if images.names.count(n) > 1)
             parts = [p for n, p in zip(images.names, images.parts) if n == twice]
             raise DataError(
-                f"tasks.path = {self.path}: class '{twice}' is in {' and in '.join(parts)}; "
-                "splits must hold different classes, or training sees test classes"
+                f"tasks.path = {self.path}: class '{twice}' is in {' and in '.join(parts)}; splits must hold different "
+                "classes, or training sees test classes; tasks.split_by: images makes tasks of the same classes in all "
+                "splits"
             )
-        if self.split_list is not None:
-            return split_list(self.split_list, images.names)
-        if any(images.parts):
-            return {s: [i for i, part in enumerate(images.parts) if part == s] for s in SPLITS}
-        order = sorted(range(len(images.names)), key=lambda i: _hash(self.split_seed, images.names[i]))
-        train, validation, _ = self.fractions
-        cuts = round(len(order) * train), round(len(order) * (train + validation))
-        pieces = order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :]
-        return {split: sorted(piece) for split, piece in zip(SPLITS, pieces)}
+        elif self.split_list is not None:
+            splits = layout.split_list(self.split_list, images.names)
+        elif any(images.parts):
+            splits = {s: [i for i, part in enumerate(images.parts) if part == s] for s in SPLITS}
+        else:
+            left = [i for i, name in enumerate(images.names) if name not in few]
+            splits = dict(zip(SPLITS, self._cut(left, lambda i: images.names[i])))
+        return {s: [i for i in chosen if images.names[i] not in few] for s, chosen in splits.items()}
+
+    def _too_few(self, images: ImageSet) -> set[str]:
+        """Return the classes with fewer than ``min_images`` images in all splits together."""
+        counts: dict[str, int] = {}
+        for name, count in zip(images.names, images.counts):
+            counts[name] = counts.get(name, 0) + count
+        return {name for name, count in counts.items() if count < self.min_images}
+
+    def splits(self) -> Mapping[str, Sequence[str]]:
+        """Return the classes of each split; with ``split_by: images``, the images of each split."""
+        if self.split_by == "classes":
+            return super().splits()
+        images, found = self.source(), {split: list[str]() for split in SPLITS}
+        starts = [sum(images.counts[:i]) for i in range(len(images.counts))]
+        for split, chosen in self.split_classes(images).items():
+            for i in chosen:
+                found[split] += images.items[starts[i] : starts[i] + images.counts[i]]
+        return found
+
+    def data_notes(self) -> Sequence[str]:
+        images, notes = self.source(), list(super().data_notes())
+        if few := sorted(self._too_few(images)):
+            notes.append(f"{len(few):,} classes with fewer than {self.min_images} images ({_first(few)})")
+        if nested := layout.classes_within_classes(images.names):
+            notes.append(f"{len(nested):,} classes in the folder of another class ({_first(nested)})")
+        if self.split_by == "classes" and (alike := layout.same_but_for_case(self.splits())):
+            notes.append(f"{len(alike):,} classes of two splits differ in upper and lower case alone ({_first(alike)})")
+        return notes
 
     def protocol(self, split: str) -> dict[str, Any]:
-        return {**super().protocol(split), "split_list": self.split_list, "image_size": self.image_size}
+        return {
+            **super().protocol(split),
+            "split_list": self.split_list,
+            "image_size": self.image_size,
+            **({"split_by": "images"} if self.split_by == "images" else {}),
+        }
 
 
-def _label(folder: str) -> tuple[str, str]:
-    """Split a folder's path into split and class: ``train/dogs`` → (train, dogs)."""
-    part, _, name = folder.partition("/")
-    return {"val": "validation", "valid": "validation"}.get(part, part), name
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def _hash(seed: int, name: str) -> str:

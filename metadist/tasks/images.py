@@ -16,12 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metadist.storage.places import cache_root
+
 log = logging.getLogger(__name__)
-
-
-def cache_directory() -> Path:
-    """Return ``METADIST_CACHE``, or ~/.cache/metadist. Users may delete its files at any time."""
-    return Path(os.environ.get("METADIST_CACHE") or "~/.cache/metadist").expanduser()
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +26,7 @@ class ImageSet:
     """Images u8 [N, channels, height, width] in the order of their classes.
 
     Each class has a name, a number of images and a part (of the data set, or ""). Classes are in the order of (part,
-    name).
+    name). ``items`` are names of the images, where they matter; ``notes`` say what the data has beside the images.
     """
 
     pixels: np.ndarray
@@ -37,17 +34,27 @@ class ImageSet:
     counts: tuple[int, ...]
     parts: tuple[str, ...]
     sha256: str
+    items: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, pixels: np.ndarray, names: Sequence[str], counts: Sequence[int], parts: Sequence[str]) -> ImageSet:
-        """Return a set whose ``sha256`` covers the pixels, their shape and the classes."""
+    def of(
+        cls,
+        pixels: np.ndarray,
+        names: Sequence[str],
+        counts: Sequence[int],
+        parts: Sequence[str],
+        items: Sequence[str] = (),
+    ) -> ImageSet:
+        """Return a set whose ``sha256`` covers the pixels, their shape, the classes and the items."""
         pixels = np.ascontiguousarray(pixels)
-        digest = hashlib.sha256(json.dumps([pixels.shape, names, counts, parts]).encode())
+        described = [pixels.shape, names, counts, parts, *([items] if items else [])]
+        digest = hashlib.sha256(json.dumps(described).encode())
         digest.update(pixels.data)
-        return cls(pixels, tuple(names), tuple(counts), tuple(parts), digest.hexdigest())
+        return cls(pixels, tuple(names), tuple(counts), tuple(parts), digest.hexdigest(), tuple(items))
 
     @classmethod
-    def grouped(cls, pixels: np.ndarray, labels: Sequence[tuple[str, str]]) -> ImageSet:
+    def grouped(cls, pixels: np.ndarray, labels: Sequence[tuple[str, str]], items: Sequence[str] = ()) -> ImageSet:
         """Return a set from one (part, class name) per image; the images of a class keep their order."""
         order = sorted(range(len(labels)), key=labels.__getitem__)
         if order != list(range(len(labels))):
@@ -55,7 +62,8 @@ class ImageSet:
         counts: dict[tuple[str, str], int] = {}
         for i in order:
             counts[labels[i]] = counts.get(labels[i], 0) + 1
-        return cls.of(pixels, [name for _, name in counts], list(counts.values()), [part for part, _ in counts])
+        names, parts = [name for _, name in counts], [part for part, _ in counts]
+        return cls.of(pixels, names, list(counts.values()), parts, [items[i] for i in order] if items else [])
 
 
 def cached(name: str, source: str, build: Callable[[], ImageSet]) -> ImageSet:
@@ -66,7 +74,7 @@ def cached(name: str, source: str, build: Callable[[], ImageSet]) -> ImageSet:
     """
     from filelock import FileLock
 
-    directory = cache_directory()
+    directory = cache_root()
     entry = directory / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.json"
     found = _open(entry)  # without the lock: a complete cache may be read-only
     if found is not None:
@@ -103,7 +111,7 @@ def _open(entry: Path) -> ImageSet | None:
         meta = json.loads(entry.read_text())
         # Copy-on-write, not read-only: pages are shared just the same, and torch accepts no read-only arrays.
         pixels = np.load(entry.with_name(meta["file"]), mmap_mode="c", allow_pickle=False)
-        found = ImageSet.of(pixels, meta["names"], meta["counts"], meta["parts"])
+        found = ImageSet.of(pixels, meta["names"], meta["counts"], meta["parts"], meta.get("items", []))
         if found.sha256 == meta["sha256"]:
             return found
         log.warning("%s is damaged: building it again", entry.with_name(meta["file"]))
@@ -124,6 +132,7 @@ def _save(entry: Path, name: str, images: ImageSet) -> None:
         "counts": images.counts,
         "parts": images.parts,
         "sha256": images.sha256,
+        "items": images.items,
     }
     with replacing(entry) as temporary:
         temporary.write_text(json.dumps(meta))

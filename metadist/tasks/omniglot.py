@@ -15,9 +15,12 @@ from typing import Any, get_args
 import numpy as np
 
 from metadist.core.errors import ConfigError, DataError, nearest
+from metadist.tasks.decode import Decode
 from metadist.tasks.episodes import Episodes, Rotations
+from metadist.tasks.folders import Files, in_folder, in_zip
 from metadist.tasks.images import ImageSet, cached
-from metadist.tasks.sources import Decode, Files, data_folder, download, in_folder, in_zip, split_list
+from metadist.tasks.layout import split_list
+from metadist.tasks.sources import data_folder, download
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 #: part → (MD5 of its archive, classes, drawings)

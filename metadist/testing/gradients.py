@@ -30,8 +30,8 @@ DIRECTIONS = 1
 
 
 def states_descent(learner: FewShotLearner) -> bool:
-    """Return whether the algorithm states its inner loop by ``descent`` and leaves ``adapt`` to ``InnerLoop``."""
-    return isinstance(learner.algorithm, InnerLoop) and type(learner.algorithm).adapt is InnerLoop.adapt
+    """Return whether the algorithm states its inner loop by ``descent`` and leaves the steps to ``InnerLoop``."""
+    return isinstance(learner.algorithm, InnerLoop) and learner.algorithm.overridden is None
 
 
 def is_exact(learner: FewShotLearner) -> bool:

@@ -73,8 +73,8 @@ def _inputs(family: TaskFamily, split: str, name: str, e: Examples) -> None:
     if shape is not None and tuple(e.x.shape[2:]) != tuple(shape):
         values = f"{name}.x of {split} tasks has examples of shape {list(e.x.shape[2:])}"
         raise ShapeError(family, f"examples have its input_shape {list(shape)}", values, "correct input_shape")
-    if not e.x.is_floating_point():
-        raise ShapeError(family, "x is floating-point", f"{name}.x is {e.x.dtype}", "convert it in sample()")
+    if e.x.is_complex():
+        raise ShapeError(family, "x is real or integer", f"{name}.x is {e.x.dtype}", "convert it in sample()")
     if bad := not_finite({f"{name}.x": e.x, f"{name}.y": e.y}):
         raise ShapeError(
             family, "tasks are finite", f"{bad} of {split} tasks has NaN or Inf", "clean the data in prepare()"
@@ -102,6 +102,16 @@ def _targets(family: TaskFamily, split: str, name: str, e: Examples) -> None:
             f"{name}.y is {e.y.dtype} {list(e.y.shape)}",
             "set outputs to the target's dimension, or kind to 'classification'",
         )
+
+
+def disjoint(family: TaskFamily, split: str) -> None:
+    """Check that no class of ``split`` is one of another split, where ``splits()`` names them."""
+    with usable(family, "it can name the classes of its splits"):
+        splits = family.splits() or {}
+    for other, names in splits.items():
+        if other != split and (shared := set(names) & set(splits.get(split, ()))):
+            values = f"'{min(shared)}' and {len(shared) - 1} other names are in {split} and in {other}"
+            raise SameTasksError(family, "splits() gives each class to one split", values, "correct splits()")
 
 
 def pure(family: TaskFamily, split: str) -> None:
@@ -198,6 +208,7 @@ def agrees_with_sample_task(family: TaskFamily, split: str) -> None:
 #: name → property of one split, each a function that raises a PropertyError
 TASK_PROPERTIES: dict[str, Callable[[TaskFamily, str], None]] = {
     "shapes": shapes,
+    "disjoint": disjoint,
     "pure": pure,
     "same_in_any_shard": same_in_any_shard,
     "distinct": distinct,

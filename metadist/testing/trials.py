@@ -91,7 +91,7 @@ def exact_across_shards(learner: TrialLearner) -> None:
     exact.prepared_like(learner)
     vectors = exact.initial(0).slots
     whole = _rolled(exact, vectors, META_BATCH)
-    gradient = Gradient(tuple(sorted(learner.algorithm.settings_of(_statistics(whole)).items())))
+    gradient = Gradient(tuple(sorted(learner.algorithm.at(0).settings_of(_statistics(whole)).items())))
     for sizes in ((2, 4), (1,) * META_BATCH):
         parts = _rolled(exact, vectors, *sizes)
         together, apart = (_gradient(exact, vectors, part, gradient) for part in (whole, parts))

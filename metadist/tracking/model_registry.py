@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def save(folder: Path, source: Path, about: Mapping[str, Any]) -> None:
     with np.load(source / EXAMPLE, allow_pickle=False) as found:
         example = dict(found)
     inputs: list[Any] = [TensorSpec(array.dtype, (-1, *array.shape[1:]), name) for name, array in example.items()]
-    outputs: list[Any] = [TensorSpec(np.dtype(about["dtype"]), (-1, about["outputs"]))]
+    outputs: list[Any] = [TensorSpec(np.dtype(about["dtype"]), (-1, *_prediction_shape(about)))]
     steps = ParamSchema([ParamSpec("inner_steps", "long", about["inner_steps"])])
     with tempfile.TemporaryDirectory() as place:
         data = Path(place) / "data"
@@ -70,6 +70,11 @@ def save(folder: Path, source: Path, about: Mapping[str, Any]) -> None:
             input_example=example,
             metadata={n: str(about[n]) for n in ("run_id", "algorithm", "metric")},
         )
+
+
+def _prediction_shape(about: Mapping[str, Any]) -> Sequence[int]:
+    """Return the shape of one prediction. A spool of an earlier version states a number of outputs."""
+    return about["prediction_shape"] if "prediction_shape" in about else (about["outputs"],)
 
 
 def _requirements() -> list[str]:

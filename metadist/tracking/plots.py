@@ -185,7 +185,9 @@ def episode_sheet(path: str | Path, episode: Mapping[str, Any], max_queries: int
     predicted = _array(episode["predicted"])
     classes = np.unique(np.concatenate([support_labels, labels])).astype(int)
     names = episode.get("classes") or [f"class {c}" for c in classes]
-    name_of = dict(zip(classes.tolist(), names, strict=False))
+    # A dollar sign would begin a formula.
+    texts = [(n if len(n) <= 24 else f"…{n[-23:]}").replace("$", r"\$") for n in names]
+    name_of = dict(zip(classes.tolist(), texts, strict=False))
     n_support = min(10, max(int((support_labels == c).sum()) for c in classes))
     n_query = min(max_queries, max(int((labels == c).sum()) for c in classes))
     with _figure(path, max(4.8, 1.4 + 0.92 * (n_support + n_query)), 1.5 + 1.08 * len(classes)) as figure:

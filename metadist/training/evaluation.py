@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from metadist.core.round import EvaluationRequest
-from metadist.core.state import State
+from metadist.core.state import Records, State
 from metadist.learners.base import Learner
 from metadist.learners.evaluation import Evaluation
 from metadist.training.scheduler import Scheduler
@@ -11,4 +11,10 @@ from metadist.training.scheduler import Scheduler
 
 def evaluate(workers: Scheduler, learner: Learner, state: State, request: EvaluationRequest) -> Evaluation:
     """Judge ``state`` on the tasks of ``request``."""
-    return learner.summarise(request, workers.records(learner.evaluation(request, state)))
+    return judge(workers, learner, state, request)[0]
+
+
+def judge(workers: Scheduler, learner: Learner, state: State, request: EvaluationRequest) -> tuple[Evaluation, Records]:
+    """Judge ``state``; return the scores and the records, one row per task."""
+    records = workers.records(learner.evaluation(request, state))
+    return learner.summarise(request, records), records

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from metadist.core.errors import WorkerError
 from metadist.core.round import run_rounds
 from metadist.storage.checkpoints import Checkpoints
 from metadist.training.checkpointing import RunCheckpoints
@@ -20,7 +19,7 @@ def meta_train(
 ) -> Outcome:
     """θ ← outer(θ, Σ contributions / Σ weights), ``run.meta_steps`` times, with validation and checkpoints when due."""
     saver, meter, stopped = RunCheckpoints(run, checkpoints, observers, commands), Meter(workers), None
-    began = saved = progress.meta_step
+    saved = progress.meta_step
     try:
         while progress.meta_step < run.meta_steps:
             if stopped := run.out_of_patience(progress):
@@ -49,8 +48,8 @@ def meta_train(
             saver.save(progress)
         best_step, best = saver.best(progress)
         return Outcome(progress, best, best_step, meter.average, stopped)
-    except WorkerError:  # the run ends, but keeps everything that it has learned
-        if progress.meta_step > began:
+    except Exception:  # of a worker, or of a user's callback: the run ends, but keeps everything that it has learned
+        if progress.meta_step > saved:
             saver.save(progress)
         raise
     finally:

@@ -24,6 +24,9 @@ class Observer:
     def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
         """Take note of a validation."""
 
+    def testing(self, tasks: int) -> None:
+        """Take note that the loop has ended and that the final test, on ``tasks`` tasks, begins."""
+
     def note(self, message: str) -> None:
         """Show a message to the user."""
 
@@ -52,6 +55,10 @@ class Observers(Observer):
     def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
         for observer in self._observers:
             observer.evaluated(meta_step, evaluation)
+
+    def testing(self, tasks: int) -> None:
+        for observer in self._observers:
+            observer.testing(tasks)
 
     def note(self, message: str) -> None:
         for observer in self._observers:

@@ -50,12 +50,17 @@ class Run:
 
     def validation(self, progress: Progress) -> EvaluationRequest:
         """Return the request that judges the current state on validation tasks."""
-        return EvaluationRequest(self.key(progress), "validation", self.evaluate.tasks, self.evaluate.inner_steps)
+        key = self._judging_key(progress.meta_step)
+        return EvaluationRequest(key, "validation", self.evaluate.tasks, self.evaluate.inner_steps)
 
     def test(self, meta_step: int) -> EvaluationRequest:
         """Return the request that judges the state after ``meta_step`` meta-steps on test tasks."""
-        key = MetaStepKey(self.id, meta_step, self.seed)
+        key = self._judging_key(meta_step)
         return EvaluationRequest(key, "test", self.evaluate.test_tasks, self.evaluate.inner_steps)
+
+    def _judging_key(self, meta_step: int) -> MetaStepKey:
+        seed = self.evaluate.seed
+        return MetaStepKey(self.id, meta_step, self.seed if seed is None else seed)
 
     def out_of_patience(self, progress: Progress) -> str | None:
         """Return the reason to stop early, or None."""

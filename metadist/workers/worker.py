@@ -86,7 +86,7 @@ class Worker:
         if engine.compile:
             try:
                 self.compile_seconds = self.learner.warm_up(seed)
-                wrong = self.learner.miscompiled(seed)
+                wrong = self.learner.miscompiled(seed, self.describe().memory_bytes // 4)
             except MetadistError:
                 raise
             except Exception as error:  # compilers fail with many types

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+from drivers import newest, query, wait_for
 
 from metadist.tracking.spool import read_json
 
@@ -30,25 +30,6 @@ TRACKED = "tracking.uri=auto"
 def expected(tmp_path):
     """The result of the unbroken run."""
     return tiny.train(tiny.experiment(*OFTEN, "checkpoint.every=1000"), run_dir=str(tmp_path / "whole"), plots=False)
-
-
-def query(folder: Path, sql: str) -> list[tuple]:
-    [database] = (folder / "runs").glob("*.db")
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as connection:
-        return connection.execute(sql).fetchall()
-
-
-def newest(run: Path) -> int:
-    steps = [int(p.parent.name[5:]) for p in (run / "checkpoints").glob("step-*/manifest.json")]
-    return max(steps, default=0)
-
-
-def wait_for(process, condition, seconds=240.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"ended too early: {process.communicate()}"
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
 
 
 def gone(processes, seconds=180.0) -> list[str]:

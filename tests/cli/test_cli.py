@@ -222,6 +222,48 @@ def test_init_from_is_needed_at_the_start_only(cli, config, tmp_path):
     )
 
 
+def test_init_from_a_torch_file(cli, config, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    ok(cli("train", config(), "--run-dir", tmp_path / "first"))
+    ok(cli("export", tmp_path / "first", tmp_path / "start.safetensors"))
+    state = load_file(tmp_path / "start.safetensors")
+    torch.save(state, tmp_path / "plain.pt")
+    torch.save({"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}}, tmp_path / "nested.ckpt")
+    hashes = {
+        tiny.last_json(ok(cli("train", config(f"init_from={tmp_path / name}"), "--json")).stdout)["params_sha256"]
+        for name in ("start.safetensors", "plain.pt", "nested.ckpt")
+    }
+    assert len(hashes) == 1
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("it-ran"),))
+
+
+def test_a_torch_file_with_code_is_refused_and_does_not_run(cli, config, tmp_path):
+    import torch
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    mistake(cli("train", config(f"init_from={tmp_path}/evil.pt")), "evil.pt", "would run code", "safetensors")
+    assert not (tmp_path / "it-ran").exists()
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pt")
+    mistake(cli("train", config(f"init_from={tmp_path}/module.pt")), "module.pt", "would run code")
+    torch.save([1, 2], tmp_path / "list.pt")
+    mistake(cli("train", config(f"init_from={tmp_path}/list.pt")), "holds no parameters by name")
+    (tmp_path / "bad.pth").write_bytes(b"not these")
+    mistake(cli("train", config(f"init_from={tmp_path}/bad.pth")), "bad.pth")
+    mistake(cli("train", config(f"init_from={tmp_path}/none.bin")), "there is no file")
+
+
+def test_the_version(cli):
+    import metadist
+
+    assert ok(cli("--version")).stdout == f"metadist {metadist.__version__}\n"
+
+
 def test_evaluate_repeats_the_test_exactly(cli, config, tmp_path):
     trained = tiny.last_json(ok(cli("train", config(), "--run-dir", tmp_path / "run", "--json")).stdout)["evaluation"]
     for workers in ([], ["--workers", "0"]):
@@ -496,7 +538,11 @@ def test_evaluate_what_is_no_run(cli, config, tmp_path):
 
 def test_init_from_what_does_not_fit(cli, config, tmp_path):
     mistake(cli("train", config(f"init_from={tmp_path}/none.safetensors")), "none.safetensors")
-    mistake(cli("train", config(f"init_from={tmp_path}/nothing")), "neither a .safetensors file nor a run directory")
+    mistake(
+        cli("train", config(f"init_from={tmp_path}/nothing")),
+        "neither a .safetensors file, nor a file of torch.save",
+        "nor a run directory",
+    )
     (tmp_path / "bad.safetensors").write_bytes(b"not these")
     mistake(cli("train", config(f"init_from={tmp_path}/bad.safetensors")), "bad.safetensors")
     ok(cli("train", config("model.hidden=[5]"), "--run-dir", tmp_path / "narrow"))

@@ -11,9 +11,8 @@ import sys
 import pytest
 import tiny
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 
-from metadist.cli import display
+from metadist.experiment import live as display
 from metadist.training.evaluation import Evaluation
 
 JUDGED = Evaluation("validation", "mse", 6, [2.0, 1.0], [0.2, 0.1], [1.5, 0.9], [2.0, 1.0], 0.0, {})
@@ -38,7 +37,7 @@ def test_plain_lines_say_step_loss_rate_and_what_is_left(capsys, monkeypatch):
 @pytest.mark.parametrize("message", ["tasks [3, 4] gave [bold]NaN[/x]", "[/]", "run [a/b] :smile:"])
 def test_notes_are_shown_as_they_are(message):
     shown = io.StringIO()
-    with Progress(TextColumn("{task.description}"), console=Console(file=shown, width=80)) as progress:
+    with display.bar(Console(file=shown, width=80)) as progress:
         bar = display.Bar(progress, 10)
         bar.step(3, {"loss": 0.5}, 12.0)
         bar.evaluated(3, JUDGED)
@@ -46,11 +45,41 @@ def test_notes_are_shown_as_they_are(message):
     assert message in shown.getvalue()
 
 
+@pytest.mark.parametrize("width", [80, 66, 60, 160])
+def test_a_narrow_terminal_keeps_the_bar(width):
+    shown = io.StringIO()
+    console = Console(file=shown, width=width, force_terminal=True, color_system=None)
+    progress = display.bar(console)
+    bar = display.Bar(progress, 15000)
+    bar.step(12345, {"loss": 0.5, "mse": 0.25, "a_metric_of_a_long_name": 0.75, "another": 1.0}, 12345.6)
+    bar.evaluated(12000, JUDGED)
+    console.print(progress.get_renderable())
+    first, second, *rest = [line.rstrip() for line in shown.getvalue().splitlines()]
+    assert rest == [], "two rows"
+    assert first.count("━") >= 3, "the bar"
+    assert "12345/15000" in first
+    assert second.startswith("loss 0.5000  mse 0.2500")
+    assert max(map(len, (first, second))) <= width
+    assert ("validation mse 1.0000 ± 0.1000" in second) == (width == 160)
+
+
+def test_the_final_test_names_its_phase(capsys):
+    shown = io.StringIO()
+    progress = display.bar(Console(file=shown, width=80, force_terminal=True, color_system=None))
+    bar = display.Bar(progress, 100)
+    bar.step(100, {"loss": 0.5}, 12.0)
+    bar.testing(10000)
+    progress.console.print(progress.get_renderable())
+    assert "test on 10000 tasks" in shown.getvalue()
+    display.Plain(100).testing(10000)
+    assert "test on 10000 tasks" in capsys.readouterr().err
+
+
 @pytest.mark.lane("services")
 def test_a_terminal_gets_a_bar(tmp_path):
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "metadist", "train", str(tiny.write(tmp_path, "outer.meta_steps=30")), "--json"]
-    environment = {**tiny.environment(tmp_path), "TERM": "xterm-256color", "COLUMNS": "160"}
+    environment = {**tiny.environment(tmp_path), "TERM": "xterm-256color", "COLUMNS": "80"}
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=slave, text=True
     ) as process:
@@ -68,7 +97,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
     os.close(master)
     assert process.returncode == 0
     text = shown.decode()
-    for part in ("meta-training", "30/30", "tasks/s", "loss", "validation mse"):
+    for part in ("meta-training", "30/30", "tasks/s", "loss", "mse", "test on 8 tasks"):
         assert part in text, part
     assert "Traceback" not in text
     assert tiny.last_json(out)["meta_step"] == 30

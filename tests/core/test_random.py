@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -225,3 +226,57 @@ def test_generators_are_keyed():
     assert a.equal(torch.rand(4, generator=keys([0]).each()[0].generator()))
     assert seeded(0, "model").initial_seed() != seeded(1, "model").initial_seed()
     assert statistics.pvariance([seeded(i, "x").initial_seed() % 2 for i in range(64)]) > 0.1
+
+
+# Values that are not words of the counter ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [[-1], [5, 2**32], [2**32 + 5], range(-2, 3), range(2**32 - 1, 2**32 + 1), [0.5], [None], range(2, -2, -1)],
+    ids=str,
+)
+def test_an_index_that_would_repeat_another_task_is_refused(tasks):
+    """Word 2³² + 5 is word 5, −1 is word 2³² − 1, and .5 is word 0."""
+    with pytest.raises(ValueError, match=r"^task index \S+; expected an integer of 0 or more and below 2\*\*32$"):
+        TaskKey.of(3, "train", 8, tasks)
+
+
+@pytest.mark.parametrize("meta_step", [-1, 2**32, 0.5])
+def test_a_meta_step_that_would_repeat_another_one_is_refused(meta_step):
+    with pytest.raises(ValueError, match=r"^meta_step \S+; expected an integer"):
+        TaskKey.of(3, "train", meta_step, [0])
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="split 'validate' is unknown; expected one of train, validation, test"):
+        TaskKey.of(3, "validate", 8, [0])
+
+
+def test_the_last_words_and_other_integers_are_keys():
+    last = TaskKey.of(3, "train", 2**32 - 1, [2**32 - 1]).stream("s")
+    expected = in_python([0, 2**32 - 1, 2**32 - 1, 0], last.key)
+    assert last.bits(4).flatten().tolist() == list(expected)
+    assert keys(range(2**32 - 2, 2**32)).tasks.tolist() == [2**32 - 2, 2**32 - 1]
+    assert keys(range(4, 0, -2)).tasks.tolist() == [4, 2]
+    assert keys(range(4, 2)).tasks.tolist() == keys([]).tasks.tolist() == []
+    assert keys(list(np.arange(3))).tasks.tolist() == [0, 1, 2]
+
+
+def test_choose_of_the_largest_populations():
+    """Products with more than 63 bits: draws stay in range, and larger populations than words are refused."""
+    words = keys(range(200)).stream("c").bits(3)
+    for population in (2**31, 2**31 + 7, 2**32):
+        assert choose(words, population).tolist() == [largest(row, population) for row in words.tolist()]
+    with pytest.raises(ValueError, match="population is 4294967297"):
+        choose(words, 2**32 + 1)
+
+
+def largest(words, population):
+    """Return the beginning of a shuffle of range(``population``), without the list."""
+    moved, found = {}, []
+    for j, word in enumerate(words):
+        pick = j + (word * (population - j) >> 32)
+        found.append(moved.get(pick, pick))
+        moved[pick] = moved.get(j, j)
+    return found

@@ -13,6 +13,7 @@ from metadist.engine.memory import allocated_bytes, footprint, peak_bytes
 from metadist.models import MLP, Conv4
 
 UNROLLED, MIXED = Engine(), Engine(differentiation="mixed")
+COMPILED = Engine(differentiation="mixed", compile=True)
 FLOAT = 4
 
 
@@ -26,12 +27,17 @@ def numel(subject):
 
 @pytest.mark.lane("numerics")
 @pytest.mark.parametrize(
-    ("options", "vectors"),
-    [({}, 1), ({"inner_momentum": 0.9}, 2), ({"inner_optimizer": "adam"}, 3)],
-    ids=["sgd", "momentum", "adam"],
+    ("options", "vectors", "engines"),
+    [
+        ({}, 1, [MIXED, COMPILED]),
+        ({"inner_momentum": 0.9}, 2, [MIXED]),
+        ({"inner_optimizer": "adam"}, 3, [MIXED]),
+        pytest.param({"inner_optimizer": "adam"}, 3, [COMPILED], marks=pytest.mark.long),
+    ],
+    ids=["sgd", "momentum", "adam", "adam-compiled"],
 )
-def test_mixed_grows_by_the_stored_state_alone(options, vectors):
-    for engine in (MIXED, Engine(differentiation="mixed", compile=True)):
+def test_mixed_grows_by_the_stored_state_alone(options, vectors, engines):
+    for engine in engines:
         s = subject(MAML(inner_steps=4, **options))
         plan = footprint(s, engine)
         assert plan.state == vectors * numel(s) * FLOAT

@@ -160,7 +160,62 @@ def no_tasks():
     return gymnasium.make("CartPole-v1")
 
 
+class Parts(Choices):
+    """Observations of several parts as simulators return them: float64, a rounding beyond the bounds, whole floats."""
+
+    observation_space = spaces.Dict(
+        {
+            "cell": spaces.Discrete(3, start=1),
+            "level": spaces.Box(0, 1, (2,), np.float32),
+            "more": spaces.Tuple([spaces.MultiBinary(2), spaces.MultiDiscrete([2, 3])]),
+        }
+    )
+
+    def __init__(self, **wrong):
+        self.wrong = wrong
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.seen(), {}
+
+    def step(self, action):
+        return self.seen(), float(action), False, False, {}
+
+    def seen(self):
+        level = np.array([-1e-9, 1.0 + 1e-7])  # float64
+        found = {"cell": np.float64(2.0), "level": level, "more": (np.array([0.0, 1.0]), [1, 2])}
+        return {n: v for n, v in {**found, **self.wrong}.items() if v is not None}
+
+
+class Strict(Point):
+    """Accepts actions of its space alone."""
+
+    def __init__(self, low, high, dtype="float32"):
+        super().__init__()
+        self.action_space = spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=np.dtype(dtype).type)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return self.seen(), float(np.sum(action)), False, False, {}
+
+
+class Several(Choices):
+    """Actions of several choices."""
+
+    def __init__(self, space):
+        self.action_space = {
+            "discrete": spaces.MultiDiscrete([[2], [3]], start=[[4], [0]]),
+            "binary": spaces.MultiBinary(3),
+            "many": spaces.MultiDiscrete([10] * 6),
+        }[space]
+
+    def step(self, action):
+        assert action in self.action_space and action.dtype == self.action_space.dtype
+        weights = 10.0 ** np.arange(action.size)
+        return {"cell": 0, "level": np.zeros(2)}, float(action.flatten() @ weights), False, False, {}
+
+
 def unusual():
     made = Point()
-    made.action_space = spaces.MultiDiscrete([2, 2])
+    made.action_space = spaces.Dict({"push": spaces.Discrete(2)})
     return made

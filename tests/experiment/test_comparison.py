@@ -9,7 +9,8 @@ from tiny import train
 
 from metadist.config.build import build
 from metadist.core.errors import ConfigError
-from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
+from metadist.experiment.evaluate import evaluate_run
+from metadist.experiment.judging import EvaluationOptions
 from metadist.experiment.oracle_comparison import oracles
 from metadist.tracking import Tracker
 

@@ -19,7 +19,8 @@ from tiny import train
 from metadist.config.build import build
 from metadist.config.document import override
 from metadist.config.schema import parse_document
-from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
+from metadist.experiment.evaluate import evaluate_run
+from metadist.experiment.judging import EvaluationOptions
 from metadist.experiment.load import load_run
 from metadist.serving.load import open_model
 from metadist.storage.checkpoints import load_parameters

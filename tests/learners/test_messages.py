@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from shaped import Labels
 from torch import nn
 from toys import Blobs, Curves, Everything, keys, learner
 
@@ -267,3 +268,154 @@ def test_tasks_that_raise_are_named_with_the_line():
 def test_senseless_outer_rates_are_refused(rate):
     with pytest.raises(ConfigError, match="expected finite rates"):
         OuterLoop(lr=rate)
+
+
+# Whose fault it is ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind_of", "words"),
+    [
+        ("from one", ("the support set of train tasks: y holds class 3", "0 to 2", "number them from 0 (y - 1)")),
+        ("negative", ("y holds class -1", "ways(split)")),
+        ("float", ("targets floating-point [6]", "int64 [N] from 0 to 2 (y.long())")),
+        ("bool", ("targets bool [6]", "y.long()")),
+        ("column", ("targets int64 [6, 1]", "int64 [N]")),
+        ("int32", ("the loss of 'Labels' fails", "targets int32 [6]", "give classes as int64 (y.long())")),
+        ("nan", ("NaN or Inf in support.x, query.x of train tasks", "engine.non_finite: skip")),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [MAML(), ProtoNet(), Reptile()], ids=lambda a: type(a).__name__)
+def test_labels_of_a_family(algorithm, kind_of, words):
+    family = Labels(kind_of=kind_of)
+    refused(lambda: learner(algorithm, lambda: mlp(family, 3), family).dry_run(0), "tasks:", "'Labels'", *words)
+
+
+def test_support_targets_of_another_shape_than_the_queries():
+    """[N, 1] in the support set would broadcast to two values, and be adapted to."""
+
+    class Narrow(Curves):
+        def sample(self, keys, split):
+            task = super().sample(keys, split)
+            return Task(Examples(task.support.x, task.support.y[..., :1]), task.query)
+
+    class OneTargetForAll(Curves):
+        def sample(self, keys, split):
+            task = super().sample(keys, split)
+            return Task(Examples(task.support.x, task.support.y[:, :1]), task.query)
+
+    refused(lambda: learner(MAML(), mlp, Narrow()).dry_run(0), "'Narrow'", "[6, 1] in the support set and [4, 2]")
+    refused(lambda: learner(MAML(), mlp, OneTargetForAll()).dry_run(0), "x [6, 2] and y [1, 2]", "the same N")
+
+
+def test_a_sample_that_is_no_task():
+    class NoTask(Curves):
+        def sample(self, keys, split):
+            return super().sample(keys, split).support
+
+    refused(lambda: learner(MAML(), mlp, NoTask()).dry_run(0), "sample of 'NoTask' returns Examples", "expected Task")
+
+
+class ModelOutput(dict):
+    """As of transformers: attributes, and items by name."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (lambda y: ModelOutput(logits=y, loss=None), "returns ModelOutput with logits, loss"),
+        (lambda y: {"logits": y}, "returns dict with logits"),
+        (lambda y: (y, None), "returns tuple of 2"),
+        (lambda y: None, "returns NoneType"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [MAML(), MAML(inner_steps=0), ANIL(), Reptile(), ProtoNet()], ids=repr)
+def test_models_that_return_no_tensor(algorithm, wrap, words):
+    class Wrapped(nn.Linear):
+        def forward(self, x):
+            return wrap(super().forward(x))
+
+    family = Blobs()
+    refused(
+        lambda: learner(algorithm, lambda: Wrapped(4, 3), family).dry_run(0), "model: 'Wrapped'", words, "[N, outputs]"
+    )
+
+
+class FailingMetric(Curves):
+    def metric(self, prediction, target):
+        return {}["threshold"]
+
+
+class FailingLoss(Curves):
+    def loss(self, prediction, target):
+        return nn.HuberLoss(reduction="none", delta=-1)(prediction, target).mean(-1)
+
+
+class FailingWays(Blobs):
+    def ways(self, split):
+        return {"train": 3}[split]
+
+
+class FailingProtocol(Curves):
+    def protocol(self, split):
+        return {"rows": self.number}
+
+
+class UnwritableProtocol(Curves):
+    def protocol(self, split):
+        return {"rows": {1, 2}}
+
+
+@dataclass(frozen=True)
+class FailingAlgorithm(MAML):
+    def predict(self, model, phi, x):
+        return [][1]
+
+
+@pytest.mark.parametrize(
+    ("family", "algorithm", "words"),
+    [
+        (
+            FailingMetric(),
+            MAML(),
+            ("tasks: the metric of 'FailingMetric'", "KeyError: 'threshold' (", "test_messages.py:"),
+        ),
+        (FailingLoss(), MAML(), ("tasks: the loss of 'FailingLoss'", "predictions float64 [6, 2]", "delta")),
+        (
+            FailingProtocol(),
+            MAML(),
+            ("tasks: 'FailingProtocol' fails on train", "AttributeError", ".py:"),
+        ),
+        (UnwritableProtocol(), MAML(), ("protocol('train') of 'UnwritableProtocol'", "set", "numbers, text and lists")),
+        (FailingWays(), MAML(), ("tasks: 'FailingWays'", "KeyError: 'validation'")),
+        (Curves(), FailingAlgorithm(), ("algorithm: 'FailingAlgorithm' fails", "IndexError", "test_messages.py:")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_culprit_is_named(family, algorithm, words):
+    outputs = 3 if family.kind == "classification" else 2
+    refused(lambda: learner(algorithm, lambda: mlp(family, outputs), family).dry_run(0), *words)
+
+
+def test_any_error_of_a_model_is_one_line():
+    def raise_(self, x):
+        raise AssertionError("x must be even\nreally")
+
+    refused(lambda: small(raise_).dry_run(0), "model: 'Small' fails on train tasks", "AssertionError: x must be even (")
+
+
+@dataclass(frozen=True)
+class Unprepared(Curves):
+    def prepare(self, device):
+        raise OSError("no such disk")
+
+
+def test_a_family_that_cannot_be_prepared():
+    refused(
+        lambda: learner(MAML(), mlp, Unprepared()).prepare(torch.device("cpu")),
+        "tasks: 'Unprepared' can't be prepared: OSError: no such disk (",
+        "test_messages.py:",
+    )

@@ -10,14 +10,17 @@ import torch
 from trials import Chance, context, evaluate, learner, somewhere, train
 
 from metadist.algorithms.rl2 import RL2
+from metadist.core.computation import Gradient
 from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
 from metadist.environments.bandit import Bandit
+from metadist.environments.tabular_mdp import TabularMDP
 from metadist.models.causal_transformer import CausalTransformer
 from metadist.models.reactive import Reactive
 from metadist.models.recurrent import GRU, LSTM
 from metadist.rl.policy import Policy
-from metadist.rl.trial import VALID, Trials, rollout
+from metadist.rl.trial import VALID, Trials, advantages, rollout
+from metadist.testing.running import meta_step as run_meta_step
 
 POLICIES = {
     "gru": GRU(hidden=16),
@@ -252,3 +255,22 @@ def test_lambda_reaches_the_shards_as_it_is_at_their_meta_step():
         for more in (line | {"gae_lambda_steps": 1}, {"gae_lambda": 0.0})
     ]
     assert first[0] == first[1]
+
+
+@pytest.mark.parametrize("meta_step", [0, 75, 150])
+def test_advantages_have_mean_0_and_deviation_1_at_the_lambda_of_their_meta_step(meta_step):
+    """The rollout's statistics and the update rounds use the same λ; with λ's first value: 1.96 ± 1.43 at 150."""
+    schedule = {"gae_lambda": 0.3, "final_gae_lambda": 0.8, "gae_lambda_steps": 150, "reward_scale": 0.1}
+    subject = learner(RL2(**schedule), GRU(hidden=8), TabularMDP(episodes=4), batch=32, shard=8)
+    seen = []
+
+    state = subject.initial(0)
+    run_meta_step(subject, state, meta_step, 0, lambda round, _: seen.append(round.shards[0].computation))
+    statistics = dict(next(c for c in seen if isinstance(c, Gradient)).statistics)
+    about = context(subject, 32, meta_step=meta_step)
+    batch = Trials.of(RL2(**schedule).rollout(state.theta(subject.slots), about)[0])
+    lam = 0.3 + 0.5 * meta_step / 150
+    estimate = advantages(batch, 0.99, lam, 0.1)[batch.flag(VALID)].double()
+    normal = (estimate - statistics["mean"]) / statistics["deviation"]
+    assert abs(float(normal.mean())) < 1e-6
+    assert abs(float(normal.std(correction=0)) - 1) < 1e-6

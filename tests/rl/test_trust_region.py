@@ -210,6 +210,6 @@ def test_surrogate_rounds_judge_the_policy_that_is_then_taken():
     assert torch.equal(old + fraction * published.slots[DIRECTION], after.slots["model"])
 
 
-def test_decay_beside_the_trust_region_is_refused():
-    with pytest.raises(ConfigError, match="outer.weight_decay: 0.1 would move the policy beside its trust region"):
+def test_decay_that_leaves_the_trust_region_is_refused():
+    with pytest.raises(ConfigError, match="outer.weight_decay: 0.1 would move the policy out of its trust region"):
         learner(RL2(optimizer="trpo"), GRU(hidden=3), Chance(), weight_decay=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import re
 import urllib.error
@@ -14,22 +15,31 @@ import grpc
 import numpy as np
 import pyarrow as pa
 import pytest
+import shaped
 import tls
 import torch
 from outsiders import wait_for
 from serving_toys import close, expected, served, tasks
 
 from metadist import Client
+from metadist.algorithms import MAML, ProtoNet
+from metadist.cli.serve import serve as command
 from metadist.core.errors import MetadistError
+from metadist.core.model import Model
+from metadist.core.outer import OuterLoop
+from metadist.learners.few_shot import FewShotLearner
 from metadist.rpc.channel import connect
 from metadist.rpc.endpoint import Endpoint
 from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
 from metadist.serving import load as serving
+from metadist.serving.model import ServedModel
 from metadist.serving.service import AdaptationService
 from metadist.serving.tensors import from_reply, to_message
+from metadist.testing.toys import Blobs
 
 pytestmark = pytest.mark.lane("services")
+OUTER = OuterLoop(meta_steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +296,74 @@ def test_a_diverged_adaptation_is_refused(client):
     with pytest.raises(MetadistError, match="scaled as in training") as caught:
         client.adapt(huge, huge, model="curves", inner_steps=3)
     assert caught.value.code == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def pooled():
+    return torch.nn.Sequential(torch.nn.AvgPool2d(21), torch.nn.Flatten(), torch.nn.Linear(48, 8))
+
+
+def test_150_colour_images_in_one_call():
+    """12.7 MB of queries, under the limit that ``metadist serve`` has; above a limit, the limit and the remedy."""
+    limit = int(inspect.signature(command).parameters["max_message_mib"].default * 2**20)
+    family = Blobs(input_shape=(3, 84, 84))
+    learner = FewShotLearner(ProtoNet(), Model(pooled), family, OUTER)
+    model = ServedModel("colours", learner, learner.initial(0))
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(6, 3, 84, 84, generator=generator), torch.arange(6) % 3
+    query = torch.rand(150, 3, 84, 84, generator=generator)
+    reference = expected(model, x, y, query)
+    with serving.serve(AdaptationService([model]), Endpoint(message_bytes=limit)) as own, Client(own.address) as client:
+        assert torch.equal(client.adapt_predict(x, y, query), reference)
+        assert torch.equal(client.predict(client.adapt(x, y), query), reference)
+    with (
+        serving.serve(AdaptationService([model]), Endpoint(message_bytes=8 << 20), 0) as own,
+        Client(own.address) as client,
+        pytest.raises(MetadistError) as caught,
+    ):
+        client.adapt_predict(x, y, query)
+    assert "a message of 12.6 MiB is above the limit of 8 MiB; send fewer rows" in str(caught.value)
+    assert "--max-message-mib 13)" in str(caught.value)
+
+
+def test_token_ids_as_json():
+    """Whole numbers stay whole numbers; the model's description says so."""
+    learner = FewShotLearner(MAML(), Model(shaped.Reader), shaped.Tokens(), OUTER)
+    model = ServedModel("reader", learner, learner.initial(0))
+    model.warm_up()
+    x, y, query = torch.arange(30).view(6, 5) % 20, torch.arange(6) % 3, torch.arange(10).view(2, 5)
+    with serving.serve(AdaptationService([model]), Endpoint(), 0) as own, Client(own.address) as client:
+
+        def ask(**body):
+            data = json.dumps({"x": x.tolist(), "y": y.tolist(), "query": query.tolist(), **body}).encode()
+            try:
+                return json.loads(urllib.request.urlopen(f"{own.http_address}/v1/adapt_predict", data, 60).read())
+            except urllib.error.HTTPError as error:
+                return json.loads(error.read())
+
+        reference = expected(model, x, y, query)
+        assert torch.equal(torch.tensor(ask()["prediction"]), reference)
+        assert torch.equal(client.adapt_predict(x, y, query), reference)
+        assert re.search("expected whole numbers", ask(query=[[0.5] * 5])["error"])
+        assert re.search("does not know", ask(query=[[20] * 5])["error"])
+        about = client.models()[0]
+        assert (about["input_shape"], about["input_dtype"], about["target_dtype"]) == ([5], "int64", "int64")
+
+
+def test_prototypes_of_different_numbers_of_classes_in_one_batch():
+    """Each support set gets its own classes, alone or beside others of its shape."""
+    model = served("protonet")
+    service = AdaptationService([model], max_wait=0.2)
+    x, _, query = tasks(model, 1)[0]
+    labels = [torch.arange(6) % 3, torch.arange(6) % 5, torch.arange(6), torch.arange(6) % 2]
+    with serving.serve(service, Endpoint()) as own, Client(own.address) as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda y: client.adapt_predict(x, y, query), labels * 2))
+        assert [a.shape[1] for a in answers] == [3, 5, 6, 3] * 2
+        for y, answer in zip(labels * 2, answers):
+            assert close(answer, model.adapt_predict(x, y, query))
+        handle = client.adapt(x, labels[2])
+        assert client.predict(handle, query).shape == (6, 6)
+        assert client.models()[0]["any_classes"]
+    adapted = model.adapt([model.support(x, labels[2])], None)[0]
+    assert torch.equal(
+        model.predict([model.unpack(model.pack(adapted))], [query])[0], model.predict([adapted], [query])[0]
+    )

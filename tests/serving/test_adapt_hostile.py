@@ -61,7 +61,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(home, secrets):
-    own = Server(home[0], "--token-file", secrets.token, "--budget-mib", 1)
+    own = Server(home[0], "--token-file", secrets.token, "--budget-mib", 1, "--max-message-mib", 8)
     yield own
     own.process.terminate()
     _, err = own.process.communicate(timeout=60)

@@ -6,15 +6,21 @@ import pickle
 import threading
 
 import pytest
+import shaped
 import torch
 from serving_toys import SUPERVISED, close, expected, served, tasks
 
+from metadist.algorithms import MAML
 from metadist.core.errors import ConfigError
+from metadist.core.model import Model
+from metadist.core.outer import OuterLoop
+from metadist.core.signature import InvalidInput
 from metadist.core.task import Examples
+from metadist.learners.few_shot import FewShotLearner
 from metadist.rpc.grpc_guard import Refused
 from metadist.serving.batching import Batcher
 from metadist.serving.cache import HandleCache, SharedCache
-from metadist.serving.model import ServedAdaptation
+from metadist.serving.model import ServedAdaptation, ServedModel
 from metadist.serving.service import AdaptationService
 
 KINDS = [(name, "transductive") for name in SUPERVISED] + [("maml", "inductive"), ("reptile", "inductive")]
@@ -162,3 +168,16 @@ def test_replicas_share_what_they_adapted():
             with pytest.raises(Refused, match="adapt again"):
                 replica.find(handle)
             replica.close()
+
+
+def test_unknown_token_ids_are_found_on_the_cpu():
+    """A GPU would stop the process at one."""
+    own = FewShotLearner(MAML(), Model(shaped.Reader), shaped.Tokens(), OuterLoop(meta_steps=1))
+    model = ServedModel("reader", own, own.initial(0))
+    assert model._on_cpu is None
+    model._on_cpu = own.model.module
+    x, y = torch.arange(30).view(6, 5) % 20, torch.arange(6) % 3
+    assert torch.equal(model.support(x, y).x, x)
+    for call in (lambda: model.support(x + 20, y), lambda: model.inputs("query", x - 1)):
+        with pytest.raises(InvalidInput, match="does not know: IndexError: index out of range"):
+            call()

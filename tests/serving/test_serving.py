@@ -166,6 +166,14 @@ def test_folders_of_images(images):
     assert [row["probability"] for row in report["predictions"]] == [round(float(p), 4) for p in best]
 
 
+def test_folders_of_more_classes_than_in_training(images, tmp_path):
+    """A prototypical network has no fixed number of classes."""
+    draw(tmp_path / "few", 2, 1), draw(tmp_path / "few", 2, 5, "light-")
+    report = predict_folders(ModelSource(str(images / "run")), str(tmp_path / "few"), str(tmp_path / "few"))
+    assert report["classes"] == sorted(p.name for p in (tmp_path / "few").iterdir())
+    assert len(report["classes"]) == 6 and len(report["predictions"]) == 12 and report["accuracy"] > 0.3
+
+
 @pytest.mark.parametrize(
     ("support", "query", "words"),
     [

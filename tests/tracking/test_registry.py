@@ -15,6 +15,7 @@ pytest.importorskip("mlflow")
 
 import mlflow
 import mlflow.entities.model_registry
+import shaped
 from tiny import train
 
 import metadist
@@ -76,6 +77,36 @@ def test_the_best_run_is_champion_and_answers_as_it_does_in_process(root):
     assert open_model("models:/sinus@candidate").source == load_run(str(root / "b")).run_id
     with pytest.raises(ConfigError, match="models:/nothing@champion"):
         open_model("models:/nothing@champion")
+
+
+@pytest.mark.lane("services")
+@pytest.mark.parametrize(
+    ("tasks", "model", "y", "query", "shape"),
+    [
+        ("Flat", "flat_net", np.zeros(6, np.float32), np.zeros((4, 2), np.float32), (-1,)),
+        ("Three", "three_net", np.zeros((6, 3), np.float32), np.zeros((4, 2), np.float32), (-1, 3)),
+        ("Tokens", "Reader", np.arange(6) % 3, np.zeros((4, 5), np.int64), (-1, 3)),
+    ],
+)
+def test_targets_and_inputs_of_every_kind_are_registered(root, tasks, model, y, query, shape):
+    """The MLflow signature is that of the tasks, and the loaded model answers as the run."""
+    experiment = metadist.compose(
+        tasks=getattr(shaped, tasks)(),
+        model=getattr(shaped, model),
+        algorithm=metadist.MAML(),
+        outer=metadist.OuterLoop(meta_steps=1, meta_batch_size=2, shard_size=2),
+        evaluate=metadist.EvaluateSettings(tasks=2, test_tasks=2, every=1),
+        engine=metadist.EngineSettings(compile="never"),
+        tracking=metadist.TrackingSettings(register=f"own_{tasks}"),
+    )
+    result = train(experiment, run_dir=str(root / "own"), plots=False)
+    loaded = mlflow.pyfunc.load_model(f"models:/own_{tasks}/1")
+    assert [tuple(spec.shape) for spec in loaded.metadata.signature.outputs] == [shape]
+    x = np.zeros((6, *query.shape[1:]), query.dtype)
+    answer = loaded.predict({"support_x": x, "support_y": y, "query_x": query})
+    reference = result.predict(result.adapt(torch.from_numpy(x), torch.from_numpy(y)), torch.from_numpy(query))
+    np.testing.assert_allclose(answer, reference.numpy(), rtol=1e-6)
+    assert answer.shape[1:] == shape[1:]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from tiny import train
 from metadist.core.errors import MetadistError, WorkerError
 from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.core.state import State
-from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
+from metadist.experiment.evaluate import evaluate_run
+from metadist.experiment.judging import EvaluationOptions
 from metadist.experiment.load import load_run
 from metadist.learners.evaluation import Evaluation
 from metadist.training import loop as training

@@ -18,9 +18,9 @@ import tiny
 import tls
 from faults import everywhere
 
-from metadist.cli.display import plain
 from metadist.config.build import build
 from metadist.config.document import override, read_document, set_workers
+from metadist.experiment.live import plain
 from metadist.experiment.result import Result
 
 pytestmark = pytest.mark.lane("services")

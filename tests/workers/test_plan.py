@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import tiny
@@ -212,16 +212,29 @@ def test_reverse_over_reverse_where_the_forward_derivative_is_missing_or_wrong(f
     assert mixed_disagrees(s, resolved.engine) is None
 
 
+@dataclass(frozen=True)
 class DrawnBack(MAML):
-    """Every step ends nearer to where the loop began: a path of θ's that ``descent`` doesn't state."""
+    """Every step ends nearer to where the loop began: a path of θ that ``descent`` doesn't state."""
 
     def step(self, descent, state, step):
         phi, moments = super().step(descent, state, step)
         return phi + (descent.phi - phi) * 0.1, moments
 
 
-def test_where_no_way_back_is_right():
+def test_a_step_of_one_s_own_is_unrolled():
     s = subject(DrawnBack(inner_steps=plans.MAX_COMPILED_STEPS + 1))
+    with pytest.raises(
+        ConfigError, match=r"mixed, but DrawnBack overrides step\(\), .* \(override update\(\)\); use unrolled or auto"
+    ):
+        plan(s, differentiation="mixed", compile="never")
+    resolved = plan(s)
+    assert resolved.engine.differentiation == "unrolled"
+    assert "overrides step()" in resolved.reasons["differentiation"]
+
+
+def test_where_no_way_back_is_right(monkeypatch):
+    monkeypatch.setattr(plans, "mixed_disagrees", lambda *_: "is off by 1e+00 in slot model")
+    s = subject(MAML(inner_steps=plans.MAX_COMPILED_STEPS + 1))
     with pytest.raises(
         ConfigError, match=r"engine.differentiation: mixed is wrong for this model and algorithm .*; use unrolled"
     ):

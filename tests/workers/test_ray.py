@@ -368,7 +368,8 @@ def test_gpus_are_shared_per_group(monkeypatch):
 @pytest.mark.long
 def test_scores_are_the_same_for_any_number_of_workers(cluster, tmp_path):
     """Validations, the choice of the best θ (not the last one here) and its test."""
-    from metadist.experiment.evaluate import EvaluationOptions, evaluate_run
+    from metadist.experiment.evaluate import evaluate_run
+    from metadist.experiment.judging import EvaluationOptions
 
     overrides = ["outer.lr=0.3", "evaluate.every=1", "outer.meta_steps=7"]
     alone, fleet = (

@@ -6,6 +6,7 @@ Ray reads its environment when it is imported, so every module that imports ray 
 import contextlib
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -13,18 +14,37 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from metadist.storage.places import private_folder, provide_home, writable
+
 #: the cluster to join; None starts one on this machine
 ADDRESS = os.environ.get("RAY_ADDRESS") or None
 
-_has_token = (
-    any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    or (Path.home() / ".ray" / "auth_token").exists()
+provide_home()
+
+_token = Path(os.path.expanduser("~/.ray/auth_token"))
+_has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or os.access(
+    _token, os.R_OK
 )
+
+
+def _new_token(path: Path) -> str:
+    """Write a token that only this user can read, unless the file is there; return its path."""
+    with (
+        contextlib.suppress(FileExistsError),
+        open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
+    ):
+        file.write(secrets.token_hex(32))
+    return str(path)
+
 
 # A cluster that this process starts requires a token (Ray writes one to ~/.ray); a cluster that it joins may have none.
 # Where ray is imported already, the mode stays as it is: Ray's C++ part has read it and its children must agree.
 if "ray" not in sys.modules and (ADDRESS is None or _has_token):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+# Ray would write its token to a home that is read-only.
+if ADDRESS is None and not _has_token and not writable(_token):
+    os.environ["RAY_AUTH_TOKEN_PATH"] = _new_token(private_folder() / "ray_auth_token")
 
 # Otherwise Ray tries for a quarter of an hour to join a server at the address that is not Ray's.
 if ADDRESS is not None:

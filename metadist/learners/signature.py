@@ -1,0 +1,124 @@
+"""Describe and check a learner's own tasks: the signature of its model, and labels and shapes in the dry run."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import torch
+from torch import Tensor
+
+from metadist.core.errors import ConfigError, first_line
+from metadist.core.random import TaskKey
+from metadist.core.signature import InvalidInput, Signature, refuse_classes
+from metadist.core.task import Examples, Task
+from metadist.engine.subject import Subject
+from metadist.learners.culprit import own_tasks
+
+log = logging.getLogger(__name__)
+
+
+def describe(learner: Subject, seed: int) -> Signature:
+    """Return the signature of sampled tasks: two shards of training and one of validation."""
+    size = learner.outer.shard_size
+    drawn = (("train", 0), ("train", size), ("validation", 0))
+    tasks = []
+    for split, start in drawn:
+        with own_tasks(learner, split):
+            tasks.append(learner.sample(TaskKey.of(seed, split, 0, range(start, start + size))))
+    classes = _ways(learner, "test") if learner.tasks.kind == "classification" else None
+    return Signature.of_tasks(tasks, classes, learner.algorithm.any_ways)
+
+
+def describe_earlier(learner: Subject, seed: int) -> Signature:
+    """Return the signature for a run of a version that did not record it.
+
+    The family's statements suffice for classification. Otherwise tasks are sampled; where that fails, because the data
+    is not here, the statements must do.
+    """
+    family = learner.tasks
+    declared = Signature.declared(family, learner.model.dtype, learner.algorithm.any_ways)
+    if family.kind == "classification" and family.input_shape is not None:
+        return declared
+    try:
+        return describe(learner, seed)
+    except Exception as error:  # the family's own code
+        log.info("the shapes of the run's tasks are those that '%s' states: %s", type(family).__name__, error)
+        return declared
+
+
+def check_tasks(learner: Subject, tasks: Task, split: str) -> None:
+    """Check stacked ``tasks`` of ``split``: one target for each input, of one shape, and classes in range.
+
+    Raises ConfigError that names the family. A target of another shape broadcasts, and a loss learns from that.
+    """
+    family = learner.tasks
+    name = f"tasks: '{type(family).__name__}'"
+    _check_protocol(learner, split)
+    for part, e in (("support", tasks.support), ("query", tasks.query)):
+        lengths = [tuple(t.shape[:2]) for t in (e.x, e.y, e.mask) if t is not None]
+        if len(set(lengths)) > 1 or len(lengths[0]) < 2 or not lengths[0][1]:
+            raise ConfigError(
+                f"{name}: the {part} set of {split} tasks has x {list(e.x.shape[1:])} and y {list(e.y.shape[1:])}; "
+                "expected x [N, …] and y [N, …] with the same N ≥ 1"
+            )
+    support, query = tasks.support.y, tasks.query.y
+    if support.shape[2:] != query.shape[2:]:
+        raise ConfigError(
+            f"{name}: targets of {split} tasks are {list(support.shape[1:])} in the support set and "
+            f"{list(query.shape[1:])} in the query set; give both one shape (y.unsqueeze(-1), or y.squeeze(-1))"
+        )
+    if family.kind == "classification":
+        for part, e in (("support", tasks.support), ("query", tasks.query)):
+            _check_classes(f"{name}: the {part} set of {split} tasks", e, _ways(learner, split))
+
+
+def _check_protocol(learner: Subject, split: str) -> None:
+    """Refuse a protocol that no report can hold: the first one would be written at the first validation."""
+    with own_tasks(learner, split):
+        learner.tasks.sizes(split)
+        stated = learner.tasks.protocol(split)
+        try:
+            json.dumps(stated)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"tasks: protocol('{split}') of '{type(learner.tasks).__name__}' is no plain data for a report "
+                f"({first_line(error)}); expected a dict of numbers, text and lists"
+            ) from error
+
+
+def _ways(learner: Subject, split: str) -> int:
+    with own_tasks(learner, split):
+        return learner.tasks.ways(split)
+
+
+def _check_classes(where: str, examples: Examples, ways: int) -> None:
+    y = examples.y
+    if y.dim() != 2 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        dtype = "floating-point" if y.is_floating_point() else str(y.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"{where} has targets {dtype} {list(y.shape[1:])}; expected classes as whole numbers, int64 [N] from 0 to "
+            f"{ways - 1} (y.long()), or another kind than 'classification'"
+        )
+    real = y if examples.mask is None else y[examples.mask.bool()]
+    try:
+        refuse_classes(real, ways)
+    except InvalidInput as error:
+        raise ConfigError(f"{where}: {error}; outputs of the family, or ways(split), states their number") from None
+
+
+def check_loss(learner: Subject, task: Task, split: str, loss: Tensor) -> None:
+    """Refuse a ``task`` with NaN or Inf whose ``loss`` is not finite, where such tasks are not to be left out."""
+    if learner.non_finite == "skip" or bool(torch.isfinite(loss)):
+        return
+    parts = {
+        f"{part}.{name}": t
+        for part, e in (("support", task.support), ("query", task.query))
+        for name, t in (("x", e.x), ("y", e.y))
+    }
+    bad = [name for name, t in parts.items() if not bool(torch.isfinite(t).all())]
+    if bad:
+        raise ConfigError(
+            f"tasks: '{type(learner.tasks).__name__}' has NaN or Inf in {', '.join(bad)} of {split} tasks, and the "
+            "loss is then not finite; clean the data, or leave such tasks out with engine.non_finite: skip"
+        )
