@@ -20,17 +20,20 @@ _WHERE = {
     "metadist.config.groups": ("WorkerGroup",),
     "metadist.config.settings": ("CheckpointSettings", "ControlSettings", "EvaluateSettings", "TrackingSettings"),
     "metadist.serving.client": ("Client",),
-    "metadist.core.algorithm": ("Algorithm", "TaskContext"),
+    "metadist.core.algorithm": ("Algorithm", "Phi", "TaskContext", "Theta"),
     "metadist.core.errors": ("MetadistError",),
-    "metadist.core.inner_loop": ("InnerLoop",),
+    "metadist.core.inner_loop": ("Descent", "InnerLoop", "InnerState", "Moments"),
     "metadist.experiment.interruption": ("TrainingInterrupted",),
     "metadist.learners": ("Learner",),
-    "metadist.rl.algorithm": ("TrialAlgorithm",),
+    "metadist.rl.algorithm": ("PolicySearch", "TrialAlgorithm", "TrialContext"),
+    "metadist.rl.policy": ("Policy",),
+    "metadist.rl.trial": ("Trials", "advantages", "rollout"),
     "metadist.rl.environment": ("Continuous", "Discrete", "MetaEnvironment", "Step"),
-    "metadist.core.model": ("Model", "use_batch_statistics"),
+    "metadist.core.model": ("BoundModel", "Model", "use_batch_statistics"),
     "metadist.core.outer": ("OuterLoop",),
-    "metadist.core.parameters": ("Parameters",),
+    "metadist.core.parameters": ("Layout", "Parameters"),
     "metadist.core.random": ("TaskKey",),
+    "metadist.core.state": ("Records", "Slot", "State"),
     "metadist.core.task": ("Classification", "Examples", "Task", "TaskFamily"),
     "metadist.learners.trials": ("TrialLearner",),
     "metadist.models": ("Conv4", "GRU", "LSTM", "MLP", "Reactive"),
@@ -86,19 +89,22 @@ if TYPE_CHECKING:
     from metadist.config.engine import EngineSettings
     from metadist.config.groups import WorkerGroup
     from metadist.config.settings import CheckpointSettings, ControlSettings, EvaluateSettings, TrackingSettings
-    from metadist.core.algorithm import Algorithm, TaskContext
+    from metadist.core.algorithm import Algorithm, Phi, TaskContext, Theta
     from metadist.core.errors import MetadistError
-    from metadist.core.inner_loop import InnerLoop
-    from metadist.core.model import Model, use_batch_statistics
+    from metadist.core.inner_loop import Descent, InnerLoop, InnerState, Moments
+    from metadist.core.model import BoundModel, Model, use_batch_statistics
     from metadist.core.outer import OuterLoop
-    from metadist.core.parameters import Parameters
+    from metadist.core.parameters import Layout, Parameters
     from metadist.core.random import TaskKey
+    from metadist.core.state import Records, Slot, State
     from metadist.core.task import Classification, Examples, Task, TaskFamily
     from metadist.experiment.interruption import TrainingInterrupted
     from metadist.learners import Learner
     from metadist.learners.trials import TrialLearner
     from metadist.models import GRU, LSTM, MLP, Conv4, Reactive
-    from metadist.rl.algorithm import TrialAlgorithm
+    from metadist.rl.algorithm import PolicySearch, TrialAlgorithm, TrialContext
     from metadist.rl.environment import Continuous, Discrete, MetaEnvironment, Step
+    from metadist.rl.policy import Policy
+    from metadist.rl.trial import Trials, advantages, rollout
     from metadist.serving.client import Client
     from metadist.tasks import ImageFolder, Omniglot, Sinusoid

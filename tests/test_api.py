@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,38 @@ def test_every_public_name_is_there() -> None:
         assert getattr(metadist, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'maml'"):
         metadist.maml  # noqa: B018
+
+
+def named_types(function: object) -> set[type]:
+    """The classes of metadist in the signature of a function, inside unions and generics too."""
+    found, left = set(), list(typing.get_type_hints(function).values())
+    while left:
+        hint = left.pop()
+        left += typing.get_args(hint)
+        if inspect.isclass(hint) and hint.__module__.startswith("metadist."):
+            found.add(hint)
+    return found
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "Algorithm",
+        "InnerLoop",
+        "Descent",
+        "TaskFamily",
+        "MetaEnvironment",
+        "TrialAlgorithm",
+        "TaskContext",
+        "TrialContext",
+    ],
+)
+def test_what_an_own_class_must_name_is_public(base: str) -> None:
+    cls = getattr(metadist, base)
+    methods = [m for n, m in inspect.getmembers(cls, inspect.isfunction) if not n.startswith("_")]
+    needed = set().union(*map(named_types, [cls, *methods]))
+    public = {getattr(metadist, name) for name in metadist.__all__}
+    assert {c.__name__ for c in needed - public if not c.__name__.startswith("_")} == set()
 
 
 @pytest.fixture(scope="module")

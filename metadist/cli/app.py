@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import metadist
-from metadist.cli import control, evaluate, jobs, list, predict, register, render, serve, train, verify, worker
+from metadist.cli import cache, control, evaluate, jobs, list, predict, register, render, serve, train, verify, worker
 from metadist.cli.bench import app as bench
 from metadist.cli.terminal import provide_streams
 from metadist.storage.places import provide_home
@@ -54,7 +54,10 @@ app.command(epilog="Example:  metadist verify omniglot_maml_5w1s --workers 0,1,2
     verify.verify
 )
 app.command(epilog="Example:  metadist plan omniglot_maml_5w1s algorithm.inner_steps=20")(verify.plan)
-app.command("list", epilog="Example:  metadist list algorithms")(list.list_)
+app.command("list", epilog="Examples:  metadist list   |   metadist list algorithms   |   metadist list keys")(
+    list.list_
+)
+app.command(epilog="Examples:  metadist cache   |   metadist cache clean --days 30")(cache.cache)
 app.command(epilog="Example:  metadist export runs/a model.safetensors")(list.export)
 app.command(epilog="Example:  metadist ui --port 5000")(list.ui)
 app.add_typer(bench, name="bench")

@@ -14,22 +14,40 @@ from metadist.cli.terminal import (
     set_up_logging,
 )
 
-KINDS = ("algorithms", "tasks", "environments", "models", "trackers", "configs")
+KINDS = ("algorithms", "tasks", "environments", "models", "trackers", "configs", "keys")
 
 
-def list_(what: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.")]) -> None:
-    """List the names that a config can use, with descriptions; for a plug-in also its package."""
+def list_(
+    what: Annotated[str | None, typer.Argument(help=f"One of {', '.join(KINDS)}; default: all but keys.")] = None,
+) -> None:
+    """List the names that a config can use, with descriptions; for a plug-in also its package.
+
+    ``keys`` prints a reference of every key of a config, as Markdown.
+    """
     with clean_errors():
         from metadist.core.errors import one_of
 
-        one_of("list", what, KINDS)
-        with only_results_on_stdout():  # a plug-in may print while it is imported
-            entries, problems = (_configs(), list[str]()) if what == "configs" else _components(what)
-        width = max(map(len, entries))
-        for name, description in sorted(entries.items()):
-            print(f"{name:<{width}}  {description}")
-        for problem in problems:
-            say(f"warning: {problem}")
+        if what == "keys":
+            from metadist.config.reference import reference
+
+            print(reference(), end="")
+            return
+        if what is not None:
+            one_of("list", what, KINDS)
+        for kind in KINDS[:-1] if what is None else (what,):
+            if what is None:
+                print(f"{kind}:" if kind == KINDS[0] else f"\n{kind}:")
+            _print(kind)
+
+
+def _print(kind: str) -> None:
+    with only_results_on_stdout():  # a plug-in may print while it is imported
+        entries, problems = (_configs(), list[str]()) if kind == "configs" else _components(kind)
+    width = max(map(len, entries))
+    for name, description in sorted(entries.items()):
+        print(f"{name:<{width}}  {description}")
+    for problem in problems:
+        say(f"warning: {problem}")
 
 
 def _configs() -> dict[str, str]:

@@ -205,6 +205,19 @@ def _choices(schema: Document) -> list[str]:
     return [*map(str, schema.get("enum", ())), *alternatives]
 
 
+def in_words(hint: object) -> str:
+    """Describe the values of a type for a reader."""
+    return _words(pydantic.TypeAdapter(typing.cast(Any, hint)).json_schema())
+
+
+def plain_default(field: dataclasses.Field[Any]) -> str:
+    """Return the default of a field as Markdown: as a config writes it, or ``required``."""
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return "required"
+    value = field.default if field.default is not dataclasses.MISSING else typing.cast(Any, field.default_factory)()
+    return f"`{json.dumps(value, default=str)}`"
+
+
 def flatten(document: object, prefix: str = "") -> dict[str, object]:
     """Turn nested keys into dotted ones. Lists of plain values stay values."""
     if isinstance(document, dict):

@@ -213,7 +213,8 @@ class TaskKey:
     """(run seed, split, meta-step, task index), which determine a task; for one task, or for all tasks of a shard.
 
     In a traced graph, the meta-step (and a stream's ``step`` and ``call``) can be int64 scalars. Indices and meta-step
-    are words of 32 bits: ``of`` refuses others, which would share the numbers of other tasks.
+    are words of 32 bits: others would share the numbers of other tasks. Raises ValueError for such a meta-step and for
+    an unknown split; ``of`` also does for such an index.
     """
 
     seed: int
@@ -221,15 +222,15 @@ class TaskKey:
     meta_step: CounterWord
     tasks: Tensor
 
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"split '{self.split}' is unknown; expected one of {', '.join(SPLITS)}")
+        if not isinstance(self.meta_step, Tensor):
+            _refuse_other_words("meta_step", (self.meta_step,))
+
     @classmethod
     def of(cls, seed: int, split: str, meta_step: int, tasks: range | list[int]) -> TaskKey:
-        """Return the key of ``tasks``, a range or list of task indices.
-
-        Raises ValueError where the split is unknown, or where ``meta_step`` or an index is not an integer in [0, 2³²).
-        """
-        if split not in SPLITS:
-            raise ValueError(f"split '{split}' is unknown; expected one of {', '.join(SPLITS)}")
-        _refuse_other_words("meta_step", (meta_step,))
+        """Return the key of ``tasks``, a range or list of task indices."""
         if isinstance(tasks, range):
             _refuse_other_words("task index", (tasks[0], tasks[-1]) if tasks else ())
             found = torch.arange(tasks.start, tasks.stop, tasks.step) if tasks else torch.empty(0, dtype=torch.int64)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 
 import metadist
+from metadist.config.experiment import Experiment
 from metadist.config.schema import flatten
 from metadist.experiment.attempt import Attempt
 from metadist.experiment.evaluation_record import write_tasks
@@ -66,7 +69,8 @@ def _start_tracker(attempt: Attempt, parent: str | None) -> Tracker:
         "metadist.run_id": attempt.run_id,
         "metadist.run_dir": directory.url,
         "metadist.version": metadist.__version__,
-        "git.revision": _git_revision(),
+        "metadist.data_sha256": experiment.learner.data_sha256 or "",
+        **_revisions(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "host": platform.node(),
@@ -81,10 +85,64 @@ def _start_tracker(attempt: Attempt, parent: str | None) -> Tracker:
         parent=parent,
         mlflow_run_id=attempt.manifest.get("mlflow_run_id"),
     )
+    _record_input(tracker, experiment)
     if directory.local and (Path(directory.url) / "config.yaml").is_file():
         tracker.artifact(Path(directory.url) / "config.yaml")
     _record_data(attempt, tracker)
     return tracker
+
+
+def _revisions() -> dict[str, str]:
+    """Return the git revision of the user's working directory and that of metadist's checkout, where there are any.
+
+    MLflow shows ``mlflow.source.git.commit`` with the run.
+    """
+    commit, own = _git(Path.cwd(), "rev-parse", "HEAD"), _git(Path(__file__).parent, "rev-parse", "HEAD")
+    changed = "-dirty" if commit and _git(Path.cwd(), "status", "--porcelain", "--untracked-files=no") else ""
+    return {
+        "git.revision": commit + changed,
+        "mlflow.source.git.commit": commit,
+        "mlflow.source.name": sys.argv[0] if sys.argv else "",
+        "mlflow.source.type": "LOCAL",
+        "metadist.git.revision": own,
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _record_input(tracker: Tracker, experiment: Experiment) -> None:
+    """Record the data of the tasks as an input of the run; for generated tasks, their config."""
+    document = experiment.document[experiment.tasks_key]
+    name, data = str(document.get("name")), experiment.learner.data_sha256
+    described = hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
+    source = str(document.get("path") or name) if data else f"tasks:{name}"
+    about = {key: str(value) for key, value in flatten(document).items()}
+    tracker.dataset(name, data or described, source, about)
+
+
+def description(result: Result) -> str:
+    """Return the text at the top of a run's page in MLflow: scores, hashes and links, as Markdown."""
+    outcome, learner = result.outcome, result.experiment.learner
+    scores = [
+        f"**{judged.split} {judged.metric} {judged.score:.4f} ± {judged.score_ci95:.4f}** on {judged.tasks} tasks"
+        for judged in result.evaluations
+    ]
+    ended = f" ({outcome.stopped})" if outcome.stopped else ""
+    facts = {
+        "meta-steps": f"{outcome.progress.meta_step} of {learner.outer.meta_steps}{ended}, best at {outcome.best_step}",
+        "run directory": f"`{result.run_dir}`",
+        "parameters": f"sha256 `{result.params_sha256}`",
+        "data": f"sha256 `{learner.data_sha256}`" if learner.data_sha256 else "",
+        "job": links.job_link(),
+    }
+    rows = [f"- {name}: {value}" for name, value in facts.items() if value]
+    return "\n\n".join([*scores, "\n".join(rows)])
 
 
 def _record_data(attempt: Attempt, tracker: Tracker) -> None:
@@ -99,17 +157,6 @@ def _record_data(attempt: Attempt, tracker: Tracker) -> None:
     if notes := "; ".join(learner.tasks.data_notes()):
         log.warning("data: %s", notes)
         tracker.tags({"metadist.data_notes": notes[:5000]})
-
-
-def _git_revision() -> str:
-    """Return the git revision of the working directory, or of metadist's own checkout; empty without either."""
-    for folder in (Path.cwd(), Path(__file__).parent):
-        try:
-            command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-            return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            continue
-    return ""
 
 
 def inexact_marker(attempt: Attempt, observers: Observer, tracker: Tracker) -> Callable[[str], None]:
@@ -139,6 +186,7 @@ def write_result(directory: RunDirectory, result: Result, tracker: Tracker, *, p
         tasks = write_tasks(directory.scratch / "evaluation_tasks.parquet", result.evaluations[0], result.task_records)
         directory.upload(tasks, tasks.name)
         tracker.artifact(tasks)
+    tracker.tags({"metadist.params_sha256": result.params_sha256, "mlflow.note.content": description(result)})
     if result.interrupted:
         return
     # Matplotlib and MLflow's requirements take seconds to import.

@@ -21,6 +21,12 @@ def job_url() -> str | None:
     return os.environ.get(JOB_URL) or None
 
 
+def job_link() -> str:
+    """Return a Markdown link to the page of the job that this process drives; empty without a job."""
+    url = job_url()
+    return f"[Ray job {os.environ.get(JOB_ID, '')}]({url})" if url else ""
+
+
 def tags() -> dict[str, str]:
     """Return the MLflow run's tags. MLflow shows the note as Markdown at the top of the run's page."""
     if not (url := job_url()):
@@ -28,7 +34,7 @@ def tags() -> dict[str, str]:
     return {
         "ray.job_id": os.environ.get(JOB_ID, ""),
         "ray.job_url": url,
-        "mlflow.note.content": f"[Ray job {os.environ.get(JOB_ID, '')}]({url})",
+        "mlflow.note.content": job_link(),
     }
 
 

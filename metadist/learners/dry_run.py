@@ -15,7 +15,7 @@ from torch import Tensor
 from metadist.core.algorithm import TaskContext, at_most_one_step
 from metadist.core.computation import Evaluate, Gradient, Rollout
 from metadist.core.differences import by_name, difference
-from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, first_line
+from metadist.core.errors import ConfigError, MetadistError, first_line
 from metadist.core.random import SPLITS, TaskKey
 from metadist.core.round import Shard, WithOutput
 from metadist.core.state import Contribution, Records, State
@@ -24,6 +24,7 @@ from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
 from metadist.learners.culprit import failed
+from metadist.learners.dry_run_paths import is_known, refusal
 from metadist.learners.purity import FROM_KEY, ROUNDING, SALTS, ImpureConfigError, differs_by_shard, impurity
 from metadist.learners.signature import check_loss, check_tasks
 from metadist.rl.environment import MetaEnvironment
@@ -33,8 +34,8 @@ from metadist.rl.journey import journey
 def try_tasks(learner: Subject, seed: int) -> None:
     """Sample tasks of every split and adapt to one of training and of validation before a long run starts.
 
-    ConfigError where tasks, gradients or scores are no pure function of the key, where the shape of the prediction is
-    not that of the targets, or where a learned parameter does not take part.
+    ConfigError where tasks are no pure function of the key, where the shape of the prediction is not that of the
+    targets, or where a learned parameter does not take part.
     """
     state = learner.initial(seed)
     for split in SPLITS:
@@ -50,10 +51,11 @@ def try_tasks(learner: Subject, seed: int) -> None:
             _check_output(learner, state, one, split)
             if split == "train":
                 _check_participation(learner, state, one)
-            _check_computation(learner, state, keys)
         except MetadistError:
             raise
         except Exception as error:  # the user's own code
+            if is_known(learner.model, error):
+                raise ConfigError(refusal(learner.model, "trained", error)) from error
             raise failed(learner, state, one, split, error) from error
 
 
@@ -118,8 +120,17 @@ def _check_sampling(learner: Subject, keys: TaskKey, task: Task) -> None:
         )
 
 
+def try_twice(learner: Subject, seed: int) -> None:
+    """Compute the gradient of a training task and the scores of a validation task twice.
+
+    ConfigError where they are no pure function of the key.
+    """
+    state = learner.initial(seed)
+    for split in ("train", "validation"):
+        _check_computation(learner, state, _first_keys(learner, seed, split))
+
+
 def _check_computation(learner: Subject, state: State, keys: TaskKey) -> None:
-    """Refuse a gradient (of training tasks) or scores that differ when they are computed again."""
     trains = keys.split == "train"
     shard = Shard("check", 0, 0, 0, Gradient() if trains else Evaluate(), 0, 1, keys.seed, keys.split)
     eager = learner.eager()
@@ -133,7 +144,9 @@ def _check_computation(learner: Subject, state: State, keys: TaskKey) -> None:
 
     try:
         differs = impurity(compute)
-    except NonFiniteError:  # the run treats it as engine.non_finite says
+    except MetadistError:
+        raise
+    except Exception:  # what fails is explained by ``try_paths``; NaN is treated as engine.non_finite says
         return
     if differs:
         raise ImpureConfigError(

@@ -30,7 +30,8 @@ from metadist.engine.functions import TensorCall, directly
 from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
 from metadist.learners.base import Learner, Surround
-from metadist.learners.dry_run import task_hashes, try_tasks
+from metadist.learners.dry_run import task_hashes, try_tasks, try_twice
+from metadist.learners.dry_run_paths import try_paths
 from metadist.learners.evaluation import Evaluation, score_tasks
 from metadist.learners.signature import describe, describe_earlier
 
@@ -110,6 +111,8 @@ class FewShotLearner(Learner):
     def dry_run(self, seed: int) -> None:
         self.splits()  # refuses splits that share classes
         try_tasks(self, seed)
+        try_paths(self, seed)
+        try_twice(self, seed)
 
     def sampled_hashes(self, seed: int) -> dict[str, str]:
         return task_hashes(self, seed)

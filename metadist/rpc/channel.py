@@ -13,6 +13,7 @@ import grpc
 
 from metadist.core.errors import ConfigError, MetadistError
 from metadist.rpc.credentials import is_loopback, read_file, read_token
+from metadist.rpc.proxies import bypass_proxies
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def connect(
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.enable_http_proxy", 0),
     ]
+    bypass_proxies()
     if secure:
         channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(_authority(tls_ca)), options)
     else:

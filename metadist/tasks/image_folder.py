@@ -117,7 +117,7 @@ class ImageFolder(Episodes):
             parts = splits_of(tables) if self.split_list is None else dict.fromkeys(tables.names, "")
             source = f"{path} {tables.identity} {sorted(parts.items())} {self._columns}"
             found = self._cached(source, lambda: self._from_shards(tables, parts))
-            return dataclasses.replace(found, notes=tables.notes)
+            return dataclasses.replace(found, notes=_passed_over(tables))
         if not files.names:
             held = f"; it has {', '.join(files.notes)}" if files.notes else ""
             raise DataError(
@@ -128,7 +128,7 @@ class ImageFolder(Episodes):
             f"{path} {files.identity} {hashlib.sha256(json.dumps(labels).encode()).hexdigest()}",
             lambda: self._grouped(files.decode(self.decode, files.names), labels, files.names),
         )
-        return dataclasses.replace(found, notes=files.notes)
+        return dataclasses.replace(found, notes=_passed_over(files))
 
     @property
     def _columns(self) -> Columns:
@@ -239,6 +239,10 @@ class ImageFolder(Episodes):
             "image_size": self.image_size,
             **({"split_by": "images"} if self.split_by == "images" else {}),
         }
+
+
+def _passed_over(files: Files) -> tuple[str, ...]:
+    return (f"passed over {', '.join(files.notes)}",) if files.notes else ()
 
 
 def _first(names: Sequence[str]) -> str:

@@ -16,11 +16,11 @@ def located(key: str, path: str) -> str:
     import fsspec
 
     root = os.environ.get("METADIST_DATA")
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     if root and "://" in root and "://" not in path and not given.is_absolute() and not given.exists():
         return located(key, f"{root.rstrip('/')}/{path}")
     if "://" not in path:
-        tried = [given, Path(root).expanduser() / given] if root and not given.is_absolute() else [given]
+        tried = [given, Path(os.path.expanduser(root)) / given] if root and not given.is_absolute() else [given]
         for candidate in tried:
             if candidate.exists():
                 return str(candidate.resolve())

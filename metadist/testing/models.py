@@ -51,8 +51,8 @@ def check_model(
         return
     learner = _learner(model, tasks or Blobs(), algorithm)
     seeded_parameters(learner.model, model)
-    with usable(learner, "it can be called with the inputs of a task"):
-        pure_function(learner)
+    with usable(learner, "it can be called"):
+        pure_function(learner)  # before the dry run, which refuses the same with less detail
     few_shot.begins(learner)
     if isinstance(model, ModelConfig) and not isinstance(model, type):
         embedding(model, learner)

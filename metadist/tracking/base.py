@@ -36,6 +36,9 @@ class Tracker(Observer):
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""
 
+    def dataset(self, name: str, digest: str, source: str, about: Mapping[str, str]) -> None:
+        """Record the data that the run reads: its hash, its address, and facts about it."""
+
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Record a copy of the file's present content under ``folder``."""
 

@@ -185,6 +185,8 @@ class Delivery(threading.Thread):
             self._opened = False
             self._open()  # MLflow reports a deleted run in the same way as a bad record
             self._log_accepted(batch)
+        for record in {r["key"]: r for r in records if r["kind"] == "dataset"}.values():
+            self._store.log_dataset(record["key"], record["value"])
         for (folder, name), record in {(r["value"], r["key"]): r for r in records if r["kind"] == "artifact"}.items():
             path = self.folder / "files" / folder / name
             if path.exists():

@@ -80,6 +80,10 @@ class MLflowTracker(Tracker):
         """Append the tags to the spool."""
         self._opened().set_tags(values)
 
+    def dataset(self, name: str, digest: str, source: str, about: Mapping[str, str]) -> None:
+        """Append the data set to the spool; MLflow shows it as an input of the run."""
+        self._opened().dataset(name, digest, source, about)
+
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Copy the file into the spool."""
         self._opened().artifact(Path(path), folder)

@@ -6,6 +6,7 @@ The first use imports mlflow, which takes seconds: use this module from the deli
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 RUN_TAG = "metadist.run_id"
 PARENT_TAG = "mlflow.parentRunId"
+#: Without this tag, the UI shows the experiment as traces of a language-model application.
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 
 
 class RunStore:
@@ -89,6 +92,17 @@ class RunStore:
     def _log_batch(self, **entities: Any) -> None:
         self._client.log_batch(self.run_id, **entities)
 
+    def log_dataset(self, name: str, data: Mapping[str, Any]) -> None:
+        """Log the data of the run as an input."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source, digest = data["source"], data["digest"][:36]  # MLflow keeps 36 characters
+        kind = "code" if source.startswith("tasks:") else "local" if "://" not in source else source.partition("://")[0]
+        described = json.dumps({"uri": source}), json.dumps(data["about"])
+        dataset = Dataset(name[:500], digest, kind, described[0], profile=described[1])
+        used = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+        self._client.log_inputs(self.run_id, used)
+
     def log_artifact(self, path: Path, folder: str) -> None:
         """Upload a file; a later version replaces an earlier one."""
         self._client.log_artifact(self.run_id, str(path), folder or None)
@@ -128,13 +142,15 @@ class RunStore:
 
             location = artifact_location(self.uri, self.runs_root)
             try:
-                # Without the tag, the UI shows the experiment as traces of a language-model application.
-                kind = {"mlflow.experimentKind": "custom_model_development"}
-                return self._client.create_experiment(self.experiment, artifact_location=location, tags=kind)
+                return self._client.create_experiment(
+                    self.experiment, artifact_location=location, tags={KIND_TAG: KIND}
+                )
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver created it
                     raise
                 found = self._client.get_experiment_by_name(self.experiment)
+        if KIND_TAG not in found.tags:
+            self._client.set_experiment_tag(found.experiment_id, KIND_TAG, KIND)
         if found.lifecycle_stage == "deleted":
             logger.warning("MLflow experiment %r was deleted and is restored", self.experiment)
             self._client.restore_experiment(found.experiment_id)

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit, urlunsplit
 from filelock import FileLock
 
 from metadist.core.errors import ConfigError
+from metadist.rpc.proxies import bypass_proxies
+from metadist.tracking.sqlite_schema import upgrade_sqlite
 
 REQUEST_SECONDS = 10
 
@@ -53,6 +55,7 @@ def prepare_environment() -> None:
 
     Variables that the user has set keep their values.
     """
+    bypass_proxies()
     for name, value in (
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS)),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
@@ -81,14 +84,17 @@ def artifact_location(uri: str, runs_root: Path) -> str | None:
 
 
 def prepare_sqlite(uri: str, runs_root: Path) -> None:
-    """Create the SQLite file if it is missing, completely or not at all.
+    """Create the SQLite file if it is missing, completely or not at all; upgrade that of an older MLflow.
 
     MLflow needs seconds of migrations to create the file. Two processes that create it simultaneously crash, and a
     process that is killed meanwhile leaves a file that never opens again. Therefore a subprocess creates the file under
     a lock and a temporary name; the driver does not import the migrations.
     """
     path = sqlite_path(uri)
-    if path is None or path.exists():
+    if path is None:
+        return
+    if path.exists():
+        upgrade_sqlite(path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", timeout=60):

@@ -21,7 +21,7 @@ def exported(name: str) -> tuple[str, dict[str, str]]:
         if name.startswith(f"{prefix}/"):
             return _legal(prefix), {label: name[len(prefix) + 1 :]}
     parts = name.split("/")
-    if parts[0] == "sys" and len(parts) == 3:
+    if parts[0] == "system" and len(parts) == 3:  # dashboards know the names of version 0.1
         return _legal(f"sys/{parts[2]}"), {"worker": parts[1]}
     if parts[0] == "eval" and len(parts) > 2:
         return "metadist_eval", {"split": parts[1], "name": "/".join(parts[2:])}

@@ -3,8 +3,8 @@
 A spool folder holds::
 
     run.json        the run's identity and its destination (written by the driver)
-    spool.jsonl     one record per line: seq, kind (metric | param | tag | artifact | model | status), key, value,
-                    step, timestamp_ms
+    spool.jsonl     one record per line: seq, kind (metric | param | tag | dataset | artifact | model | status), key,
+                    value, step, timestamp_ms
     models/         the files of models that are to be logged, by name
     files/          copies of the artifacts, by destination: a later version replaces an earlier one
     acked.json      the delivered position and the id of the MLflow run (written by the deliverer)
@@ -184,6 +184,12 @@ class Spool:
                 new.append({"kind": kind, "key": key, "value": text, "timestamp_ms": now})
         if new:
             self._append(new)
+
+    def dataset(self, name: str, digest: str, source: str, about: Mapping[str, str]) -> None:
+        """Append a data set; a resumed run repeats it, and MLflow keeps one of equal name and digest."""
+        value = {"digest": digest, "source": source, "about": dict(about)}
+        now = time.time_ns() // 1_000_000
+        self._append([{"kind": "dataset", "key": name, "value": value, "timestamp_ms": now}])
 
     def artifact(self, source: Path, folder: str = "") -> None:
         """Copy the file ``source`` into the spool; it is delivered as ``folder/<its name>``."""

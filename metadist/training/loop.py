@@ -39,7 +39,8 @@ def meta_train(
             if run.validates(progress):
                 judged = evaluate(workers, run.learner, progress.state, run.validation(progress))
                 progress = progress.validated(judged)
-                observers.metrics(progress.meta_step, {**judged.metrics(), **run.extra_scores(judged)})
+                found = {**judged.metrics(), **run.best_so_far(progress, judged), **run.extra_scores(judged)}
+                observers.metrics(progress.meta_step, found)
                 observers.evaluated(progress.meta_step, judged)
             if run.saves(progress):
                 saver.save(progress)

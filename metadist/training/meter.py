@@ -36,7 +36,7 @@ class Meter:
         return self._tasks / self._seconds if self._seconds else 0.0
 
     def read(self) -> dict[str, float]:
-        """Return the metrics since the last reading: ``engine/…`` and ``sys/<worker>/…``. Seconds are per meta-step."""
+        """Return ``engine/…`` and ``system/<worker>/…`` since the last reading. Seconds are per meta-step."""
         workers = self._workers
         taken, steps = workers.measured.read(), self._steps or 1.0
         values = {
@@ -59,7 +59,7 @@ class Meter:
             values |= self._rates(taken.seconds)
         for worker, stats in sorted(taken.workers.items()):
             values |= {
-                f"sys/{worker}/{k}": stats[k]
+                f"system/{worker}/{k}": stats[k]
                 for k in ("cpu_percent", "memory_bytes", "gpu_percent", "gpu_memory_bytes")
                 if k in stats
             }

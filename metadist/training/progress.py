@@ -62,6 +62,11 @@ class Run:
         seed = self.evaluate.seed
         return MetaStepKey(self.id, meta_step, self.seed if seed is None else seed)
 
+    def best_so_far(self, progress: Progress, judged: Evaluation) -> dict[str, float]:
+        """Return the best validation score so far as a metric; nothing where none is finite."""
+        best = progress.best(self.higher_is_better)
+        return {} if best is None else {f"eval/{judged.split}/{judged.metric}/best": best["mean"]}
+
     def out_of_patience(self, progress: Progress) -> str | None:
         """Return the reason to stop early, or None."""
         patience = self.evaluate.patience

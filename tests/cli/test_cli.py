@@ -16,7 +16,7 @@ import tiny
 import yaml
 
 from metadist.config.build import build
-from metadist.config.document import shipped_configs
+from metadist.config.document import requested, shipped_configs
 
 
 def ok(result):
@@ -63,7 +63,7 @@ print(sorted(set(sys.modules) & set({HEAVY!r})), file=sys.stderr)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "verify", "list", "export", "ui"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "verify", "list", "cache", "export", "ui"])
 def test_every_command_has_help_with_an_example(cli, command):
     assert f"metadist {command}" in ok(cli(command, "--help")).stdout
     assert "Example" in cli(command, "--help").stdout
@@ -79,10 +79,45 @@ def test_list_describes_each_in_a_line(cli, what, some):
     assert lines == sorted(lines)
 
 
+def test_list_alone_shows_all_kinds(cli):
+    printed = ok(cli("list")).stdout
+    for heading, name in (("algorithms", "maml"), ("environments", "bandit"), ("configs", "sinusoid_maml")):
+        assert f"{heading}:" in printed.splitlines()
+        assert any(line.startswith(name) for line in printed.splitlines())
+
+
+def test_the_reference_of_keys_is_current_and_complete(cli):
+    """Otherwise: metadist list keys > docs/config.md"""
+    printed = ok(cli("list", "keys")).stdout
+    assert (Path(__file__).parents[2] / "docs/config.md").read_text() == printed
+    for name in shipped_configs():
+        for section, value in requested(name, []).items():
+            for key in value if isinstance(value, dict) and section != "metric" else ():
+                if key != "name":
+                    assert f"| `{key}` |" in printed or key == "freeze", f"{name}: {section}.{key}"
+
+
+def test_the_cache(cli, tmp_path):
+    assert "total           0 B" in ok(cli("cache")).stdout
+    cache = tmp_path / "cache"
+    (cache / "images-a").mkdir(parents=True)
+    (cache / "images-a/pixels").write_bytes(bytes(3 << 20))
+    (cache / "runs/r-1/tracking").mkdir(parents=True)
+    (cache / "runs/r-1/tracking/spool.jsonl").write_text("{}\n")
+    printed = ok(cli("cache")).stdout
+    assert "3.0 MiB" in printed and "images-a" in printed and "runs/r-1" in printed
+    assert "freed           0 B" in ok(cli("cache", "clean", "--days", "1")).stdout
+    printed = ok(cli("cache", "clean")).stdout
+    assert "freed           3.0 MiB" in printed
+    assert "runs/r-1  kept: 1 records wait for MLflow" in printed
+    assert not (cache / "images-a").exists() and (cache / "runs/r-1/tracking/spool.jsonl").exists()
+    mistake(cli("cache", "clear"), "'clear' is not one of size, clean; did you mean 'clean'?")
+
+
 def test_list_of_something_else(cli):
     mistake(
         cli("list", "algorithm"),
-        "'algorithm' is not one of algorithms, tasks, environments, models, trackers, configs; did you mean "
+        "'algorithm' is not one of algorithms, tasks, environments, models, trackers, configs, keys; did you mean "
         "'algorithms'?",
     )
 

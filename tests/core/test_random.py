@@ -244,8 +244,12 @@ def test_an_index_that_would_repeat_another_task_is_refused(tasks):
 
 @pytest.mark.parametrize("meta_step", [-1, 2**32, 0.5])
 def test_a_meta_step_that_would_repeat_another_one_is_refused(meta_step):
-    with pytest.raises(ValueError, match=r"^meta_step \S+; expected an integer"):
-        TaskKey.of(3, "train", meta_step, [0])
+    for make in (
+        lambda: TaskKey.of(3, "train", meta_step, [0]),
+        lambda: TaskKey(3, "train", meta_step, torch.arange(2)),
+    ):
+        with pytest.raises(ValueError, match=r"^meta_step \S+; expected an integer"):
+            make()
 
 
 def test_an_unknown_split_is_refused():

@@ -23,6 +23,7 @@ from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.load import load_run
 from metadist.serving.load import Serving, build_service, open_model
 from metadist.serving.prediction import ModelSource, predict_folders
+from metadist.tasks.folders import by_class
 
 pytestmark = pytest.mark.lane("services")
 
@@ -156,11 +157,11 @@ def test_folders_of_images(images):
     assert report["accuracy"] == 1.0
     result = load_run(str(images / "run"))
     decode = result.experiment.learner.tasks.decode
-    x, _, labels = decode.by_class(str(images / "few"))
+    x, _, labels = by_class(decode, str(images / "few"))
     assert (
         x.dtype == np.float32 and x.shape == (6, 1, 12, 12) and x.max() > 0.9 and x[:, :, 0, 0].max() < 0.5
     )  # strokes are bright
-    query, _, _ = decode.by_class(str(images / "many"))
+    query, _, _ = by_class(decode, str(images / "many"))
     adapted = result.adapt(torch.from_numpy(x), torch.tensor([sorted(SHAPES).index(label) for label in labels]))
     best = torch.softmax(result.predict(adapted, torch.from_numpy(query)).double(), -1).max(-1).values
     assert [row["probability"] for row in report["predictions"]] == [round(float(p), 4) for p in best]

@@ -146,7 +146,7 @@ def test_hidden_files_and_folders_are_no_classes(tmp_path):
     (root / "a" / "notes.txt").touch()
     assert sorted(sum(classes(root), ())) == ["a", "b"]
     assert notes(root) == (
-        "1 file of other kinds (.txt 1); "
+        "passed over 1 file of other kinds (.txt 1), "
         "5 hidden files and folders (.DS_Store 1, .git 1, .ipynb_checkpoints 1, @eaDir 1, __MACOSX 1)"
     )
 
@@ -191,7 +191,7 @@ def test_folders_of_texts_are_no_classes(tmp_path):
     (root / "annotations").mkdir()
     (root / "annotations" / "a.xml").touch()
     (root / "nothing").mkdir()
-    assert notes(root) == "1 file of other kinds (.xml 1); 1 empty folder (nothing)"
+    assert notes(root) == "passed over 1 file of other kinds (.xml 1), 1 empty folder (nothing)"
 
 
 def test_a_folder_without_permission_is_refused(tmp_path):
@@ -213,7 +213,7 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
     os.symlink(root, root / "b" / "root")
     family = ImageFolder(path=str(root), image_size=6)
     assert family.data_sha256 == before
-    assert list(family.data_notes()) == ["2 links to a folder above itself (a/up, b/root)"]
+    assert list(family.data_notes()) == ["passed over 2 links to a folder above itself (a/up, b/root)"]
 
 
 def test_a_folder_that_is_there_twice_is_refused(tmp_path):

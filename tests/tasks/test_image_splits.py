@@ -137,7 +137,7 @@ def test_a_folder_of_shards_is_one_table(tmp_path):
     counts = lambda f: dict(zip(f.source().names, f.source().counts))  # noqa: E731
     assert counts(family) == counts(whole) == dict.fromkeys("abcd", 5)
     assert "; ".join(family.data_notes()) == (
-        "1 file of other kinds (without a suffix 1); 1 hidden files and folders (.part-0.parquet.crc 1)"
+        "passed over 1 file of other kinds (without a suffix 1), 1 hidden files and folders (.part-0.parquet.crc 1)"
     )
     fsspec.filesystem("memory").put(str(root), "/shards", recursive=True)
     assert ImageFolder(path="memory://shards", image_size=6).data_sha256 == family.data_sha256

@@ -27,7 +27,7 @@ DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/metadist.json"
     [
         ("engine/tasks_per_second", "metadist_engine_tasks_per_second", {}),
         ("engine/seconds_per_step/compute/gradient", "metadist_engine_seconds_per_step", {"phase": "compute/gradient"}),
-        ("sys/learner-0/cpu_percent", "metadist_sys_cpu_percent", {"worker": "learner-0"}),
+        ("system/learner-0/cpu_percent", "metadist_sys_cpu_percent", {"worker": "learner-0"}),
         ("eval/test/accuracy/step_1", "metadist_eval", {"split": "test", "name": "accuracy/step_1"}),
         ("meta/loss", "metadist_meta", {"name": "loss"}),
     ],

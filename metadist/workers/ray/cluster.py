@@ -15,7 +15,7 @@ from metadist.workers.ray import environment as ray_environment  # isort: skip
 import ray
 
 from metadist.config.groups import WorkerGroup
-from metadist.core.errors import WorkerError
+from metadist.core.errors import MetadistError, WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ def connect(groups: Sequence[WorkerGroup]) -> bool:
                 cpus = max(os.cpu_count() or 1, sum(int(g.cpus * g.max + 0.999) for g in groups))
                 start_here(cpus, **quiet)
         return True
+    except MetadistError:
+        raise
     except Exception as error:  # Ray raises many types, a bare Exception among them
         where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
         raise WorkerError(f"can't {where}: {short(error)}; use --workers 0 to train in this process") from error

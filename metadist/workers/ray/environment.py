@@ -14,12 +14,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from metadist.core.errors import ConfigError
+from metadist.rpc.proxies import bypass_proxies
 from metadist.storage.places import private_folder, provide_home, writable
 
 #: the cluster to join; None starts one on this machine
 ADDRESS = os.environ.get("RAY_ADDRESS") or None
 
 provide_home()
+bypass_proxies()
 
 _token = Path(os.path.expanduser("~/.ray/auth_token"))
 _has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or os.access(
@@ -82,7 +85,16 @@ def own_signals() -> Iterator[None]:
 
 
 def reach(address: str, timeout: float = 10.0) -> None:
-    """Raise ConnectionError where nothing listens at ``address``: ray.init would try for many minutes."""
-    found = re.fullmatch(r"(?:ray://)?\[?([^\]/]+?)\]?:(\d+)", address)
-    if found is not None:
-        socket.create_connection((found[1], int(found[2])), timeout=timeout).close()
+    """Raise ConnectionError where nothing listens at ``address``: ray.init would try for many minutes.
+
+    Raises ConfigError for an address of another form, which ray.init would try for as long.
+    """
+    if address in ("auto", "local"):
+        return
+    found = re.fullmatch(r"(?:ray://)?\[?([^\]/\s]+?)\]?:(\d+)", address)
+    if found is None:
+        expected = "expected HOST:6379 (the head's address), ray://HOST:10001 (Ray Client), or auto"
+        if address.startswith(("http://", "https://")):
+            expected += "; http:// is the address of jobs and of the dashboard: metadist submit --address " + address
+        raise ConfigError(f"RAY_ADDRESS={address}: {expected}")
+    socket.create_connection((found[1], int(found[2])), timeout=timeout).close()
