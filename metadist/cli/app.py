@@ -10,6 +10,7 @@ import metadist
 from metadist.cli import cache, control, evaluate, jobs, list, predict, register, render, serve, train, verify, worker
 from metadist.cli.bench import app as bench
 from metadist.cli.terminal import provide_streams
+from metadist.core.text import show as print  # no call can forget to escape control characters
 from metadist.storage.places import provide_home
 
 

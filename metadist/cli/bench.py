@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from metadist.cli.terminal import AsJson, Overrides, clean_errors, numbers, only_results_on_stdout, set_up_logging
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 app = typer.Typer(
     help="Measure speed and memory, contestants interleaved. Use a machine that runs nothing else.",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metadist.cli.terminal import clean_errors, say, set_up_logging
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 if TYPE_CHECKING:
     from metadist.control.client import RemoteRun
@@ -32,7 +33,9 @@ def control(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]…", help="For set: meta_batch_size=64, workers=3, workers=environments=2."),
     ] = None,
-    token_file: Annotated[str | None, typer.Option(help="The driver's token; default: the file in its record.")] = None,
+    token_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The driver's token; default: the file in its record.")
+    ] = None,
     tls_ca: Annotated[
         str | None, typer.Option(help="The certificate of a driver with TLS, or of its authority (PEM).")
     ] = None,

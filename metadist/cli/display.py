@@ -6,12 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from metadist.config.experiment import Experiment
+from metadist.core.text import show as print  # no call can forget to escape control characters
 from metadist.engine.plan import size
+from metadist.experiment.console import PlainConsole
 from metadist.experiment.result import Result
 from metadist.experiment.seeds import Group
 from metadist.jobs import links as run_page
@@ -51,7 +52,8 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
     if isinstance(evaluation, TrialEvaluation):
         _show_trials(evaluation)
         return
-    table = Table(title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} tasks", title_justify="left")
+    print(_title(evaluation, "tasks"))
+    table = Table()
     for heading in ("adaptation steps", "mean", "95 % CI", "median", *(("published",) if published else ())):
         table.add_column(heading, justify="right")
     for step in range(len(evaluation.mean)):
@@ -64,8 +66,15 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
         if published:
             row.append(f"{published[step]:.3f}" if step in published else "")
         table.add_row(*row)
-    Console(file=sys.stdout, width=100, highlight=False).print(table)
-    print(f"divergence rate {evaluation.divergence_rate:.4f}")
+    PlainConsole(file=sys.stdout, width=100, highlight=False).print(table)
+    _show_task_metrics(evaluation)
+    print(
+        f"divergence rate {evaluation.divergence_rate:.4f} (query loss higher after {len(evaluation.mean) - 1} "
+        f"adaptation steps than before: {evaluation.loss_rose} tasks)"
+    )
+    if evaluation.ci95_tasks is not None:
+        alone = evaluation.ci95_tasks[-1]
+        print(f"95 % CI         {evaluation.protocol['interval']}; with all tasks taken as independent ± {alone:.4f}")
     if evaluation.beside:
         _show_methods(
             f"the same {evaluation.tasks} tasks", evaluation.beside, "learner is better by", evaluation.metric
@@ -75,12 +84,35 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
         print("published       K=10, α=.01 after 70,000 meta-steps: an independent re-run of the reference code")
 
 
+def _title(evaluation: Evaluation, what: str) -> str:
+    note = f" ({evaluation.left_out_note})" if evaluation.left_out else ""
+    # Not the title of a table, which is broken to the table's width.
+    return f"{evaluation.split}: {evaluation.metric} on {evaluation.drawn} {what}{note}"
+
+
+def _show_task_metrics(evaluation: Evaluation) -> None:
+    """Print the scores by metrics of whole tasks, and the sums of tables."""
+    last = len(evaluation.mean) - 1
+    if evaluation.task_metrics:
+        table = Table(title=f"whole tasks, after {last} adaptation steps", title_justify="left")
+        table.add_column("metric")
+        for heading in ("before", "mean", "95 % CI", "median", "left out"):
+            table.add_column(heading, justify="right")
+        for name, score in evaluation.task_metrics.items():
+            numbers = (f"{score.mean[0]:.4f}", f"{score.mean[-1]:.4f}", f"± {score.ci95[-1]:.4f}")
+            left_out = f"{score.left_out} of {evaluation.drawn}"
+            table.add_row(escape(name), *numbers, f"{score.median[-1]:.4f}", left_out)
+        PlainConsole(file=sys.stdout, width=100, highlight=False).print(table)
+    for name, counts in evaluation.tables.items():
+        print(f"{name}: rows are classes, columns predicted classes, after {last} adaptation steps")
+        for row in counts:
+            print(" ".join(f"{count:7.0f}" for count in row))
+
+
 def _show_trials(evaluation: TrialEvaluation) -> None:
     """Print the returns by episode, which show adaptation; then the returns of whole trials."""
-    table = Table(
-        title=f"{evaluation.split}: {evaluation.metric} on {evaluation.tasks} trials, {evaluation.policy}",
-        title_justify="left",
-    )
+    print(f"{_title(evaluation, 'trials')}, {evaluation.policy}")
+    table = Table()
     first = 0 if evaluation.by_gradient_steps else 1
     gained = evaluation.gained
     for heading in (
@@ -102,7 +134,7 @@ def _show_trials(evaluation: TrialEvaluation) -> None:
                 f"{evaluation.median[k]:.4f}",
             ]
             table.add_row(*row, *((f"{gained[k][0]:+.4f}", f"{gained[k][1]:.4f}") if gained else ()))
-    Console(file=sys.stdout, width=100, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=100, highlight=False).print(table)
     what = "trial" if first else "adapted"
     for policy, total in evaluation.totals.items():
         print(f"{what}, {policy:<8} {total['mean']:.4f} ± {total['standard_error']:.4f} (standard error)")
@@ -126,7 +158,7 @@ def _show_methods(title: str, rows: Sequence[Mapping[str, Any]], difference: str
             f"{row['difference']:+.4f}",
             f"{row['difference_error']:.4f}",
         )
-    Console(file=sys.stdout, width=110, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=110, highlight=False).print(table)
 
 
 def show_comparison(report: Mapping[str, Any]) -> None:
@@ -154,7 +186,7 @@ def show_predictions(report: Mapping[str, Any]) -> None:
             *([escape(row.get("class", ""))] if known else []),
             f"{row['probability']:.4f}" if "probability" in row else "",
         )
-    Console(file=sys.stdout, width=120, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=120, highlight=False).print(table)
     if report["accuracy"] is not None:
         print(f"accuracy        {report['accuracy']:.4f}")
     for error in ("mse", "mae"):
@@ -172,7 +204,7 @@ def show_group(group: Group) -> None:
         if key.endswith("/mean"):
             deviation = group.summary.get(key.removesuffix("mean") + "sd")
             table.add_row(key.removesuffix("/mean"), f"{value:.4f}", "" if deviation is None else f"{deviation:.4f}")
-    Console(file=sys.stdout, width=100, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=100, highlight=False).print(table)
     print(f"runs            {group.run_dir}")
 
 
@@ -204,7 +236,7 @@ def show_plan(report: Mapping[str, Any]) -> None:
                 else str(value)
             )
             table.add_row(key, shown, reasons[key])
-    Console(file=sys.stdout, width=120, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=120, highlight=False).print(table)
     if "predicted_peak_bytes" not in report:
         return
     table = Table(
@@ -216,13 +248,13 @@ def show_plan(report: Mapping[str, Any]) -> None:
     for kind, count in report["predicted_peak_bytes"].items():
         table.add_row(kind, size(count))
     table.add_row("usable", size(report["usable_bytes"]))
-    Console(file=sys.stdout, width=120, highlight=False).print(table)
+    PlainConsole(file=sys.stdout, width=120, highlight=False).print(table)
 
 
 def show_benchmark(report: Mapping[str, Any]) -> None:
     """Print a table per case with a row per contestant, the other facts of the case, the versions and the machine."""
     print(f"{report['benchmark']}: {_facts(report['settings'])}")
-    console = Console(file=sys.stdout, width=180, highlight=False)
+    console = PlainConsole(file=sys.stdout, width=180, highlight=False)
     for title, case in report["cases"].items():
         table = Table(title=escape(f"{title} [{case['unit']}]"), title_justify="left")
         table.add_column("")

@@ -10,11 +10,13 @@ import typer
 from metadist.cli.terminal import (
     AsJson,
     Overrides,
+    Trust,
     Workers,
     clean_errors,
     only_results_on_stdout,
     set_up_logging,
 )
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 
 def evaluate(
@@ -44,6 +46,7 @@ def evaluate(
         bool, typer.Option("--record/--no-record", help="Record the scores in the run directory and in MLflow.")
     ] = True,
     workers: Workers = "0",
+    trust: Trust = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run's best parameters after 0, 1, … adaptation steps, or by episode in a meta-environment.
@@ -67,6 +70,7 @@ def evaluate(
             beside=[name.strip() for name in beside.split(",")] if beside else [],
             overrides=overrides or [],
             record=record,
+            trust=trust or (),
         )
         with only_results_on_stdout():
             result = evaluate_group(run_dir, options) if is_group(run_dir) else evaluate_run(run_dir, options)

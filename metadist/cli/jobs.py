@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metadist.cli.terminal import AsJson, Overrides, Workers, clean_errors, say, set_up_logging
+from metadist.cli.terminal import AsJson, Overrides, Trust, Workers, clean_errors, say, set_up_logging
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 if TYPE_CHECKING:
     from metadist.jobs.submit import Submitted
@@ -60,6 +61,7 @@ def submit(
         ),
     ] = None,
     driver_cpus: Annotated[float, typer.Option(help="CPUs for the driver; with 0 it runs on the head.", min=0)] = 0.0,
+    trust: Trust = None,
     as_json: AsJson = False,
 ) -> None:
     """Train on a Ray cluster. Submitting a run again resumes it, on any node."""
@@ -68,8 +70,8 @@ def submit(
         from metadist.config.document import requested
         from metadist.jobs import submit as jobs
 
-        document = requested(config, overrides, workers)
-        request = jobs.Request(run_id, run_dir, data, _environment(env or []), driver_cpus, module or [])
+        document = requested(config, overrides, workers, trust)
+        request = jobs.Request(run_id, run_dir, data, _environment(env or []), driver_cpus, module or [], trust or ())
         cluster = _cluster(address)
         submitted = jobs.submit(cluster, document, request)
         _announce(submitted)
@@ -151,8 +153,7 @@ def logs(
         cluster = _cluster(address or context.obj)
         job = find(cluster, id)
         for text in cluster.follow(job.id) if follow else [cluster.logs(job.id)]:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            print(text, end="", flush=True)
 
 
 @app.command(epilog="Example:  metadist jobs stop sinusoid-maml-20260101-120000-ab12 --address http://HEAD:8265")
@@ -226,8 +227,7 @@ def _wait(cluster: Any, job_id: str) -> str:
     """Show the log and return the job's last status. Ctrl-C does not stop the job."""
     try:
         for text in cluster.follow(job_id):
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            print(text, end="", file=sys.stderr, flush=True)
         return cluster.job(job_id).status
     except KeyboardInterrupt:
         say(

@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from metadist.cli.terminal import (
+    Trust,
     clean_errors,
     only_results_on_stdout,
     say,
     set_up_logging,
 )
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 KINDS = ("algorithms", "tasks", "environments", "models", "trackers", "configs", "keys")
 
@@ -84,13 +86,14 @@ def _components(plural: str) -> tuple[dict[str, str], list[str]]:
 def export(
     run_dir: Annotated[str, typer.Argument(help="The folder that train printed.")],
     path: Annotated[str, typer.Argument(help="The safetensors file to write.")],
+    trust: Trust = None,
 ) -> None:
     """Write a run's best model parameters to a file, under the model's own names."""
     set_up_logging()
     with clean_errors():
         from metadist.experiment.load import load_run
 
-        load_run(run_dir).export(path)
+        load_run(run_dir, trust=trust or ()).export(path)
         print(path)
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from metadist.cli.terminal import AsJson, clean_errors, only_results_on_stdout, set_up_logging
+from metadist.cli.terminal import AsJson, Trust, clean_errors, only_results_on_stdout, set_up_logging
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 
 def predict(
@@ -35,6 +36,7 @@ def predict(
     tls_ca: Annotated[
         str | None, typer.Option(metavar="FILE", help="The server's certificate authority (PEM).")
     ] = None,
+    trust: Trust = None,
     as_json: AsJson = False,
 ) -> None:
     """Adapt to a few labelled images per class, and classify other images. Images are converted as in training.
@@ -49,7 +51,7 @@ def predict(
         from metadist.serving.tables import is_table, predict_tables
 
         with only_results_on_stdout():
-            opened = ModelSource(source, model, normalization, token_file, tls_ca)
+            opened = ModelSource(source, model, normalization, token_file, tls_ca, trust or ())
             arrays = predict_arrays if support.endswith(".npz") else predict_folders
             report = (predict_tables if is_table(support) else arrays)(opened, support, query, inner_steps)
         show_predictions(report)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from metadist.cli.terminal import AsJson, Overrides, Workers, clean_errors, say, set_up_logging
+from metadist.cli.terminal import AsJson, Overrides, Trust, Workers, clean_errors, say, set_up_logging
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 RunDir = Annotated[str, typer.Option(help="The run's directory: an fsspec URL, or a folder that all nodes have.")]
 RunId = Annotated[str | None, typer.Option(help="The run's id; default: name, time and four random digits.")]
@@ -43,6 +44,7 @@ def render(
     auth_secret: AuthSecret = "",
     credentials_secret: CredentialsSecret = "",
     output: Output = None,
+    trust: Trust = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the files that run a config on a cluster: its worker groups become groups of nodes."""
@@ -60,7 +62,7 @@ def render(
                 "--run-dir is missing; expected the place of checkpoints and results: a URL such as "
                 "s3://bucket/runs/a, or a folder that all nodes have"
             )
-        document = requested(config, overrides, workers)
+        document = requested(config, overrides, workers, trust)
         run_id = run_id or new_run_id(build(document).name)
         folder = output or Path("rendered") / run_id
         wanted = rendering.Rendering(

@@ -7,12 +7,12 @@ import ctypes
 import os
 import signal
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metadist.cli.terminal import clean_errors, only_results_on_stdout, say, set_up_logging
+from metadist.cli.terminal import Trust, clean_errors, only_results_on_stdout, say, set_up_logging
 from metadist.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def serve(
     replicas: Replicas = "1",
     replica_cpus: ReplicaCpus = 1.0,
     replica_gpus: ReplicaGpus = 0.0,
+    trust: Trust = None,
     verbose: Verbose = False,
 ) -> None:
     """Serve adaptation to support sets and predictions, over gRPC (metadist.adapt.v1) and as JSON over HTTP."""
@@ -104,6 +105,7 @@ def serve(
         serving = Serving(
             runs, normalization, device, threads, max_batch, batch_wait_ms, budget_mib, max_support, max_queries
         )
+        serving = replace(serving, trust=tuple(trust or ()))
         server = _Server(host, tls_cert, tls_key, token_file, int(max_message_mib * 2**20), max_calls)
         if ray_serve:
             resources = {"replicas": replicas, "cpus": replica_cpus, "gpus": replica_gpus}

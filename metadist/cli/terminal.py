@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from metadist.core.text import printable, show
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Override config keys: outer.lr=1e-3")
 ]
@@ -20,6 +22,16 @@ Workers = Annotated[
     str | None,
     typer.Option(
         "--workers", metavar="N", help="Number of workers; 0: compute in this process; learners=2: for one role."
+    ),
+]
+
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust",
+        metavar="MODULE",
+        envvar="METADIST_TRUST",
+        help="Let a run or model that may be somebody else's run the code of this module; repeat it for several.",
     ),
 ]
 
@@ -46,7 +58,17 @@ def only_results_on_stdout() -> AbstractContextManager[Any]:
 
 def say(message: str) -> None:
     """Print a message to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    show(message, file=sys.stderr, flush=True)
+
+
+class LogFormatter(logging.Formatter):
+    """Write control characters as escapes, and indent further lines: a text in a record can't imitate a record."""
+
+    def __init__(self) -> None:
+        super().__init__("%(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t").replace("\n", "\n    ")
 
 
 def provide_streams() -> None:
@@ -68,7 +90,9 @@ def provide_streams() -> None:
 
 def set_up_logging(verbose: bool = False) -> None:
     """Send warnings to stderr; with ``verbose`` also what metadist does."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("metadist").setLevel(logging.INFO if verbose else logging.WARNING)
 
 

@@ -13,6 +13,7 @@ import typer
 from metadist.cli.terminal import (
     AsJson,
     Overrides,
+    Trust,
     Workers,
     clean_errors,
     numbers,
@@ -20,6 +21,7 @@ from metadist.cli.terminal import (
     say,
     set_up_logging,
 )
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 if TYPE_CHECKING:
     from metadist.config.experiment import Experiment
@@ -50,6 +52,7 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the config with every default and stop.")
     ] = False,
+    trust: Trust = None,
     as_json: AsJson = False,
 ) -> None:
     """Meta-train, with validation, checkpoints and tracking; test once at the end."""
@@ -58,7 +61,7 @@ def train(
         from metadist.config.build import build
         from metadist.config.document import requested, set_outside
 
-        document = requested(config, overrides, workers)
+        document = requested(config, overrides, workers, trust)
         if outside is not None:
             document = set_outside(document, outside)
         if print_config:
@@ -67,13 +70,18 @@ def train(
             print(yaml.safe_dump(build(document).document, sort_keys=False, allow_unicode=True), end="")
             return
         if seeds is not None:
-            _train_seeds(document, numbers("--seeds", seeds), run_dir, resume, as_json)
+            _train_seeds(document, numbers("--seeds", seeds), run_dir, resume, as_json, trust)
         else:
-            _train_one(document, run_dir, resume, as_json, run_id)
+            _train_one(document, run_dir, resume, as_json, run_id, trust)
 
 
 def _train_one(
-    document: dict[str, Any], run_dir: str | None, resume: bool, as_json: bool, run_id: str | None = None
+    document: dict[str, Any],
+    run_dir: str | None,
+    resume: bool,
+    as_json: bool,
+    run_id: str | None,
+    trust: list[str] | None,
 ) -> None:
     from metadist.cli.display import show_result
     from metadist.config.build import build
@@ -85,7 +93,7 @@ def _train_one(
 
     experiment = build(document)
     with only_results_on_stdout(), StopSignals(say) as stop, live(experiment) as display:
-        request = RunRequest(run_dir=run_dir, resume=resume, run_id=run_id, stop=stop)
+        request = RunRequest(run_dir=run_dir, resume=resume, run_id=run_id, trust=trust or (), stop=stop)
         result = run_training(experiment, request, Observers(display, stop))
     if result.interrupted:
         say(
@@ -99,7 +107,14 @@ def _train_one(
         raise typer.Exit(130)
 
 
-def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None, resume: bool, as_json: bool) -> None:
+def _train_seeds(
+    document: dict[str, Any],
+    seeds: list[int],
+    run_dir: str | None,
+    resume: bool,
+    as_json: bool,
+    trust: list[str] | None,
+) -> None:
     from metadist.cli.display import show_group, show_result
     from metadist.experiment.interruption import StopSignals
     from metadist.experiment.live import live
@@ -120,7 +135,8 @@ def _train_seeds(document: dict[str, Any], seeds: list[int], run_dir: str | None
             with live(experiment) as display:
                 yield Observers(display, stop)
 
-        group = train_seeds(document, seeds, RunRequest(run_dir=run_dir, resume=resume, stop=stop), displayed, show)
+        request = RunRequest(run_dir=run_dir, resume=resume, trust=trust or (), stop=stop)
+        group = train_seeds(document, seeds, request, displayed, show)
     show_group(group)
     if as_json:
         print(json.dumps(group.as_dict()))

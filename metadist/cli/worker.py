@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from metadist.cli.terminal import clean_errors, only_results_on_stdout, say, set_up_logging
+from metadist.cli.terminal import Trust, clean_errors, only_results_on_stdout, say, set_up_logging
 
 
 class _Stop:
@@ -51,10 +51,11 @@ def worker(
         float, typer.Option(metavar="SECONDS", help="How long to wait for a driver that can't be reached.", min=0)
     ] = 600.0,
     stay: Annotated[bool, typer.Option("--stay", help="Wait for the next run when one is over.")] = False,
+    trust: Trust = None,
 ) -> None:
     """Join a run from outside its Ray cluster, and compute shards until the run is over.
 
-    The worker imports and builds everything that the run's config names: connect only to drivers that you trust.
+    The run's config may name metadist's own parts, installed plug-ins, and the modules that --trust allows.
     """
     set_up_logging()
     with clean_errors():
@@ -63,7 +64,7 @@ def worker(
         from metadist.workers.remote.client import Shell
 
         with only_results_on_stdout():
-            options = WorkerOptions(token_file, tls_ca, role, name, device, patience, stay)
+            options = WorkerOptions(token_file, tls_ca, role, name, device, patience, stay, trust or ())
             reason = work(connect, options, Shell(say, stop))
         say(f"done: {reason}")
         if stop.asked:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import Any, cast
 
 from metadist.config.catalog import ALGORITHM, ENVIRONMENT, MODEL, TASK_FAMILY
-from metadist.config.components import component, model_factory, named, user_function
+from metadist.config.components import component, judge_by, model_factory, named
 from metadist.config.experiment import ALLOWED, Component, Experiment, setting_types
-from metadist.config.schema import Document, as_plain, settings, typed
-from metadist.config.settings import MetricSettings
+from metadist.config.schema import Document, as_plain, typed
+from metadist.config.trust import allowed_modules, check_trust
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import TaskFamily
@@ -19,14 +20,18 @@ from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
 
 
-def build(document: Document) -> Experiment:
-    """Check every key and build every part. ConfigError names the key, the value and the allowed values."""
+def build(document: Document, trust: Sequence[str] = ()) -> Experiment:
+    """Check every key and build every part. ConfigError names the key, the value and the allowed values.
+
+    The document is the user's own: it may name any module. ``trust``: modules whose functions may be called like those
+    of the user's own modules.
+    """
     key = _check_keys(document)
-    tasks = _tasks(key, document)
-    algorithm = _algorithm(key, document["algorithm"])
+    tasks = _tasks(key, document, trust)
+    algorithm = _algorithm(key, document["algorithm"], trust)
     options = dict(named("model", document["model"]))
     typed("model.freeze", options.pop("freeze", []), tuple[str, ...])
-    factory = model_factory(component("model", options, MODEL, deferred=True), tasks, algorithm)
+    factory = model_factory(component("model", options, MODEL, deferred=True, trust=trust), tasks, algorithm)
     types = setting_types()
     given = {name: typed(name, document[name], types[name]) for name in types if document.get(name) is not None}
     return Experiment(
@@ -37,11 +42,20 @@ def build(document: Document) -> Experiment:
     )
 
 
-def build_environment(document: Document) -> MetaEnvironment:
+def build_foreign(document: Document, source: str, trust: Sequence[str] = ()) -> Experiment:
+    """Build an experiment from a document that may be somebody else's: one of ``source``.
+
+    Raises ConfigError, before anything is imported, where it names modules that are not in ``trust``.
+    """
+    check_trust(document, source, trust)
+    return build(document, allowed_modules(trust))
+
+
+def build_environment(document: Document, trust: Sequence[str] = ()) -> MetaEnvironment:
     """Build the meta-environment of a document and nothing else."""
     if "environment" not in document:
         raise ConfigError("key 'environment' is missing; expected environment: {name: …}")
-    made = component("environment", document["environment"], ENVIRONMENT)
+    made = component("environment", document["environment"], ENVIRONMENT, trust=trust)
     if not isinstance(made, MetaEnvironment):
         raise ConfigError(f"environment.name: {type(made).__name__} is not a metadist.MetaEnvironment")
     return made
@@ -62,33 +76,25 @@ def _check_keys(document: Document) -> str:
     return key
 
 
-def _tasks(key: str, document: Document) -> TaskFamily | MetaEnvironment:
-    made = build_environment(document) if key == "environment" else component("tasks", document["tasks"], TASK_FAMILY)
+def _tasks(key: str, document: Document, trust: Sequence[str]) -> TaskFamily | MetaEnvironment:
+    made: object
+    if key == "environment":
+        made = build_environment(document, trust)
+    else:
+        made = component("tasks", document["tasks"], TASK_FAMILY, trust=trust)
     if not isinstance(made, (TaskFamily, MetaEnvironment)):
         raise ConfigError(f"tasks.name: {type(made).__name__} is not a metadist.TaskFamily")
     if key == "tasks" and not isinstance(made, TaskFamily):
         raise ConfigError(
             f"tasks.name: {type(made).__name__} is a meta-environment; give it as environment: {{name: …}}"
         )
-    _judge_by(made, document)
+    judge_by(made, document, trust)
     return made
 
 
-def _judge_by(tasks: TaskFamily | MetaEnvironment, document: Document) -> None:
-    """Replace the loss and the metric of the family by the user's own."""
-    if document.get("loss") is not None:
-        object.__setattr__(tasks, "loss", user_function(str(typed("loss", document["loss"], str)), "loss"))
-    if document.get("metric") is not None:
-        metric = document["metric"]
-        chosen = settings("metric", {"name": metric} if isinstance(metric, str) else metric, MetricSettings)
-        object.__setattr__(tasks, "metric", user_function(chosen.name, "metric"))
-        object.__setattr__(tasks, "metric_name", chosen.name.partition(":")[2])
-        object.__setattr__(tasks, "higher_is_better", chosen.higher_is_better)
-
-
-def _algorithm(key: str, given: Any) -> Algorithm | TrialAlgorithm:
+def _algorithm(key: str, given: Any, trust: Sequence[str]) -> Algorithm | TrialAlgorithm:
     wanted: type[Algorithm] | type[TrialAlgorithm] = TrialAlgorithm if key == "environment" else Algorithm
-    made = component("algorithm", given, ALGORITHM)
+    made = component("algorithm", given, ALGORITHM, trust=trust)
     if not isinstance(made, wanted):
         fits = [name for name, cls in ALGORITHM.own.items() if issubclass(cls, wanted)]
         raise ConfigError(

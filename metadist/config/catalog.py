@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import is_dataclass
+
+from torch import nn
 
 from metadist.algorithms import ALGORITHMS
 from metadist.config.plugins import Kind, find, plugins
@@ -21,21 +24,37 @@ def _class_of(*bases: type) -> Callable[[object], bool]:
     return lambda found: inspect.isclass(found) and issubclass(found, bases)
 
 
+def _makes_modules(found: object) -> bool:
+    """Whether ``found`` is a function, a module's class, or a class of model settings."""
+    if not inspect.isclass(found):
+        return inspect.isroutine(found)
+    settings = is_dataclass(found) and (hasattr(found, "build") or hasattr(found, "build_policy"))
+    return issubclass(found, nn.Module) or settings
+
+
 ALGORITHM = Kind(
     "algorithms",
     ALGORITHMS,
     _class_of(Algorithm, TrialAlgorithm),
     "a class derived from metadist.Algorithm or metadist.TrialAlgorithm",
+    (Algorithm, TrialAlgorithm),
 )
-TASK_FAMILY = Kind("tasks", TASKS, _class_of(TaskFamily), "a class derived from metadist.TaskFamily")
+TASK_FAMILY = Kind(
+    "tasks", TASKS, _class_of(TaskFamily), "a class derived from metadist.TaskFamily", (TaskFamily, MetaEnvironment)
+)
 ENVIRONMENT = Kind(
-    "environments", ENVIRONMENTS, _class_of(MetaEnvironment), "a class derived from metadist.MetaEnvironment"
+    "environments",
+    ENVIRONMENTS,
+    _class_of(MetaEnvironment),
+    "a class derived from metadist.MetaEnvironment",
+    (TaskFamily, MetaEnvironment),
 )
 MODEL = Kind(
     "models",
     MODELS,
-    lambda found: inspect.isclass(found) or inspect.isroutine(found),
+    _makes_modules,
     "a dataclass with build() or build_policy(), or a class or function that makes a torch.nn.Module",
+    (nn.Module,),
 )
 
 

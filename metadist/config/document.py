@@ -10,6 +10,7 @@ from typing import Any
 
 from metadist.config.groups import ROLES
 from metadist.config.schema import Document, parse_document, parse_yaml
+from metadist.config.trust import check_trust
 from metadist.core.errors import ConfigError, nearest
 
 #: the largest number of remote workers of a role, where the config does not say
@@ -27,14 +28,19 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for folder in reversed(config_folders()) for path in sorted(folder.glob("*.yaml"))}
 
 
-def requested(config: str, overrides: Sequence[str] | None, workers: str | None = None) -> Document:
+def requested(
+    config: str, overrides: Sequence[str] | None, workers: str | None = None, trust: Sequence[str] | None = None
+) -> Document:
     """Return the document of a command line: a config with ``KEY=VALUE`` overrides and ``--workers``."""
-    document = override(read_document(config), overrides or [])
+    document = override(read_document(config, trust or ()), overrides or [])
     return document if workers is None else set_workers(document, workers)
 
 
-def read_document(config: str) -> Document:
-    """Read the YAML file at a path, or the shipped config of that name."""
+def read_document(config: str, trust: Sequence[str] = ()) -> Document:
+    """Read the YAML file at a path, or the shipped config of that name.
+
+    A config in a run directory may be somebody else's: it may name only modules that are in ``trust``.
+    """
     path = Path(config)
     if not os.path.isfile(config):  # False where even the name is impossible
         shipped = shipped_configs()
@@ -54,7 +60,10 @@ def read_document(config: str) -> Document:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config '{config}' can't be read: {error}") from error
-    return parse_document(text, str(config))
+    document = parse_document(text, str(config))
+    if path.parent.joinpath("run.json").is_file():
+        check_trust(document, f"config '{config}' of a run directory", trust)
+    return document
 
 
 def override(document: Document, assignments: Sequence[str]) -> Document:

@@ -71,6 +71,7 @@ class Experiment:
     init_from: Union[str, None] = None
     loss: Union[str, None] = None
     metric: Union[str, Document, None] = None
+    task_metrics: Union[tuple[str, ...], None] = None
     #: whether the config can be read back: not where objects were made in Python
     from_document: bool = field(default=True, metadata={"key": False})
 

@@ -14,7 +14,6 @@ import operator
 import os
 import re
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any, Literal
 
 import metadist
 from metadist.config.schema import flatten
+from metadist.config.trust import modules_of
+from metadist.core.imports import is_users_own
 
 #: folders in a package that hold no modules of it; hidden folders too
 SKIPPED = {"__pycache__", "node_modules"}
@@ -55,28 +56,18 @@ class UserModule:
         return [path for place in self.places for path in walk(place) if path.name.endswith(suffixes)]
 
 
-def import_paths(document: Mapping[str, Any]) -> list[str]:
-    """Return the modules of all import paths (``package.module:name``) in a config, sorted."""
-    found = set()
-    for value in flatten(dict(document)).values():
-        module, colon, name = value.partition(":") if isinstance(value, str) else ("", "", "")
-        if colon and all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
-            found.add(module)
-    return sorted(found)
-
-
 def code_modules(document: Mapping[str, Any], *parts: object) -> tuple[str, ...]:
     """Return the modules on which θ depends: those of import paths, and those of the classes of ``parts``.
 
     Driver and remote workers find the same modules, although a remote worker's config has no other keys.
     """
-    named = import_paths({key: document[key] for key in CODE_KEYS if key in document})
+    named = modules_of({key: document[key] for key in CODE_KEYS if key in document})
     return tuple(sorted({*named, *(type(part).__module__ for part in parts)}))
 
 
 def named_modules(document: Mapping[str, Any]) -> list[UserModule]:
     """Return the top-level modules of the config's import paths."""
-    return [find_module(name) for name in sorted({path.partition(".")[0] for path in import_paths(document)})]
+    return [find_module(name) for name in sorted({path.partition(".")[0] for path in modules_of(document)})]
 
 
 def find_module(name: str) -> UserModule:
@@ -94,19 +85,12 @@ def find_module(name: str) -> UserModule:
     places = spec.submodule_search_locations  # of a package, also of one without __init__.py
     if places is None and spec.has_location:
         places = [str(spec.origin)]
-    own = tuple(Path(place).absolute() for place in places or () if _is_own(Path(place).resolve()))
+    own = tuple(Path(place).absolute() for place in places or () if is_users_own(Path(place).resolve()))
     if not own:
         return UserModule(name, "installed")
     if own[0].is_file() and own[0].suffix != ".py":
         return UserModule(name, "compiled", own)
     return UserModule(name, "own", own)
-
-
-def _is_own(path: Path) -> bool:
-    """Return whether a file or folder is neither installed nor Python's own."""
-    if not path.exists() or {"site-packages", "dist-packages"} & set(path.parts):
-        return False
-    return Path(sysconfig.get_path("stdlib")).resolve() not in path.parents
 
 
 def comes_with_metadist(name: str) -> bool:

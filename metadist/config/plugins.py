@@ -23,13 +23,15 @@ class Kind(Generic[Component]):
     """A kind of component.
 
     ``plural`` is its word in ``metadist list``; its entry points are in the group ``metadist.<plural>``. ``own`` is the
-    table of metadist's names. A plug-in must satisfy ``accepts``; ``expected`` says the same in words.
+    table of metadist's names. A plug-in must satisfy ``accepts``; ``expected`` says the same in words. ``makes``: the
+    types of the objects that a config may name by import path, or that a function may make.
     """
 
     plural: str
     own: Mapping[str, Component]
     accepts: Callable[[object], bool]
     expected: str
+    makes: tuple[type, ...] = ()
 
     @property
     def group(self) -> str:

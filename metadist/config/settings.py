@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from metadist.core.errors import ConfigError, at_least
+from metadist.core.text import has_password
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class TrackingSettings:
 
     def __post_init__(self) -> None:
         at_least(1, **{"tracking.log_every": self.log_every})
+        if has_password(self.uri):
+            raise ConfigError(
+                "tracking.uri: a password in a config would stand in the run's files, in its exports and in MLflow; "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole URI as MLFLOW_TRACKING_URI "
+                "with tracking.uri: auto"
+            )
         if self.register is not None and (not self.register.strip() or set("/:") & set(self.register)):
             raise ConfigError(
                 f"tracking.register: {self.register!r} is not a valid model name; expected a name without '/' and ':'"

@@ -66,6 +66,8 @@ class Feed(Observer):
     def evaluated(self, meta_step: int, evaluation: Evaluation) -> None:
         self._display.evaluated(meta_step, evaluation)
         self.validation = {"meta_step": meta_step, evaluation.metric: evaluation.score, "ci95": evaluation.score_ci95}
+        if evaluation.left_out:
+            self.validation = {**self.validation, "left_out": evaluation.left_out}
         values = {k: v for k, v in self.validation.items() if k != "meta_step"}
         self._publish(Snapshot("validation", meta_step, values, time=time.time()))
 

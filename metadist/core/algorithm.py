@@ -45,8 +45,9 @@ class TaskContext:
         return examples.mean(self.family.loss(prediction, examples.y))
 
     def metric(self, prediction: Tensor, examples: Examples) -> Tensor:
-        """Return the family's metric, averaged over the real examples: a scalar."""
-        return examples.mean(self.family.metric(prediction, examples.y))
+        """Return the family's metric of the real examples: a scalar. Not under ``vmap`` where there is a mask."""
+        real = Examples(examples.real(examples.x), examples.real(examples.y))
+        return real.mean(self.family.metric(examples.real(prediction), real.y))
 
 
 class Algorithm:

@@ -28,6 +28,17 @@ class WorkerError(MetadistError):
     """No worker is available, or a shard cannot be computed."""
 
 
+class CompilerError(WorkerError):
+    """A worker cannot compile shards: no compiler, one that does not work, or a wrong graph. ``reason`` says which."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[CompilerError], tuple[str, str]]:
+        return (type(self), (str(self), self.reason))
+
+
 class NonFiniteError(MetadistError):
     """A task produced NaN or Inf. ``tasks`` are the indices of these tasks in the meta-batch."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from metadist.core.random import TaskKey
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(prediction [N, …], target [N, …]) → one value per example [N]."""
+TaskMetricFunction = Callable[[Tensor, Tensor, Tensor], Union[Tensor, float]]
+"""(prediction [N, …], target [N, …], mask [N]: the real rows) → one number per task."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,17 @@ class Examples:
                 f"a loss or metric must return one value per example, shape [{self.y.shape[0]}], "
                 f"got {list(values.shape)}; use reduction='none' and average over everything but the first dimension"
             )
+        if not values.is_floating_point():  # a metric that says right or wrong, or counts
+            values = values.to(torch.get_default_dtype())
         if self.mask is None:
             return values.mean()
         mask = self.mask.to(values.dtype)
         # The value of a padded row can be NaN: select, do not multiply.
         return torch.where(self.mask.bool(), values, torch.zeros_like(values)).sum() / mask.sum()
+
+    def real(self, rows: Tensor) -> Tensor:
+        """Return those of ``rows`` [N, …] that are real examples. Not under ``vmap`` where there is a mask."""
+        return rows if self.mask is None else rows[self.mask.bool()]
 
     def cleared(self) -> Examples:
         """Return the examples with zeros in padded rows: ``mean`` drops a NaN of such a row, but not its gradient."""
@@ -124,7 +132,8 @@ class TaskFamily:
     """A distribution over tasks. Subclass it and write ``sample_task``, or ``sample`` for a whole shard in one call.
 
     Both must be pure functions of the key. ``loss`` and ``metric`` map (prediction [N, …], target [N, …]) to one value
-    per example. Workers receive a family without its data: load large data in ``prepare``.
+    per example. The metric sees the real rows of one task; where tasks are padded, the loss must compute each example
+    from that example alone. Workers receive a family without its data: load large data in ``prepare``.
     """
 
     #: ``regression`` or ``classification``
@@ -132,6 +141,9 @@ class TaskFamily:
     metric_name: str = "mse"
     #: smaller is better for errors, larger for accuracies
     higher_is_better: bool = False
+    #: further metrics, of whole tasks: names (``core/task_metrics.py: BUILT_IN``), or functions (prediction, target,
+    #: mask) → one number per task
+    task_metrics: Sequence[Union[str, TaskMetricFunction]] = ()
 
     #: shape of one input, without the batch dimension; None where only the data tells it
     input_shape: tuple[int, ...] | None = None
@@ -201,6 +213,22 @@ class TaskFamily:
     def protocol(self, split: str) -> dict[str, object]:
         """Return the conditions of a score on ``split`` (ways, shots, queries, …), as plain values for a report."""
         return {}
+
+    def listed_tasks(self, split: str) -> int | None:
+        """Return the number of tasks of ``split`` where they are a list, or None where tasks are drawn.
+
+        An evaluation takes each task of a list once: ``key.tasks`` is then the place in the list, from 0 on. In
+        training, ``key.tasks`` is the place in the meta-batch in any case.
+        """
+        return None
+
+    def sources(self, key: TaskKey, split: str) -> int | tuple[int, ...] | None:
+        """Return the number of the field, person, class, … that the task of ``key`` is drawn from; several as a tuple.
+
+        Where an evaluation draws more tasks than there are sources, its confidence interval is one over sources. None
+        where every task is a draw of its own.
+        """
+        return None
 
     def ways(self, split: str) -> int:
         """Return the number of classes of a task of ``split``; override it where training tasks have more classes."""

@@ -22,12 +22,15 @@ from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import TaskKey
 from metadist.core.task import Task, TaskFamily
+from metadist.core.task_metrics import metric_of_tasks
 from metadist.engine.functions import TensorCall, added, apart, directly, jvp, kept_sum, mapped, vjp
 
 T = TypeVar("T")
 Values = dict[str, Parameters]
 """Slot → gradient or delta."""
 Metrics = dict[str, Tensor]
+"""Loss and metric of each task; where query sets are padded, ``PREDICTION`` in place of the metric, which then reads
+the real rows of each task outside ``vmap`` and the graph."""
 Names = frozenset[tuple[str, str]]
 """(slot, tensor) pairs."""
 StepIndex = Union[int, Tensor]
@@ -36,6 +39,7 @@ Cotangent = Union[InnerState, tuple[()]]
 """A cotangent of an inner state, or () for none: ``vmap`` refuses None."""
 
 BUFFERS = "buffers."
+PREDICTION = "prediction"
 
 
 def fixed(theta: Theta) -> dict[str, Tensor]:
@@ -64,7 +68,7 @@ class MetaGradient:
         return self.model.bind(fixed(theta), key, training, self.engine)
 
     def values(self, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
-        """Compute every task's gradient (or delta), query loss and query metric, stacked [T, …]; never compiled."""
+        """Compute every task's gradient (or delta) and its ``Metrics``, stacked [T, …]; never compiled."""
         if self.walks_back:
             return self._mixed(_Shard(self, directly, self.flat(theta), tasks, keys, meta_step))
         values, metrics = vmap(self._single(theta, keys, meta_step))(tasks, keys.tasks)
@@ -73,11 +77,22 @@ class MetaGradient:
     def sums(
         self, run: TensorCall, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Sum ``values`` over the tasks for which ``keep`` [T] is true: slot vectors, and metrics [2] in float64."""
+        """Sum ``values`` over the tasks that ``keep`` [T] selects: slot vectors, and loss and metric [2] in float64."""
+        slots, totals, predictions = self._summed(run, theta, tasks, keys, meta_step, keep)
+        for prediction in predictions:
+            metric = metric_of_tasks(self.family, prediction, tasks.query)
+            totals = torch.cat([totals, kept_sum(keep, metric.double()).unsqueeze(0)])
+        return slots, totals
 
-        def reduce(values: Values, metrics: Metrics, keep: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _summed(
+        self, run: TensorCall, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
+        """Return the sums of slots, loss and metric; or of slots and loss, and the predictions [T, N, …] in a list."""
+
+        def reduce(values: Values, metrics: Metrics, keep: Tensor) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
             slots = {n: self.layouts[n].flatten(p) for n, p in kept_sum(keep, values).items()}
-            return slots, torch.stack([kept_sum(keep, v.double()) for v in metrics.values()])
+            totals = torch.stack([kept_sum(keep, v.double()) for n, v in metrics.items() if n != PREDICTION])
+            return slots, totals, [v for n, v in metrics.items() if n == PREDICTION]
 
         if self.walks_back:
             values, metrics = self._mixed(_Shard(self, run, self.flat(theta), tasks, keys, meta_step))
@@ -90,7 +105,7 @@ class MetaGradient:
             key_step: StepIndex,
             meta_step: StepIndex,
             keep: Tensor,
-        ) -> tuple[dict[str, Tensor], Tensor]:
+        ) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
             single = self._single(self.named(vectors), replace(keys, meta_step=key_step), meta_step)
             return reduce(*vmap(single)(tasks, indices), keep)
 
@@ -129,6 +144,8 @@ class MetaGradient:
         return {n: theta[n] for n in self.learned}
 
     def _metrics(self, context: TaskContext, loss: Tensor, prediction: Tensor, task: Task) -> Metrics:
+        if task.query.mask is not None:
+            return {"loss": loss, PREDICTION: prediction}
         return {"loss": loss, self.family.metric_name: context.metric(prediction, task.query)}
 
     # Unrolled: through the recorded inner loop ------------------------------------------------------------------------

@@ -169,7 +169,8 @@ def _compile(subject: Subject, request: EngineRequest, device: Device, reasons: 
     if request.compile == "always":
         if device.no_compiler:
             raise ConfigError(
-                f"engine.compile: always, but on '{device.name}' {device.no_compiler}; install one, or use never"
+                f"engine.compile: always, but on '{device.name}' {device.no_compiler}; install one that works, or use "
+                "never"
             )
         reasons["compile"] = "as configured"
         return True

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from metadist.core.errors import ConfigError, nearest
+from metadist.core.imports import split_path
 from metadist.core.random import TaskKey
 from metadist.environments.simulated import OnError, SimulatedEnvironment, TaskValues, as_text
 from metadist.rl.environment import Tasks
@@ -40,7 +41,7 @@ class Gymnasium(SimulatedEnvironment):
     ``measures`` are entries of a step's info that are measured for reports.
     """
 
-    make: str = ""
+    make: str = field(default="", metadata={"imports": "a function that returns a Gymnasium environment"})
     arguments: dict[str, Any] = field(default_factory=dict)
     episodes: int = 2
     horizon: int = 200
@@ -49,8 +50,7 @@ class Gymnasium(SimulatedEnvironment):
 
     def __post_init__(self) -> None:
         self.check_settings()
-        module, colon, name = self.make.partition(":")
-        if not (module and colon and name):
+        if split_path(self.make) is None:
             raise ConfigError(
                 f"environment.make: '{self.make}'; expected package.module:function, a function that returns a "
                 "Gymnasium environment"

@@ -22,7 +22,7 @@ def evaluate_run(run_dir: str, options: EvaluationOptions = EvaluationOptions(),
 
     ``name`` is the name of the evaluation's folder in the run directory.
     """
-    return load_run(run_dir).judged(options, name)
+    return load_run(run_dir, trust=options.trust).judged(options, name)
 
 
 def is_group(run_dir: str) -> bool:

@@ -115,12 +115,15 @@ def _deviations(judgement: Judgement) -> dict[str, Any]:
 def write_tasks(path: Path, evaluation: Evaluation, records: Records) -> Path:
     """Write a Parquet file with a row per task and step: ``task``, ``step`` or ``episode``, and every recorded value.
 
-    A value that a task has once stands in each of its rows.
+    A value that a task has once stands in each of its rows. Sources and tables (confusion matrices, row by row) are
+    lists.
     """
     import pyarrow
     from pyarrow import parquet
 
-    wide = {name: values.reshape(records.rows, -1) for name, values in records.columns.items() if name != "task"}
+    lists = {n: v for n, v in records.columns.items() if n == "source" or v.dim() > 2}
+    others = {n: v for n, v in records.columns.items() if n != "task" and n not in lists}
+    wide = {name: values.reshape(records.rows, -1) for name, values in others.items()}
     count = max(values.shape[1] for values in wide.values())
     kind, first = evaluation.counted
     columns = {
@@ -129,6 +132,10 @@ def write_tasks(path: Path, evaluation: Evaluation, records: Records) -> Path:
     }
     for name, values in wide.items():
         columns[name] = (values if values.shape[1] == count else values[:, :1].expand(-1, count)).reshape(-1)
+    arrays: dict[str, Any] = {name: values.numpy() for name, values in columns.items()}
+    for name, values in lists.items():
+        each = values.repeat_interleave(count, 0) if name == "source" else values
+        arrays[name] = each.reshape(records.rows * count, -1).tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.table({name: values.numpy() for name, values in columns.items()}), path)
+    parquet.write_table(pyarrow.table(arrays), path)
     return path

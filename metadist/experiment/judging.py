@@ -34,6 +34,7 @@ ALLOWED = (
     "tasks.",
     "environment.",
     "metric",
+    "task_metrics",
     "outer.shard_size",
     "engine.device",
     "evaluate.test_tasks",
@@ -49,8 +50,8 @@ class EvaluationOptions:
     """Deviations from the protocol of a run; None means the run's own value.
 
     ``beside`` names known methods (of meta-environments) or baselines (of supervised tasks) for a comparison on the
-    same tasks. ``overrides`` are
-    ``KEY=VALUE`` for keys of ``ALLOWED``. ``record`` writes the scores to the run directory and to MLflow.
+    same tasks. ``overrides`` are ``KEY=VALUE`` for keys of ``ALLOWED``. ``record`` writes the scores to the run
+    directory and to MLflow. ``trust``: the modules that the run's config may name.
     """
 
     tasks: int | None = None
@@ -61,6 +62,7 @@ class EvaluationOptions:
     beside: Sequence[str] = ()
     overrides: Sequence[str] = ()
     record: bool = True
+    trust: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         one_of("--split", self.split, SPLITS)
@@ -150,7 +152,7 @@ def _compared(
 def _deviating(experiment: Experiment, options: EvaluationOptions) -> Experiment:
     """Return the experiment with the overrides, the options and workers of its own."""
     if options.overrides:
-        experiment = _overridden(experiment, options.overrides)
+        experiment = _overridden(experiment, options)
     given = {"test_tasks": options.tasks, "inner_steps": options.inner_steps, "normalization": options.normalization}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     groups: Any = experiment.workers
@@ -161,12 +163,12 @@ def _deviating(experiment: Experiment, options: EvaluationOptions) -> Experiment
     return dataclasses.replace(experiment, workers=mine, evaluate=dataclasses.replace(experiment.evaluate, **changes))
 
 
-def _overridden(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
-    if other := [o for o in overrides if o.partition(".")[0] in ("tasks", "environment")]:
+def _overridden(experiment: Experiment, options: EvaluationOptions) -> Experiment:
+    if other := [o for o in options.overrides if o.partition(".")[0] in ("tasks", "environment")]:
         named = other[0].partition("=")[0]
         if named.partition(".")[0] != experiment.tasks_key:
             raise ConfigError(f"evaluate: {named}: this run has {experiment.tasks_key}, see its config.yaml")
-    return build(override(experiment.document, overrides))
+    return build(override(experiment.document, options.overrides), options.trust)
 
 
 def _check_fit(run: Learner, learner: Learner, options: EvaluationOptions) -> None:

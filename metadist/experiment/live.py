@@ -8,12 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
 from metadist.config.experiment import Experiment
+from metadist.core.text import printable
+from metadist.core.text import show as print  # no call can forget to escape control characters
+from metadist.experiment.console import PlainConsole
 from metadist.learners.evaluation import Evaluation
 from metadist.training.observers import Observer
 
@@ -120,7 +123,7 @@ def plain() -> Observer:
 def live(experiment: Experiment) -> Iterator[Observer]:
     """Yield the display of a run: a line in a notebook, a bar where stderr is a terminal, lines elsewhere."""
     meta_steps = experiment.learner.outer.meta_steps
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     if display := _notebook():
         yield Notebook(meta_steps, display)
     elif not console.is_terminal:
@@ -130,7 +133,7 @@ def live(experiment: Experiment) -> Iterator[Observer]:
             yield Bar(progress, meta_steps)
 
 
-def bar(console: Console) -> Rows:
+def bar(console: PlainConsole) -> Rows:
     """Return the bar of a terminal. A narrow terminal has a shorter bar, and no rate below 66 columns."""
     first, rate = (TextColumn(t, table_column=_fixed()) for t in ("{task.description}", "{task.fields[rate]}"))
     wide = [rate] if console.width >= 66 else []
@@ -151,7 +154,7 @@ def _notebook() -> Any:
 
 
 def _text(line: str) -> dict[str, str]:
-    return {"text/plain": line}
+    return {"text/plain": printable(line)}
 
 
 def _test(tasks: int) -> str:
@@ -168,7 +171,8 @@ def _report(report: Mapping[str, float]) -> str:
 
 
 def _score(evaluation: Evaluation) -> str:
-    return f"{evaluation.metric} {evaluation.score:.4f} ± {evaluation.score_ci95:.4f}"
+    note = f" ({evaluation.left_out_note})" if evaluation.left_out else ""
+    return f"{evaluation.metric} {evaluation.score:.4f} ± {evaluation.score_ci95:.4f}{note}"
 
 
 def _minutes(seconds: float) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from metadist.config.build import build
+from metadist.config.build import build_foreign
 from metadist.config.experiment import Experiment
 from metadist.config.schema import parse_document
 from metadist.core.errors import CheckpointError, ConfigError
@@ -21,10 +21,10 @@ from metadist.training.progress import Outcome, Progress
 log = logging.getLogger(__name__)
 
 
-def initial_parameters(source: str | None) -> Mapping[str, Tensor] | None:
+def initial_parameters(source: str | None, trust: Sequence[str] = ()) -> Mapping[str, Tensor] | None:
     """Return the model parameters of a safetensors or torch file, or the best ones of an earlier run.
 
-    None without a source.
+    None without a source. ``trust``: the modules that the earlier run's config may name.
     """
     if source is None:
         return None
@@ -37,14 +37,14 @@ def initial_parameters(source: str | None) -> Mapping[str, Tensor] | None:
             f"init_from: '{source}' is neither a .safetensors file, nor a file of torch.save "
             f"({', '.join(TORCH_FILES)}), nor a run directory"
         )
-    earlier = load_run(source)
+    earlier = load_run(source, trust=trust)
     return earlier.experiment.learner.parameters(earlier.state)
 
 
-def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
+def load_run(run_dir: str, experiment: Experiment | None = None, trust: Sequence[str] = ()) -> Result:
     """Load the best parameters of a run, ready to ``adapt`` and ``predict``.
 
-    The run's own config describes the experiment, unless ``experiment`` is given.
+    The run's own config describes the experiment, unless ``experiment`` is given. It may name the modules in ``trust``.
     """
     folder = RunDirectory(run_dir)
     text, about = folder.read("config.yaml"), folder.read_json("run.json")
@@ -53,7 +53,8 @@ def load_run(run_dir: str, experiment: Experiment | None = None) -> Result:
             f"run directory '{run_dir}' has no config.yaml and run.json; is it the folder that train printed?"
         )
     if experiment is None:
-        experiment = build(parse_document(text, f"{run_dir}/config.yaml"))
+        document = parse_document(text, f"{run_dir}/config.yaml")
+        experiment = build_foreign(document, f"run directory '{run_dir}'", trust)
     learner = experiment.learner
     checkpoints = Checkpoints(folder.url, higher_is_better=learner.tasks.higher_is_better)
     loaded = checkpoints.best(learner.slots) or checkpoints.latest(learner.slots)

@@ -10,8 +10,8 @@ import torch
 
 from metadist.config.build import build
 from metadist.config.experiment import Experiment
-from metadist.config.modules import import_paths
 from metadist.config.schema import Document
+from metadist.config.trust import modules_of
 from metadist.core.errors import ConfigError, first_line
 from metadist.learners.base import Learner
 from metadist.learners.purity import FROM_KEY
@@ -52,13 +52,14 @@ def compared_elsewhere(experiment: Experiment) -> Iterator[None]:
 
 def _is_own(experiment: Experiment) -> bool:
     """Return whether the user's code samples: a class that is not metadist's, or one that the config names to it."""
-    named = import_paths({"tasks": experiment.tasks.document})
+    named = modules_of({"tasks": experiment.tasks.document})
     return any(module.partition(".")[0] != "metadist" for module in [type(experiment.tasks.made).__module__, *named])
 
 
 def hashes(made: Document | Learner, seed: int) -> dict[str, str]:
     """Return the SHA-256 of the tensors of the first tasks, by split and name, for a learner or its config."""
-    learner = made if isinstance(made, Learner) else build(made).learner
+    # The driver has built the same config: what it names is allowed.
+    learner = made if isinstance(made, Learner) else build(made, modules_of(made)).learner
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,11 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
     }
 
 
-def register_run(run_dir: str, name: str) -> str:
+def register_run(run_dir: str, name: str, trust: Sequence[str] = ()) -> str:
     """Log a finished run's best parameters as an MLflow model, register it as ``name``, and return its version."""
     from metadist.tracking.model_registry import register_now
 
-    result, folder = load_run(run_dir), RunDirectory(run_dir)
+    result, folder = load_run(run_dir, trust=trust), RunDirectory(run_dir)
     if reason := result.experiment.learner.servable():
         raise ConfigError(f"register: {run_dir}: {reason}")
     result.experiment.learner.prepare(torch.device("cpu"))

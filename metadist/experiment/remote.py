@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,10 +17,12 @@ import torch
 import yaml
 
 import metadist
-from metadist.config.build import build as build_config
+from metadist.config.build import build_foreign
 from metadist.config.groups import ROLES
 from metadist.config.schema import parse_document
+from metadist.config.trust import modules_of, trusted
 from metadist.core.errors import ConfigError, WorkerError, nearest
+from metadist.core.imports import within
 from metadist.learners.base import Learner
 from metadist.workers.numerics import Numerics
 from metadist.workers.remote.executor import RemoteExecutor
@@ -101,7 +104,9 @@ def _command(experiment: Experiment, port: int) -> str:
     host = platform.node() if settings.host in ("0.0.0.0", "::") else settings.host
     command = f"metadist worker --connect {host}:{port}"
     command += " --token-file FILE" if settings.token_file else ""
-    return command + (" --tls-ca FILE" if settings.tls_cert else "")
+    command += " --tls-ca FILE" if settings.tls_cert else ""
+    own = (name for name in modules_of(experiment.document) if not within(name, ["metadist"]))
+    return command + "".join(f" --trust {name}" for name in own)
 
 
 # The worker -----------------------------------------------------------------------------------------------------------
@@ -112,7 +117,7 @@ class WorkerOptions:
     """The options of ``metadist worker``.
 
     ``patience`` is the time in seconds to wait for a driver that can't be reached; with ``stay`` the worker waits for
-    the next run at the end of a run.
+    the next run at the end of a run. ``trust``: the modules that the driver's config may name.
     """
 
     token_file: str | None = None
@@ -122,12 +127,13 @@ class WorkerOptions:
     device: str | None = None
     patience: float = 600.0
     stay: bool = False
+    trust: Sequence[str] = ()
 
 
-def build(config: str) -> Learner:
-    """Build the learner of a run from the document that its driver sent."""
+def build(config: str, trust: Sequence[str] = ()) -> Learner:
+    """Build the learner of a run from the document that its driver sent. It may name the modules in ``trust``."""
     document = parse_document(config, "the run's config")
-    return build_config(document).learner
+    return build_foreign(document, "the driver's config", trust).learner
 
 
 def work(address: str, options: WorkerOptions, shell: Shell) -> str:
@@ -141,7 +147,7 @@ def work(address: str, options: WorkerOptions, shell: Shell) -> str:
 
     applicant = _applicant(options)
     gpus = 1.0 if options.role == "learner" and torch.cuda.is_available() else 0.0
-    runner = Runner(build, options.device, gpus)
+    runner = Runner(functools.partial(build, trust=trusted(options.trust)), options.device, gpus)
     waiting_for, pause = "", 1.0
     while not shell.stopped():
         channel = connect(address, options.token_file, options.tls_ca)

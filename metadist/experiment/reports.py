@@ -13,6 +13,7 @@ from metadist.core.task import Task
 from metadist.experiment.result import AdaptedParameters, Result
 from metadist.experiment.trial_reports import draw_trials
 from metadist.learners import supervised
+from metadist.learners.evaluation import left_out_note
 from metadist.rl.environment import MetaEnvironment
 from metadist.tasks.sinusoid import Sinusoid
 from metadist.tracking import plots
@@ -29,14 +30,19 @@ def draw(result: Result, folder: Path) -> list[Path]:
         drawn.append(folder / "learning_curve.png")
         validation = [(int(v["meta_step"]), v["mean"], v["ci95"]) for v in progress.validation]
         plots.learning_curve(
-            drawn[-1], [int(p["meta_step"]) for p in curve], [p[metric] for p in curve], validation, metric
+            drawn[-1],
+            [int(p["meta_step"]) for p in curve],
+            [p[metric] for p in curve],
+            validation,
+            metric,
+            _note(result),
         )
     if isinstance(learner.tasks, MetaEnvironment):
         return drawn + draw_trials(result, folder)
     for judged in result.evaluations:
         if len(judged.mean) > 1:
             drawn.append(folder / f"adaptation_{judged.split}.png")
-            plots.adaptation_curve(drawn[-1], judged.mean, judged.ci95, metric, judged.split)
+            plots.adaptation_curve(drawn[-1], judged.mean, judged.ci95, metric, judged.split, judged.left_out_note)
     if isinstance(learner.tasks, Sinusoid):
         drawn.append(folder / "sinusoid_fits.png")
         plots.sinusoid_fits(drawn[-1], [_sinusoid(result, learner.tasks, index) for index in range(3)])
@@ -54,6 +60,15 @@ def draw(result: Result, folder: Path) -> list[Path]:
         }
         plots.episode_sheet(drawn[-1], {**episode, "predicted": predicted, "title": "A held-out episode"})
     return drawn
+
+
+def _note(result: Result) -> str:
+    """Return the note that validations left tasks out: for the one that left out most."""
+    entries = [v for v in result.outcome.progress.validation if v.get("left_out")]
+    if not entries:
+        return ""
+    most = max(entries, key=lambda v: v["left_out"])
+    return f"up to {left_out_note(most['left_out'], int(most['tasks']))} (validation at {most['meta_step']:.0f})"
 
 
 def _adapted(result: Result, index: int) -> tuple[Task, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from metadist.core.round import Executor
@@ -14,8 +14,9 @@ class RunRequest:
 
     ``run_dir`` is a folder or an fsspec URL (default: a new folder under ``METADIST_RUNS``, or the newest run on
     ``resume``). ``run_id`` is the id of a new run; ``parent`` the id of its group of seeds. ``test`` and ``plots``
-    follow training. ``stop`` returns True once the run should stop with a checkpoint. ``wrap`` replaces the executor,
-    for example by one that injects faults.
+    follow training. ``stop`` returns True once the run should stop with a checkpoint. ``trust``: the modules that the
+    config of the run in ``init_from`` may name, besides those of this run's config. ``wrap`` replaces the executor, for
+    example by one that injects faults.
     """
 
     run_dir: str | None = None
@@ -25,4 +26,5 @@ class RunRequest:
     test: bool = True
     plots: bool = True
     stop: Callable[[], bool] = lambda: False
+    trust: Sequence[str] = ()
     wrap: Callable[[Executor], Executor] | None = None

@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 
 from metadist.config.experiment import Experiment
 from metadist.config.schema import flatten, parse_yaml
+from metadist.config.trust import modules_of
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.experiment.attempt import Attempt, edited_modules
 from metadist.experiment.lifecycle import locked
@@ -33,6 +34,7 @@ FREE_ON_RESUME = (
     "control",
     "checkpoint",
     "evaluate",
+    "task_metrics",
     "engine.exact",
     "engine.same_code",
     "engine.shard_timeout",
@@ -77,8 +79,10 @@ def _run_id(directory: RunDirectory, experiment: Experiment, run_id: str, resume
     return run_id
 
 
-def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str) -> Attempt:
+def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str, trust: Sequence[str] = ()) -> Attempt:
     """Load the newest checkpoint, or make the initial state.
+
+    ``trust``: the modules that the config of the run in ``init_from`` may name, besides those of this experiment.
 
     Raises ConfigError where a key that changes θ differs from the run's config, and CheckpointError where seed, data or
     the code of the user's modules differ.
@@ -88,7 +92,8 @@ def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str
     checkpoints = Checkpoints(directory.url, keep=experiment.checkpoint.keep, higher_is_better=higher_is_better)
     earlier = checkpoints.latest(learner.slots)
     if earlier is None:
-        progress = Progress(0, learner.initial(experiment.seed, initial_parameters(experiment.init_from)))
+        modules = [*trust, *modules_of(experiment.document)]
+        progress = Progress(0, learner.initial(experiment.seed, initial_parameters(experiment.init_from, modules)))
     else:
         progress = Progress.of(earlier)
         _refuse_other_data(experiment, earlier.manifest)

@@ -40,7 +40,7 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
         learner.dry_run(experiment.seed)
     signature = learner.describe(experiment.seed)
     with claimed(experiment, request) as (directory, run_id):  # lock, run id, config.yaml
-        attempt = resume_or_start(experiment, directory, run_id)  # refuses another config, seed, data
+        attempt = resume_or_start(experiment, directory, run_id, request.trust)  # refuses another config, seed, data
         attempt.signature = signature
         with recorded(attempt, request.parent) as recording:
             feed, tracker = Feed(display or Observer()), recording.tracker

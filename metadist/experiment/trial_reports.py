@@ -34,7 +34,8 @@ def draw_trials(result: Result, folder: Path) -> list[Path]:
     for judged in result.evaluations:
         assert isinstance(judged, TrialEvaluation)
         rows = _known(learner, result.experiment.evaluation_seed, judged.split, max(2, min(TRIALS, judged.tasks)))
-        ours = {f"this policy, {judged.policy}": (judged.mean, judged.ci95)}
+        note = f" ({judged.left_out_note})" if judged.left_out else ""
+        ours = {f"this policy, {judged.policy}{note}": (judged.mean, judged.ci95)}
         drawn.append(folder / f"returns_{judged.split}.png")
         curves = {**ours, **{r.name: (r.by_episode, None) for r in rows}}
         plots.returns_by_episode(

@@ -22,6 +22,7 @@ import yaml
 from metadist.config.build import build
 from metadist.config.groups import ROLES, WorkerGroup
 from metadist.core.errors import ConfigError
+from metadist.core.text import has_password
 from metadist.jobs.modules import own_names
 from metadist.storage.run_directory import new_run_id
 
@@ -102,6 +103,11 @@ def render(target: str, document: dict[str, Any], wanted: Rendering, folder: Pat
     ):
         if found := re.search(r"[\s\"'`$\\;&|<>]", value):
             raise ConfigError(f"{key} '{value}': the character {found[0]!r} has a meaning in shells; leave it out")
+    if has_password(wanted.mlflow):
+        raise ConfigError(
+            "--mlflow: a password would stand in the files; put MLFLOW_TRACKING_URI into the Secret of "
+            "--credentials-secret, or into the environment of the nodes"
+        )
     groups = [_decided(g, wanted.gpus) for g in config.workers if g.max]
     if not groups:
         raise ConfigError(

@@ -22,6 +22,7 @@ import yaml
 import metadist
 from metadist.config.build import build
 from metadist.core.errors import ConfigError, MetadistError, WorkerError
+from metadist.core.text import has_password
 from metadist.jobs.links import JOB_ID, JOB_URL
 from metadist.jobs.modules import shipment
 from metadist.jobs.ray_jobs import WORKING_DIRECTORY_LIMIT, Job, JobRequest, RayJobs
@@ -54,7 +55,10 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Request:
-    """The options of ``metadist submit``, without the config. ``modules``: modules to ship besides the config's."""
+    """The options of ``metadist submit``, without the config. ``modules``: modules to ship besides the config's.
+
+    ``trust``: modules that the config of the run in ``init_from`` may name.
+    """
 
     run_id: str | None = None
     run_dir: str | None = None
@@ -62,6 +66,7 @@ class Request:
     environment: Mapping[str, str] = field(default_factory=dict)
     driver_cpus: float = 0.0
     modules: Sequence[str] = ()
+    trust: Sequence[str] = ()
 
 
 # Submitting -----------------------------------------------------------------------------------------------------------
@@ -98,14 +103,17 @@ def submit(cluster: RayJobs, document: dict[str, Any], request: Request) -> Subm
     environment = {**_environment(request, run_dir), JOB_ID: job_id, JOB_URL: url}
     with working_directory(document, request.modules) as folder:
         cluster.submit(
-            JobRequest(job_id, entrypoint(run_id, run_dir), folder, environment, metadata, request.driver_cpus)
+            JobRequest(
+                job_id, entrypoint(run_id, run_dir, request.trust), folder, environment, metadata, request.driver_cpus
+            )
         )
     return Submitted(run_id, run_dir, job_id, attempt, url, digest)
 
 
-def entrypoint(run_id: str, run_dir: str) -> str:
+def entrypoint(run_id: str, run_dir: str, trust: Sequence[str] = ()) -> str:
     """Return the driver's command. Every attempt has ``--resume``, so that a restart resumes the run."""
-    return shlex.join(["metadist", "train", "config.yaml", "--run-dir", run_dir, "--run-id", run_id, "--resume"])
+    options = ["--run-dir", run_dir, "--run-id", run_id, "--resume", *(f"--trust={name}" for name in trust)]
+    return shlex.join(["metadist", "train", "config.yaml", *options])
 
 
 def config_sha256(document: Mapping[str, Any]) -> str:
@@ -158,6 +166,12 @@ def _run_id_at(run_dir: str) -> str | None:
 
 def _environment(request: Request, run_dir: str) -> dict[str, str]:
     given = {name: os.environ[name] for name in FORWARDED if os.environ.get(name)}
+    if has_password(given.get("MLFLOW_TRACKING_URI", "")) and "MLFLOW_TRACKING_URI" not in request.environment:
+        del given["MLFLOW_TRACKING_URI"]
+        log.warning(
+            "MLFLOW_TRACKING_URI has a password, which everyone with the cluster's token could read, and is not sent; "
+            "set it on the nodes, or send it by --env MLFLOW_TRACKING_URI"
+        )
     if request.data:
         given["METADIST_DATA"] = request.data
     data = given.get("METADIST_DATA", "")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metadist.core.algorithm import Algorithm, Phi, TaskContext, with_inner_steps
+from metadist.core.algorithm import Algorithm, Phi, TaskContext, at_most_one_step, with_inner_steps
 from metadist.core.computation import Evaluate, Gradient
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError, one_of
@@ -24,6 +24,7 @@ from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, R
 from metadist.core.signature import Signature
 from metadist.core.state import Contribution, Records, State, TreeSum
 from metadist.core.task import Examples, Task, TaskFamily
+from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
 from metadist.engine.agreement import compiled_disagrees
 from metadist.engine.compiled import Compiled
 from metadist.engine.functions import TensorCall, directly
@@ -59,7 +60,7 @@ class FewShotLearner(Learner):
     def __post_init__(self) -> None:
         one_of("evaluate.normalization", self.normalization, ("transductive", "inductive"))
         one_of("engine.non_finite", self.non_finite, ("error", "skip"))
-        if self.tasks.metric_name in ("loss", "task"):
+        if self.tasks.metric_name in TaskMetric.reserved:
             raise ConfigError(f"metric: '{self.tasks.metric_name}' is taken; give it another name")
         reason = self.algorithm.compatible(self.tasks, self.model)
         if reason:
@@ -68,6 +69,7 @@ class FewShotLearner(Learner):
                 "model "
                 f"'{type(self.model.module).__name__}': {reason}"
             )
+        self.task_metrics = task_metrics_of(self.tasks)
         self.slots = {name: slot for name, (slot, _) in self._declare(0).items()}
         self.device = torch.device("cpu")
         self._prepared = False
@@ -93,7 +95,12 @@ class FewShotLearner(Learner):
 
     def evaluation(self, request: EvaluationRequest, state: State) -> Round:
         """Return the round that judges θ. Its records have one row per task."""
-        return Round(0, state, self.evaluation_shards(request), reduce=False)
+        listed = self._listed(request.split)
+        tasks = request.tasks if listed is None else min(request.tasks, listed)
+        return Round(0, state, self.evaluation_shards(replace(request, tasks=tasks)), reduce=False)
+
+    def _listed(self, split: str) -> int | None:
+        return None if split == "train" else self.tasks.listed_tasks(split)
 
     def summarise(self, request: EvaluationRequest, records: Records) -> Evaluation:
         algorithm = with_inner_steps(self.algorithm, request.inner_steps)
@@ -106,12 +113,18 @@ class FewShotLearner(Learner):
             "family": type(self.tasks).__name__,
             **self.tasks.protocol(request.split),
         }
-        return score_tasks(records, self.tasks.metric_name, request.split, protocol)
+        return score_tasks(records, self.tasks.metric_name, self.task_metrics, self._listed(request.split), protocol)
 
     def dry_run(self, seed: int) -> None:
         self.splits()  # refuses splits that share classes
         try_tasks(self, seed)
         try_paths(self, seed)
+        theta = self.initial(seed).theta(self.slots)
+        for split in ("train", "validation"):
+            if self.task_metrics or self.tasks.sizes(split) is None:
+                # A whole shard, whose tasks may be padded; the losses and metrics are the user's own code.
+                keys = TaskKey.of(seed, split, 0, range(min(self.outer.shard_size, self.outer.meta_batch_size)))
+                self.evaluate(theta, keys, 0, at_most_one_step(self.algorithm).inner_steps)
         try_twice(self, seed)
 
     def sampled_hashes(self, seed: int) -> dict[str, str]:
@@ -294,9 +307,10 @@ class FewShotLearner(Learner):
     def evaluate(
         self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int, inner_steps: int | None = None
     ) -> Records:
-        """Return loss and metric of every task after 0, 1, …, k adaptation steps.
+        """Return loss, metric and metrics of whole tasks after 0, 1, …, k adaptation steps.
 
-        Columns [T, k+1] in float64, and the index of each task [T].
+        Columns [T, k+1] in float64 (tables [T, k+1, …]), the index of each task [T], and its sources where the family
+        names them.
         """
         algorithm = with_inner_steps(self.algorithm, inner_steps)
 
@@ -304,20 +318,28 @@ class FewShotLearner(Learner):
             key = replace(keys, tasks=index)
             context = TaskContext(key, meta_step, False, self.tasks)
             model = self.bind(theta, key, False)
-            losses, metrics = [], []
+            losses, predictions = [], []
             for phi in algorithm.adapt(model, theta, task.support, context):
-                prediction = self._judge(algorithm, model, phi, task.support.x, task.query.x)
-                losses.append(context.loss(prediction, task.query))
-                metrics.append(context.metric(prediction, task.query))
-            return torch.stack(losses), torch.stack(metrics)
+                predictions.append(self._judge(algorithm, model, phi, task.support.x, task.query.x))
+                losses.append(context.loss(predictions[-1], task.query))
+            return torch.stack(losses), torch.stack(predictions)
 
+        tasks = self.sample(keys)
         with torch.no_grad():
-            losses, metrics = self._explained(
-                lambda: torch.func.vmap(single)(self.sample(keys), keys.tasks.to(self.device))
-            )
-        return Records(
-            {"task": keys.tasks, "loss": losses.double().cpu(), self.tasks.metric_name: metrics.double().cpu()}
-        )
+            losses, predictions = self._explained(lambda: torch.func.vmap(single)(tasks, keys.tasks.to(self.device)))
+            by_step = predictions.unbind(1)
+            metrics = torch.stack([metric_of_tasks(self.tasks, p.contiguous(), tasks.query) for p in by_step], 1)
+            columns = {"loss": losses, self.tasks.metric_name: metrics}
+            columns |= {m.name: m.of_tasks(predictions, tasks.query) for m in self.task_metrics}
+        sources = {} if (found := self._sources(keys)) is None else {"source": found}
+        return Records({"task": keys.tasks, **sources, **{n: column.double().cpu() for n, column in columns.items()}})
+
+    def _sources(self, keys: TaskKey) -> Tensor | None:
+        """Return the sources of the tasks, int64 [T, sources of a task], or None where the family names none."""
+        found = [self.tasks.sources(key, keys.split) for key in keys.each()]
+        if any(source is None for source in found):
+            return None
+        return torch.tensor([source if isinstance(source, tuple) else (source,) for source in found])
 
     def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Phi, support: Tensor, x: Tensor) -> Tensor:
         """Return predictions for x [N, …], normalised as ``normalization`` says.

@@ -170,6 +170,7 @@ class TrialLearner(Learner):
             policy=self.policy,
             by_gradient_steps=self.algorithm.by_gradient_steps,
             trials=trials,
+            left_out=records.rows - counted.rows,
         )
 
     def dry_run(self, seed: int) -> None:

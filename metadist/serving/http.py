@@ -114,9 +114,12 @@ def _adapt_predict(service: AdaptationService, body: dict[str, Any], left: TimeL
 def _classify(service: AdaptationService, body: bytes, content_type: str, left: TimeLeft) -> dict[str, Any]:
     upload = uploads.parse(body, content_type)
     model = service.model(upload.model)
-    images = model.describe().get("images")
+    about = model.describe()
+    images, most = about.get("images"), about["outputs"]
     if images is None or not model.classification:
         raise ConfigError(f"classify: model '{model.name}' does not classify pictures; use /v1/adapt_predict")
+    if len(upload.classes) > most and not about["any_classes"]:
+        raise ConfigError(f"classify: {len(upload.classes)} classes; model '{model.name}' takes 2 to {most}")
     answer = _adapt_predict(service, upload.request(images), left)
     return {"model": model.name, **upload.answer(_strict(answer["prediction"]))}
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
-from metadist.config.build import build
+from metadist.config.build import build_foreign
 from metadist.config.experiment import Experiment
+from metadist.config.schema import Document
+from metadist.config.trust import trusted
 from metadist.core.errors import CheckpointError, ConfigError, nearest, one_of
 from metadist.core.signature import Signature
 from metadist.core.state import State
@@ -43,13 +45,22 @@ class Serving:
     max_support: int = 1000
     max_queries: int = 1000
     max_inner_steps: int = 100
+    trust: tuple[str, ...] = ()
 
 
-def open_model(source: str, *, normalization: str | None = None, device: str = "cpu", **limits: Any) -> ServedModel:
+def open_model(
+    source: str,
+    *,
+    normalization: str | None = None,
+    device: str = "cpu",
+    trust: Sequence[str] = (),
+    **limits: Any,
+) -> ServedModel:
     """Load a model for serving.
 
     ``source`` is a run directory, a file of ``metadist export``, or a registered model (``models:/NAME@champion``);
-    NAME=SOURCE gives the model another name. ``limits`` are fields of ``model.Limits``.
+    NAME=SOURCE gives the model another name. ``trust``: the modules that the source's config may name. ``limits`` are
+    fields of ``model.Limits``.
 
     Raises ``ConfigError`` or ``CheckpointError`` if the source cannot be loaded or served.
     """
@@ -63,7 +74,7 @@ def open_model(source: str, *, normalization: str | None = None, device: str = "
 
         location = fetch_registered(location)
     read = _exported if location.endswith(".safetensors") else _run
-    origin, experiment, state, signature = read(location)
+    origin, experiment, state, signature = read(location, trust)
     if reason := experiment.learner.servable():
         raise ConfigError(f"serve: {location} cannot be served: {reason}")
     learner = supervised(experiment.learner)
@@ -81,16 +92,16 @@ Loaded = tuple[str, Experiment, State, Union[Signature, None]]
 """(run id, experiment, state, what training recorded of inputs and targets)."""
 
 
-def _run(location: str) -> Loaded:
-    loaded = load_run(location)
+def _run(location: str, trust: Sequence[str]) -> Loaded:
+    loaded = load_run(location, trust=trust)
     return loaded.run_id, loaded.experiment, loaded.state, loaded.recorded
 
 
-def _exported(path: str) -> Loaded:
+def _exported(path: str, trust: Sequence[str]) -> Loaded:
     metadata, tensors = exported_metadata(path), load_parameters(path)
     if "config" not in metadata:
         raise CheckpointError(f"{path} has parameters but no config; export it again by 'metadist export RUN {path}'")
-    experiment = build(json.loads(metadata["config"]))
+    experiment = build_foreign(_document(metadata["config"], path), f"file '{path}'", trust)
     learner = experiment.learner
     initial = learner.initial(experiment.seed)
     if learner.servable() is not None:
@@ -108,6 +119,13 @@ def _exported(path: str) -> Loaded:
                 raise CheckpointError(f"{path}: '{n}' of {name} is {found}; expected shape {list(shape)}")
         slots[name] = layout.flatten({n: t.to(vector.dtype) for n, t in named.items() if t is not None})
     return metadata.get("run_id", ""), experiment, State(slots, {}), signature_of(metadata)
+
+
+def _document(text: str, path: str) -> Document:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its config is damaged: {error}") from error
 
 
 def move_to_device(learner: FewShotLearner, device: str) -> None:
@@ -135,7 +153,7 @@ def build_service(serving: Serving, shared_cache: Callable[..., Any] | None = No
         torch.set_num_threads(serving.threads)
     limits = {"support": serving.max_support, "queries": serving.max_queries, "inner_steps": serving.max_inner_steps}
     models = [
-        open_model(source, normalization=serving.normalization, device=serving.device, **limits)
+        open_model(source, normalization=serving.normalization, device=serving.device, trust=serving.trust, **limits)
         for source in serving.sources
     ]
     for model in models:
@@ -197,7 +215,9 @@ def build_replica(
         raise ConfigError(
             f"args.{min(unknown)}: unknown key; expected one of {', '.join(known)}{nearest(min(unknown), known)}"
         )
-    serving = Serving(**{**settings, "sources": tuple(settings["sources"])})
+    serving = Serving(
+        **{**settings, "sources": tuple(settings["sources"]), "trust": trusted(settings.get("trust") or ())}
+    )
     token = read_token(token_file) if token_file else None
     service = build_service(serving, shared_cache)
     return app(service, token=token, seconds=seconds, message_bytes=message_bytes, concurrent=concurrent)

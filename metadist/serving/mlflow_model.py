@@ -37,6 +37,10 @@ class AdaptingModel:
 
 
 def _load_pyfunc(data_path: str) -> AdaptingModel:
-    """Return the model in ``data_path``. MLflow finds this function by its name."""
+    """Return the model in ``data_path``. MLflow finds this function by its name.
+
+    A model with code of its own needs the names of its modules in the environment variable METADIST_TRUST: MLflow's
+    model_config is a part of the model, whose author must not grant trust.
+    """
     path = Path(data_path)
     return AdaptingModel(open_model(str(path / "model.safetensors" if path.is_dir() else path)))

@@ -28,7 +28,8 @@ class ModelSource:
     """The model of a prediction.
 
     ``location`` is a run directory, an exported file, a registered model, or HOST:PORT of ``metadist serve``.
-    ``model``, ``token_file`` and ``tls_ca`` apply to a server, ``normalization`` applies to the others.
+    ``model``, ``token_file`` and ``tls_ca`` apply to a server, ``normalization`` and ``trust`` (the modules
+    that the model's config may name) apply to the others.
     """
 
     location: str
@@ -36,6 +37,7 @@ class ModelSource:
     normalization: str | None = None
     token_file: str | None = None
     tls_ca: str | None = None
+    trust: Sequence[str] = ()
 
 
 def predict_folders(source: ModelSource, support: str, query: str, inner_steps: int | None = None) -> dict[str, Any]:
@@ -148,7 +150,8 @@ def opened_model(source: ModelSource) -> Iterator[tuple[Mapping[str, Any], Adapt
             yield opened
         return
     # The limits of requests protect a server; here the user's own memory decides.
-    model = open_model(source.location, normalization=source.normalization, support=sys.maxsize, queries=sys.maxsize)
+    limits: dict[str, Any] = {"support": sys.maxsize, "queries": sys.maxsize}
+    model = open_model(source.location, normalization=source.normalization, trust=source.trust, **limits)
     yield model.describe(), model.adapt_predict
 
 

@@ -157,9 +157,8 @@ class Episodes(Classification):
         return (*ready.source.notes, *_shared_images(ready.source, ready.splits))
 
     def task_classes(self, key: TaskKey, split: str) -> Sequence[str]:
-        part, classes = self._checked(split)
-        (slots,) = key.to(torch.device("cpu")).words(classes=self.shape(split)[0])
-        chosen = choose(slots, classes).tolist()
+        part, _ = self._checked(split)
+        chosen = self.sources(key, split)
         turns = [90 * (c // len(part.names)) for c in chosen]
         return [part.names[c % len(part.names)] + f" ({turn}°)" * (turn > 0) for c, turn in zip(chosen, turns)]
 
@@ -189,6 +188,12 @@ class Episodes(Classification):
                 "images; lower one of the two, or leave the class out (image_folder: by tasks.min_images)"
             )
         return part, classes
+
+    def sources(self, key: TaskKey, split: str) -> tuple[int, ...]:
+        """Return the numbers of the task's classes in the split; turned images are classes of their own."""
+        _, classes = self._checked(split)
+        (words,) = key.to(torch.device("cpu")).words(classes=self.ways(split))
+        return tuple(choose(words, classes).tolist())
 
     def draw(self, keys: TaskKey, split: str) -> Tensor:
         """Draw the episodes' images as indices of ``pixels``: int64 [T, k + q, n]."""

@@ -132,7 +132,7 @@ def everything_in(path: str) -> Listing:
 
     kept, hidden = [], Counter[str]()
     for entry in found:
-        if part := next((part for part in entry[0].split("/") if _is_hidden(part)), None):
+        if part := next((part for part in entry[0].split("/") if is_hidden(part)), None):
             hidden[part] += 1
         else:
             kept.append(entry)
@@ -169,9 +169,9 @@ class _Walk:
         for entry in entries:
             name = posixpath.join(folder, entry.name)
             if not os.path.isdir(entry.path):
-                known = entry.name.lower().endswith((*SUFFIXES, *TABLES)) and not _is_hidden(entry.name)
+                known = entry.name.lower().endswith((*SUFFIXES, *TABLES)) and not is_hidden(entry.name)
                 yield name, _stamp(Path(entry.path)) if known else []
-            elif _is_hidden(entry.name):
+            elif is_hidden(entry.name):
                 yield posixpath.join(name, "*"), []
             else:
                 yield from self._folder(name, entry.path, above)
@@ -210,7 +210,7 @@ def in_zip(data: bytes, where: str) -> Files:
         except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
             raise DataError(f"{where} is damaged at {name} ({error}); download it again") from error
 
-    held = (n for n in archive.namelist() if n.lower().endswith(SUFFIXES) and not any(map(_is_hidden, n.split("/"))))
+    held = (n for n in archive.namelist() if n.lower().endswith(SUFFIXES) and not any(map(is_hidden, n.split("/"))))
     return Files(where, tuple(sorted(held)), hashlib.sha256(data).hexdigest(), read)
 
 
@@ -226,7 +226,8 @@ def _check_name(root: str, name: str) -> None:
         )
 
 
-def _is_hidden(part: str) -> bool:
+def is_hidden(part: str) -> bool:
+    """Return whether a part of a path is hidden, or made by the system."""
     # macOS adds "._name.png" and "__MACOSX/" to archives.
     return part.startswith(".") or part in SYSTEM_FOLDERS
 

@@ -127,7 +127,7 @@ class Table(TaskFamily):
 
     def _load(self) -> _Prepared:
         where = f"tasks.path = {self.path}"
-        table = read_table(located("tasks.path", self.path), where)
+        table = read_table(located("tasks.path", self.path), where, splits_by_file=self.split_column is not None)
         columns = TableColumns.of(table, where, self.task, self.targets, self.features, self.split_column)
         tasks, splits = split_of(columns, self.fractions, self.split_seed)
         row_splits = np.array([splits[name] for name in tasks.names])[tasks.of_row]
@@ -160,6 +160,10 @@ class Table(TaskFamily):
         )
 
     # Tasks ------------------------------------------------------------------------------------------------------------
+
+    def splits(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the tasks of each split."""
+        return dict(self._ready().names)
 
     def task_names(self, split: str) -> tuple[str, ...]:
         """Return the tasks of ``split`` in the order of their numbers."""
@@ -205,6 +209,15 @@ class Table(TaskFamily):
     def sizes(self, split: str) -> tuple[int, int] | None:
         size = self._query_size(split)
         return (self.k_shot, size) if int(self._ready().counts[split].min()) >= self.k_shot + size else None
+
+    def listed_tasks(self, split: str) -> int | None:
+        """Return the number of tasks of ``split`` where a task has the same rows at every draw."""
+        return len(self.task_names(split)) if self.support == "first" else None
+
+    def sources(self, key: TaskKey, split: str) -> int:
+        """Return the place in ``task_names`` of the task of ``key``."""
+        count = len(self.task_names(split))
+        return int(integers(key.words(tasks=1)[0][0], count)) if split == "train" else int(key.tasks) % count
 
     def protocol(self, split: str) -> dict[str, object]:
         prepared = self._checked(split)

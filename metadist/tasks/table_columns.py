@@ -13,6 +13,8 @@ import numpy as np
 
 from metadist.core.errors import ConfigError, DataError, nearest
 from metadist.core.random import SPLITS
+from metadist.tasks.folders import is_hidden
+from metadist.tasks.layout import split_of_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,10 +24,11 @@ SUFFIXES = (".csv", ".csv.gz", ".parquet", ".arrow", ".feather")
 SPELLINGS = {"val": "validation", "valid": "validation", **{s: s for s in SPLITS}}
 
 
-def read_table(path: str, where: str) -> pa.Table:
+def read_table(path: str, where: str, *, splits_by_file: bool = True) -> pa.Table:
     """Read a CSV, Parquet, Arrow or Feather file, or all such files of a folder in the order of their names.
 
-    ``path`` is a local path or an fsspec URL. Raises DataError that begins with ``where``.
+    ``path`` is a local path or an fsspec URL. Hidden files and folders are passed over. Raises DataError that begins
+    with ``where``. ``splits_by_file=False`` also refuses files that are named after different splits.
     """
     import fsspec
     import pyarrow as pa
@@ -35,9 +38,21 @@ def read_table(path: str, where: str) -> pa.Table:
         found = [root] if system.isfile(root) else sorted(system.find(root))
     except Exception as error:  # every fsspec backend raises its own
         raise DataError(f"{where}: cannot be reached ({error})") from error
-    files = [f for f in found if f.lower().endswith(SUFFIXES) and not posixpath.basename(f).startswith((".", "_"))]
+    below = {f: f[len(root) :].strip("/") or posixpath.basename(f) for f in found}
+    files = [
+        f
+        for f, name in below.items()
+        if f.lower().endswith(SUFFIXES) and not posixpath.basename(f).startswith("_")
+        if not any(map(is_hidden, name.split("/")))
+    ]
     if not files:
         raise DataError(f"{where}: has no table; expected {', '.join(SUFFIXES)}")
+    named = {split: below[f] for f in files if (split := split_of_table(below[f])) is not None}
+    if len(named) > 1 and not splits_by_file:
+        raise DataError(
+            f"{where}: the files {' and '.join(sorted(named.values()))} are named after splits, and all rows would be "
+            "split together; name the column that holds the split in tasks.split_column, or choose one file"
+        )
     parts = [_read(system, file, where) for file in files]
     try:
         return pa.concat_tables(parts).combine_chunks() if len(parts) > 1 else parts[0].combine_chunks()

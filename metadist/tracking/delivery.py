@@ -15,8 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from metadist.core.text import without_passwords
 from metadist.tracking.mlflow_run import RunStore
-from metadist.tracking.mlflow_uri import without_password
 from metadist.tracking.spool import Steps, parse, read_json, read_lines, write_json
 
 logger = logging.getLogger(__name__)
@@ -109,14 +109,14 @@ class Delivery(threading.Thread):
             if not self._failures:
                 logger.warning(
                     "MLflow at %s fails: %s. Training continues; the records wait in %s",
-                    without_password(self.uri),
-                    " ".join(str(error).split())[:300] or type(error).__name__,
+                    without_passwords(self.uri),
+                    without_passwords(" ".join(str(error).split()))[:300] or type(error).__name__,
                     self.folder,
                 )
             self._failures = min(self._failures + 1, 20)
             return pause
         if self._failures:
-            logger.warning("MLflow at %s works again", without_password(self.uri))
+            logger.warning("MLflow at %s works again", without_passwords(self.uri))
         self._failures = 0
         if more:
             return 0.0
@@ -199,7 +199,7 @@ class Delivery(threading.Thread):
             except MlflowException as error:
                 if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "FEATURE_DISABLED"):
                     raise
-                self._reject(record, str(error))
+                self._reject(record, without_passwords(str(error)))
         for record in [r for r in records if r["kind"] == "status"][-1:]:
             if record["value"] != "RUNNING":
                 self._store.delete_twins(self._identity["run_id"])
@@ -224,7 +224,7 @@ class Delivery(threading.Thread):
             if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise
             if len(records) == 1:
-                self._reject(records[0], str(error))
+                self._reject(records[0], without_passwords(str(error)))
                 return
             middle = len(records) // 2
             self._log_accepted(records[:middle])

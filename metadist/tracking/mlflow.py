@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from metadist.core.errors import ConfigError
+from metadist.core.text import without_passwords
 from metadist.tracking.base import STATUSES, Tracker
 from metadist.tracking.delivery import Delivery
-from metadist.tracking.mlflow_uri import without_password
 from metadist.tracking.spool import Spool, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class MLflowTracker(Tracker):
             "parent": parent or before.get("parent"),
             "mlflow_run_id": mlflow_run_id or before.get("mlflow_run_id"),
             "experiment": self.experiment,
-            "tracking_uri": without_password(self.tracking_uri),
+            "tracking_uri": without_passwords(self.tracking_uri),
             "runs_root": str(self.runs_root),
             "start_ms": before.get("start_ms") or time.time_ns() // 1_000_000,
             "tail_lost": bool(before.get("tail_lost") or spool.damaged or acked.get("offset", 0) > spool.end),
@@ -125,7 +125,7 @@ class MLflowTracker(Tracker):
         delivery = self._delivery
         if delivery is None or delivery.mlflow_run_id is None or not self.tracking_uri.startswith("http"):
             return None
-        server = without_password(self.tracking_uri).rpartition("@")
+        server = without_passwords(self.tracking_uri).rpartition("@")
         base = self.tracking_uri.split("://")[0] + "://" + server[2] if server[1] else self.tracking_uri
         return f"{base.rstrip('/')}/#/experiments/{delivery.experiment_id}/runs/{delivery.mlflow_run_id}"
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
@@ -39,15 +39,6 @@ def require_mlflow() -> None:
             "tracking needs MLflow, which isn't installed: `pip install mlflow`, or switch tracking off with "
             "tracking.uri=none"
         )
-
-
-def without_password(uri: str) -> str:
-    """Return ``uri`` with its password replaced by ``***``, for logs and files."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    user, _, host = parts.netloc.rpartition("@")
-    return urlunsplit(parts._replace(netloc=f"{user.split(':')[0]}:***@{host}"))
 
 
 def prepare_environment() -> None:

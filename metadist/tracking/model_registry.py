@@ -16,7 +16,8 @@ import numpy as np
 
 import metadist
 from metadist.core.errors import CheckpointError, ConfigError
-from metadist.tracking.mlflow_uri import prepare_environment, require_mlflow, resolve_uri, without_password
+from metadist.core.text import without_passwords
+from metadist.tracking.mlflow_uri import prepare_environment, require_mlflow, resolve_uri
 from metadist.tracking.spool import read_json
 
 logger = logging.getLogger(__name__)
@@ -174,11 +175,13 @@ def register_now(spool: Path, uri: str | None, runs_root: Path, source: Path, ab
     try:
         made = log_and_register(MlflowClient(tracking_uri=store), known, "model", source, about)
     except MlflowException as error:
-        raise ConfigError(
-            f"register: MLflow at {without_password(store)}: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise ConfigError(f"register: MLflow at {without_passwords(store)}: {_short(error)}") from None
     assert made is not None
     return made
+
+
+def _short(error: Exception) -> str:
+    return without_passwords(" ".join(str(error).split()))[:300]
 
 
 def fetch(uri: str, runs_root: Path, tracking_uri: str | None = None) -> Path:
@@ -194,11 +197,11 @@ def fetch(uri: str, runs_root: Path, tracking_uri: str | None = None) -> Path:
     try:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except MlflowException as error:
-        raise ConfigError(
-            f"{uri}: {' '.join(str(error).split())[:300]} (MLflow at {without_password(store)})"
-        ) from None
+        raise ConfigError(f"{uri}: {_short(error)} (MLflow at {without_passwords(store)})") from None
     except OSError as error:
-        raise CheckpointError(f"{uri}: can't be fetched from MLflow at {without_password(store)}: {error}") from None
+        raise CheckpointError(
+            f"{uri}: can't be fetched from MLflow at {without_passwords(store)}: {_short(error)}"
+        ) from None
     found = sorted(folder.rglob(WEIGHTS))
     if not found:
         raise CheckpointError(

@@ -40,10 +40,12 @@ def learning_curve(
     train_values: Any,
     validation: Sequence[tuple[int, float, float]],
     metric_name: str,
+    note: str = "",
 ) -> Path:
     """Draw the training metric over meta-steps, and the validation: (step, mean, 95 % CI).
 
-    The points of the training metric are faint; their running median is bold.
+    ``note`` stands in the title; it says that validation tasks were left out. The points of the training metric are
+    faint; their running median is bold.
     """
     with _figure(path, 7.2, 4.2) as figure:
         axes = figure.add_subplot()
@@ -72,7 +74,7 @@ def learning_curve(
                 elinewidth=1.2,
                 label="validation, 95 % CI",
             )
-        axes.set(xlabel="meta-step", ylabel=_label(metric_name), title=f"Learning curve: {metric_name}")
+        axes.set(xlabel="meta-step", ylabel=_label(metric_name), title=_titled(f"Learning curve: {metric_name}", note))
         _scale(axes, np.concatenate([y, [v[1] for v in validation]]) if len(validation) else y)
         axes.margins(x=0.01)
         axes.xaxis.set_major_locator(_integers())
@@ -82,8 +84,11 @@ def learning_curve(
     return Path(path)
 
 
-def adaptation_curve(path: str | Path, mean: Any, ci: Any, metric_name: str, split: str) -> Path:
-    """Draw the metric on query sets after 0, 1, …, k inner steps, with its 95 % confidence band."""
+def adaptation_curve(path: str | Path, mean: Any, ci: Any, metric_name: str, split: str, note: str = "") -> Path:
+    """Draw the metric on query sets after 0, 1, …, k inner steps, with its 95 % confidence band.
+
+    ``note`` stands in the title; it says that tasks were left out.
+    """
     mean, ci = _array(mean), _array(ci)
     steps = np.arange(len(mean))
     with _figure(path, 6.0, 4.2) as figure:
@@ -102,7 +107,7 @@ def adaptation_curve(path: str | Path, mean: Any, ci: Any, metric_name: str, spl
                 bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
             )
         axes.set(xlabel="inner-loop steps", ylabel=_label(metric_name))
-        axes.set_title(f"Adaptation to new tasks: {metric_name}, {split} split")
+        axes.set_title(_titled(f"Adaptation to new tasks: {metric_name}, {split} split", note))
         axes.xaxis.set_major_locator(_integers())
         _scale(axes, mean - ci)
         axes.margins(x=0.08, y=0.12)
@@ -280,6 +285,10 @@ def _scale(axes: Axes, values: np.ndarray) -> None:
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() / values.min() > _LOG_RATIO:
         axes.set_yscale("log")
+
+
+def _titled(title: str, note: str) -> str:
+    return f"{title}\n{note}" if note else title
 
 
 def _label(metric: str) -> str:

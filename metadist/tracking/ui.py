@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from metadist.core.errors import ConfigError
+from metadist.core.text import without_passwords
 from metadist.tracking.mlflow_uri import (
     artifact_location,
     prepare_environment,
@@ -17,21 +18,23 @@ from metadist.tracking.mlflow_uri import (
 
 
 def ui_command(tracking_uri: str | None, port: int, runs_root: str | Path) -> list[str]:
-    """Return the command that serves the UI on ``127.0.0.1:port``; create the SQLite file if it is missing."""
+    """Return the command that serves the UI on ``127.0.0.1:port``; create the SQLite file if it is missing.
+
+    The URI of the store goes into the environment: it may hold a password, and every user sees the words of a command.
+    """
     require_mlflow()
     uri = resolve_uri(tracking_uri, Path(runs_root))
     if uri.startswith("http"):
-        raise ConfigError(f"{uri} is an MLflow server already; open this address in a browser")
+        raise ConfigError(f"{without_passwords(uri)} is an MLflow server already; open this address in a browser")
     prepare_environment()
     prepare_sqlite(uri, Path(runs_root))
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
     root = artifact_location(uri, Path(runs_root))
     return [
         sys.executable,
         "-m",
         "mlflow",
         "server",
-        "--backend-store-uri",
-        uri,
         "--host",
         "127.0.0.1",
         "--port",

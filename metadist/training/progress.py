@@ -95,7 +95,8 @@ class Run:
 class Progress:
     """The state of a run between two meta-steps: the content of a checkpoint.
 
-    ``validation`` has an entry per validation: meta_step, mean, ci95, median, loss. ``curve`` has an entry per logged
+    ``validation`` has an entry per validation: meta_step, mean, ci95, median, loss, tasks and left_out
+    (the last two not in checkpoints of version 0.1). ``curve`` has an entry per logged
     meta-step: meta_step and its report.
     """
 
@@ -130,6 +131,8 @@ class Progress:
             "ci95": judged.score_ci95,
             "median": judged.score_median,
             "loss": judged.loss[-1],
+            "tasks": judged.drawn,
+            "left_out": judged.left_out,
         }
         return replace(self, validation=[*self.validation, entry])
 

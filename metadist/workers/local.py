@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from metadist.config.groups import ROLES
-from metadist.core.errors import NonFiniteError, WorkerError
+from metadist.core.errors import CompilerError, NonFiniteError, WorkerError
 from metadist.core.round import Event, Failed, Finished, Shard
 from metadist.core.state import Records, State
 from metadist.engine.plan import Plan
@@ -19,7 +19,7 @@ from metadist.learners.base import Learner
 from metadist.workers.calls import Content
 from metadist.workers.kept_outputs import KeepingExecutor, KeptOutput
 from metadist.workers.numerics import Numerics
-from metadist.workers.plan import Planner
+from metadist.workers.plan import Planner, planned_without_compiler
 from metadist.workers.settings import RunSettings
 from metadist.workers.worker import TaskError, Worker
 
@@ -47,10 +47,16 @@ class LocalExecutor(KeepingExecutor[dict[str, torch.Tensor], Records]):
         self._threads = torch.get_num_threads()
         gpus = 1.0 if torch.cuda.is_available() else 0.0
         self._worker = Worker(learner, name="local", device=settings.device, gpus=gpus, threads=threads)
-        self.plan = planner(self._worker.describe())
+        device = self._worker.describe()
+        self.plan = planner(device)
         if self.plan.engine.compile:
             settings.note("compiling…")
-        about = self._worker.configure(self.plan.engine, settings.seed)
+        try:
+            about = self._worker.configure(self.plan.engine, settings.seed)
+        except CompilerError as error:
+            self.plan = planned_without_compiler(planner, device, error)
+            settings.note(f"not compiled: {error.reason}")
+            about = self._worker.configure(self.plan.engine, settings.seed)
         if self.plan.engine.compile:
             settings.note(f"compiled in {about['compile_seconds']:.1f} s")
         if numerics and (refusal := numerics.refusal_of_process(platform.node(), roles, about["fingerprint"])):

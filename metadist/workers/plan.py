@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.engine import Engine
-from metadist.core.errors import ConfigError
+from metadist.core.errors import CompilerError, ConfigError, first_line
 from metadist.engine.plan import Device, Plan
 
 Planner = Callable[[Device], Plan]
@@ -66,6 +67,26 @@ def sharing(device: Device, groups: Sequence[WorkerGroup]) -> float:
         return max((1 / g.gpus for g in groups if isinstance(g.gpus, float) and 0 < g.gpus < 1), default=1.0)
     cpus = min((g.cpus for g in groups if g.cpus > 0), default=1.0)
     return max(1.0, min(sum(g.max for g in groups), device.cores // cpus))
+
+
+def why_not_compiled(error: Exception) -> str:
+    """Return the first error that the compiler itself reports, or the first line of ``error``."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    own = next((line for line in lines if "fatal error:" in line), None) or next(
+        (line for line in lines if " error: " in line), None
+    )
+    return (own or first_line(error))[:300]
+
+
+def planned_without_compiler(planner: Planner, device: Device, error: CompilerError) -> Plan:
+    """Return the plan for workers that cannot compile, where the config leaves that open.
+
+    ConfigError where the config asks for compilation; ``error`` where the engine is given, as in a resumed run.
+    """
+    plan = planner(replace(device, no_compiler=error.reason))
+    if plan.engine.compile:
+        raise error
+    return plan
 
 
 def recorded_engine(recorded: Mapping[str, Any]) -> Planner:

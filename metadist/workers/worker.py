@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from metadist.core.engine import Engine
-from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, WorkerError
+from metadist.core.errors import CompilerError, ConfigError, MetadistError, NonFiniteError
 from metadist.core.round import Result, Shard, WithOutput
 from metadist.core.state import Contribution, Records, TreeSum
 from metadist.core.stopwatch import timing
 from metadist.engine.plan import Device
 from metadist.learners.base import Learner
 from metadist.workers.fingerprint import DETERMINISTIC_CUBLAS, numerics_fingerprint
-from metadist.workers.plan import device_facts
+from metadist.workers.plan import device_facts, why_not_compiled
 
 
 def resolve_device(wanted: str, gpus: float) -> torch.device:
@@ -69,13 +69,10 @@ class Worker:
     def configure(self, engine: Engine, seed: int) -> dict[str, Any]:
         """Compute with ``engine`` from now on, compile everything that it compiles, and return ``about()``.
 
-        Raises WorkerError where this machine can't comply.
+        Raises CompilerError where this machine can't comply.
         """
-        reason = self.describe().no_compiler if engine.compile else None
-        if reason:
-            raise WorkerError(
-                f"worker {self.name} can't comply with engine.compile: on '{self.fingerprint['device']}' {reason}"
-            )
+        if engine.compile and (reason := self.describe().no_compiler):
+            raise self._cannot_compile(reason)
         if self.device.type == "cuda":
             torch.use_deterministic_algorithms(engine.deterministic)
             torch.backends.cudnn.benchmark = not engine.deterministic
@@ -90,16 +87,17 @@ class Worker:
             except MetadistError:
                 raise
             except Exception as error:  # compilers fail with many types
-                what = f"{type(error).__name__}: {error}".partition("\n")[0]
-                raise WorkerError(
-                    f"worker {self.name} can't comply with engine.compile: {what[:400]}; use engine.compile=never"
-                ) from error
+                raise self._cannot_compile(f"the compiler does not work ({why_not_compiled(error)})") from error
             if wrong:
-                raise WorkerError(
-                    f"worker {self.name}: PyTorch's compiler makes a wrong graph of this model, which {wrong}; "
-                    "use engine.compile=never"
-                )
+                raise self._cannot_compile(f"PyTorch's compiler makes a wrong graph of this model, which {wrong}")
         return self.about()
+
+    def _cannot_compile(self, reason: str) -> CompilerError:
+        device = self.fingerprint["device"]
+        return CompilerError(
+            f"worker {self.name} can't comply with engine.compile: on '{device}' {reason}; use engine.compile=never",
+            reason,
+        )
 
     def about(self) -> dict[str, Any]:
         """Return the facts about this worker: name, process, device, numerics fingerprint, data."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -12,8 +15,9 @@ import pytest
 import tiny
 from rich.console import Console
 
+from metadist.cli import display as results
 from metadist.experiment import live as display
-from metadist.training.evaluation import Evaluation
+from metadist.learners.evaluation import Evaluation, TaskScore
 
 JUDGED = Evaluation("validation", "mse", 6, [2.0, 1.0], [0.2, 0.1], [1.5, 0.9], [2.0, 1.0], 0.0, {})
 
@@ -32,6 +36,35 @@ def test_plain_lines_say_step_loss_rate_and_what_is_left(capsys, monkeypatch):
         "meta-step 31/100  loss 0.2500  mse 0.2500  123 tasks/s, 66 s left",
         "meta-step 32  validation mse 1.0000 ± 0.1000",
     ]
+
+
+SOME = dataclasses.replace(
+    JUDGED,
+    split="test",
+    tasks=500,
+    divergence_rate=3 / 492,
+    left_out=8,
+    loss_rose=3,
+    ci95_tasks=[0.1, 0.05],
+    task_metrics={"r2": TaskScore([0.1, 0.5], [0.01, 0.02], [0.2, 0.6], 12)},
+    tables={"confusion_matrix": [[7.0, 1.0], [0.0, 12.0]]},
+    protocol={"interval": "over 7 sources (Student's t)"},
+)
+
+
+def test_left_out_tasks_stand_wherever_the_number_stands(capsys):
+    """Earlier, the title said 500 tasks where 8 of them had left the mean."""
+    results.show_evaluation(SOME)
+    shown = capsys.readouterr().out
+    assert shown.startswith("test: mse on 500 tasks (8 of 500 left out: not finite)")
+    assert "divergence rate 0.0061 (query loss higher after 1 adaptation steps than before: 3 tasks)" in shown
+    assert re.search(r"r2 +│ 0.1000 │ 0.5000 │ ± 0.0200 │ 0.6000 │ 12 of 500 │", shown)
+    assert "over 7 sources (Student's t); with all tasks taken as independent ± 0.0500" in shown
+    assert "confusion_matrix: rows are classes" in shown and "\n      7       1\n      0      12\n" in shown
+    display.Plain(10).evaluated(3, SOME)
+    assert "validation mse 1.0000 ± 0.1000 (8 of 500 left out: not finite)" in capsys.readouterr().err
+    assert SOME.metrics()["eval/test/mse/left_out"] == 8.0
+    assert json.loads(json.dumps(SOME.as_dict()))["left_out"] == 8
 
 
 @pytest.mark.parametrize("message", ["tasks [3, 4] gave [bold]NaN[/x]", "[/]", "run [a/b] :smile:"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import textwrap
@@ -437,6 +438,60 @@ def test_ones_own_parts_are_trained_resolved_and_built_again(module, tmp_path, c
         assert result.evaluations[0].loss != result.evaluations[0].mean
 
 
+WORST = """
+    def worst(prediction, target, mask):
+        return (prediction - target).abs()[mask].max()
+"""
+
+
+def test_metrics_of_whole_tasks_are_named_in_the_config(module, tmp_path):
+    name = module(WORST)
+    run = build(tiny.document("outer.meta_steps=2", f"task_metrics=[r2, '{name}:worst']"))
+    result = train(run, run_dir=str(tmp_path / "run"), plots=False)
+    [judged] = result.evaluations
+    assert list(judged.task_metrics) == ["r2", "worst"]
+    assert judged.task_metrics["worst"].mean[-1] ** 2 > judged.mean[-1]
+    assert build(run.document).document["task_metrics"] == ["r2", f"{name}:worst"]
+    written = json.loads((tmp_path / "run/evaluation.json").read_text())[0]["task_metrics"]
+    assert written["r2"]["mean"] == judged.task_metrics["r2"].mean and written["r2"]["left_out"] == 0
+
+
+def test_judges_of_the_config_hold_from_python_too(module):
+    """Earlier, ``compose`` wrote them into the config of the run and judged by the family's own."""
+    import metadist
+
+    name = module(MINE)
+    family = metadist.Sinusoid()
+    parts = {"tasks": family, "model": metadist.MLP(), "algorithm": metadist.MAML(), "outer": metadist.OuterLoop()}
+    judged = metadist.compose(**parts, metric=f"{name}:absolute", task_metrics=("mae",)).learner
+    assert (judged.tasks.metric_name, [m.name for m in judged.task_metrics]) == ("absolute", ["mae"])
+    one = torch.ones(3, 1)
+    assert judged.tasks.metric(2 * one, -one).tolist() == [3.0] * 3
+    assert (family.metric_name, family.metric(2 * one, -one).tolist()) == ("mse", [9.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("task_metrics=[r3]", "task_metrics: 'r3' is unknown; 'Sinusoid' is regression: expected one of r2, mae"),
+        ("task_metrics=[macro_f1]", "'macro_f1' is for classification"),
+        ("task_metrics=r2", "task_metrics: 'r2' is not allowed; expected a list"),
+        ("task_metrics=['os:sep']", "task_metrics: 'os:sep' is '/'; expected a function (prediction [N, …], target"),
+        (
+            "metric=r2",
+            "metric: 'r2' is a metric of whole tasks, and metric is one of examples; give it as task_metrics",
+        ),
+    ],
+)
+def test_mistakes_in_task_metrics(assignment, expected):
+    assert expected in refused(assignment)
+
+
+def test_a_meta_environment_has_no_judges():
+    document = read_document("bandit_rl2")
+    assert refused("task_metrics=[r2]", document=document).startswith("task_metrics: for supervised tasks; ")
+
+
 def test_ones_own_loss_changes_what_is_learned(module, tmp_path):
     name = module(MINE)
     plain, mine = (
@@ -456,20 +511,20 @@ def test_ones_own_loss_changes_what_is_learned(module, tmp_path):
         ),
         (["tasks={name: ':Lines'}"], "tasks.name: ':Lines' can't be imported"),
         (["tasks={name: '.{m}:Lines'}"], "can't be imported"),
-        (["tasks={name: '{m}:'}"], "has no ''"),
+        (["tasks={name: '{m}:'}"], "can't be imported: expected package.module:Name"),
         (["tasks={name: '{m}:Lines', slop: 2}"], "unknown key 'tasks.slop'; did you mean 'slope'?"),
         (["tasks={name: '{m}:Lines', slope: steep}"], "tasks.slope: 'steep' is not allowed; expected a number"),
         (["tasks={name: '{m}:Plain', row: 2}"], "tasks: Plain(rows=3): got an unexpected keyword argument 'row'"),
-        (["tasks={name: '{m}:Net'}"], "tasks.name: Net is not a metadist.TaskFamily"),
+        (["tasks={name: '{m}:Net'}"], "is the class Net; expected a class derived from metadist.TaskFamily"),
         (["tasks={name: '{m}:number'}"], "tasks.name: '{m}:number' is 3.14; expected a class or a function"),
         (["tasks={name: '{m}:family', rows: 9}"], "tasks: '{m}:family' is an object already and takes no rows"),
         (["tasks={name: '{m}:PickyTasks'}"], "tasks: PickyTasks raised KeyError: 'no tasks today'"),
-        (["algorithm={name: '{m}:Lines'}"], "is not a metadist.Algorithm"),
+        (["algorithm={name: '{m}:Lines'}"], "is the class Lines; expected a class derived from metadist.Algorithm"),
         (["model={name: '{m}:Net', widht: 3}"], "unexpected keyword argument 'widht'"),
         (["model={name: '{m}:Picky', width: 3}"], "model: Picky raised RuntimeError: width 3\nis not to my liking"),
         (
             ["model={name: '{m}:Lines'}"],
-            "model: expected a torch.nn.Module, a function that builds one, or a class with build(), got Lines",
+            "is the class Lines; expected a dataclass with build() or build_policy(), or a class or function that",
         ),
         (["loss={m}:number"], "loss: '{m}:number' is 3.14; expected a function"),
         (["loss={m}:nothing"], "module '{m}' has no 'nothing'"),

@@ -328,7 +328,7 @@ def test_tasks_from_elsewhere_have_known_fields():
         ({}, r"environment\.make: ''; expected package\.module:function"),
         ({"make": "own_environments"}, r"environment\.make: 'own_environments'; expected"),
         ({"make": "no_such_module:make"}, "No module named 'no_such_module'"),
-        ({"make": "own_environments:Pont"}, "has no function 'Pont'; did you mean 'Point'"),
+        ({"make": "own_environments:Pont"}, "has no 'Pont'; did you mean 'Point'"),
         ({"make": "own_environments:Point", "arguments": {"far": 1}}, r"Point\(far\) raised TypeError"),
         ({"make": "own_environments:no_tasks"}, "without sample_tasks"),
         (

@@ -82,7 +82,7 @@ def test_loading_with_an_edited_module_warns(run, tmp_path, caplog):
     run(1.0, 2)
     (tmp_path / "edited_scale.py").write_text("SCALE = 3.0\n")
     with caplog.at_level(logging.WARNING):
-        load_run(str(tmp_path / "run"))
+        load_run(str(tmp_path / "run"), trust=["edited_tasks"])
     assert "was trained with other code of edited_scale, which was edited since" in caplog.text
 
 

@@ -41,6 +41,14 @@ pytestmark = pytest.mark.lane("services")
 STEPS, RATE = 3, 0.05
 
 
+@pytest.fixture(scope="module", autouse=True)
+def trusting():
+    """Let run directories and exports of this module name its parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METADIST_TRUST", f"{shaped.__name__} {network.__module__} {__name__}")
+        yield
+
+
 def trained(folder: Path, tasks, model, algorithm=None, *, dtype="float64") -> Result:
     experiment = metadist.compose(
         tasks=tasks,

@@ -108,7 +108,10 @@ def bomb():
         (["support/a=@0.png", "support/b=@0.png", "query=@0.png", "inner_steps=-1"], "inner_steps: expected a whole"),
         (["support/a=@0.png", "support/b=@0.png", "query=@0.png", "model=curves"], "model 'curves' does not classify"),
         (["support/a=@0.png", "support/b=@0.png", "query=@0.png", "model=x"], "x"),
-        ([*(f"support/{i}=@0.png" for i in range(4)), "query=@0.png"], "has 3 classes"),
+        (
+            [*(f"support/{i}=@0.png" for i in range(4)), "query=@0.png"],
+            "classify: 4 classes; model 'pictures' takes 2 to 3",
+        ),
         (["support/a=@0.png", "support/b=@0.png", "query=@big.bin"], "the body exceeds 1 MiB"),
     ],
 )

@@ -242,3 +242,22 @@ def test_text_of_a_category_that_training_does_not_have_is_all_zeros(tmp_path):
 def test_the_encoding_is_plain_data(path):
     family = regression(path)
     assert json.loads(family.exported()["encoding"])["categories"] == {"sex": ["f", "m"]}
+
+
+def test_a_folder_of_strangers(tmp_path):
+    """Hidden copies are no rows, and files that are named after splits are not pooled in silence."""
+    data = pa.Table.from_pylist(ROWS)
+    pq.write_table(data, tmp_path / "part-0.parquet")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    pq.write_table(data, tmp_path / ".ipynb_checkpoints" / "part-0-checkpoint.parquet")
+    settings = {"path": str(tmp_path), "task": "patient", "target": "level", "k_shot": 2}
+    family = TableRegression(**settings)
+    assert sum(int(c.sum()) for c in family._ready().counts.values()) == len(ROWS)
+    assert {s: len(names) for s, names in family.splits().items()} == {"train": 8, "validation": 2, "test": 2}
+    (tmp_path / "part-0.parquet").rename(tmp_path / "train.parquet")
+    pq.write_table(data, tmp_path / "Test-1.parquet")
+    with pytest.raises(
+        DataError, match="Test-1.parquet and train.parquet are named after splits, .* tasks.split_column"
+    ):
+        TableRegression(**settings).prepare(torch.device("cpu"))
+    assert set(TableRegression(**settings, split_column="part").splits()["test"]) == {"p9", "p10", "p11"}

@@ -40,6 +40,14 @@ def test_adaptation_curve(tmp_path, steps):
     drawn(plots.adaptation_curve(tmp_path / "a.png", mean, torch.full((steps,), 0.01), "accuracy", "test"))
 
 
+def test_titles_say_how_many_tasks_were_left_out(tmp_path, monkeypatch):
+    said, note = [], "8 of 500 left out: not finite"
+    monkeypatch.setattr(plots, "_titled", lambda *parts: said.append(parts) or "\n".join(parts))
+    drawn(plots.adaptation_curve(tmp_path / "a.png", [0.2, 0.9], [0.1, 0.1], "accuracy", "test", note))
+    drawn(plots.learning_curve(tmp_path / "c.png", [0, 1], [1.0, 0.5], [(1, 0.5, 0.1)], "accuracy", note))
+    assert [last for *_, last in said] == [note, note]
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_sinusoid_fits(tmp_path, count):
     x = torch.linspace(-5, 5, 50)[:, None]

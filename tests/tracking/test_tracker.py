@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from metadist.core.errors import ConfigError
+from metadist.core.text import without_passwords
 from metadist.tracking import MLflowTracker, NullTracker, make_tracker, mean_sd
-from metadist.tracking.mlflow_uri import artifact_location, resolve_uri, sqlite_path, without_password
+from metadist.tracking.mlflow_uri import artifact_location, resolve_uri, sqlite_path
 from metadist.tracking.ui import ui_command
 
 
@@ -50,7 +51,7 @@ def test_uris(tmp_path):
     assert sqlite_path("sqlite:///b.db") == Path.cwd() / "b.db"
     assert sqlite_path("sqlite://") is None
     assert sqlite_path("http://a") is None
-    assert without_password("http://me:secret@host:1/x") == "http://me:***@host:1/x"
+    assert without_passwords("http://me:secret@host:1/x") == "http://me:***@host:1/x"
     assert artifact_location("postgresql+psycopg2://db/x", tmp_path) == f"file://{tmp_path}/mlartifacts"
     assert artifact_location("https://host", tmp_path) is None
     assert resolve_uri("file:./mlruns", tmp_path) == "file:./mlruns"

@@ -354,11 +354,11 @@ def test_means_intervals_and_medians():
 def test_tasks_that_diverge_are_counted_and_left_out():
     result = judged([[1.0, 0.5], [2.0, math.inf], [3.0, math.nan], [math.nan, 0.0]])
     assert result.mean == [1.0, 0.5]
-    assert result.divergence_rate == 0.75
-    assert result.tasks == 4
+    assert (result.divergence_rate, result.loss_rose) == (0.0, 0)
+    assert (result.tasks, result.left_out, result.left_out_note) == (4, 3, "3 of 4 left out: not finite")
     assert result.as_dict()["ci95"] == [None, None]
     everything = judged([[1.0, math.nan], [math.inf, 1.0]])
-    assert everything.divergence_rate == 1.0
+    assert math.isnan(everything.divergence_rate) and everything.left_out == 2
     assert math.isnan(everything.mean[1])
     json.dumps(everything.as_dict(), allow_nan=False)
 

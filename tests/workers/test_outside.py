@@ -380,7 +380,8 @@ def test_an_older_copy_of_the_users_module_is_refused(tmp_path, monkeypatch, pat
     made = document(OUTSIDE)
     made["tasks"]["name"] = "copied_sines:Copied"
     run = experiment(made, "engine.worker_patience=1")
-    process = tiny.start("worker", "--connect", run.outside.listen, folder=tmp_path / "node", OMP_NUM_THREADS="1")
+    command = ("worker", "--connect", run.outside.listen, "--trust", "copied_sines")
+    process = tiny.start(*command, folder=tmp_path / "node", OMP_NUM_THREADS="1")
     with pytest.raises(WorkerError, match="another copy of module 'copied_sines' on .* than the driver on "):
         train(run)
     out, err = process.communicate(timeout=150)
@@ -498,7 +499,16 @@ def test_ctrl_c_finishes_the_shard_or_gives_it_back(tmp_path, expected, monkeypa
     made = document(HERE, OUTSIDE)
     made["tasks"]["name"] = "slow_sines:Slow"
     run, sent = experiment(made), []
-    process = tiny.start("worker", "--connect", run.outside.listen, folder=tmp_path, OMP_NUM_THREADS="1", SLOW="2")
+    process = tiny.start(
+        "worker",
+        "--connect",
+        run.outside.listen,
+        "--trust",
+        "slow_sines",
+        folder=tmp_path,
+        OMP_NUM_THREADS="1",
+        SLOW="2",
+    )
 
     def interrupt():
         process.send_signal(signal.SIGINT)

@@ -20,15 +20,15 @@ import ray
 import ray.exceptions
 
 from metadist.config.groups import WorkerGroup
-from metadist.core.errors import MetadistError, WorkerError
+from metadist.core.errors import CompilerError, MetadistError, WorkerError
 from metadist.core.round import Failed, Shard
-from metadist.engine.plan import Plan
+from metadist.engine.plan import Device, Plan
 from metadist.learners.base import Learner
 from metadist.workers.actor import Actor, ActorSettings
 from metadist.workers.calls import Call, Settled
 from metadist.workers.copies import refusal_of_copies
 from metadist.workers.numerics import Numerics
-from metadist.workers.plan import Planner
+from metadist.workers.plan import Planner, planned_without_compiler
 from metadist.workers.ray.cluster import connect, shared_gpus, short
 from metadist.workers.settings import RunSettings
 
@@ -106,6 +106,8 @@ class ActorPool:
         self._gpus = shared_gpus(groups)
         self._learner_ref: Any = ray.put(learner)
         self._serial = self._failed_starts = 0
+        #: the device that the plan was made for, where this pool made it
+        self._planned_for: Device | None = None
 
     # Starting ---------------------------------------------------------------------------------------------------------
 
@@ -185,6 +187,8 @@ class ActorPool:
             about = ray.get(member.starting)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(cause, CompilerError) and self._plan_without_compiler(cause):
+                return
             if isinstance(cause, MetadistError):
                 raise cause from None
             raise WorkerError(f"worker {member.name} can't start: {type(cause).__name__}: {cause}") from error
@@ -196,8 +200,25 @@ class ActorPool:
             return
         member.configured, member.starting = True, None
         if self.plan is None and member.group.role == "learner":
-            self.plan = self._planner(about["describes"])
+            self._planned_for = about["describes"]
+            self.plan = self._planner(self._planned_for)
         self._configure()
+
+    def _plan_without_compiler(self, error: CompilerError) -> bool:
+        """Plan again, where this pool planned and no actor computes yet. Return whether all actors are configured anew.
+
+        An actor that is compiling goes on until it has an answer, which nobody reads, and then obeys the new plan.
+        """
+        if self._planned_for is None or any(m.about is not None for m in self.members.values()):
+            return False
+        if self.plan is None or self.plan.engine.compile:
+            self.plan = planned_without_compiler(self._planner, self._planned_for, error)
+            self._settings.note(f"not compiled: {error.reason}")
+        for member in self.members.values():
+            if member.configured:
+                member.starting = None
+        self._configure()
+        return True
 
     def _died_while_starting(self, member: Member, error: ray.exceptions.RayError) -> None:
         self._failed_starts += 1

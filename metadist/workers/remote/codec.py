@@ -10,6 +10,7 @@ from typing import Any
 from metadist.core.computation import computation_of
 from metadist.core.engine import Engine
 from metadist.core.round import OutputKey, Shard
+from metadist.core.text import printable
 from metadist.workers.calls import Call, Content
 from metadist.workers.remote import work_pb2 as pb
 from metadist.workers.remote.messages import Applicant, Computed, Configure, Failure, Lease, Terms
@@ -101,7 +102,14 @@ def facts(text: str) -> dict[str, Any]:
         for inner in value.values() if isinstance(value, dict) else [value]:
             if not isinstance(inner, (str, int, float, bool, type(None))):
                 raise GarbledError("the facts are no plain values")
-    return found
+    return {printable(name): _cleaned(value) for name, value in found.items()}
+
+
+def _cleaned(value: Any) -> Any:
+    """Return JSON data with the control characters of all texts as escapes: they are logged and shown."""
+    if isinstance(value, dict):
+        return {printable(name): _cleaned(inner) for name, inner in value.items()}
+    return printable(value) if isinstance(value, str) else value
 
 
 def applicant_message(applicant: Applicant) -> pb.Hello:
@@ -109,8 +117,14 @@ def applicant_message(applicant: Applicant) -> pb.Hello:
 
 
 def applicant_of(hello: pb.Hello) -> Applicant:
-    versions = {k[:40]: v[:80] for k, v in list(hello.versions.items())[:16]}
-    return Applicant(hello.name, hello.role, hello.host[:255], hello.pid, versions, hello.process[:64])
+    versions = {printable(k[:40]): printable(v[:80]) for k, v in list(hello.versions.items())[:16]}
+    name, role, host, process = map(printable, (hello.name, hello.role, hello.host[:255], hello.process[:64]))
+    return Applicant(name, role, host, hello.pid, versions, process)
+
+
+def one_line(text: str, characters: int) -> str:
+    """Return the first characters of a text from outside in one line, with control characters as escapes."""
+    return printable(" ".join(text.split()))[:characters]
 
 
 def terms_message(terms: Terms) -> pb.Terms:
@@ -223,9 +237,9 @@ def failure_message(token: int, failure: Failure) -> pb.FromWorker:
 
 def failure_of(message: pb.Failure) -> Failure:
     return Failure(
-        message.kind,
-        " ".join(message.message.split())[:MESSAGE_CHARACTERS],
+        printable(message.kind),
+        one_line(message.message, MESSAGE_CHARACTERS),
         tuple(message.tasks[:4096]),
-        message.detail[-DETAIL_CHARACTERS:],
+        printable(message.detail[-DETAIL_CHARACTERS:], keep="\n\t"),
         tuple(_key_of(k) for k in message.missing[:4096]),
     )

@@ -19,6 +19,7 @@ from metadist.workers.remote.codec import (
     facts,
     failure_of,
     lease_messages,
+    one_line,
     terms_message,
 )
 from metadist.workers.remote.messages import Computed, Configure, Dismissal, DismissedError, Lease
@@ -112,7 +113,7 @@ def _listen(requests: Iterator[pb.FromWorker], session: Session) -> None:
         elif kind == "failure":
             session.failed(message.failure.token, failure_of(message.failure))
         elif kind == "goodbye":
-            session.left(" ".join(message.goodbye.reason.split())[:200] or "it said goodbye")
+            session.left(one_line(message.goodbye.reason, 200) or "it said goodbye")
         elif kind != "beat":
             raise GarbledError(f"{kind or 'an empty message'} out of place")
 
