@@ -70,6 +70,7 @@ def compose(
         algorithm=Component(algorithm, _described(algorithm)),
         workers=(WorkerGroup(min=workers, max=workers) if isinstance(workers, int) else workers,),
         tracking=TrackingSettings(uri=tracking) if isinstance(tracking, str) else tracking,
+        from_document=False,
         **settings,
     )
     experiment.learner  # noqa: B018  a mistake shows here, not later

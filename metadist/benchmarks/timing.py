@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from metadist.workers.worker import numerics_fingerprint
+from metadist.workers.fingerprint import numerics_fingerprint
 
 
 def interleaved(contestants: dict[str, Callable[[], Any]], *, rounds: int, block: int) -> dict[str, list[float]]:

@@ -18,9 +18,10 @@ class EngineSettings:
     ``bfloat16`` for autocast in the inner loop. ``deterministic: false`` allows GPU kernels whose bits vary, which
     ``exact`` forbids. ``wire: bfloat16`` halves the bytes that workers send, with error feedback.
 
-    ``exact`` refuses workers with another numerics fingerprint. A worker counts as hung after ``shard_timeout``
-    seconds per shard; ``worker_patience`` is the number of seconds to wait for workers. ``non_finite`` is the
-    treatment of a task that gives NaN or Inf: ``error``, or ``skip`` (the sum leaves it out).
+    ``exact`` refuses workers with another numerics fingerprint. ``same_code: false`` resumes a run although the user's
+    modules were edited, and marks it inexact. A worker counts as hung after ``shard_timeout`` seconds per shard;
+    ``worker_patience`` is the number of seconds to wait for workers. ``non_finite`` is the treatment of a task that
+    gives NaN or Inf: ``error``, or ``skip`` (the sum leaves it out).
     """
 
     dtype: Literal["float32", "float64"] = "float32"
@@ -33,6 +34,7 @@ class EngineSettings:
     wire: Literal["exact", "bfloat16"] = "exact"
     non_finite: Literal["error", "skip"] = "error"
     exact: bool = True
+    same_code: bool = True
     shard_timeout: float = 300.0
     worker_patience: float = 120.0
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from metadist.config.engine import EngineSettings
 from metadist.config.groups import WorkerGroup
+from metadist.config.modules import code_hashes, code_modules, main_hashes
 from metadist.config.schema import Document, Plain, as_plain, explained
 from metadist.config.settings import (
     CheckpointSettings,
@@ -123,6 +124,16 @@ class Experiment:
         """The config with every default filled in: what ``--print-config`` shows and a run records."""
         keys = {f.name: getattr(self, f.name) for f in KEYS}
         return {self.tasks_key if name == "tasks" else name: _plain(value) for name, value in keys.items()}
+
+    @property
+    def code_modules(self) -> tuple[str, ...]:
+        """The modules whose code can change θ: those that the config names by import path, and those of plug-ins."""
+        return code_modules(self.document, self.tasks.made, self.algorithm.made)
+
+    @functools.cached_property
+    def code(self) -> dict[str, str]:
+        """The SHA-256 of each module of the user's own that the experiment is made of, at the first look."""
+        return {**code_hashes(self.code_modules), **main_hashes(self.document)}
 
     @functools.cached_property
     def learner(self) -> Learner:

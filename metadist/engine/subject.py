@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, Theta
 from metadist.core.engine import Engine
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
+from metadist.core.round import Result, Shard, WithOutput
 from metadist.core.state import Contribution, Slot, State
 from metadist.core.task import Task, TaskFamily
 from metadist.engine.meta_gradient import MetaGradient
@@ -47,6 +50,10 @@ class Subject(Protocol):
 
     def sample(self, keys: TaskKey) -> Task:
         """Return the tasks of ``keys``, stacked [T, …], on ``device``."""
+        ...
+
+    def compute(self, shard: Shard, theta: Mapping[str, Tensor]) -> Result | WithOutput:
+        """Compute one shard under the slot vectors ``theta``."""
         ...
 
     def contribute(self, theta: Theta, keys: TaskKey, meta_step: int) -> Contribution:

@@ -96,11 +96,6 @@ class SimulatedEnvironment(MetaEnvironment):
 
     # Spaces and settings ----------------------------------------------------------------------------------------------
 
-    @property
-    def title(self) -> str:
-        """Return the environment's name in messages."""
-        return type(self).__name__
-
     @cached_property
     def spaces(self) -> Spaces:
         simulator = self._one(self.first_kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,7 +24,8 @@ class Attempt:
     """One process's attempt at a run: the run's directory, and the state at which this attempt begins.
 
     ``earlier`` is the checkpoint that the attempt resumes, or None. ``inexact`` names the workers whose numerics differ
-    from the numerics at the run's begin; every checkpoint stores the list. ``signature`` describes inputs and targets.
+    from the numerics at the run's begin; every checkpoint stores the list. ``edited`` names the user's modules whose
+    code is another one than that of the earlier checkpoint. ``signature`` describes inputs and targets.
     """
 
     experiment: Experiment
@@ -33,6 +35,7 @@ class Attempt:
     earlier: Loaded | None
     progress: Progress
     inexact: list[str] = field(default_factory=list)
+    edited: list[str] = field(default_factory=list)
     signature: Signature | None = None
 
     @property
@@ -59,6 +62,7 @@ class Attempt:
             "fingerprint": first["fingerprint"],
             "engine": asdict(plan.engine),
             "data_sha256": self.experiment.learner.data_sha256,
+            "modules": self.experiment.code,
             **({} if self.signature is None else {"signature": self.signature.as_dict()}),
             "versions": {
                 "metadist": metadist.__version__,
@@ -72,3 +76,14 @@ class Attempt:
 def planner_for(experiment: Experiment) -> Planner:
     """Return the planner of a new run: it chooses the engine settings that the config leaves open."""
     return lambda device: experiment.learner.plan(experiment.engine, device, sharing(device, experiment.workers))
+
+
+def edited_modules(experiment: Experiment, manifest: Mapping[str, Any]) -> list[str]:
+    """Name the user's modules whose code is not that of a checkpoint with this manifest.
+
+    Checkpoints of version 0.1 do not state the code; nothing is compared with them.
+    """
+    before, now = manifest.get("modules"), experiment.code
+    if before is None:
+        return []
+    return [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]

@@ -17,13 +17,14 @@ from metadist.engine.plan import Plan
 from metadist.experiment.attempt import planner_for
 from metadist.storage.run_directory import RunDirectory
 from metadist.training.scheduler import Scheduler
+from metadist.workers.fingerprint import numerics_fingerprint
 from metadist.workers.kept_outputs import KeepingExecutor
 from metadist.workers.local import LocalExecutor
 from metadist.workers.numerics import Numerics
 from metadist.workers.plan import Planner, device_facts
 from metadist.workers.remote.messages import Dismissal
 from metadist.workers.settings import RunSettings
-from metadist.workers.worker import numerics_fingerprint, resolve_device
+from metadist.workers.worker import resolve_device
 
 
 def local_plan(experiment: Experiment) -> Plan:
@@ -78,7 +79,16 @@ def start_workers(
     scheduler: Scheduler | None = None
     start = _Start(
         experiment,
-        RunSettings(run_id, engine.device, experiment.seed, engine.wire, engine.worker_patience, reports.note),
+        RunSettings(
+            run_id,
+            engine.device,
+            experiment.seed,
+            engine.wire,
+            engine.worker_patience,
+            reports.note,
+            experiment.code_modules,
+            experiment.code,
+        ),
         Numerics(division.compared, expected, engine.exact, reports.mark),
         planner or planner_for(experiment),
         division,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -10,11 +11,14 @@ from metadist.config.build import build_foreign
 from metadist.config.experiment import Experiment
 from metadist.config.schema import parse_document
 from metadist.core.errors import CheckpointError, ConfigError
+from metadist.experiment.attempt import edited_modules
 from metadist.experiment.result import SLOTS, Result, signature_of
 from metadist.storage.checkpoints import Checkpoints, load_parameters
 from metadist.storage.run_directory import RunDirectory
 from metadist.storage.torch_files import TORCH_FILES, load_torch_parameters
 from metadist.training.progress import Outcome, Progress
+
+log = logging.getLogger(__name__)
 
 
 def initial_parameters(source: str | None, trust: Sequence[str] = ()) -> Mapping[str, Tensor] | None:
@@ -56,6 +60,12 @@ def load_run(run_dir: str, experiment: Experiment | None = None, trust: Sequence
     loaded = checkpoints.best(learner.slots) or checkpoints.latest(learner.slots)
     if loaded is None:
         raise CheckpointError(f"run directory '{run_dir}' has no checkpoint yet")
+    if edited := edited_modules(experiment, loaded.manifest):
+        log.warning(
+            "%s was trained with other code of %s, which was edited since; its results may be others here",
+            run_dir,
+            ", ".join(edited),
+        )
     outcome = Outcome(Progress.of(loaded), loaded.state, loaded.meta_step, 0.0)
     return Result(
         about["run_id"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,11 @@ from metadist.config.experiment import Experiment
 from metadist.config.schema import flatten, parse_yaml
 from metadist.config.trust import modules_of
 from metadist.core.errors import CheckpointError, ConfigError
-from metadist.experiment.attempt import Attempt
+from metadist.experiment.attempt import Attempt, edited_modules
 from metadist.experiment.lifecycle import locked
 from metadist.experiment.load import initial_parameters
 from metadist.experiment.request import RunRequest
-from metadist.storage.checkpoints import Checkpoints
+from metadist.storage.checkpoints import Checkpoints, Loaded
 from metadist.storage.run_directory import RunDirectory, new_run_id, newest_run, runs_root
 from metadist.training.progress import Progress
 
@@ -35,6 +36,7 @@ FREE_ON_RESUME = (
     "evaluate",
     "task_metrics",
     "engine.exact",
+    "engine.same_code",
     "engine.shard_timeout",
     "engine.worker_patience",
 )
@@ -82,8 +84,8 @@ def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str
 
     ``trust``: the modules that the config of the run in ``init_from`` may name, besides those of this experiment.
 
-    Raises ConfigError where a key that changes θ differs from the run's config, and CheckpointError where seed or data
-    differ.
+    Raises ConfigError where a key that changes θ differs from the run's config, and CheckpointError where seed, data or
+    the code of the user's modules differ.
     """
     learner = experiment.learner
     higher_is_better = learner.tasks.higher_is_better
@@ -97,9 +99,10 @@ def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str
         _refuse_other_data(experiment, earlier.manifest)
     if progress.meta_step:
         _refuse_other_config(directory, experiment)
+    edited = _edited(experiment, earlier) if earlier is not None and progress.meta_step else []
     _write_config(directory, experiment)
     inexact = list(earlier.manifest.get("inexact", ())) if earlier else []
-    return Attempt(experiment, directory, run_id, checkpoints, earlier, progress, inexact)
+    return Attempt(experiment, directory, run_id, checkpoints, earlier, progress, inexact, edited)
 
 
 def _write_config(directory: RunDirectory, experiment: Experiment) -> None:
@@ -126,3 +129,18 @@ def _refuse_other_data(experiment: Experiment, manifest: dict[str, Any]) -> None
     data = experiment.learner.data_sha256
     if manifest["data_sha256"] != data:
         raise CheckpointError(f"--resume: the run began on other data (sha256 {manifest['data_sha256']}, here {data})")
+
+
+def _edited(experiment: Experiment, earlier: Loaded) -> list[str]:
+    """Name the user's modules whose code is not that of the checkpoint; CheckpointError unless the config allows it."""
+    names = edited_modules(experiment, earlier.manifest)
+    if names and experiment.engine.same_code:
+        name, others = names[0], f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        codes = earlier.manifest["modules"], experiment.code
+        then, now = (f"sha256 {str(code[name])[:12]}…" if name in code else "not there" for code in codes)
+        raise CheckpointError(
+            f"--resume: module '{name}'{others} was edited since the checkpoint of meta-step {earlier.meta_step} "
+            f"({then} then, {now} on {platform.node()} now); restore it, or continue with the new code by "
+            "engine.same_code=false, which marks the run inexact"
+        )
+    return names

@@ -13,6 +13,7 @@ from metadist.experiment.attempt import Attempt
 from metadist.experiment.fleet import WorkerReports, start_workers
 from metadist.experiment.lifecycle import check_control, serve_control, steering_of
 from metadist.experiment.oracle_comparison import Regret
+from metadist.experiment.other_process import compared_elsewhere
 from metadist.experiment.recording import inexact_marker, recorded, write_result
 from metadist.experiment.request import RunRequest
 from metadist.experiment.result import Result
@@ -35,7 +36,8 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
     check_control(experiment.control)
     check_uri(experiment.tracking.uri)
     learner.prepare(torch.device("cpu"))
-    learner.dry_run(experiment.seed)  # before the directory is claimed: a user's mistake leaves nothing behind
+    with compared_elsewhere(experiment):  # before the directory is claimed: a user's mistake leaves nothing behind
+        learner.dry_run(experiment.seed)
     signature = learner.describe(experiment.seed)
     with claimed(experiment, request) as (directory, run_id):  # lock, run id, config.yaml
         attempt = resume_or_start(experiment, directory, run_id, request.trust)  # refuses another config, seed, data
@@ -45,6 +47,8 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
             observers = Observers(feed, tracker, *exporters(experiment.workers, run_id))
             steering = steering_of(attempt, feed, tracker, request.stop)
             mark = inexact_marker(attempt, observers, tracker)
+            for module in attempt.edited:
+                mark(f"module {module} was edited before meta-step {attempt.progress.meta_step}")
             with (
                 serve_control(steering, feed, attempt),
                 start_workers(

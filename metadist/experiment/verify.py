@@ -10,6 +10,7 @@ from typing import Any
 
 from metadist.config.build import build
 from metadist.config.document import override, set_workers
+from metadist.config.experiment import Experiment
 from metadist.config.schema import Document
 from metadist.core.errors import ConfigError
 from metadist.core.round import Executor, Shard
@@ -77,13 +78,40 @@ def verify(
 ) -> dict[str, Any]:
     """Train once for every number of workers and compare the SHA-256 of the parameters.
 
-    ``ok`` is False where the hashes differ, or where a run lost fewer than ``kill`` shards.
+    ``ok`` is False where the hashes differ, or where a run lost fewer than ``kill`` shards. ConfigError where there is
+    nothing to compare, or nobody to kill.
     """
     if meta_steps:
         document = override(_as_the_whole_run(document), [f"outer.meta_steps={meta_steps}"])
-    rows = [_row(set_workers(document, count), count, kill, display) for count in workers]
+    documents = [set_workers(document, count) for count in workers]
+    _check_comparison(documents, workers, kill)
+    rows = [_row(each, count, kill, display) for each, count in zip(documents, workers)]
     same = len({row["params_sha256"] for row in rows}) == 1
     return {"ok": same and all(row["enough_kills"] for row in rows), "same": same, "rows": rows}
+
+
+def _check_comparison(documents: Sequence[Document], workers: Sequence[str], kill: int) -> None:
+    """Raise ConfigError where the runs could only pass: one run, equal runs, or kills without a worker to kill."""
+    asked = f"--workers {','.join(text.replace(',', '/') for text in workers)}"
+    experiments = [build(document) for document in documents]
+    if kill and all(experiment.in_process for experiment in experiments):
+        raise ConfigError(
+            f"--kill {kill}: {asked} has no workers, so nobody would be killed; add a number above 0, or leave --kill"
+        )
+    if len(experiments) < 2:
+        raise ConfigError(
+            f"{asked}: a single run is compared with nothing; give two or more numbers of workers, such as 0,1,2"
+        )
+    for i, experiment in enumerate(experiments):
+        if any(_alike(experiment, other) for other in experiments[:i]):
+            raise ConfigError(f"{asked}: two runs have the same workers; give different numbers, such as 0,1,2")
+    steps = experiments[0].learner.outer.meta_steps
+    if kill > steps:
+        raise ConfigError(f"--kill {kill}: the run has only {steps} meta-steps; raise --meta-steps")
+
+
+def _alike(first: Experiment, second: Experiment) -> bool:
+    return first.workers == second.workers or (first.in_process and second.in_process)
 
 
 def _row(document: Document, count: str, kill: int, display: Observer) -> dict[str, Any]:
@@ -95,9 +123,7 @@ def _row(document: Document, count: str, kill: int, display: Observer) -> dict[s
         tracking=dataclasses.replace(experiment.tracking, uri="none"),
         evaluate=dataclasses.replace(experiment.evaluate, tasks=min(experiment.evaluate.tasks, 32)),
     )
-    kill = kill if sum(g.max for g in experiment.workers) else 0  # without workers no process can be killed
-    if kill > steps:
-        raise ConfigError(f"--kill {kill}: the run has only {steps} meta-steps; raise --meta-steps")
+    kill = 0 if experiment.in_process else kill  # without workers no process can be killed
     display.note(f"workers {count}: {steps} meta-steps" + (f", {kill} kills" if kill else ""))
     killed: list[str] = []
     wrap = partial(Killer, kills=kill, meta_steps=steps, killed=killed) if kill else None

@@ -65,6 +65,10 @@ class Learner(ABC):
         """Compute one small task of each split. ConfigError where tasks, model and algorithm do not fit together."""
 
     @abstractmethod
+    def sampled_hashes(self, seed: int) -> dict[str, str]:
+        """Return the SHA-256 of the first tasks of each split, or of the first trials, by name."""
+
+    @abstractmethod
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
         """Choose the engine for workers that compute on ``device``, whose memory ``sharing`` workers share.
 

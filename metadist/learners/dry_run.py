@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
 import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from metadist.core.algorithm import TaskContext, at_most_one_step
-from metadist.core.computation import Gradient, Rollout
+from metadist.core.computation import Evaluate, Gradient, Rollout
+from metadist.core.differences import by_name, difference
 from metadist.core.errors import ConfigError, MetadistError, first_line
-from metadist.core.random import TaskKey
+from metadist.core.random import SPLITS, TaskKey
 from metadist.core.round import Shard, WithOutput
-from metadist.core.state import State
+from metadist.core.state import Contribution, Records, State
 from metadist.core.task import Task
 from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
 from metadist.learners.culprit import failed
 from metadist.learners.dry_run_paths import is_known, refusal
+from metadist.learners.purity import FROM_KEY, ROUNDING, SALTS, ImpureConfigError, differs_by_shard, impurity
 from metadist.learners.signature import check_loss, check_tasks
+from metadist.rl.environment import MetaEnvironment
+from metadist.rl.journey import journey
 
 
 def try_tasks(learner: Subject, seed: int) -> None:
-    """Adapt to one task of each split before a long run starts.
+    """Sample tasks of every split and adapt to one of training and of validation before a long run starts.
 
-    ConfigError where the shape of the prediction is not that of the targets, or a learned parameter does not take part.
+    ConfigError where tasks are no pure function of the key, where the shape of the prediction is not that of the
+    targets, or where a learned parameter does not take part.
     """
     state = learner.initial(seed)
-    for split in ("train", "validation"):
+    for split in SPLITS:
         # A whole shard: one task alone is never padded.
-        keys = TaskKey.of(seed, split, 0, range(min(learner.outer.shard_size, learner.outer.meta_batch_size)))
-        try:
-            task = learner.sample(keys)
-        except MetadistError:
-            raise
-        except Exception as error:  # the user's own code
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            name = type(learner.tasks).__name__
-            raise ConfigError(
-                f"tasks: '{name}' can't sample {split} tasks: {first_line(error)} ({last.filename}:{last.lineno})"
-            ) from error
+        keys = _first_keys(learner, seed, split)
+        task = _sampled(learner, keys)
         check_tasks(learner, task, split)
+        _check_sampling(learner, keys, task)
+        if split == "test":
+            continue
         one = torch.utils._pytree.tree_map(lambda t: t[0], task)
         try:
             _check_output(learner, state, one, split)
@@ -55,24 +59,190 @@ def try_tasks(learner: Subject, seed: int) -> None:
             raise failed(learner, state, one, split, error) from error
 
 
-def try_trials(learner: Learner, seed: int) -> None:
-    """Roll out the first trials of a shard and compute their gradient: shapes, finiteness, every parameter."""
-    vectors = learner.initial(seed).slots
-    count = min(2, learner.outer.shard_size, learner.outer.meta_batch_size)
-    shard = Shard("check", 0, 0, 0, Rollout(), 0, count, seed, keeps=True)
-    name = type(learner.tasks).__name__
+def task_hashes(learner: Subject, seed: int) -> dict[str, str]:
+    """Return the SHA-256 of the tensors of each split's first shard, by split and name."""
+    return {
+        f"{split} tasks ({name})": digest
+        for split in SPLITS
+        for name, digest in _hashes(by_name(_sampled(learner, _first_keys(learner, seed, split)))).items()
+    }
+
+
+def trial_hashes(learner: Learner, seed: int) -> dict[str, str]:
+    """Return the SHA-256 of the columns of the first trial."""
+    shard = Shard("check", 0, 0, 0, Rollout(), 0, 1, seed, keeps=True)
+    rolled = _rolled(learner, shard, learner.initial(seed).slots)
+    return {f"trials ({name})": digest for name, digest in _hashes(_environment_first(rolled)).items()}
+
+
+def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {n: hashlib.sha256(t.contiguous().cpu().numpy().tobytes()).hexdigest() for n, t in tensors.items()}
+
+
+def _first_keys(learner: Subject, seed: int, split: str) -> TaskKey:
+    return TaskKey.of(seed, split, 0, range(min(learner.outer.shard_size, learner.outer.meta_batch_size)))
+
+
+def _sampled(learner: Subject, keys: TaskKey) -> Task:
     try:
-        rolled = learner.compute(shard, vectors)
+        return learner.sample(keys)
     except MetadistError:
         raise
     except Exception as error:  # the user's own code
         last = traceback.extract_tb(error.__traceback__)[-1]
+        name = type(learner.tasks).__name__
         raise ConfigError(
-            f"environment: '{name}' can't be rolled out: {first_line(error)} ({last.filename}:{last.lineno})"
+            f"tasks: '{name}' can't sample {keys.split} tasks: {first_line(error)} ({last.filename}:{last.lineno})"
         ) from error
-    assert isinstance(rolled, WithOutput)
+
+
+def _check_sampling(learner: Subject, keys: TaskKey, task: Task) -> None:
+    """Refuse tasks that differ when they are sampled again, with other global random states or in another shard."""
+    name, count = f"tasks: '{type(learner.tasks).__name__}'", len(keys.tasks)
+    if differs := impurity(lambda: by_name(_sampled(learner, keys)), by_name(task)):
+        raise ImpureConfigError(
+            name, f"gives other {keys.split} tasks when the same key is sampled again", differs, FROM_KEY
+        )
+    if count < 2:
+        return
+    found = differs_by_shard(
+        lambda some: _sampled(learner, TaskKey.of(keys.seed, keys.split, 0, list(some))),
+        task,
+        ([0], [count - 1, 0]),
+        ROUNDING,
+    )
+    if found is not None:
+        raise ImpureConfigError(
+            name,
+            f"gives another {keys.split} task {found[0]} in another shard",
+            found[1],
+            "compute every task from its own key, and no statistics over the shard",
+        )
+
+
+def try_twice(learner: Subject, seed: int) -> None:
+    """Compute the gradient of a training task and the scores of a validation task twice.
+
+    ConfigError where they are no pure function of the key.
+    """
+    state = learner.initial(seed)
+    for split in ("train", "validation"):
+        _check_computation(learner, state, _first_keys(learner, seed, split))
+
+
+def _check_computation(learner: Subject, state: State, keys: TaskKey) -> None:
+    trains = keys.split == "train"
+    shard = Shard("check", 0, 0, 0, Gradient() if trains else Evaluate(), 0, 1, keys.seed, keys.split)
+    eager = learner.eager()
+
+    def compute() -> Mapping[str, Tensor]:
+        result = eager.compute(shard, state.slots)
+        if isinstance(result, Contribution):
+            return {f"the gradient of slot '{name}'": vector for name, vector in result.slots.items()}
+        assert isinstance(result, Records)
+        return {f"the {name}": column for name, column in result.columns.items()}
+
+    try:
+        differs = impurity(compute)
+    except MetadistError:
+        raise
+    except Exception:  # what fails is explained by ``try_paths``; NaN is treated as engine.non_finite says
+        return
+    if differs:
+        raise ImpureConfigError(
+            f"model, algorithm, loss or metric: {'training' if trains else 'evaluation'} of "
+            f"'{type(learner.model.module).__name__}'",
+            f"on the same {keys.split} task gives another result the second time",
+            differs,
+            "draw random numbers by torch.nn.Dropout (metadist keys it) or from context.key, and keep nothing from one "
+            "call to the next",
+        )
+
+
+def try_trials(learner: Learner, seed: int) -> None:
+    """Roll out the first trials of a shard and compute their gradient: shapes, finiteness, every parameter.
+
+    ConfigError where the same trials or their gradient differ the second time, or where a trial depends on its batch.
+    """
+    vectors = learner.initial(seed).slots
+    count = min(2, learner.outer.shard_size, learner.outer.meta_batch_size)
+    shard = Shard("check", 0, 0, 0, Rollout(), 0, count, seed, keeps=True)
+    rolled = _rolled(learner, shard, vectors)
+    _check_rollout(learner, shard, vectors, rolled)
     gradient = Gradient((("deviation", 1.0), ("mean", 0.0)))
-    learner.compute(replace(shard, round=1, computation=gradient, keeps=False), vectors, [rolled.output])
+    learning = replace(shard, round=1, computation=gradient, keeps=False)
+
+    def contribution() -> Mapping[str, Tensor]:
+        found = learner.compute(learning, vectors, [rolled.output])
+        assert isinstance(found, Contribution)
+        return {f"the gradient of slot '{name}'": vector for name, vector in found.slots.items()}
+
+    if differs := impurity(contribution):
+        raise ImpureConfigError(
+            f"model or algorithm: '{type(learner.model.module).__name__}'",
+            "has another gradient on the same trials the second time",
+            differs,
+            "draw random numbers from context.keys.stream(name), and keep nothing from one call to the next",
+        )
+
+
+def _rolled(learner: Learner, shard: Shard, vectors: Mapping[str, Tensor]) -> WithOutput:
+    with _own_environment(learner):
+        rolled = learner.compute(shard, vectors)
+    assert isinstance(rolled, WithOutput)
+    return rolled
+
+
+@contextmanager
+def _own_environment(learner: Learner) -> Iterator[None]:
+    """Explain an error of the user's own code."""
+    environment = learner.tasks
+    assert isinstance(environment, MetaEnvironment)
+    try:
+        yield
+    except MetadistError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"environment: '{environment.title}' can't be rolled out: {first_line(error)} "
+            f"({last.filename}:{last.lineno})"
+        ) from error
+
+
+def _check_rollout(learner: Learner, shard: Shard, vectors: Mapping[str, Tensor], rolled: WithOutput) -> None:
+    """Refuse an environment whose trials differ when they are rolled out again, or in another batch."""
+    environment = learner.tasks
+    assert isinstance(environment, MetaEnvironment)
+    name = f"environment: '{environment.title}'"
+    if rolled.result.tasks < shard.count:  # a simulator failed: environment.on_error leaves trials out
+        return
+    again = partial(_rolled, learner, shard, vectors)
+    if differs := impurity(lambda: _environment_first(again()), _environment_first(rolled), SALTS[:1]):
+        raise ImpureConfigError(
+            name,
+            "gives another trial when the same one is rolled out again",
+            differs,
+            "draw from the key and the noise alone (a simulator: from its np_random, which reset(seed=…) seeds), and "
+            "clear everything in reset(), running averages of wrappers too",
+        )
+    keys = TaskKey.of(shard.seed, "train", 0, list(range(2)))
+    with _own_environment(learner):
+        among = journey(environment, keys)
+        alone = journey(environment, replace(keys, tasks=keys.tasks[1:]))
+    if differs := difference({n: v[1:] for n, v in among.items()}, alone, ROUNDING):
+        raise ImpureConfigError(
+            name,
+            "gives another episode in another batch",
+            f"among two tasks and alone, {differs}",
+            "compute every row from its own task, state, action and noise",
+        )
+
+
+def _environment_first(rolled: WithOutput) -> dict[str, Tensor]:
+    """Return the columns of trials, the environment's before the policy's: a difference is told by its cause."""
+    columns = rolled.output.columns
+    return {n: columns[n] for n in sorted(columns, key=lambda n: n not in ("observation", "reward"))}
 
 
 def _check_participation(learner: Subject, state: State, task: Task) -> None:

@@ -31,7 +31,7 @@ from metadist.engine.functions import TensorCall, directly
 from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
 from metadist.learners.base import Learner, Surround
-from metadist.learners.dry_run import try_tasks
+from metadist.learners.dry_run import task_hashes, try_tasks, try_twice
 from metadist.learners.dry_run_paths import try_paths
 from metadist.learners.evaluation import Evaluation, score_tasks
 from metadist.learners.signature import describe, describe_earlier
@@ -125,6 +125,10 @@ class FewShotLearner(Learner):
                 # A whole shard, whose tasks may be padded; the losses and metrics are the user's own code.
                 keys = TaskKey.of(seed, split, 0, range(min(self.outer.shard_size, self.outer.meta_batch_size)))
                 self.evaluate(theta, keys, 0, at_most_one_step(self.algorithm).inner_steps)
+        try_twice(self, seed)
+
+    def sampled_hashes(self, seed: int) -> dict[str, str]:
+        return task_hashes(self, seed)
 
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
         return plan_shards(self, request, device, sharing)

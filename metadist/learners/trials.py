@@ -23,7 +23,7 @@ from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, R
 from metadist.core.state import Contribution, Records, State
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_eager
 from metadist.learners.base import Learner
-from metadist.learners.dry_run import try_trials
+from metadist.learners.dry_run import trial_hashes, try_trials
 from metadist.learners.evaluation import TrialEvaluation, counted_trials, summary_of, with_task_list
 from metadist.rl.algorithm import EPISODES_SHOWN, Theta, TrialAlgorithm, TrialContext
 from metadist.rl.environment import MetaEnvironment
@@ -175,6 +175,9 @@ class TrialLearner(Learner):
 
     def dry_run(self, seed: int) -> None:
         try_trials(self, seed)
+
+    def sampled_hashes(self, seed: int) -> dict[str, str]:
+        return trial_hashes(self, seed)
 
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
         return plan_eager(request, device)

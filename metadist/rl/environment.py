@@ -84,6 +84,11 @@ class MetaEnvironment:
         return ()
 
     @property
+    def title(self) -> str:
+        """Return the environment's name in messages."""
+        return type(self).__name__
+
+    @property
     def observation_size(self) -> int:
         raise NotImplementedError
 

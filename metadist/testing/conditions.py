@@ -1,28 +1,11 @@
-"""The conditions of a check: one thread, as in a worker, and other states of the global random generators."""
+"""The conditions of a check: one thread, as in a worker."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
-
-
-@contextmanager
-def other_generators(salt: int) -> Iterator[None]:
-    """Seed the global generators of ``random``, NumPy and PyTorch with ``salt``; restore their states afterwards."""
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(salt)
-        np.random.seed(salt)
-        torch.manual_seed(salt)
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
 
 
 @contextmanager

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metadist.core.differences import difference
 from metadist.core.model import Model
 from metadist.core.random import SPLITS, TaskKey
+from metadist.learners.purity import impurity, other_generators
 from metadist.models import Reactive
+from metadist.rl import journey as rl_journey
 from metadist.rl.environment import Continuous, Discrete, MetaEnvironment, Step
 from metadist.rl.policy import Policy
 from metadist.rl.trial import EPISODE_END, TRIAL_END, VALID, rollout
-from metadist.testing import elsewhere, round_trips
-from metadist.testing.conditions import one_thread, other_generators
-from metadist.testing.differences import difference
+from metadist.testing import round_trips
+from metadist.testing.conditions import one_thread
 from metadist.testing.failures import ImpureError, InexactError, SameTasksError, ShapeError, usable
+from metadist.workers import elsewhere
 
-COUNT, STEPS = 6, 12
+COUNT = rl_journey.ROWS
 PURE = (
     "draw random numbers from keys and noise alone; change neither the state that step() is given nor the environment"
 )
@@ -31,33 +34,23 @@ def keyed(split: str = "train", *, seed: int = 0, meta_step: int = 2, tasks: Seq
     return TaskKey.of(seed, split, meta_step, list(tasks))
 
 
-def actions_of(environment: MetaEnvironment, rows: Sequence[int], t: int) -> Tensor:
-    """Return the actions of step ``t``, which depend on the row alone; some continuous ones are out of range."""
-    generator, actions = torch.Generator().manual_seed(t), environment.actions
-    if isinstance(actions, Discrete):
-        return torch.randint(actions.count, (COUNT,), generator=generator)[list(rows)]
-    return (torch.rand(COUNT, actions.size, generator=generator) * 3 - 1.5)[list(rows)]
-
-
 def journey(environment: MetaEnvironment, key: TaskKey, steps: int | None = None) -> dict[str, Tensor]:
-    """Return tasks, observations, rewards and ends of one episode, by name, one row for each task."""
-    rows = key.tasks.tolist()
-    steps = min(STEPS, environment.horizon) if steps is None else steps
-    noise = key.stream("environment").uniform(max(steps, 1), max(environment.step_noise, 1))[
-        ..., : environment.step_noise
-    ]
-    starting = key.stream("reset").uniform(max(environment.reset_noise, 1))[:, : environment.reset_noise]
-    tasks = environment.sample(key)
-    state, observation = environment.reset(tasks, starting)
-    found = {**{f"task '{n}'": t for n, t in tasks.items()}, "the first observation": observation}
-    for t in range(steps):
+    """Return tasks, observations, rewards and ends of one episode, by name, one row for each task.
+
+    Checks that every step returns a Step and leaves the state that it is given unchanged.
+    """
+
+    def watch(number: int, state: object, step: Callable[[], Step]) -> Step:
         before = _copied(state)
-        step = environment.step(tasks, state, actions_of(environment, rows, t), noise[:, t])
+        taken = step()
         if before is not None and (differs := difference(before, _copied(state) or {})):
             raise ImpureError(environment, "step() leaves the state that it is given unchanged", differs, PURE)
-        found |= _seen(environment, step, t + 1)
-        state = step.state
-    return found
+        if not isinstance(taken, Step):
+            values = f"it returns {type(taken).__name__}"
+            raise ShapeError(environment, "step() returns a Step", values, "return Step(…)")
+        return taken
+
+    return rl_journey.journey(environment, key, steps, watch)
 
 
 def _copied(state: object) -> dict[str, Tensor] | None:
@@ -66,17 +59,6 @@ def _copied(state: object) -> dict[str, Tensor] | None:
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
         return None
     return {f"tensor {i} of the state": leaf.clone() for i, leaf in enumerate(leaves)}
-
-
-def _seen(environment: MetaEnvironment, step: Step, t: int) -> dict[str, Tensor]:
-    if not isinstance(step, Step):
-        raise ShapeError(environment, "step() returns a Step", f"it returns {type(step).__name__}", "return Step(…)")
-    found = {
-        f"the observation after step {t}": step.observation,
-        f"the reward of step {t}": step.reward,
-        f"the end of step {t}": step.terminated,
-    }
-    return found | {f"'{name}' measured in step {t}": value for name, value in step.measured.items()}
 
 
 def shapes(environment: MetaEnvironment) -> None:
@@ -112,12 +94,8 @@ def _is(value: Tensor, dtype: torch.dtype, *shape: int) -> bool:
 def pure(environment: MetaEnvironment) -> None:
     """Check that the same key and noise give the same episode under any state of the global random generators."""
     for split in SPLITS:
-        first = journey(environment, keyed(split))
-        for salt in (1, 2):
-            with other_generators(salt):
-                second = journey(environment, keyed(split))
-            if differs := difference(first, second):
-                raise ImpureError(environment, f"the same key and noise give the same {split} episode", differs, PURE)
+        if differs := impurity(lambda split=split: journey(environment, keyed(split))):  # type: ignore[misc]
+            raise ImpureError(environment, f"the same key and noise give the same {split} episode", differs, PURE)
 
 
 def same_in_any_batch(environment: MetaEnvironment) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from metadist.core.errors import MetadistError, first_line
 from metadist.learners.base import Learner
+from metadist.learners.purity import ImpureConfigError
 
 #: characters of an object's repr that a message shows
 SHOWN = 120
@@ -66,11 +67,14 @@ def title(subject: object) -> str:
 
 @contextmanager
 def usable(subject: object, property: str, remedy: str = "") -> Iterator[None]:
-    """Turn an error of the user's own code into UnusableError; PropertyErrors pass."""
+    """Turn an error of the user's own code into UnusableError, and the dry run's finding of an impure value into
+    ImpureError; PropertyErrors pass."""
     try:
         yield
     except PropertyError:
         raise
+    except ImpureConfigError as error:
+        raise ImpureError(subject, property, f"it {error.property}: {error.values}", error.remedy) from error
     except MetadistError as error:
         remedy = remedy or "change it as the message says"
         raise UnusableError(subject, property, f"metadist refuses it ({first_line(error)})", remedy) from error

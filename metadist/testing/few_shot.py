@@ -11,13 +11,13 @@ from torch.utils import _pytree as pytree
 
 from metadist.core.algorithm import TaskContext, with_inner_steps
 from metadist.core.computation import Evaluate
+from metadist.core.differences import apart_by, difference, not_finite
 from metadist.core.model import Model
 from metadist.core.round import Shard
 from metadist.core.state import Contribution, Records, TreeSum
 from metadist.learners.few_shot import FewShotLearner
+from metadist.learners.purity import other_generators
 from metadist.testing import round_trips
-from metadist.testing.conditions import other_generators
-from metadist.testing.differences import apart_by, difference, not_finite
 from metadist.testing.failures import ImpureError, InexactError, ShapeError, WrongGradientError, usable
 from metadist.testing.gradients import ROUNDING, check_autograd, check_finite_differences, is_exact
 from metadist.testing.running import META_BATCH, META_STEP, OUTER, evaluated, general_position, in_float64, keys, shards

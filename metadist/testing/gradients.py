@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metadist.core.algorithm import Phi, TaskContext, Theta
+from metadist.core.differences import apart_by
 from metadist.core.inner_loop import InnerLoop
 from metadist.core.model import BoundModel
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey, seeded
 from metadist.core.task import Task
 from metadist.learners.few_shot import FewShotLearner
-from metadist.testing.differences import apart_by
 from metadist.testing.failures import WrongGradientError
 from metadist.testing.running import META_STEP, general_position, in_float64, keys
 

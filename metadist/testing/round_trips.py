@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import torch
 
 from metadist.config.schema import as_plain, settings
+from metadist.core.differences import difference
 from metadist.core.errors import ConfigError, first_line
 from metadist.core.round import Shard
 from metadist.core.state import Contribution, Records, State
 from metadist.learners.base import Learner
 from metadist.storage.checkpoints import Checkpoints
-from metadist.testing.differences import difference
 from metadist.testing.failures import RoundTripError, ShapeError, usable
 from metadist.wire import ResultHeader, ThetaHeader, decode_result, decode_theta, result_parts, theta_parts
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metadist.core.differences import by_name, difference, not_finite
 from metadist.core.random import SPLITS, TaskKey, seeded
 from metadist.core.task import Examples, Task, TaskFamily
-from metadist.testing import elsewhere, round_trips
-from metadist.testing.conditions import one_thread, other_generators
-from metadist.testing.differences import by_name, difference, not_finite
+from metadist.learners.purity import FROM_KEY, differs_by_shard, impurity, other_generators, rows_of
+from metadist.testing import round_trips
+from metadist.testing.conditions import one_thread
 from metadist.testing.failures import (
     ImpureError,
     InexactError,
@@ -25,11 +26,9 @@ from metadist.testing.failures import (
     ShapeError,
     usable,
 )
+from metadist.workers import elsewhere
 
 COUNT = 6
-FROM_KEY = (
-    "draw from keys.stream(name), or from key.generator() for one task; never from torch, numpy, random, time or hash()"
-)
 
 
 def sampled(family: TaskFamily, split: str, *, seed: int = 0, meta_step: int = 2, tasks: Sequence[int] = ()) -> Task:
@@ -117,44 +116,28 @@ def disjoint(family: TaskFamily, split: str) -> None:
 
 def pure(family: TaskFamily, split: str) -> None:
     """Check that the same key gives the same tasks under any state of the global random generators."""
-    first = by_name(sampled(family, split))
-    for salt in (1, 2):
-        with other_generators(salt):
-            second = by_name(sampled(family, split))
-        if differs := difference(first, second):
-            raise ImpureError(family, f"the same key gives the same {split} tasks", differs, FROM_KEY)
+    if differs := impurity(lambda: by_name(sampled(family, split))):
+        raise ImpureError(family, f"the same key gives the same {split} tasks", differs, FROM_KEY)
 
 
 def same_in_any_shard(family: TaskFamily, split: str) -> None:
     """Check that a task has the same bits alone and among others."""
-    among = sampled(family, split)
-    for some in ([0], [4], [3, 4, 5], [5, 1]):
-        there = sampled(family, split, tasks=some)
-        for row, index in enumerate(some):
-            differs = difference(_rows(among, index), _rows(there, row))
-            if differs:
-                raise InexactError(
-                    family,
-                    f"{split} task {index} is the same in any shard",
-                    f"among tasks 0…{COUNT - 1} and among {some} {differs}",
-                    "compute every task from its own key; use no statistics of the batch, and float64 for sums",
-                )
-
-
-def _rows(task: Task, index: int) -> dict[str, Tensor]:
-    """Return the real rows of one task of a stack; the padding depends on the shard."""
-    found = dict[str, Tensor]()
-    for name, e in (("support", task.support), ("query", task.query)):
-        real = slice(None) if e.mask is None else e.mask[index].bool()
-        found |= {f"{name}.x": e.x[index][real], f"{name}.y": e.y[index][real]}
-    return found
+    others = ([0], [4], [3, 4, 5], [5, 1])
+    found = differs_by_shard(lambda some: sampled(family, split, tasks=some), sampled(family, split), others)
+    if found is not None:
+        raise InexactError(
+            family,
+            f"{split} task {found[0]} is the same in any shard",
+            found[1],
+            "compute every task from its own key; use no statistics of the batch, and float64 for sums",
+        )
 
 
 def distinct(family: TaskFamily, split: str) -> None:
     """Check that tasks differ by index, by seed and, in training, by meta-step."""
     whole = sampled(family, split)
-    first = _rows(whole, 0)
-    if not any(difference(first, _rows(whole, i)) for i in range(1, COUNT)):
+    first = rows_of(whole, 0)
+    if not any(difference(first, rows_of(whole, i)) for i in range(1, COUNT)):
         raise SameTasksError(family, "tasks differ by index", f"{split} tasks 0…{COUNT - 1} are all the same", FROM_KEY)
     others = {"seed": sampled(family, split, seed=1)}
     if split == "train":
@@ -218,7 +201,7 @@ def agrees_with_sample_task(family: TaskFamily, split: str) -> None:
     key = TaskKey.of(0, split, 2, list(range(COUNT)))
     with usable(family, "sample_task() gives one task"):
         alone = family.sample_task(key.each()[4], split)
-    if differs := difference(_rows(sampled(family, split), 4), _rows(pytree.tree_map(lambda t: t[None], alone), 0)):
+    if differs := difference(rows_of(sampled(family, split), 4), rows_of(pytree.tree_map(lambda t: t[None], alone), 0)):
         raise InexactError(family, "sample_task() and sample() give the same tasks", differs, "share their code")
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from metadist.core.computation import Evaluate, Gradient, Rollout
+from metadist.core.differences import apart_by, difference, not_finite
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.round import Shard, WithOutput
 from metadist.core.state import Contribution, Records, State
+from metadist.learners.purity import other_generators
 from metadist.learners.trials import TrialLearner
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
 from metadist.testing import round_trips
-from metadist.testing.conditions import other_generators
-from metadist.testing.differences import apart_by, difference, not_finite
 from metadist.testing.failures import ImpureError, InexactError, ShapeError, usable
 from metadist.testing.running import KEY, META_BATCH, RUN, Done, evaluated, meta_step
 

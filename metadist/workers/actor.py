@@ -25,6 +25,7 @@ from metadist.wire.codec import (
 )
 from metadist.wire.error_feedback import ErrorFeedback
 from metadist.workers.calls import Call, MissingError
+from metadist.workers.copies import code_here
 from metadist.workers.worker import Worker
 
 
@@ -33,7 +34,7 @@ class ActorSettings:
     """Name, role and resources of one worker.
 
     ``places`` are environment variables (``METADIST_DATA``, …) that apply where the worker's machine does not set its
-    own.
+    own. ``modules`` are those that the config names; the worker reports the hashes of its copies.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ActorSettings:
     gpus: float = 0.0
     threads: int = 1
     places: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
 
 
 class Actor:
@@ -68,11 +70,12 @@ class Actor:
         self._outputs: dict[int, Records] = {}
         self._meta_step = -1
         self._feedback = ErrorFeedback(self._learner.slots)
-        return {"role": settings.role, "describes": self._worker.describe(), **self._worker.about()}
+        self._copies = {"modules": code_here(settings.modules), "data_sha256": self._learner.data_sha256}
+        return {"role": settings.role, "describes": self._worker.describe(), **self._worker.about(), **self._copies}
 
     def configure(self, engine: Engine, seed: int) -> dict[str, Any]:
         """Compute with ``engine``, and return the facts about this worker then."""
-        return {"role": self._settings.role, **self._worker.configure(engine, seed)}
+        return {"role": self._settings.role, **self._worker.configure(engine, seed), **self._copies}
 
     def compute(self, call: Call, theta: list[pa.Buffer] | None, *outputs: list[pa.Buffer] | None) -> Any:
         """Compute the shard of ``call``, and return the frame of its result in parts.

@@ -33,9 +33,10 @@ class Numerics:
     def refusal(self, name: str, host: str, role: str, fingerprint: dict[str, Any]) -> str | None:
         """Return why this worker can't take part in the run, or None."""
         first = self.expected.setdefault(role, fingerprint)
-        if fingerprint["id"] == first["id"]:
+        if not (differing := _differing(first, fingerprint)):
+            # A fingerprint of version 0.1 states fewer facts: from now on those of the first worker count.
+            self.expected[role] = {**first, **fingerprint}
             return None
-        differing = {k: (first.get(k), v) for k, v in fingerprint.items() if k != "id" and first.get(k) != v}
         if self.exact:
             return (
                 f"worker {name} on {host} has other numerics than this run's {role}s (expected, found: {differing}); "
@@ -64,6 +65,23 @@ class Numerics:
             if about["role"] == "learner" and other is not None and other["id"] != about["fingerprint"]["id"]:
                 there[name] = {**about, "fingerprint": {**about["fingerprint"], "environment": other}}
         return there
+
+
+#: facts that fingerprints of version 0.1 lack although they had a value: it is unknown and not compared
+UNSTATED = ("compiler",)
+
+
+def _differing(first: dict[str, Any], fingerprint: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the facts in which two fingerprints differ: name → (expected, found), None where one does not state it."""
+    if first["id"] == fingerprint["id"]:
+        return {}
+    names = [
+        k for k in {**fingerprint, **first} if k not in ("id", "environment") and (k in first or k not in UNSTATED)
+    ]
+    found = {k: (first.get(k), fingerprint.get(k)) for k in names if first.get(k) != fingerprint.get(k)}
+    if not found and all(k in first for k in UNSTATED if k in fingerprint):
+        return {"id": (first["id"], fingerprint["id"])}
+    return found
 
 
 def expected_by_role(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import json
 import math
 import os
 import platform
@@ -27,6 +25,7 @@ from metadist.core.state import Contribution, Records, TreeSum
 from metadist.core.stopwatch import timing
 from metadist.engine.plan import Device
 from metadist.learners.base import Learner
+from metadist.workers.fingerprint import DETERMINISTIC_CUBLAS, numerics_fingerprint
 from metadist.workers.plan import device_facts, why_not_compiled
 
 
@@ -39,47 +38,6 @@ def resolve_device(wanted: str, gpus: float) -> torch.device:
             f"engine.device: '{wanted}', but PyTorch {torch.__version__} sees no GPU here; use cpu or auto"
         )
     return torch.device(wanted)
-
-
-def numerics_fingerprint(
-    device: torch.device, threads: int, dtype: torch.dtype, engine: Engine = Engine()
-) -> dict[str, Any]:
-    """Return the facts that must be equal for two workers to compute the same bits, and their hash under ``id``."""
-    facts: dict[str, Any] = {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "threads": threads,
-        "dtype": str(dtype).removeprefix("torch."),
-        "compile": engine.compile,
-        "differentiation": engine.differentiation
-        if engine.differentiation == "unrolled"
-        else f"mixed, {engine.hessian}",
-        "precision": engine.precision,
-    }
-    if engine.chunk is not None:  # libraries may choose other kernels for other batches
-        facts["chunk"] = engine.chunk
-    return {**facts, "id": fingerprint_id(facts)}
-
-
-def fingerprint_id(facts: Mapping[str, Any]) -> str:
-    """Return a hash of all facts but the ``id``."""
-    return hashlib.sha256(
-        json.dumps({k: v for k, v in facts.items() if k != "id"}, sort_keys=True).encode()
-    ).hexdigest()[:16]
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            facts = dict(line.split(":", 1) for line in lines.read().partition("\n\n")[0].splitlines() if ":" in line)
-    except OSError:
-        return platform.processor() or "cpu"
-    known = {name.strip(): value.strip() for name, value in facts.items()}
-    # Virtual machines give generations of processors one name.
-    numbers = "/".join(known.get(name, "?") for name in ("cpu family", "model", "stepping"))
-    return f"{known.get('model name', platform.machine())} {numbers}"
 
 
 class Worker:
@@ -95,7 +53,7 @@ class Worker:
         self.device = resolve_device(device, gpus)
         if self.device.type == "cuda":
             # cuBLAS reads it when it starts; its kernels are deterministic only with such a workspace.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", DETERMINISTIC_CUBLAS)
             torch.cuda.set_device(self.device)
         learner.prepare(self.device)
         self.fingerprint = numerics_fingerprint(self.device, threads, learner.model.dtype)

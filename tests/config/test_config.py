@@ -406,6 +406,7 @@ MINE = """
 """
 
 
+@pytest.mark.lane("services")  # one's own tasks are sampled in another process too
 @pytest.mark.parametrize(
     ("changes", "width"),
     [

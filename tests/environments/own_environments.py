@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import random
+
 import gymnasium
 import numpy as np
 from gymnasium import spaces
@@ -50,6 +52,19 @@ class Leaky(Point):
         self.steps += 1
         observation, reward, *rest = super().step(action)
         return observation, reward - self.steps, *rest
+
+
+class Gambling(Point):
+    """Rewards come from Python's own generator."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, reward + random.random(), *rest
+
+
+def normalised():
+    """A wrapper whose running averages outlive the episode."""
+    return gymnasium.wrappers.NormalizeObservation(Point())
 
 
 class Bad(Point):

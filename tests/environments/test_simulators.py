@@ -122,6 +122,13 @@ def test_simulators_serve_one_trial_after_another(name, pure):
     assert torch.equal(first, journey(environment(name, horizon=100), KEYS, actions))
 
 
+@pytest.mark.parametrize(("name", "source"), [("Leaky", "kept"), ("normalised", "kept"), ("Gambling", "of random")])
+def test_the_dry_run_refuses_environments_that_remember_or_gamble(name, source):
+    subject(environment("Point")).dry_run(0)
+    with pytest.raises(ConfigError, match=f"'own_environments:{name}' gives another trial .*{source}"):
+        subject(environment(name)).dry_run(0)
+
+
 def test_simulators_stay_at_home():
     found = environment("Point")
     played(found, KEYS)

@@ -24,7 +24,7 @@ from metadist.experiment.judging import EvaluationOptions
 from metadist.experiment.load import load_run
 from metadist.serving.load import open_model
 from metadist.storage.checkpoints import load_parameters
-from metadist.workers.worker import numerics_fingerprint
+from metadist.workers.fingerprint import numerics_fingerprint
 
 FOLDER = Path(__file__).parents[1] / "data" / "version_0_1"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())

@@ -68,6 +68,24 @@ def test_counts_that_make_no_sense_are_refused(workers):
         counts(workers)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--workers", "0"], "--workers 0: a single run is compared with nothing; give two or more"),
+        (["--workers", "2", "--kill", "1"], "--workers 2: a single run is compared with nothing"),
+        (["--workers", "1,01"], "--workers 1,01: two runs have the same workers"),
+        (["--workers", "2,learners=2"], "two runs have the same workers"),
+        (["--workers", "0,learners=0"], "two runs have the same workers"),
+        (["--workers", "0", "--kill", "2"], "--kill 2: --workers 0 has no workers, so nobody would be killed"),
+        (["--workers", "0,learners=0", "--kill", "1"], "--kill 1: --workers 0,learners=0 has no workers"),
+    ],
+)
+def test_a_comparison_with_nothing_and_a_kill_of_nobody_are_refused(tmp_path, options, expected):
+    result = verify(tiny.write(tmp_path, *SHORT), *options)
+    assert result.exit_code == 2, result.output
+    assert expected in " ".join(result.stderr.split()), result.output
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_kill_at_every_meta_step(cluster, tmp_path):

@@ -32,6 +32,7 @@ def made(uri, tmp_path) -> Tracker:
 # Names of plug-ins in a config ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.lane("services")  # tasks of a plug-in are sampled in another process too
 def test_a_config_of_plug_ins_alone_is_trained(plugins, tmp_path):
     document = tiny.document("outer.meta_steps=2", "tasks.name=waves", "tracking.uri=lines://points.txt")
     document["algorithm"], document["model"] = {"name": "slow"}, {"name": "narrow", "width": 5}

@@ -8,11 +8,11 @@ import pytest
 from trials import Chance, learner, train
 
 from metadist.algorithms import ALGORITHMS
+from metadist.core.differences import difference
 from metadist.core.errors import ConfigError
 from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.models.reactive import Reactive
 from metadist.rl.algorithm import PolicySearch, TrialAlgorithm
-from metadist.testing.differences import difference
 from metadist.testing.running import compute_round, meta_step
 
 SMALL = {"epochs": 1, "minibatches": 1, "rollouts_per_task": 3, "cg_steps": 2, "backtracks": 2}

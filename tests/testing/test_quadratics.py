@@ -9,10 +9,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metadist import ANIL, MAML, Learner, MetaSGD, Model, OuterLoop, Reptile
+from metadist.core.differences import relative_error
 from metadist.core.engine import Engine
 from metadist.core.random import TaskKey
 from metadist.testing import quadratics
-from metadist.testing.differences import relative_error
 
 FAMILY = quadratics.Quadratics(dimension=4, rows=7)
 KEYS = TaskKey.of(3, "train", 5, range(5))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
+import torch
 
 from metadist.config.groups import WorkerGroup
+from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.experiment.fleet import WorkerReports, start_workers
+from metadist.workers.fingerprint import fingerprint_id, numerics_fingerprint
 from metadist.workers.numerics import Numerics
 
 LEARNER, ENVIRONMENT = WorkerGroup(), WorkerGroup(role="environment")
@@ -90,3 +100,110 @@ def test_a_run_in_this_process_obeys_the_same_decision():
         pass
     assert all("not 1.0.0" in mark for mark in marks)
     assert [mark.partition(" on ")[0] for mark in marks] == ["learner", "environment"]
+
+
+# Facts ----------------------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+MANIFEST = Path(__file__).parents[1] / "data/version_0_1/sinusoid/checkpoints/step-00000004/manifest.json"
+
+
+def facts(**engine):
+    return numerics_fingerprint(CPU, 1, torch.float32, Engine(**engine))
+
+
+def test_fingerprints_of_version_0_1_stay_valid():
+    stored = json.loads(MANIFEST.read_text())["run"]["fingerprint"]
+    assert stored["id"] == fingerprint_id(stored)
+    assert facts().keys() == stored.keys(), "nothing that is as it was then has a name"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MKL_CBWR", "COMPATIBLE"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2"),
+        ("DNNL_DEFAULT_FPMATH_MODE", "BF16"),
+        ("OPENBLAS_CORETYPE", "Haswell"),
+        ("CUBLAS_WORKSPACE_CONFIG", ":16:8"),
+    ],
+)
+def test_settings_of_the_mathematical_libraries_are_facts(monkeypatch, name, value):
+    before = facts()
+    monkeypatch.setenv(name, value)
+    after = facts()
+    assert after["settings"] == f"{name}={value}" and after["id"] != before["id"]
+    refusal = Numerics([LEARNER], before).refusal("w", "there", "learner", after)
+    assert f"(expected, found: {{'settings': (None, '{name}={value}')}})" in refusal
+    assert "'settings': (" in Numerics([LEARNER], after).refusal("w", "there", "learner", before), "and the other way"
+
+
+def test_settings_of_this_process_are_facts():
+    before = facts()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert facts()["settings"] == "float32_matmul_precision=medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert facts()["settings"] == "mkldnn=off"
+    assert facts() == before
+
+
+def test_what_every_worker_on_a_gpu_sets_and_settings_of_the_compiler_are_no_facts_of_an_eager_run(monkeypatch):
+    before = facts()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setenv("TORCHINDUCTOR_USE_FAST_MATH", "1")
+    monkeypatch.setenv("MKL_CBWR", "")
+    assert facts() == before
+
+
+def test_the_release_of_our_own_arithmetic_is_a_fact(monkeypatch):
+    before = facts()
+    monkeypatch.setattr("metadist.workers.fingerprint.RELEASE", 2)
+    after = facts()
+    assert after["release"] == 2 and after["id"] != before["id"]
+    assert "{'release': (None, 2)}" in Numerics([LEARNER], before).refusal("w", "there", "learner", after)
+
+
+@pytest.mark.lane("compile")  # asks the compiler for its version
+def test_the_compiler_is_a_fact_where_shards_are_compiled(monkeypatch):
+    assert "compiler" not in facts()
+    monkeypatch.setenv("TORCHINDUCTOR_USE_FAST_MATH", "1")
+    compiled = facts(compile=True)
+    assert re.search(r"\d+\.\d+", compiled["compiler"]) and compiled["settings"] == "TORCHINDUCTOR_USE_FAST_MATH=1"
+
+
+def test_another_compiler_is_refused_and_one_that_version_0_1_did_not_state_is_taken_over():
+    def with_compiler(name):
+        found = {**MINE, "compile": True} | ({"compiler": name} if name else {})
+        return {**found, "id": fingerprint_id(found)}
+
+    numerics = Numerics([LEARNER, ENVIRONMENT], {**with_compiler(None), "environment": OTHER})
+    assert numerics.refusal("w", "there", "learner", with_compiler("g++ 12")) is None
+    assert numerics.refusal("w", "there", "learner", with_compiler("g++ 12")) is None
+    assert "'compiler': ('g++ 12', 'g++ 13')" in numerics.refusal("w", "there", "learner", with_compiler("g++ 13"))
+    assert "environment" in numerics.expected["learner"], "what is known of the run stays"
+
+
+@pytest.mark.lane("services")
+def test_settings_under_which_libraries_compute_other_bits_have_another_id():
+    """A matrix product by MKL in a process of its own: Intel's library gives other bits under MKL_CBWR=COMPATIBLE."""
+    program = """
+import hashlib, torch
+from metadist.workers.fingerprint import numerics_fingerprint
+torch.set_num_threads(1)
+x = torch.randn(257, 511, generator=torch.Generator().manual_seed(0))
+print(hashlib.sha256((x @ x.T).numpy().tobytes()).hexdigest())
+print(numerics_fingerprint(torch.device("cpu"), 1, torch.float32)["id"])
+"""
+
+    def found(**settings):
+        environment = {**os.environ, **settings}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        return done.stdout.split()
+
+    (bits, id), (other_bits, other_id) = found(), found(MKL_CBWR="COMPATIBLE")
+    assert other_id != id
+    if torch.backends.mkl.is_available() and "Intel" in facts()["device"]:
+        assert other_bits != bits

@@ -370,6 +370,49 @@ def test_other_data_are_refused(monkeypatch, patient):
     assert "set METADIST_DATA to the same data" in refused(run, Hand(run), "it has other data")
 
 
+def test_an_older_copy_of_the_users_module_is_refused(tmp_path, monkeypatch, patient):
+    """A worker in a process and folder of its own, with a copy of the module whose sines are another."""
+    (tmp_path / "driver").mkdir()
+    (tmp_path / "node").mkdir()
+    (tmp_path / "driver/copied_sines.py").write_text(COPIED)
+    (tmp_path / "node/copied_sines.py").write_text(COPIED.replace("3.0", "2.0"))
+    monkeypatch.syspath_prepend(str(tmp_path / "driver"))
+    made = document(OUTSIDE)
+    made["tasks"]["name"] = "copied_sines:Copied"
+    run = experiment(made, "engine.worker_patience=1")
+    command = ("worker", "--connect", run.outside.listen, "--trust", "copied_sines")
+    process = tiny.start(*command, folder=tmp_path / "node", OMP_NUM_THREADS="1")
+    with pytest.raises(WorkerError, match="another copy of module 'copied_sines' on .* than the driver on "):
+        train(run)
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "copy the driver's file there" in " ".join(err.split())
+
+
+COPIED = """
+from dataclasses import dataclass
+from metadist import Sinusoid
+
+@dataclass(frozen=True, kw_only=True)
+class Copied(Sinusoid):
+    phase: tuple[float, float] = (0.0, 3.0)
+"""
+
+
+def test_an_older_copy_of_metadist_is_refused(monkeypatch, patient):
+    """The version is the same, and the code is not."""
+
+    class Older(Runner):
+        def start(self, terms):
+            device, about = super().start(terms)
+            return device, {**about, "modules": {**about["modules"], "metadist": "0" * 64}}
+
+    monkeypatch.setattr("metadist.workers.remote.runner.Runner", Older)
+    run = experiment(document(OUTSIDE), "engine.worker_patience=1")
+    message = refused(run, Hand(run), "another copy of module 'metadist'")
+    assert "install the driver's version on every machine" in message
+
+
 def test_a_role_that_is_not_wanted_and_one_that_does_not_exist(patient):
     run = experiment(document(OUTSIDE), "engine.worker_patience=1")
     assert "it takes --role learner" in refused(run, Hand(run, role="environment"), "takes no environment")
@@ -384,7 +427,7 @@ class Other(Runner):
     """Computes what is right, and calls itself another processor."""
 
     def configure(self, order):
-        from metadist.workers.worker import fingerprint_id
+        from metadist.workers.fingerprint import fingerprint_id
 
         about = super().configure(order)
         facts = {**about["fingerprint"], "device": "a processor of yore"}

@@ -22,8 +22,9 @@ from metadist.engine.compiled import Compiled
 from metadist.engine.plan import Device
 from metadist.learners import FewShotLearner
 from metadist.models import MLP, Conv4
+from metadist.workers.fingerprint import numerics_fingerprint
 from metadist.workers.plan import device_facts, recorded_engine, sharing
-from metadist.workers.worker import Worker, numerics_fingerprint
+from metadist.workers.worker import Worker
 
 GIB = 2**30
 LONG, SHORT = (OuterLoop(meta_batch_size=8, shard_size=8, meta_steps=n) for n in (10**6, 10))

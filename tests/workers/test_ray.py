@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from metadist.config.groups import WorkerGroup
+from metadist.config.modules import code_hashes
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.round import EvaluationRequest, MetaStepKey, run_rounds
 from metadist.learners.few_shot import FewShotLearner
@@ -319,6 +320,17 @@ def test_another_fingerprint_than_the_runs_is_refused(cluster, mischief, actors)
         executor(mischief[0], WorkerGroup(gpus=0), expected=other)
     refused = executor(mischief[0], WorkerGroup(gpus=0), expected=mine)
     refused.close()
+
+
+def test_another_copy_of_the_users_module_is_refused(cluster, mischief):
+    code = code_hashes(["families"])
+    assert list(code) == ["families"]
+    match = (
+        r"worker learner-\d+ has another copy of module 'families' on .* than the driver on .*; copy the driver's file"
+    )
+    with pytest.raises(WorkerError, match=match):
+        executor(mischief[0], WorkerGroup(gpus=0), modules=("families",), code={"families": "0" * 64})
+    executor(mischief[0], WorkerGroup(gpus=0), modules=("families",), code=code).close()
 
 
 @pytest.mark.long

@@ -26,6 +26,7 @@ from metadist.engine.plan import Device, Plan
 from metadist.learners.base import Learner
 from metadist.workers.actor import Actor, ActorSettings
 from metadist.workers.calls import Call, Settled
+from metadist.workers.copies import refusal_of_copies
 from metadist.workers.numerics import Numerics
 from metadist.workers.plan import Planner, planned_without_compiler
 from metadist.workers.ray.cluster import connect, shared_gpus, short
@@ -127,7 +128,7 @@ class ActorPool:
         given = {n: os.environ[n] for n in ("METADIST_DATA", "METADIST_CACHE") if os.environ.get(n)}
         places = {n: where if "://" in where else os.path.abspath(where) for n, where in given.items()}
         device = self._settings.device if learns or gpus else "cpu"
-        settings = ActorSettings(name, group.role, device, gpus, group.threads, places)
+        settings = ActorSettings(name, group.role, device, gpus, group.threads, places, self._settings.modules)
         handle: Any = ray.remote(**options)(Actor).remote(self._learner_ref, settings)
         self.members[name] = Member(name, group, handle, handle.start.remote(), extra=extra)
 
@@ -237,10 +238,8 @@ class ActorPool:
         self._failed_starts = 0
         if about["compile_seconds"]:
             self._settings.note(f"{member.name} compiled in {about['compile_seconds']:.1f} s")
-        mine, theirs = self._learner.data_sha256, about["data_sha256"]
-        if mine and theirs and theirs != mine:
-            data = f"sha256 {theirs[:12]}…, the driver {mine[:12]}…"
-            raise WorkerError(f"worker {member.name} on {about['host']} has other data: {data}")
+        if refusal := refusal_of_copies(self._learner, self._settings.code, about["host"], about):
+            raise WorkerError(f"worker {member.name} {refusal}")
         refusal = self._numerics.refusal(member.name, about["host"], member.group.role, about["fingerprint"])
         if refusal:
             raise WorkerError(refusal)

@@ -17,7 +17,7 @@ from metadist.workers.remote.messages import Applicant, Computed, Configure, Fai
 
 CHUNK_BYTES = 1 << 20
 #: limits on the facts about a device or a worker, on messages for people, and on tracebacks
-FACTS_CHARACTERS, MESSAGE_CHARACTERS, DETAIL_CHARACTERS = 16 << 10, 2000, 20_000
+FACTS_CHARACTERS, MESSAGE_CHARACTERS, DETAIL_CHARACTERS = 128 << 10, 2000, 20_000
 
 _SHARD = (
     "run",

@@ -21,6 +21,8 @@ from metadist.training.scheduler import fault_of
 from metadist.wire.codec import RejectedError, ThetaHeader, decode_output, decode_result, theta_parts
 from metadist.wire.frame import join
 from metadist.workers.calls import Call, Content
+from metadist.workers.copies import refusal_of_copies
+from metadist.workers.fingerprint import fingerprint_id
 from metadist.workers.kept_outputs import KeepingExecutor, KeptOutput, KeptOutputs
 from metadist.workers.numerics import Numerics
 from metadist.workers.plan import Planner
@@ -28,7 +30,6 @@ from metadist.workers.remote.messages import Computed, Configure, Dismissal, Fai
 from metadist.workers.remote.server import Offer, Server
 from metadist.workers.remote.session import Session
 from metadist.workers.settings import RunSettings
-from metadist.workers.worker import fingerprint_id
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +89,8 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
             self._dismiss(session, f"nothing was heard of it for {self._lease_seconds:g} s", "again")
 
     def _described(self, session: Session, device: dict[str, Any], about: dict[str, Any]) -> None:
-        mine, theirs = self._learner.data_sha256, about.get("data_sha256")
-        if mine != theirs:
-            here, there = (f"sha256 {str(h)[:12]}…" if h else "none" for h in (mine, theirs))
-            reason = f"it has other data ({there}) than the driver ({here}); set METADIST_DATA to the same data"
-            self._refuse(session, reason)
+        if refusal := refusal_of_copies(self._learner, self._settings.code, session.applicant.host, about):
+            self._refuse(session, f"it {refusal}")
             return
         try:
             session.device = _device(device)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from metadist.config.modules import code_modules
+from metadist.config.schema import parse_document
 from metadist.core.errors import MetadistError, NonFiniteError
 from metadist.learners.base import Learner
 from metadist.wire.codec import RejectedError
@@ -36,7 +38,10 @@ class Runner:
         if self._built is None or self._built[0] != terms.config:  # a driver that resumes sends the same config
             self._built = terms.config, self._build(terms.config)
         device = self._device or terms.device
-        self._actor = Actor(self._built[1], ActorSettings(terms.worker, terms.role, device, self._gpus, terms.threads))
+        learner = self._built[1]
+        modules = code_modules(parse_document(terms.config, "the run's config"), learner.tasks, learner.algorithm)
+        settings = ActorSettings(terms.worker, terms.role, device, self._gpus, terms.threads, modules=modules)
+        self._actor = Actor(learner, settings)
         about = self._actor.start()
         return asdict(about.pop("describes")), about
 

@@ -17,9 +17,9 @@ def by_name(task: Task) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> str | None:
+def difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor], rounding: float = 0.0) -> str | None:
     """Return where two sets of tensors differ in a bit, dtype, shape or name; None where they are the same. NaN equals
-    NaN."""
+    NaN. Floating-point values may differ by ``rounding`` times the largest one of their tensor."""
     if first.keys() != second.keys():
         return f"there is {', '.join(sorted(first.keys() ^ second.keys()))} in one of two results only"
     for name, a in first.items():
@@ -27,6 +27,8 @@ def difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> str
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return f"{name} is {a.dtype} {list(a.shape)} in one result and {b.dtype} {list(b.shape)} in the other"
         differs = (a != b) & ~((a != a) & (b != b))
+        if rounding and a.is_floating_point() and a.numel():
+            differs &= ~((a - b).abs() <= rounding * a.abs().nan_to_num().amax())
         if bool(differs.any()):
             index = tuple(differs.nonzero()[0].tolist())
             place = f"[{', '.join(map(str, index))}]" if index else ""
