@@ -99,6 +99,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "a loss": {"loss": "os:system"},
     "a loss that the own module imported": {"loss": "{module}:system"},
     "a metric": {"metric": {"name": "os:system"}},
+    "a task metric": {"task_metrics": ["os:system"]},
     "a metric that is a class": {"metric": "{module}:Acts"},
     "a program": {"tasks": {"name": "idlelib.__main__:main"}},
     "metadist's own functions": {"tasks": {"name": "metadist.api:load", "run_dir": "{folder}"}},
@@ -183,7 +184,7 @@ def cli(*words: object) -> str:
 def test_a_config_calls_only_parts_of_an_experiment(stranger: Stranger, attack: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(stranger.document(ATTACKS[attack]))
-    assert re.match(r"(tasks|model|algorithm)\.name: |loss: |metric: ", str(caught.value))
+    assert re.match(r"(tasks|model|algorithm)\.name: |loss: |metric: |task_metrics: ", str(caught.value))
 
 
 def test_an_environment_is_made_by_own_functions_alone(stranger: Stranger) -> None:

@@ -244,6 +244,20 @@ def test_the_encoding_is_plain_data(path):
     assert json.loads(family.exported()["encoding"])["categories"] == {"sex": ["f", "m"]}
 
 
+def test_test_tasks_are_listed_or_name_their_source(path):
+    """Task i of an evaluation is task i mod 3: each once where its rows never change; else 3 sources."""
+    drawn, fixed = regression(path), regression(path, support="first")
+    assert (drawn.listed_tasks("test"), fixed.listed_tasks("test")) == (None, 3)
+    assert [drawn.sources(key, "test") for key in keys(5).each()] == [0, 1, 2, 0, 1]
+    task, numbers = (
+        drawn.sample(keys(20, "train"), "train"),
+        [drawn.sources(k, "train") for k in keys(20, "train").each()],
+    )
+    rows_of = [sum(r["patient"] == name for r in ROWS) for name in drawn.task_names("train")]
+    found = (task.query.mask.sum(1) + 3).tolist() if task.query.mask is not None else [3 + task.query.y.shape[1]] * 20
+    assert found == [rows_of[number] for number in numbers]
+
+
 def test_a_folder_of_strangers(tmp_path):
     """Hidden copies are no rows, and files that are named after splits are not pooled in silence."""
     data = pa.Table.from_pylist(ROWS)

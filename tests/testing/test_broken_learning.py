@@ -201,7 +201,7 @@ class Growing(MAML):
         (Restless(), ImpureError, "keep nothing from one call to the next"),
         (Cut(), UnusableError, "the loss does not depend on"),
         (Halved(), WrongGradientError, "by finite differences (norm of the contribution"),
-        (Forgetful(), WrongGradientError, "its contributions equal those of ordinary autograd"),
+        (Forgetful(), WrongGradientError, "is the gradient of the loss that it reports"),
         (
             Uphill(),
             WrongGradientError,
