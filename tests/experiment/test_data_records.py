@@ -85,6 +85,7 @@ class Leaky(TaskFamily):
         return Task(Examples(x, y), Examples(x, y))
 
 
+@pytest.mark.lane("services")  # a family of the user's own is sampled in another process too
 def test_splits_that_share_a_class_are_refused():
     with pytest.raises(ConfigError, match="'dog' is in the train split and in the test split of 'Leaky'"):
         metadist.train(tasks=Leaky(), model=lambda: torch.nn.Linear(1, 2), algorithm=metadist.MAML(), workers=0)
