@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from metadist.cli.terminal import clean_errors, say
+from metadist.core.text import show as print  # no call can forget to escape control characters
 
 
 def cache(

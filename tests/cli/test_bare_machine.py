@@ -120,7 +120,7 @@ def place(tmp_path):
 
 
 @pytest.mark.lane("services")
-@pytest.mark.parametrize("home", ["none", "read-only"])
+@pytest.mark.parametrize("home", ["none", pytest.param("read-only", marks=pytest.mark.long)])
 def test_the_train_command(place, tmp_path, home):
     (tmp_path / "home").mkdir(mode=0o755)
     train = [sys.executable, "-m", "metadist", "train", "sinusoid_maml", *SHORT, "--workers", "0", "--run-dir", "run"]

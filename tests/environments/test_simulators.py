@@ -252,6 +252,7 @@ def test_learning_leaves_skipped_trials_out():
         torch.testing.assert_close(value, expected["model"][name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.lane("services")  # an environment of the user's own is tried in another process too
 def test_a_run_goes_on_without_skipped_trials(tmp_path):
     """Shards whose trials were all left out have no weight, in training and in evaluation."""
     document = {

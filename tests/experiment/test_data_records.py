@@ -39,6 +39,7 @@ def network() -> torch.nn.Module:
 @pytest.mark.lane("services")
 def test_splits_and_notes_of_a_run(tmp_path, empty_store, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("METADIST_RUNS", raising=False)
     monkeypatch.setenv("METADIST_CACHE", str(tmp_path / "cache"))
     empty_store(tmp_path / "runs/mlflow.db")
     tasks = ImageFolder(path=str(folder(tmp_path / "set")), image_size=8, n_way=2)

@@ -131,7 +131,7 @@ def program(folder: Path, *arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.lane("services")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_stops_a_program_with_a_checkpoint(tmp_path, empty_store, number):
     empty_store(tmp_path / "runs/mlflow.db")
     process = program(tmp_path, 100000, 4)

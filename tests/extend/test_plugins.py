@@ -79,7 +79,8 @@ def test_our_own_names_cannot_be_shadowed(site, kind, cli):
 
 def test_unknown_names_are_compared_with_those_of_plug_ins(plugins):
     message = refused(tiny.document("tasks={name: wave}"))
-    assert "tasks.name: 'wave' is not one of image_folder, omniglot, sinusoid, waves; did you mean 'waves'?" in message
+    known = "image_folder, omniglot, sinusoid, table_classification, table_regression, waves"
+    assert f"tasks.name: 'wave' is not one of {known}; did you mean 'waves'?" in message
 
 
 # Plug-ins that can't be used ------------------------------------------------------------------------------------------

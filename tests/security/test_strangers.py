@@ -412,7 +412,7 @@ def test_no_module_reads_code_as_data() -> None:
     known = {
         ("environments/meta_world.py", "pickle.loads"),  # made by Meta-World in this process
         ("storage/torch_files.py", "torch.load"),  # weights_only=True
-        ("testing/elsewhere.py", "pickle.loads"),  # of a process that this one started
+        ("workers/elsewhere.py", "pickle.loads"),  # of a process that this one started
         ("testing/round_trips.py", "cloudpickle.loads"),  # made by this process
     }
     found = set()

@@ -66,7 +66,10 @@ def outcome(cxx, cache):
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("script", "why"),
-    [(None, "No working C++ compiler found"), (NO_HEADERS, "fatal error: Python.h: No such file or directory")],
+    [
+        (None, "No working C++ compiler found"),
+        pytest.param(NO_HEADERS, "fatal error: Python.h: No such file or directory", marks=pytest.mark.long),
+    ],
 )
 def test_auto_falls_back_and_always_refuses(script, why, tmp_path):
     cxx = "/bin/false"
