@@ -30,8 +30,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 PAGES = [page for page in PAGES if page != "docs/extend.md"]
 LINKED = [*PAGES, "CHANGELOG.md", *(f"docs/decisions/{p.name}" for p in sorted((ROOT / "docs/decisions").glob("*.md")))]
-#: pages whose commands run in `make test-long` only
-LONG = {"CONTRIBUTING.md"}
+#: pages whose commands run in `make test-long` only; tests/experiment/test_verify.py runs the same with a tiny config
+LONG = {"CONTRIBUTING.md", "docs/verify.md"}
 SHORT = [
     "outer.meta_steps=4",
     "evaluate.every=2",

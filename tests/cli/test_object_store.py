@@ -61,6 +61,7 @@ def test_a_driver_dies_and_another_goes_on(bucket, tmp_path):
     assert load_run(run).params_sha256 == whole.params_sha256
 
 
+@pytest.mark.long
 def test_a_mistyped_bucket_is_not_made(bucket, tmp_path):
     ended = tiny.run("train", tiny.write(tmp_path), "--run-dir", "s3://buckte/runs/a", folder=tmp_path)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)

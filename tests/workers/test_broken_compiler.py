@@ -104,6 +104,7 @@ def test_the_reason_is_the_compiler_s_own_line():
 
 @pytest.mark.lane("ray")
 @pytest.mark.timeout(400)
+@pytest.mark.long
 def test_actors_fall_back_together(cluster):
     """Each of two actors finds that it cannot compile; both compute eagerly, and the driver says so once."""
     from metadist.workers.ray.executor import RayExecutor

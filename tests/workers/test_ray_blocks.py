@@ -176,6 +176,7 @@ def test_a_slower_worker_gets_less(actors, learner, expected, tell):
     assert done[slow["name"]] < 0.3 * done.total()
 
 
+@pytest.mark.long
 def test_workers_that_come_and_go_within_the_run(actors, learner, expected, even):
     ready(actors, learner)
     training = Training(actors, learner).go(2)
