@@ -51,6 +51,7 @@ def test_other_tasks_are_not_timed():
         prove_same({**samplers, PLAIN: lambda: Sinusoid().sample(keys(4), "train")})
 
 
+@pytest.mark.lane("numerics")
 def test_the_report():
     threads = torch.get_num_threads()
     try:

@@ -247,6 +247,7 @@ def test_resuming_a_finished_run_changes_nothing(cli, config, tmp_path):
         assert one[key] == two[key], key
 
 
+@pytest.mark.lane("numerics")
 def test_init_from_is_needed_at_the_start_only(cli, config, tmp_path):
     ok(cli("train", config(), "--run-dir", tmp_path / "first"))
     ok(cli("export", tmp_path / "first", tmp_path / "start.safetensors"))
@@ -258,6 +259,7 @@ def test_init_from_is_needed_at_the_start_only(cli, config, tmp_path):
     )
 
 
+@pytest.mark.lane("numerics")
 def test_init_from_a_torch_file(cli, config, tmp_path):
     import torch
     from safetensors.torch import load_file

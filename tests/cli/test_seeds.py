@@ -84,6 +84,7 @@ def test_other_seeds_than_the_groups_are_refused(runs):
         go(tiny.document("outer.meta_steps=1"), [1, 2, 3], str(runs / "group"), resume=True)
 
 
+@pytest.mark.lane("numerics")
 def test_the_command(cli, config, tmp_path):
     result = cli("train", config(), "--seeds", "0,1", "--run-dir", tmp_path / "group", "--json")
     assert result.exit_code == 0, result.output

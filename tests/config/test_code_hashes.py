@@ -72,6 +72,7 @@ def test_what_is_edited_and_counts_changes_a_hash(home, edited, counts):
     assert (code_hashes(["own_mine.lines"]) != before) == counts
 
 
+@pytest.mark.lane("numerics")
 def test_installed_modules_stand_with_their_version_and_metadists_own_do_not(home):
     import hypothesis
 

@@ -142,6 +142,7 @@ def test_no_flipped_byte_goes_unseen(tmp_path, at, flip):
     assert found.entries == log.entries
 
 
+@pytest.mark.lane("numerics")
 def test_on_a_store_that_can_not_append(tmp_path, monkeypatch):
     monkeypatch.setenv("METADIST_CACHE", str(tmp_path / "cache"))
     url = f"memory://steered-{random.random()}/a"

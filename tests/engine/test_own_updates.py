@@ -122,6 +122,7 @@ def eagerly(self, name, function, spec, tensors):
     return flat, torch.utils._pytree.tree_structure(returned)
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("changes", [{}, {"hessian": "reverse"}, {"compile": False}])
 def test_every_way_back_follows_an_own_update(name, changes, monkeypatch):

@@ -97,6 +97,7 @@ def fingerprint(engine="eager"):
     return numerics_fingerprint(torch.device("cpu"), torch.get_num_threads(), torch.float32, engine_of(engine))
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize(("name", "engine"), [pytest.param(*c, marks=MARKS.get(c[1], ())) for c in CASES])
 def test_every_bit(name, engine):
     """Two runs give the same bits, and the recorded bits on a machine with a recorded fingerprint."""

@@ -83,6 +83,7 @@ def test_value_iteration():
         )
 
 
+@pytest.mark.lane("numerics")
 def test_the_oracle_s_returns_equal_its_values():
     environment, keys = TabularMDP(), TaskKey.of(0, "test", 0, range(4000))
     tasks = environment.sample(keys)

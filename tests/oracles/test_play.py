@@ -48,6 +48,7 @@ def test_a_policy_and_a_method_meet_the_same_luck(name):
     assert replayed.shape == (40, environment.episodes) and replayed.std() > 0
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize(
     ("name", "method"), [(n, m) for n, environment in SMALL.items() for m in possible(environment)]
 )

@@ -85,12 +85,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, overrides, at):
     assert done.outcome.progress.curve == whole.outcome.progress.curve
 
 
+@pytest.mark.lane("numerics")
 def test_interrupted_at_every_meta_step(tmp_path, whole):
     for _ in range(6):
         half = train(tiny.experiment(), run_dir=str(tmp_path / "run"), resume=True, stop=stopped_after(1), plots=False)
     assert half.params_sha256 == whole.params_sha256
 
 
+@pytest.mark.lane("numerics")
 @pytest.mark.parametrize("store", ["memory://runs-{}/a", "memory://runs-{}"])
 def test_a_store_without_rename(tmp_path, monkeypatch, whole, store):
     url = store.format(random.random())

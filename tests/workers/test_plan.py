@@ -116,6 +116,7 @@ def with_memory(s, count, **settings):
     return plan(s, device=replace(CPU, memory_bytes=int(count / plans.USABLE) + 64), compile="never", **settings)
 
 
+@pytest.mark.lane("numerics")
 def test_less_memory_means_mixed_and_then_fewer_tasks_at_once():
     """From the predicted peaks: just enough, and a byte too little."""
     s = subject(MAML(inner_steps=20))
@@ -266,6 +267,7 @@ def test_impossible_wishes_are_named(settings, message):
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lane("numerics")
 def test_a_resumed_run_keeps_its_engine(tmp_path, monkeypatch):
     """Nothing is planned again, and the parameters are those of the run that went through."""
     settings = (
