@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, TaskContext, Theta
+from metadist.core.engine import Engine
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
 from metadist.core.task import Examples, TaskFamily
@@ -22,6 +23,9 @@ class ProtoNet(Algorithm):
     """Prototypical networks (Snell, Swersky, Zemel 2017, eq. 1–2): logits are −‖f(x) − c_k‖², with class means c_k."""
 
     any_ways = True
+
+    def release(self, engine: Engine) -> int:
+        return 2  # embeddings are centred
 
     def outputs(self, family: TaskFamily) -> int | None:
         return None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metadist.core.algorithm import TaskContext, Theta
+from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, one_of
 from metadist.core.inner_loop import Descent, InnerLoop, InnerState, Moments
 from metadist.core.model import BoundModel, Model
@@ -33,6 +34,10 @@ class Reptile(InnerLoop):
             raise ConfigError(
                 "algorithm.moments: carried, but plain sgd has no moments; use inner_optimizer: adam or moments: fresh"
             )
+
+    def release(self, engine: Engine) -> int:
+        carried = self.moments == "carried" and self.inner_optimizer == "adam"  # the count is a tensor
+        return 2 if carried else super().release(engine)
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         if self.moments == "fresh":

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Union
 
 from torch import Tensor
 
+from metadist.core.engine import RELEASE, Engine
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
@@ -71,6 +72,10 @@ class Algorithm:
     def contribution(self) -> Literal["gradient", "delta"]:
         """The kind of a task's contribution: ``delta`` where the algorithm overrides the method ``delta``."""
         return "gradient" if type(self).delta is Algorithm.delta else "delta"
+
+    def release(self, engine: Engine) -> int:
+        """Return the release of metadist's arithmetic that last changed the bits of this algorithm under ``engine``."""
+        return RELEASE
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         """Return the slots besides ``model``: name → (slot, initial values)."""

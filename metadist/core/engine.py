@@ -10,9 +10,10 @@ from metadist.core.errors import ConfigError, one_of
 DIFFERENTIATIONS = ("unrolled", "mixed")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
-#: The release of metadist's own arithmetic, a fact of the numerics fingerprint. Raise it with a change after which the
-#: same engine gives other bits: runs and workers of the earlier release are then refused, unless ``engine.exact:
-#: false``. 1 is the arithmetic of version 0.1, whose fingerprints do not state it.
+#: The release of metadist's own arithmetic, a fact of the numerics fingerprint. Raise it with a change after which all
+#: algorithms give other bits, and ``Algorithm.release`` with a change that concerns some: runs and workers of the
+#: earlier release are then refused, unless ``engine.exact: false``. 1 is the arithmetic of version 0.1, whose
+#: fingerprints do not state it.
 RELEASE = 1
 
 Differentiation = Literal["unrolled", "mixed"]

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, Phi, TaskContext, Theta
+from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, one_of, within
 from metadist.core.model import BoundModel, InnerStep
 from metadist.core.parameters import Parameters, Scalar
@@ -142,6 +143,10 @@ class InnerLoop(Algorithm):
         for step in range(self.inner_steps):
             states.append(self.step(descent, states[-1], step))
         return [descent.finish(*state) for state in states]
+
+    def release(self, engine: Engine) -> int:
+        traced = engine.compile and engine.differentiation == "mixed"  # the count of Adam's steps is then a tensor
+        return 2 if self.inner_optimizer == "adam" and traced else super().release(engine)
 
     @property
     def update_is_linear(self) -> bool:

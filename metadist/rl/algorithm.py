@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from metadist.core.algorithm import Theta as Theta
+from metadist.core.engine import RELEASE, Engine
 from metadist.core.errors import ConfigError, one_of
 from metadist.core.model import Model
 from metadist.core.parameters import Layout, Parameters
@@ -68,6 +69,10 @@ class TrialAlgorithm:
         ``meta_step`` is the number of meta-steps that θ has made.
         """
         return self
+
+    def release(self, engine: Engine) -> int:
+        """Return the release of metadist's arithmetic that last changed the bits of this algorithm under ``engine``."""
+        return RELEASE
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         """Return the slots besides ``model``: name → (slot, initial values)."""
@@ -198,6 +203,10 @@ class PolicySearch(TrialAlgorithm):
                     f"algorithm.final_{name}: {final} has no effect without algorithm.{name}_steps; set the number of "
                     f"meta-steps from {name} {getattr(self, name)} to this value"
                 )
+
+    def release(self, engine: Engine) -> int:
+        # The schedule reaches the rollouts.
+        return super().release(engine) if self.gae_lambda_steps is None else 2
 
     def at(self, meta_step: int) -> PolicySearch:
         return replace(

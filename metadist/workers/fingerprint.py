@@ -63,11 +63,12 @@ DETERMINISTIC_CUBLAS = ":4096:8"
 
 
 def numerics_fingerprint(
-    device: torch.device, threads: int, dtype: torch.dtype, engine: Engine = Engine()
+    device: torch.device, threads: int, dtype: torch.dtype, engine: Engine = Engine(), release: int = RELEASE
 ) -> dict[str, Any]:
     """Return the facts that must be equal for two workers to compute the same bits, and their hash under ``id``.
 
-    A fact that version 0.1 did not state is left out where it has the value that it had then.
+    ``release`` is that of the algorithm (``Algorithm.release``). A fact that version 0.1 did not state is left out
+    where it has the value that it had then.
     """
     facts: dict[str, Any] = {
         "torch": torch.__version__,
@@ -88,8 +89,8 @@ def numerics_fingerprint(
         facts["settings"] = settings
     if engine.compile:
         facts["compiler"] = _compiler(device.type)
-    if RELEASE > 1:
-        facts["release"] = RELEASE
+    if release > 1:
+        facts["release"] = release
     return {**facts, "id": fingerprint_id(facts)}
 
 

@@ -56,7 +56,9 @@ class Worker:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", DETERMINISTIC_CUBLAS)
             torch.cuda.set_device(self.device)
         learner.prepare(self.device)
-        self.fingerprint = numerics_fingerprint(self.device, threads, learner.model.dtype)
+        self.fingerprint = numerics_fingerprint(
+            self.device, threads, learner.model.dtype, release=learner.algorithm.release(Engine())
+        )
         self.compile_seconds = 0.0
         self._process = psutil.Process()
         self._process.cpu_percent()
@@ -79,7 +81,8 @@ class Worker:
             tf32 = engine.precision == "tf32"
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         self.learner.set_engine(engine, one_at_a_time)
-        self.fingerprint = numerics_fingerprint(self.device, self.threads, self.learner.model.dtype, engine)
+        release = self.learner.algorithm.release(engine)
+        self.fingerprint = numerics_fingerprint(self.device, self.threads, self.learner.model.dtype, engine, release)
         if engine.compile:
             try:
                 self.compile_seconds = self.learner.warm_up(seed)

@@ -9,16 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pulls
 import pytest
 import tiny
 import torch
+import toys
 
+from metadist.algorithms import MAML, RL2, ProtoNet, Reptile
 from metadist.config.groups import WorkerGroup
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.experiment.fleet import WorkerReports, start_workers
+from metadist.models import MLP, Conv4
 from metadist.workers.fingerprint import fingerprint_id, numerics_fingerprint
 from metadist.workers.numerics import Numerics
+from metadist.workers.worker import Worker
 
 LEARNER, ENVIRONMENT = WorkerGroup(), WorkerGroup(role="environment")
 MINE = {"torch": "2", "threads": 1, "id": "a"}
@@ -158,12 +163,40 @@ def test_what_every_worker_on_a_gpu_sets_and_settings_of_the_compiler_are_no_fac
     assert facts() == before
 
 
-def test_the_release_of_our_own_arithmetic_is_a_fact(monkeypatch):
-    before = facts()
-    monkeypatch.setattr("metadist.workers.fingerprint.RELEASE", 2)
-    after = facts()
-    assert after["release"] == 2 and after["id"] != before["id"]
-    assert "{'release': (None, 2)}" in Numerics([LEARNER], before).refusal("w", "there", "learner", after)
+IMAGE = (1, 16, 16)
+
+
+def few_shot(algorithm):
+    return toys.learner(algorithm, lambda: MLP(hidden=(8,)).build((2,), 2), toys.Curves(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("learner", "release"),
+    [
+        (few_shot(MAML()), None),
+        (few_shot(MAML(inner_optimizer="adam")), None),
+        (few_shot(Reptile(inner_optimizer="adam", moments="fresh")), None),
+        (few_shot(Reptile(inner_optimizer="adam", moments="carried")), 2),
+        (toys.learner(ProtoNet(), lambda: Conv4(filters=4).build(IMAGE, None), toys.Blobs(input_shape=IMAGE)), 2),
+        (pulls.learner(), None),
+        (pulls.learner(algorithm=RL2(gae_lambda=0.5, final_gae_lambda=1.0, gae_lambda_steps=3, minibatches=2)), 2),
+    ],
+    ids=["maml", "adam", "reptile-fresh", "reptile-carried", "protonet", "rl2", "rl2-schedule"],
+)
+def test_workers_state_the_release_of_algorithms_whose_bits_have_changed(learner, release):
+    """A run of version 0.1 would otherwise go on with other bits without a word."""
+    worker = Worker(learner, name="w", device="cpu", gpus=0.0, threads=1)
+    for after in (worker.fingerprint, worker.configure(Engine(), 0)["fingerprint"]):
+        assert after.get("release") == release
+        before = {name: fact for name, fact in after.items() if name not in ("id", "release")}
+        refusal = Numerics([LEARNER], {**before, "id": fingerprint_id(before)}).refusal("w", "there", "learner", after)
+        assert refusal is None if release is None else "{'release': (None, 2)}" in refusal
+
+
+def test_adam_has_other_bits_in_compiled_mixed_mode():
+    adam = MAML(inner_optimizer="adam")
+    assert adam.release(Engine(compile=True, differentiation="mixed")) == 2
+    assert adam.release(Engine(compile=True)) == adam.release(Engine(differentiation="mixed")) == 1
 
 
 @pytest.mark.lane("compile")  # asks the compiler for its version
