@@ -18,13 +18,24 @@ from metadist.cli.terminal import (
 )
 from metadist.core.text import show as print  # no call can forget to escape control characters
 
+Compared = Annotated[
+    str | None,
+    typer.Option(
+        "--compare",
+        "--beside",
+        metavar="NAME,…",
+        help="Compare on the same tasks: known methods (gittins,ucb1), baselines (nearest_mean,ridge), or all.",
+    ),
+]
+EvaluationOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]…", help="Override keys of tasks and evaluation: tasks.k_shot=5"),
+]
+
 
 def evaluate(
     run_dir: Annotated[str, typer.Argument(help="The folder that train printed: a run, or a group of seeds.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]…", help="Override keys of tasks and evaluation: tasks.k_shot=5"),
-    ] = None,
+    overrides: EvaluationOverrides = None,
     tasks: Annotated[int | None, typer.Option(help="Number of tasks; default: evaluate.test_tasks.", min=2)] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     inner_steps: Annotated[
@@ -33,15 +44,7 @@ def evaluate(
     normalization: Annotated[
         str | None, typer.Option(help="transductive or inductive; default: as in the run.")
     ] = None,
-    beside: Annotated[
-        str | None,
-        typer.Option(
-            "--compare",
-            "--beside",
-            metavar="NAME,…",
-            help="Compare on the same tasks: known methods (gittins,ucb1), baselines (nearest_mean,ridge), or all.",
-        ),
-    ] = None,
+    compare: Compared = None,
     record: Annotated[
         bool, typer.Option("--record/--no-record", help="Record the scores in the run directory and in MLflow.")
     ] = True,
@@ -67,7 +70,7 @@ def evaluate(
             inner_steps=inner_steps,
             workers=workers,
             normalization=normalization,
-            beside=[name.strip() for name in beside.split(",")] if beside else [],
+            beside=[name.strip() for name in compare.split(",")] if compare else [],
             overrides=overrides or [],
             record=record,
             trust=trust or (),

@@ -14,8 +14,9 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
 from metadist.core.round import Result, Shard, WithOutput
-from metadist.core.state import Contribution, Slot, State
+from metadist.core.state import Contribution, Records, Slot, State
 from metadist.core.task import Task, TaskFamily
+from metadist.core.task_metrics import TaskMetric
 from metadist.engine.meta_gradient import MetaGradient
 
 
@@ -30,6 +31,7 @@ class Subject(Protocol):
     non_finite: str
     device: torch.device
     slots: dict[str, Slot]
+    task_metrics: tuple[TaskMetric, ...]
 
     @property
     def meta_gradient(self) -> MetaGradient:
@@ -61,6 +63,10 @@ class Subject(Protocol):
 
         Raises NonFiniteError where a task's contribution has NaN or Inf.
         """
+        ...
+
+    def evaluate(self, theta: Theta, keys: TaskKey, meta_step: int, inner_steps: int | None = None) -> Records:
+        """Return the scores of every task of ``keys`` after 0, 1, …, k adaptation steps."""
         ...
 
     def tasks_alike(self) -> bool:

@@ -13,6 +13,7 @@ from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest
 from metadist.core.state import Records
 from metadist.learners.few_shot import FewShotLearner
+from metadist.learners.intervals import Sampling
 from metadist.oracles.supervised import chosen_baselines, measure
 
 OPTION = "--compare"
@@ -29,7 +30,8 @@ def paired_with_baselines(
     """Return a row for the learner before adaptation, after adaptation, and for each baseline, on the same tasks.
 
     A row has the mean metric with its standard error, and the mean paired difference of the adapted learner, positive
-    where the learner is better. Tasks on which one of the two has no finite value are not in the difference.
+    where the learner is better. Errors are over the sources of the tasks, where several tasks share one. Tasks on
+    which one of the two has no finite value are not in the difference.
     """
     tasks = learner.tasks
     keys = TaskKey.of(request.key.seed, request.split, 0, records.columns["task"].tolist())
@@ -41,21 +43,20 @@ def paired_with_baselines(
     }
     if ours.shape[1] == 1:
         del found["this learner, 0 steps"]
-    return [_row(name, values, ours[:, -1], tasks.higher_is_better) for name, values in found.items()]
+    sampling = Sampling(records.rows, records.columns.get("source"), tasks.listed_tasks(request.split))
+    sign = 1 if tasks.higher_is_better else -1
+    rows = []
+    for name, values in found.items():
+        mean, error, _ = _summary(values, sampling)
+        difference, difference_error, count = _summary(sign * (ours[:, -1] - values), sampling)
+        row = {"name": name, "mean": mean, "error": error, "tasks": count}
+        rows.append({**row, "difference": difference, "difference_error": difference_error})
+    return rows
 
 
-def _row(name: str, values: Tensor, ours: Tensor, higher_is_better: bool) -> dict[str, Any]:
-    ahead = (ours - values) if higher_is_better else (values - ours)
-    ahead, there = ahead[torch.isfinite(ahead)], values[torch.isfinite(values)]
-    return {
-        "name": name,
-        "mean": float(there.mean()),
-        "error": _standard_error(there),
-        "tasks": len(ahead),
-        "difference": float(ahead.mean()),
-        "difference_error": _standard_error(ahead),
-    }
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def _summary(values: Tensor, sampling: Sampling) -> tuple[float, float, int]:
+    """Return the mean of the finite values, its standard error, and their number."""
+    finite = torch.isfinite(values)
+    there, count = values[finite], int(finite.sum())
+    error = float(sampling.part(finite).error(there.unsqueeze(1))) if count else math.nan
+    return float(there.mean()), error, count

@@ -79,16 +79,7 @@ def start_workers(
     scheduler: Scheduler | None = None
     start = _Start(
         experiment,
-        RunSettings(
-            run_id,
-            engine.device,
-            experiment.seed,
-            engine.wire,
-            engine.worker_patience,
-            reports.note,
-            experiment.code_modules,
-            experiment.code,
-        ),
+        _settings(experiment, run_id, reports),
         Numerics(division.compared, expected, engine.exact, reports.mark),
         planner or planner_for(experiment),
         division,
@@ -111,6 +102,20 @@ def start_workers(
         )
         yield scheduler
         scheduler.ended = scheduler.ended or "the run is over"
+
+
+def _settings(experiment: Experiment, run_id: str, reports: WorkerReports) -> RunSettings:
+    engine = experiment.engine
+    return RunSettings(
+        run_id,
+        engine.device,
+        experiment.seed,
+        engine.wire,
+        engine.worker_patience,
+        reports.note,
+        experiment.code_modules,
+        experiment.code,
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 
 from metadist.config.experiment import Experiment
 from metadist.control.feed import Feed
+from metadist.core.signature import Signature
 from metadist.core.state import Records
 from metadist.experiment.attempt import Attempt
 from metadist.experiment.fleet import WorkerReports, start_workers
@@ -31,14 +32,8 @@ from metadist.training.scheduler import Scheduler
 
 def train(experiment: Experiment, request: RunRequest = RunRequest(), display: Observer | None = None) -> Result:
     """Meta-train, test once, and record everything in the run directory. Raises ConfigError for a user's mistake."""
-    provide_home()
     began, learner = time.perf_counter(), experiment.learner
-    check_control(experiment.control)
-    check_uri(experiment.tracking.uri)
-    learner.prepare(torch.device("cpu"))
-    with compared_elsewhere(experiment):  # before the directory is claimed: a user's mistake leaves nothing behind
-        learner.dry_run(experiment.seed)
-    signature = learner.describe(experiment.seed)
+    signature = _tried(experiment)  # before the directory is claimed: a user's mistake leaves nothing behind
     with claimed(experiment, request) as (directory, run_id):  # lock, run id, config.yaml
         attempt = resume_or_start(experiment, directory, run_id, request.trust)  # refuses another config, seed, data
         attempt.signature = signature
@@ -61,10 +56,7 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
                 ) as workers,
             ):
                 run = _run(attempt, workers)
-                for remark in learner.remarks():
-                    observers.note(remark)
-                if attempt.progress.meta_step:
-                    observers.note(f"resumed at meta-step {attempt.progress.meta_step}")
+                _announce(attempt, observers)
                 outcome = meta_train(run, attempt.progress, workers, observers, attempt.checkpoints, steering)
                 scores, records = _test(run, outcome, workers, observers) if request.test else ([], None)
                 workers.ended = outcome.stopped or ""
@@ -76,6 +68,26 @@ def train(experiment: Experiment, request: RunRequest = RunRequest(), display: O
     result.undelivered, result.tracking_url = recording.undelivered, recording.url
     result.wall_seconds = time.perf_counter() - began
     return result
+
+
+def _tried(experiment: Experiment) -> Signature | None:
+    """Try settings, data and a task of each split; return the signature of inputs and targets."""
+    provide_home()
+    check_control(experiment.control)
+    check_uri(experiment.tracking.uri)
+    learner = experiment.learner
+    learner.prepare(torch.device("cpu"))
+    with compared_elsewhere(experiment):
+        learner.dry_run(experiment.seed)
+    return learner.describe(experiment.seed)
+
+
+def _announce(attempt: Attempt, observers: Observer) -> None:
+    """Tell what a user may not expect, and where a resumed run continues."""
+    for remark in attempt.experiment.learner.remarks():
+        observers.note(remark)
+    if attempt.progress.meta_step:
+        observers.note(f"resumed at meta-step {attempt.progress.meta_step}")
 
 
 def _run(attempt: Attempt, workers: Scheduler) -> Run:

@@ -120,6 +120,19 @@ def _check_sampling(learner: Subject, keys: TaskKey, task: Task) -> None:
         )
 
 
+def try_metrics(learner: Subject, seed: int) -> None:
+    """Judge a whole shard, whose tasks may be padded, where losses and metrics could see padding or whole tasks.
+
+    ConfigError where a loss or metric does not fit the tasks.
+    """
+    theta = learner.initial(seed).theta(learner.slots)
+    for split in ("train", "validation"):
+        if learner.task_metrics or learner.tasks.sizes(split) is None:
+            learner.evaluate(
+                theta, _first_keys(learner, seed, split), 0, at_most_one_step(learner.algorithm).inner_steps
+            )
+
+
 def try_twice(learner: Subject, seed: int) -> None:
     """Compute the gradient of a training task and the scores of a validation task twice.
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metadist.core.algorithm import Algorithm, Phi, TaskContext, at_most_one_step, with_inner_steps
+from metadist.core.algorithm import Algorithm, Phi, TaskContext, with_inner_steps
 from metadist.core.computation import Evaluate, Gradient
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError, one_of
@@ -31,7 +31,7 @@ from metadist.engine.functions import TensorCall, directly
 from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
 from metadist.learners.base import Learner, Surround
-from metadist.learners.dry_run import task_hashes, try_tasks, try_twice
+from metadist.learners.dry_run import task_hashes, try_metrics, try_tasks, try_twice
 from metadist.learners.dry_run_paths import try_paths
 from metadist.learners.evaluation import Evaluation, score_tasks
 from metadist.learners.signature import describe, describe_earlier
@@ -119,12 +119,7 @@ class FewShotLearner(Learner):
         self.splits()  # refuses splits that share classes
         try_tasks(self, seed)
         try_paths(self, seed)
-        theta = self.initial(seed).theta(self.slots)
-        for split in ("train", "validation"):
-            if self.task_metrics or self.tasks.sizes(split) is None:
-                # A whole shard, whose tasks may be padded; the losses and metrics are the user's own code.
-                keys = TaskKey.of(seed, split, 0, range(min(self.outer.shard_size, self.outer.meta_batch_size)))
-                self.evaluate(theta, keys, 0, at_most_one_step(self.algorithm).inner_steps)
+        try_metrics(self, seed)
         try_twice(self, seed)
 
     def sampled_hashes(self, seed: int) -> dict[str, str]:

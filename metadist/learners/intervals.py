@@ -32,12 +32,19 @@ class Sampling:
         than the tasks: Student's t and the error that tasks with common sources give, never below that of tasks.
         """
         count = values.shape[0]
-        if self.sources is not None and self.by_source and count > 1:
-            error = torch.maximum(values.std(0) / math.sqrt(count), _clustered(values, self.sources))
-            return error * student_t(self.distinct - 1)
-        if not self.independent and count > 1:
-            return values.std(0) / math.sqrt(count) * student_t(count - 1)
-        return over_tasks(values)
+        if self.independent or count == 1:
+            return over_tasks(values)
+        return self.error(values) * student_t((self.distinct if self.by_source else count) - 1)
+
+    def error(self, values: Tensor) -> Tensor:
+        """Return the standard error of the mean of ``values`` [tasks, columns] over the tasks; NaN for one task."""
+        count = values.shape[0]
+        if count == 1:
+            return torch.full_like(values[0], math.nan)
+        error = values.std(0) / math.sqrt(count)
+        if self.sources is None or not self.by_source:
+            return error
+        return torch.maximum(error, _clustered(values, self.sources))
 
     @property
     def independent(self) -> bool:
@@ -73,7 +80,7 @@ def over_tasks(values: Tensor) -> Tensor:
 
 
 def _clustered(values: Tensor, sources: Tensor) -> Tensor:
-    """Return the standard error of the mean of ``values`` [tasks, …] whose tasks share ``sources`` [tasks, m].
+    """Return the standard error of the mean of ``values`` [tasks, columns] whose tasks share ``sources`` [tasks, m].
 
     The covariances of all pairs of tasks with a common source are summed, with the factor G / (G − 1) for G sources
     (Liang & Zeger 1986; for several sources of a task: Aronow, Samii & Assenova 2015, eq. 3, where a pair counts once

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metadist.core.errors import ConfigError, DataError
-from metadist.core.random import SPLITS, TaskKey, integers
+from metadist.core.random import SPLITS, TaskKey
 from metadist.core.task import Classification, Examples, Task, TaskFamily
 from metadist.tasks.location import located
 from metadist.tasks.table_columns import Encoding, TableColumns, read_table, split_of
@@ -187,8 +187,7 @@ class Table(TaskFamily):
         prepared, keys = self._checked(split), keys.to(torch.device("cpu"))
         counts, size = prepared.counts[split], self._query_size(split)
         longest = int(counts.max())
-        chosen, words = keys.words(tasks=1, rows=longest)
-        number = integers(chosen[..., 0], len(counts)) if split == "train" else keys.tasks % len(counts)
+        (words,), number = keys.words(rows=longest), self._numbers(keys, split)
         count, place = counts[number].unsqueeze(-1), torch.arange(longest)
         # Rows in random order: sort the words of the rows that exist; the others come last.
         ordered = place.expand_as(words) if self.support == "first" else words
@@ -216,8 +215,12 @@ class Table(TaskFamily):
 
     def sources(self, key: TaskKey, split: str) -> int:
         """Return the place in ``task_names`` of the task of ``key``."""
+        return int(self._numbers(key, split))
+
+    def _numbers(self, keys: TaskKey, split: str) -> Tensor:
+        """Return the places in ``task_names`` of the tasks of ``keys``."""
         count = len(self.task_names(split))
-        return int(integers(key.words(tasks=1)[0][0], count)) if split == "train" else int(key.tasks) % count
+        return keys.stream("tasks").integers(count) if split == "train" else keys.tasks % count
 
     def protocol(self, split: str) -> dict[str, object]:
         prepared = self._checked(split)

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import toys
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
+from metadist.algorithms import MAML
 from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
+from metadist.core.round import EvaluationRequest, MetaStepKey
+from metadist.core.state import Records
 from metadist.core.task import Classification, Examples, Task, TaskFamily
+from metadist.experiment.baseline_comparison import paired_with_baselines
 from metadist.experiment.evaluate import evaluate_run
 from metadist.experiment.judging import EvaluationOptions
 from metadist.oracles.supervised import PENALTIES, Known, baselines, chosen_baselines, measure, pool
@@ -153,6 +158,27 @@ def test_a_run_beside_its_baselines(tmp_path):
     assert rows["ridge"]["difference"] == pytest.approx(rows["ridge"]["mean"] - judged.score, rel=1e-4)
     with pytest.raises(ConfigError, match="--compare.*'gittins' is not one of"):
         evaluate_run(run.run_dir, EvaluationOptions(beside=["gittins"]))
+
+
+class Shared(Offsets):
+    """Twelve tasks of three schools: the tasks of a school are no independent draws."""
+
+    def sources(self, key, split):
+        return int(key.tasks) % 3
+
+
+def test_errors_are_over_the_sources_of_the_tasks():
+    found = measure(Shared(), ["ridge", "support_mean"], KEYS)
+    records = Records({"task": KEYS.tasks, "mse": found["ridge"].unsqueeze(1), "source": (KEYS.tasks % 3).unsqueeze(1)})
+    learner = toys.learner(MAML(), lambda: torch.nn.Linear(3, 1), Shared())
+    request = EvaluationRequest(MetaStepKey("run", 0, KEYS.seed), "test", 12)
+    rows = {row["name"]: row for row in paired_with_baselines(learner, request, records, ["support_mean"])}
+    ahead = (found["support_mean"] - found["ridge"]).numpy()
+    sums = [(ahead - ahead.mean())[np.arange(12) % 3 == school].sum() for school in range(3)]
+    by_school = float(np.sqrt(3 / 2 * np.square(sums).sum())) / 12
+    by_task = float(ahead.std(ddof=1)) / np.sqrt(12)
+    assert rows["support_mean"]["difference"] == pytest.approx(float(ahead.mean()))
+    assert rows["support_mean"]["difference_error"] == pytest.approx(max(by_school, by_task))
 
 
 def test_names():
