@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +22,7 @@ from metadist.core.task import Task
 from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
-from metadist.learners.culprit import failed
+from metadist.learners.culprit import failed, place
 from metadist.learners.dry_run_paths import is_known, refusal
 from metadist.learners.purity import FROM_KEY, ROUNDING, SALTS, ImpureConfigError, differs_by_shard, impurity
 from metadist.learners.signature import check_loss, check_tasks
@@ -89,10 +88,9 @@ def _sampled(learner: Subject, keys: TaskKey) -> Task:
     except MetadistError:
         raise
     except Exception as error:  # the user's own code
-        last = traceback.extract_tb(error.__traceback__)[-1]
         name = type(learner.tasks).__name__
         raise ConfigError(
-            f"tasks: '{name}' can't sample {keys.split} tasks: {first_line(error)} ({last.filename}:{last.lineno})"
+            f"tasks: '{name}' can't sample {keys.split} tasks: {first_line(error)}{place(error)}"
         ) from error
 
 
@@ -216,10 +214,8 @@ def _own_environment(learner: Learner) -> Iterator[None]:
     except MetadistError:
         raise
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
-            f"environment: '{environment.title}' can't be rolled out: {first_line(error)} "
-            f"({last.filename}:{last.lineno})"
+            f"environment: '{environment.title}' can't be rolled out: {first_line(error)}{place(error)}"
         ) from error
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from metadist.core.algorithm import Algorithm, Phi, with_inner_steps
 from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, first_line
 from metadist.core.model import Model
-from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
-from metadist.core.state import Contribution, Records, State
+from metadist.core.state import State
 from metadist.core.task import Examples
 from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject, initial_theta
@@ -33,15 +32,9 @@ STEPS = 2
 
 
 class Tried(Subject, Protocol):
-    """A learner with all paths of a run: train, evaluate, adapt and predict."""
+    """A learner with all paths of a run: train and evaluate, and adapt and predict for one task."""
 
     def with_algorithm(self, algorithm: Algorithm) -> Tried: ...
-
-    def contribute(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int) -> Contribution: ...
-
-    def evaluate(
-        self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int, inner_steps: int | None = None
-    ) -> Records: ...
 
     def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Phi: ...
 

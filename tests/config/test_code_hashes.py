@@ -6,6 +6,7 @@ import hashlib
 import sys
 
 import pytest
+from own_modules import own_modules
 
 from metadist.config.modules import code_hashes, code_modules, main_hashes, own_hash
 
@@ -29,14 +30,8 @@ LINES += ["own_mine.lines"]
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    for name in [n for n in sys.modules if n.startswith("own_")]:
-        del sys.modules[name]
+    with own_modules(tmp_path, FILES, monkeypatch) as folder:
+        yield folder
 
 
 def test_a_module_counts_with_its_packages_and_the_modules_that_it_imports(home):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from own_modules import own_modules
 
 from metadist.core.errors import ConfigError
 from metadist.jobs import submit as jobs
@@ -38,14 +39,8 @@ PACKAGE = ["mine/__init__.py", "mine/broken.py", "mine/data/loaders.py", "mine/d
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A package and a module that the config names, modules that these import, and files that must stay."""
-    for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("mine", "network", "sibling", "cousins")]:
-        del sys.modules[name]
+    with own_modules(tmp_path, FILES, monkeypatch) as folder:
+        yield folder
 
 
 def shipped(document, *listed):
