@@ -160,8 +160,7 @@ def _policy_factory(model: object, environment: MetaEnvironment) -> Callable[[],
         fits = [name for name, cls in MODELS.items() if issubclass(cls, PolicyConfig)]
         raise ConfigError(
             f"model.name: '{type(model).__name__}' is no policy; with environment: {', '.join(sorted(fits))}, or a "
-            "class "
-            "of your own with build_policy()"
+            "class of your own with build_policy()"
         )
     actions = environment.actions
     return functools.partial(
