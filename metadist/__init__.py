@@ -21,6 +21,7 @@ _WHERE = {
     "metadist.config.settings": ("CheckpointSettings", "ControlSettings", "EvaluateSettings", "TrackingSettings"),
     "metadist.serving.client": ("Client",),
     "metadist.core.algorithm": ("Algorithm", "Phi", "TaskContext", "Theta"),
+    "metadist.core.engine": ("Engine",),
     "metadist.core.errors": ("MetadistError",),
     "metadist.core.inner_loop": ("Descent", "InnerLoop", "InnerState", "Moments"),
     "metadist.experiment.interruption": ("TrainingInterrupted",),
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from metadist.config.groups import WorkerGroup
     from metadist.config.settings import CheckpointSettings, ControlSettings, EvaluateSettings, TrackingSettings
     from metadist.core.algorithm import Algorithm, Phi, TaskContext, Theta
+    from metadist.core.engine import Engine
     from metadist.core.errors import MetadistError
     from metadist.core.inner_loop import Descent, InnerLoop, InnerState, Moments
     from metadist.core.model import BoundModel, Model, use_batch_statistics

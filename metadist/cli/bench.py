@@ -160,8 +160,12 @@ def tracking(
     config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False
 ) -> None:
     """Measure how much time a dead and a frozen MLflow server add to a meta-step."""
-    logging.getLogger("metadist.tracking").setLevel(logging.ERROR)  # no warnings about the dead server
-    _measure_config("tracking", config, overrides, steps, as_json)
+    logger = logging.getLogger("metadist.tracking")
+    logger.setLevel(logging.ERROR)  # no warnings about the dead server
+    try:
+        _measure_config("tracking", config, overrides, steps, as_json)
+    finally:
+        logger.setLevel(logging.NOTSET)
 
 
 @app.command(
