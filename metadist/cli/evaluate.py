@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,10 @@ from metadist.cli.terminal import (
     set_up_logging,
 )
 from metadist.core.text import show as print  # no call can forget to escape control characters
+
+if TYPE_CHECKING:
+    from metadist.experiment.result import Result
+    from metadist.experiment.seeds import Group
 
 Compared = Annotated[
     str | None,
@@ -59,10 +63,8 @@ def evaluate(
     """
     set_up_logging()
     with clean_errors():
-        from metadist.cli.display import show_evaluation, show_group
         from metadist.experiment.evaluate import evaluate_group, evaluate_run, is_group
         from metadist.experiment.judging import EvaluationOptions
-        from metadist.experiment.seeds import Group
 
         options = EvaluationOptions(
             tasks=tasks,
@@ -77,14 +79,21 @@ def evaluate(
         )
         with only_results_on_stdout():
             result = evaluate_group(run_dir, options) if is_group(run_dir) else evaluate_run(run_dir, options)
-        for single in result.results if isinstance(result, Group) else [result]:
-            show_evaluation(single.evaluations[0])
-            if single.evaluation_dir:
-                print(f"recorded        {single.evaluation_dir}")
-        if isinstance(result, Group):
-            show_group(result)
+        _show(result)
         if as_json:
             print(json.dumps(result.as_dict()))
+
+
+def _show(result: Result | Group) -> None:
+    from metadist.cli.display import show_evaluation, show_group
+    from metadist.experiment.seeds import Group
+
+    for single in result.results if isinstance(result, Group) else [result]:
+        show_evaluation(single.evaluations[0])
+        if single.evaluation_dir:
+            print(f"recorded        {single.evaluation_dir}")
+    if isinstance(result, Group):
+        show_group(result)
 
 
 def oracle(

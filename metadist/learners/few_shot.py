@@ -344,10 +344,10 @@ class FewShotLearner(Learner):
         if self.normalization == "transductive":
             return algorithm.predict(model, phi, x)
 
-        def beside_support(single: Tensor) -> Tensor:
+        def with_support(single: Tensor) -> Tensor:
             return algorithm.predict(model, phi, torch.cat([support, single.unsqueeze(0)]))[-1]
 
-        return torch.func.vmap(beside_support)(x)
+        return torch.func.vmap(with_support)(x)
 
     def exported_tasks(self) -> dict[str, Any]:
         return self.tasks.exported()

@@ -27,12 +27,12 @@ SUFFIXES = (
 )
 #: the kinds of tables that are read
 TABLES = (".parquet", ".arrow", ".feather")
-#: files of other kinds that often lie beside pictures; a folder may hold these alone
+#: files of other kinds that often lie in folders of pictures; a folder may hold these alone
 BESIDE = (
     *(".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".ini", ".html"),
     *(".htm", ".pdf", ".py", ".ipynb", ".sh", ".log", ".db", ".zip", ".gz", ".tar", ".lock", ".crc", *TABLES),
 )
-#: folders that systems and archives add, beside all whose names begin with a dot
+#: folders that systems and archives add; all whose names begin with a dot are passed over too
 SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
@@ -75,7 +75,7 @@ class Listing:
         lost: dict[str, list[str]] = {}
         for n in others:
             folder = posixpath.dirname(n)
-            if names and folder and folder not in with_pictures and not _is_beside(n):
+            if names and folder and folder not in with_pictures and not _is_companion(n):
                 lost.setdefault(folder, []).append(n)
         if lost:
             folder, held = next(iter(sorted(lost.items())))
@@ -232,7 +232,7 @@ def is_hidden(part: str) -> bool:
     return part.startswith(".") or part in SYSTEM_FOLDERS
 
 
-def _is_beside(name: str) -> bool:
+def _is_companion(name: str) -> bool:
     base = posixpath.basename(name).lower()
     return base.endswith(BESIDE) or base.startswith(("readme", "license", "licence", "_success", "thumbs.db"))
 

@@ -26,7 +26,7 @@ class ImageSet:
     """Images u8 [N, channels, height, width] in the order of their classes.
 
     Each class has a name, a number of images and a part (of the data set, or ""). Classes are in the order of (part,
-    name). ``items`` are names of the images, where they matter; ``notes`` say what the data has beside the images.
+    name). ``items`` are names of the images, where they matter; ``notes`` name files and folders that hold no images.
     """
 
     pixels: np.ndarray
