@@ -21,6 +21,7 @@ _WHERE = {
     "metadist.config.settings": ("CheckpointSettings", "ControlSettings", "EvaluateSettings", "TrackingSettings"),
     "metadist.serving.client": ("Client",),
     "metadist.core.algorithm": ("Algorithm", "Phi", "TaskContext", "Theta"),
+    "metadist.core.carried": ("CarriedAlgorithm", "CarriedContext", "CarriedContribution"),
     "metadist.core.engine": ("Engine",),
     "metadist.core.errors": ("MetadistError",),
     "metadist.core.inner_loop": ("Descent", "InnerLoop", "InnerState", "Moments"),
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from metadist.config.groups import WorkerGroup
     from metadist.config.settings import CheckpointSettings, ControlSettings, EvaluateSettings, TrackingSettings
     from metadist.core.algorithm import Algorithm, Phi, TaskContext, Theta
+    from metadist.core.carried import CarriedAlgorithm, CarriedContext, CarriedContribution
     from metadist.core.engine import Engine
     from metadist.core.errors import MetadistError
     from metadist.core.inner_loop import Descent, InnerLoop, InnerState, Moments
