@@ -30,6 +30,7 @@ from metadist.workers.remote.messages import Computed, Configure, Dismissal, Fai
 from metadist.workers.remote.server import Offer, Server
 from metadist.workers.remote.session import Session
 from metadist.workers.settings import RunSettings
+from metadist.workers.states import stores
 
 log = logging.getLogger(__name__)
 
@@ -261,10 +262,11 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
     def publish(self, meta_step: int, round: int, state: State) -> int:
         header = ThetaHeader(self._settings.run, meta_step, round)
         frame = join(theta_parts(state.slots, self._learner.slots, header))
-        self._kept.publish(round, lambda: [frame])
+        self._kept.publish(meta_step, round, lambda: [frame])
         if round == 0:
+            states = self._kept.tokens
             for session in self.server.sessions:
-                session.holds.clear()
+                session.holds &= states
                 session.failed_at.clear()
         return frame.size * sum(s.ready for s in self.server.sessions)
 
@@ -277,6 +279,10 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         """Whether any worker has a lease."""
         return any(s.leases for s in self.server.sessions)
 
+    def near(self, shard: Shard) -> bool:
+        room = (s for s in self.server.sessions if s.ready and s.group.role == shard.role and len(s.leases) < DEPTH)
+        return any(self._kept.lies_with(shard, s.holds) for s in room)
+
     def submit(self, shard: Shard, attempt: int) -> None:
         """Lease to the least busy worker of the role, preferably one that has not failed at the shard.
 
@@ -285,21 +291,25 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         if missing := self._missing(shard, attempt):
             self._events.append(missing)
             return
+        if stores(shard):  # outputs of remote workers are here
+            self._events.append(self._by_driver(shard, attempt))
+            return
         needs = self._kept.needed(shard)
 
-        def burden(session: Session) -> tuple[bool, bool, int, int]:
+        def burden(session: Session) -> tuple[bool, bool, bool, int, int]:
             twice = any(c.shard == shard for c in session.leases.values())
             failed = not session.failed_at.isdisjoint(shard.each())
-            return twice, failed, len(session.leases), sum(o.token not in session.holds for o in needs)
+            lacking = sum(o.token not in session.holds for o in needs)
+            return twice, failed, shard.carries and lacking > 0, len(session.leases), lacking
 
         room = [s for s in self.server.sessions if s.ready and s.group.role == shard.role and len(s.leases) < DEPTH]
         session = min(room, key=burden)
         call = self._kept.call(shard, attempt)
-        version, theta = self._kept.thetas[shard.round]
+        version, theta = self._kept.theta(shard)
         session.leases[call.token] = call
         contents = tuple(None if o.token in session.holds else o.stored for o in needs)
         session.messages.put(Lease(call, None if session.version == version else theta, contents))
-        session.version = version
+        session.version = version or session.version
         session.holds.update(o.token for o in needs)
 
     def cancel(self, shard: Shard, attempt: int) -> None:
