@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection
 from typing import Any
@@ -66,7 +67,9 @@ class JointExecutor:
             for other in (self._own, self._remote):
                 found = None if other is chosen else other.output(key)
                 if found is not None:
-                    chosen.adopt(*found)
+                    # Where the worker that holds an output has died, the chosen side reports that it is missing.
+                    with contextlib.suppress(LookupError):
+                        chosen.adopt(*found)
         self._asked[shard, attempt] = chosen
         chosen.submit(shard, attempt)  # reports the outputs that are still missing
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from metadist.core.round import Executor, Failed, Finished, OutputKey, RoundKey, Shard
+from metadist.core.round import Event, Executor, Failed, Finished, OutputKey, RoundKey, Shard
 from metadist.engine.plan import Plan
 from metadist.workers.calls import Call, Content, Settled
 from metadist.workers.states import content_of, counted, saved
@@ -155,7 +155,7 @@ class KeepingExecutor(Executor, ABC, Generic[ThetaT, StoredT]):
         """Keep an output that another executor made."""
         self._kept.keep(shard, self.stored_from(shard, content))
 
-    def _by_driver(self, shard: Shard, attempt: int) -> Finished:
+    def _by_driver(self, shard: Shard, attempt: int) -> Event:
         """Save or load the states of ``shard`` here: the folder is on this machine, and the workers are not."""
         if shard.keeps:
             self._kept.keep(shard, self.stored_from(shard, lambda: [content_of(shard)]))
@@ -163,7 +163,11 @@ class KeepingExecutor(Executor, ABC, Generic[ThetaT, StoredT]):
         from metadist.wire.codec import decode_output
 
         [kept] = self._kept.needed(shard)
-        states = decode_output(list(self.content_of(kept)()), kept.shard)
+        try:
+            states = decode_output(list(self.content_of(kept)()), kept.shard)
+        except Exception as error:  # the holder has died, or its store raises errors of its own
+            reason = f"the states that it needs can't be fetched ({type(error).__name__})"
+            return self._lost(self._kept.call(shard, attempt), shard.needs, reason, "driver")
         return Finished(shard, attempt, "driver", saved(shard, states, "driver"))
 
     def _missing(self, shard: Shard, attempt: int) -> Failed | None:

@@ -33,11 +33,16 @@ def stores(shard: Shard) -> bool:
     return isinstance(shard.computation, (SaveStates, LoadStates))
 
 
-def reachable(shard: Shard, hosts: Iterable[str]) -> bool:
-    """Return whether workers on ``hosts`` can reach the shard's folder: a URL, or a folder of this one machine."""
+def has_url(shard: Shard) -> bool:
+    """Return whether the shard's folder is in a store that other machines can reach."""
     asked = shard.computation
     assert isinstance(asked, (SaveStates, LoadStates))
-    return "://" in asked.place or all(host == platform.node() for host in hosts)
+    return not Store(asked.place).local
+
+
+def reachable(shard: Shard, hosts: Iterable[str]) -> bool:
+    """Return whether workers on ``hosts`` can reach the shard's folder: a URL, or a folder of this one machine."""
+    return has_url(shard) or all(host == platform.node() for host in hosts)
 
 
 def saved(shard: Shard, states: Records, worker: str) -> Contribution:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import torch
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import WorkerError
 from metadist.core.round import Event, Failed, Finished, Shard
-from metadist.core.state import Records, State, is_finite
+from metadist.core.state import Contribution, Records, State, is_finite
 from metadist.engine.plan import Device, Plan
 from metadist.learners.base import Learner
 from metadist.training.scheduler import fault_of
@@ -30,7 +31,7 @@ from metadist.workers.remote.messages import Computed, Configure, Dismissal, Fai
 from metadist.workers.remote.server import Offer, Server
 from metadist.workers.remote.session import Session
 from metadist.workers.settings import RunSettings
-from metadist.workers.states import stores
+from metadist.workers.states import has_url, stores
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +154,10 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
             self._refuse(session, f"its result was refused: {error}")
             return
         session.proven = True
+        unsaved = isinstance(event.result, Contribution) and event.result.metrics.get("failed", 0.0)
+        if stores(call.shard) and unsaved:  # the worker can't reach the store
+            self._events.append(self._by_driver(call.shard, call.attempt))
+            return
         self._events.append(event)
 
     def _checked(self, session: Session, call: Call, answer: Computed) -> Finished:
@@ -162,12 +167,14 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         fault = fault_of(result, shard, self._learner, not isinstance(result, Records))
         if fault is not None:
             raise RejectedError(fault)
-        if (answer.output is not None) != shard.keeps:
+        if (answer.output is not None) != (shard.keeps and not shard.carries):
             raise RejectedError(
                 "its output is missing" if shard.keeps else "it has an output, and its shard keeps none"
             )
         if answer.output is not None:
             self._take_output(session, call, answer.output)
+        elif shard.carries and self._kept.keep_answer(call, partial(session.fetch, call.token)):
+            session.holds.add(call.token)
         stats = {k: v for k, v in header.stats.items() if k in STATISTICS and math.isfinite(v)}
         stats["bytes"] = sum(p.size for p in frame)
         return Finished(shard, call.attempt, session.name, result, stats)
@@ -212,6 +219,7 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
 
     def _left(self, session: Session, reason: str, guilty: bool) -> None:
         """End a session, and report its leases as lost. Only the oldest lease can have killed the worker."""
+        session.ended = True
         self.server.remove(session)
         log.warning("worker %s is gone: %s", session.name, reason)
         if session.ready and self.server.farewell is None:
@@ -291,7 +299,7 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         if missing := self._missing(shard, attempt):
             self._events.append(missing)
             return
-        if stores(shard):  # outputs of remote workers are here
+        if stores(shard) and (shard.keeps or not has_url(shard)):
             self._events.append(self._by_driver(shard, attempt))
             return
         needs = self._kept.needed(shard)
