@@ -40,6 +40,7 @@ class CarriedLearner(Learner):
     """
 
     gradients = ("advance",)
+    has_states = True
 
     algorithm: CarriedAlgorithm
     model: Model
