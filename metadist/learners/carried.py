@@ -226,7 +226,7 @@ class CarriedLearner(Learner):
 
     def _counted(self, keys: TaskKey, particles: Particles, each: CarriedContribution) -> WithOutput:
         """Sum the contributions [P, …] of the particles that are finite."""
-        keep = _finite([dict(each.slots), each.weight, particles.state], len(keys.tasks))
+        keep = _finite([dict(each.slots), each.weight, particles.state], len(keys.tasks)).to(self.device)
         if not bool(keep.all()):
             bad = tuple(keys.tasks[~keep.cpu()].tolist())
             if self.non_finite == "error":
@@ -292,4 +292,4 @@ class CarriedLearner(Learner):
 def _finite(tree: Any, count: int) -> Tensor:
     """Return which of ``count`` particles have finite floating-point tensors [P, …] only: bool [P]."""
     tensors = [t for t in pytree.tree_leaves(tree) if t.is_floating_point() and t.numel()]
-    return torch.stack([torch.isfinite(t).reshape(count, -1).all(1) for t in tensors]).all(0)
+    return torch.stack([torch.isfinite(t).reshape(count, -1).all(1).cpu() for t in tensors]).all(0)
