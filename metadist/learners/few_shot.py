@@ -215,7 +215,8 @@ class FewShotLearner(Learner):
         task = task.to(self.device, self.model.dtype)
         padded = task.support.mask is not None or task.query.mask is not None
         # Groups of one size are computed apart (``contribute``): tasks of several are sampled together for a look only.
-        if padded and self.model.normalises_over_batch and self.tasks.group_size(keys.split) is None:
+        together = len(keys.runs(self.tasks.group_size(keys.split))) == 1
+        if padded and self.model.normalises_over_batch and together:
             raise ConfigError(
                 "model: batch normalisation over padded rows would mix padding into the statistics; these tasks "
                 "differ in "

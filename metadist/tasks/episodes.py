@@ -17,7 +17,7 @@ from metadist.core.random import SPLITS, TaskKey, choose, integers
 from metadist.core.task import Classification, Examples, Task, alone, stack
 from metadist.tasks.augmentation import WORDS, Augmentation
 from metadist.tasks.images import ImageSet, on_device, turned
-from metadist.tasks.sizes import Size, bounds, shown_size
+from metadist.tasks.sizes import Size, bounds, check_size, drawn, varies
 
 Rotations = Literal["classes", "slot", "none"]
 
@@ -74,12 +74,7 @@ class Episodes(Classification):
     def __post_init__(self) -> None:
         for name, least in (("n_way", 2), ("k_shot", 1), ("query_shots", 1)):
             for key in (name, f"train_{name}"):
-                value = getattr(self, key)
-                low, high = bounds(least if value is None else value)
-                if low < least:
-                    raise ConfigError(f"tasks.{key} = {shown_size(value)}: must be at least {least}")
-                if low > high:
-                    raise ConfigError(f"tasks.{key} = {shown_size(value)}: begins above its end; write [{high}, {low}]")
+                check_size(f"tasks.{key}", getattr(self, key), least)
         if self.same_size < 1:
             raise ConfigError(f"tasks.same_size = {self.same_size}: must be at least 1")
         # Heads have outputs for the most ways that a task has, where tasks say how many of them they use.
@@ -119,22 +114,15 @@ class Episodes(Classification):
 
     def shape_of(self, keys: TaskKey, split: str) -> tuple[int, int, int]:
         """Return (n_way, k_shot, query_shots) of the tasks of ``keys``, which are of one group."""
-        if self.group_size(split) is None:
-            return self.shape(split)
-        (words,) = keys.group(self.same_size).to(torch.device("cpu")).words(sizes=3)
-        first = words.reshape(-1, 3)[0]
-        n, k, q = (
-            low + int(integers(word, high - low + 1))
-            for word, (low, high) in zip(first, map(bounds, self.sizes_in(split)))
-        )
+        n, k, q = drawn(keys, self.same_size, self.sizes_in(split))
         return n, k, q
 
     @property
     def _ways_differ(self) -> bool:
-        return any(isinstance(n, tuple) for n in (self.n_way, self.train_n_way))
+        return varies(self.n_way, self.train_n_way)
 
     def group_size(self, split: str) -> int | None:
-        return self.same_size if any(isinstance(size, tuple) for size in self.sizes_in(split)) else None
+        return self.same_size if varies(*self.sizes_in(split)) else None
 
     def possible_sizes(self, split: str) -> Sequence[tuple[int, int]]:
         n, k, q = (range(low, high + 1) for low, high in map(bounds, self.sizes_in(split)))
