@@ -15,6 +15,7 @@ BENCHMARKS = {
     "inner-loop": "one shard's meta-gradient against the plain loop, higher, TorchOpt and JAX",
     "memory": "peak memory and time over the number of inner steps: unrolled against mixed",
     "tasks": "the task samplers without learning: a whole shard, task by task, and image by image in a plain loop",
+    "ragged": "tasks of drawn sizes against tasks of one size, both compiled: tasks per second, and graphs",
     "tracking": "seconds per meta-step with a dead and with a frozen MLflow server against none",
     "transport": "θ to one Ray actor and contributions back, against a memcpy of the same bytes",
     "scaling": "N Ray actors against N processes without driver, Ray and transport; the overhead of a meta-step",

@@ -270,3 +270,22 @@ def driver_memory(
 ) -> None:
     """Measure the resident memory of the driver over meta-steps, through one Ray actor."""
     _measure_config("driver-memory", config, overrides, steps, as_json)
+
+
+@app.command(
+    epilog="Examples:  metadist bench ragged   |   metadist bench ragged cifar_fs_ragged tasks.k_shot=[1,10] "
+    "model.filters=16"
+)
+def ragged(
+    config: Config = "cifar_fs_ragged",
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(help="Timed turns per contestant.", min=1)] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Compare tasks of drawn sizes with tasks of one size, both compiled, and count the graphs."""
+    with clean_errors():
+        from metadist.config.document import requested
+
+        document = requested(config, overrides)
+    measure("ragged", as_json, document=document, rounds=rounds, threads=threads)

@@ -91,7 +91,7 @@ def _title(evaluation: Evaluation, what: str) -> str:
 
 
 def _show_task_metrics(evaluation: Evaluation) -> None:
-    """Print the scores by metrics of whole tasks, and the sums of tables."""
+    """Print the scores by metrics of whole tasks and by number of classes, and the sums of tables."""
     last = len(evaluation.mean) - 1
     if evaluation.task_metrics:
         table = Table(title=f"whole tasks, after {last} adaptation steps", title_justify="left")
@@ -103,6 +103,13 @@ def _show_task_metrics(evaluation: Evaluation) -> None:
             left_out = f"{score.left_out} of {evaluation.drawn}"
             table.add_row(escape(name), *numbers, f"{score.median[-1]:.4f}", left_out)
         PlainConsole(file=sys.stdout, width=100, highlight=False).print(table)
+    if evaluation.by_ways:
+        ways = Table(title=f"by number of classes, after {last} adaptation steps", title_justify="left")
+        for heading in ("classes", "tasks", "chance", "mean"):
+            ways.add_column(heading, justify="right")
+        for row in evaluation.by_ways:
+            ways.add_row(f"{row['ways']:.0f}", f"{row['tasks']:.0f}", f"{row['chance']:.4f}", f"{row['mean']:.4f}")
+        PlainConsole(file=sys.stdout, width=100, highlight=False).print(ways)
     for name, counts in evaluation.tables.items():
         print(f"{name}: rows are classes, columns predicted classes, after {last} adaptation steps")
         for row in counts:

@@ -13,7 +13,7 @@ from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
 from metadist.core.state import Slot
-from metadist.core.task import Examples, Task, TaskFamily
+from metadist.core.task import Examples, Task, TaskFamily, possible
 
 Theta = Mapping[str, Parameters]
 """θ by slot. ``theta["model"]`` holds the learned parameters of the model; algorithms may declare more slots."""
@@ -27,7 +27,8 @@ class TaskContext:
     """Everything that an algorithm may know besides θ and the support set.
 
     In compiled shards ``meta_step`` is a 0-d tensor. ``classes`` is the number of classes of a support set from
-    outside; None for the family's own tasks.
+    outside; None for the family's own tasks. ``task_ways`` is the number of classes of this task, a 0-d tensor, where
+    the tasks of the family differ in it.
     """
 
     key: TaskKey
@@ -35,20 +36,25 @@ class TaskContext:
     training: bool
     family: TaskFamily
     classes: Union[int, None] = None
+    task_ways: Union[Tensor, None] = None
 
     @property
     def ways(self) -> int:
-        """The number of classes of the task."""
+        """The number of classes of the task; the largest one where the tasks of the family differ in it."""
         return self.family.ways(self.key.split) if self.classes is None else self.classes
 
+    def possible(self, prediction: Tensor) -> Tensor:
+        """Return ``prediction`` with −∞ as the logits of classes that the task does not have."""
+        return possible(prediction, self.classes if self.task_ways is None else self.task_ways)
+
     def loss(self, prediction: Tensor, examples: Examples) -> Tensor:
-        """Return the family's loss, averaged over the real examples: a scalar."""
-        return examples.mean(self.family.loss(prediction, examples.y))
+        """Return the family's loss over the classes of the task, averaged over the real examples: a scalar."""
+        return examples.mean(self.family.loss(self.possible(prediction), examples.y))
 
     def metric(self, prediction: Tensor, examples: Examples) -> Tensor:
         """Return the family's metric of the real examples: a scalar. Not under ``vmap`` where there is a mask."""
         real = Examples(examples.real(examples.x), examples.real(examples.y))
-        return real.mean(self.family.metric(examples.real(prediction), real.y))
+        return real.mean(self.family.metric(examples.real(self.possible(prediction)), real.y))
 
 
 class Algorithm:

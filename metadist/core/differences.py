@@ -11,10 +11,10 @@ from metadist.core.task import Task
 
 
 def by_name(task: Task) -> dict[str, Tensor]:
-    """Return the tensors of a task: ``support.x``, ``support.y``, …; masks only where there are some."""
+    """Return the tensors of a task: ``support.x``, ``support.y``, …; masks and ways only where there are some."""
     sets = {"support": task.support, "query": task.query}
     found = {f"{name}.{part}": getattr(e, part) for name, e in sets.items() for part in ("x", "y", "mask")}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    return {name: tensor for name, tensor in {**found, "ways": task.ways}.items() if tensor is not None}
 
 
 def difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor], rounding: float = 0.0) -> str | None:

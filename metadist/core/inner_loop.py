@@ -218,9 +218,32 @@ class InnerLoop(Algorithm):
         if size is None or size >= rows:
             return support
         if support.mask is not None:
-            raise ConfigError(f"algorithm.inner_batch_size: {size}, but minibatches need tasks of equal size; use null")
+            return self._masked_minibatch(support, key, step, size)
         epoch, first = step * size // rows, step * size % rows
         epochs = (epoch, epoch + 1) if isinstance(step, Tensor) or first + size > rows else (epoch,)
         order = torch.cat([key.stream("minibatch", e).bits(rows).argsort(dim=-1, stable=True) for e in epochs])
         chosen = order[first + torch.arange(size, device=order.device)]
         return Examples(support.x[chosen], support.y[chosen])
+
+    @staticmethod
+    def _masked_minibatch(support: Examples, key: TaskKey, step: InnerStep, size: int) -> Examples:
+        """Return the minibatch that the real rows alone have: all of them where they are at most ``size``.
+
+        Words of a stream do not depend on their number, so the order of the real rows is that without padding.
+        """
+        assert support.mask is not None
+        padding, place = ~support.mask.bool(), torch.arange(size, device=support.mask.device)
+        count = (~padding).sum()
+        few = count <= size
+        epoch, first = step * size // count, step * size % count
+
+        def order(epoch: Tensor) -> Tensor:
+            words = key.stream("minibatch", epoch).bits(len(padding))
+            return torch.where(padding, 1 << 32, words).argsort(dim=-1, stable=True)
+
+        epoch, place = torch.where(few, 0, epoch), torch.where(few, place, first + place)
+        later = place >= count
+        own = order(epoch)[place.clamp(max=len(padding) - 1)]
+        following = order(epoch + 1)[(place - count).clamp(min=0, max=len(padding) - 1)]
+        chosen = torch.where(later & ~few, following, own)
+        return Examples(support.x[chosen], support.y[chosen], ~(later & few))

@@ -259,6 +259,20 @@ class TaskKey:
         """Return the keys of the single tasks of a shard."""
         return [replace(self, tasks=self.tasks[i]) for i in range(len(self.tasks))]
 
+    def group(self, size: int) -> TaskKey:
+        """Return the key of the groups of ``size`` consecutive tasks, for draws that the tasks of a group share.
+
+        Such a draw is a function of (seed, split, meta-step, index div ``size``), and never of the shard.
+        """
+        return replace(self, tasks=self.tasks // size)
+
+    def runs(self, size: int | None) -> list[TaskKey]:
+        """Cut the tasks [T], which stay in order, at the boundaries of groups of ``size``; None cuts nowhere."""
+        if size is None or not len(self.tasks):
+            return [self]
+        _, counts = (self.tasks // size).unique_consecutive(return_counts=True)
+        return [replace(self, tasks=some) for some in self.tasks.split(counts.tolist())]
+
     def to(self, device: torch.device) -> TaskKey:
         """Return the key with its tasks on ``device``."""
         return self if self.tasks.device == device else replace(self, tasks=self.tasks.to(device))

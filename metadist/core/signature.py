@@ -38,6 +38,7 @@ class Signature:
 
     A shape of None is unknown, and is not checked. ``classes`` is the number of classes, which are 0 … classes − 1;
     None where targets are values. With ``any_classes`` a support set may have more classes than the tasks in training.
+    With ``fewer_classes`` it may have fewer, as tasks in training have, and predictions then are for these alone.
     ``finite`` is false where the tasks in training have NaN or Inf themselves, which the model then handles.
     """
 
@@ -48,12 +49,13 @@ class Signature:
     classes: int | None = None
     any_classes: bool = False
     finite: bool = True
+    fewer_classes: bool = False
 
     @property
     def prediction_shape(self) -> Shape:
         """The shape of one prediction; a size of None varies."""
         if self.classes is not None:
-            return (None if self.any_classes else self.classes,)
+            return (None if self.any_classes or self.fewer_classes else self.classes,)
         return (None,) if self.target_shape is None else self.target_shape
 
     # Checks -----------------------------------------------------------------------------------------------------------
@@ -90,6 +92,11 @@ class Signature:
         if not _is_whole(y.dtype):
             raise InvalidInput(f"y holds {_kind(y.dtype)}; expected classes as whole numbers (y.long())")
         refuse_classes(y, self.classes, self.any_classes)
+        if self.fewer_classes and y.numel() and len(y.unique()) <= int(y.max()):
+            raise InvalidInput(
+                f"y holds class {int(y.max())}, and not every class below it; number the classes of the support set "
+                "from 0 on, each with an example"
+            )
         return y.to(self.target_dtype)
 
     def support(self, x: Tensor, y: Tensor) -> Examples:
@@ -101,9 +108,14 @@ class Signature:
 
     def ways(self, y: Tensor) -> int | None:
         """Return the number of classes of a support set with targets ``y``; None where targets are values."""
-        if self.classes is None or not self.any_classes:
+        if self.classes is None or not (self.any_classes or self.fewer_classes):
             return self.classes
-        return max(self.classes, int(y.max()) + 1)
+        found = int(y.max()) + 1
+        return found if self.fewer_classes else max(self.classes, found)
+
+    def logits(self, prediction: Tensor, ways: int | None) -> Tensor:
+        """Return the logits [N, ways] of the classes of a support set; ``prediction`` itself where it has no others."""
+        return prediction if ways is None or not self.fewer_classes else prediction[..., :ways]
 
     @contextmanager
     def judged_by_model(self) -> Iterator[None]:
@@ -150,6 +162,7 @@ class Signature:
             "classes": self.classes,
             "any_classes": self.any_classes,
             "finite": self.finite,
+            "fewer_classes": self.fewer_classes,
         }
 
     @classmethod
@@ -160,10 +173,11 @@ class Signature:
             (x, x_dtype), (y, y_dtype) = _read(recorded["input"]), _read(recorded["target"])
             classes, any_classes, finite = recorded["classes"], recorded["any_classes"], recorded["finite"]
             assert classes is None or (type(classes) is int and classes >= 0)
-            assert type(any_classes) is bool and type(finite) is bool
+            fewer_classes = recorded.get("fewer_classes", False)  # an earlier version has no such key
+            assert type(any_classes) is bool and type(finite) is bool and type(fewer_classes) is bool
         except (AssertionError, KeyError, TypeError, ValueError):
             raise CheckpointError(f"the signature of the model is damaged: {str(recorded)[:200]!r}") from None
-        return cls(x, x_dtype, y, y_dtype, classes, any_classes, finite)
+        return cls(x, x_dtype, y, y_dtype, classes, any_classes, finite, fewer_classes)
 
     # Where it comes from ----------------------------------------------------------------------------------------------
 
@@ -180,6 +194,7 @@ class Signature:
             classes,
             any_classes and classes is not None,
             all(bool(torch.isfinite(t).all()) for t in [*inputs, *targets]),
+            classes is not None and any(task.ways is not None for task in tasks),
         )
 
     @classmethod

@@ -64,10 +64,15 @@ class Examples:
 
 @dataclass(frozen=True)
 class Task:
-    """One task, or a shard of tasks stacked along a leading dimension [T]."""
+    """One task, or a shard of tasks stacked along a leading dimension [T].
+
+    ``ways`` is the number of classes 0, 1, … of a task (int64, 0-d; stacked [T]) where tasks of one family differ in
+    it; None where all have as many as the family states. Logits of further classes count as −∞ (``possible``).
+    """
 
     support: Examples
     query: Examples
+    ways: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Task:
         """Return the task on ``device``, with floating-point tensors as ``dtype``."""
@@ -87,7 +92,7 @@ pytree.register_pytree_node(
 )
 pytree.register_pytree_node(
     Task,
-    lambda t: ([t.support, t.query], None),
+    lambda t: ([t.support, t.query] if t.ways is None else [t.support, t.query, t.ways], None),
     lambda values, _: Task(*values),
     serialized_type_name="metadist.core.Task",
 )
@@ -112,7 +117,43 @@ def _stack_examples(parts: Sequence[Examples]) -> Examples:
 
 def stack(tasks: Sequence[Task]) -> Task:
     """Return ``tasks`` as one stacked task; shorter support or query sets are padded with zeros and masked."""
-    return Task(_stack_examples([t.support for t in tasks]), _stack_examples([t.query for t in tasks]))
+    ways = [t.ways for t in tasks if t.ways is not None]
+    return Task(
+        _stack_examples([t.support for t in tasks]),
+        _stack_examples([t.query for t in tasks]),
+        torch.stack(ways) if ways else None,
+    )
+
+
+def alone(tasks: Task, index: int) -> Task:
+    """Return one task of a stack, without its padded rows."""
+    task = cast(Task, pytree.tree_map(lambda t: t[index], tasks))
+    support, query = (Examples(e.real(e.x), e.real(e.y)) for e in (task.support, task.query))
+    return Task(support, query, task.ways)
+
+
+def with_rows(tasks: Task, support: int, query: int) -> Task:
+    """Pad stacked tasks with masked zeros to so many support and query rows. Both sets then have a mask."""
+
+    def padded(e: Examples, rows: int) -> Examples:
+        def pad(t: Tensor) -> Tensor:
+            missing = rows - t.shape[1]
+            return torch.cat([t, t.new_zeros(len(t), missing, *t.shape[2:])], 1) if missing else t
+
+        mask = torch.ones(e.y.shape[:2], dtype=torch.bool, device=e.y.device) if e.mask is None else e.mask.bool()
+        return Examples(pad(e.x), pad(e.y), pad(mask))
+
+    return Task(padded(tasks.support, support), padded(tasks.query, query), tasks.ways)
+
+
+def possible(prediction: Tensor, ways: Tensor | int | None) -> Tensor:
+    """Return logits […, classes] with −∞ for the classes from ``ways`` on, which the task does not have.
+
+    No loss, metric or gradient then depends on these logits. None: the task has all classes.
+    """
+    if ways is None or (isinstance(ways, int) and ways >= prediction.shape[-1]):
+        return prediction
+    return prediction.masked_fill(torch.arange(prediction.shape[-1], device=prediction.device) >= ways, -torch.inf)
 
 
 class ImageFormat(Protocol):
@@ -231,12 +272,31 @@ class TaskFamily:
         return None
 
     def ways(self, split: str) -> int:
-        """Return the number of classes of a task of ``split``; override it where training tasks have more classes."""
+        """Return the number of classes of a task of ``split``; override it where training tasks have more classes.
+
+        Where tasks have their own ``Task.ways``, the largest one.
+        """
         return self.outputs
 
     def sizes(self, split: str) -> tuple[int, int] | None:
-        """Return the (support, query) rows of a task, or None where tasks differ in size and are padded."""
+        """Return the (support, query) rows of a task, or None where tasks differ in size."""
         return None
+
+    def group_size(self, split: str) -> int | None:
+        """Return how many consecutive tasks share one size, where sizes are drawn (``key.group``); else None.
+
+        Tasks with one index div ``group_size`` must have one number of rows and one ``Task.ways``. They are sampled and
+        computed together, without padding; a compiled shard pads them to one of a few sizes.
+        """
+        return None
+
+    def possible_sizes(self, split: str) -> Sequence[tuple[int, int]]:
+        """Return every (support, query) number of rows that a task can have, one for each equally likely draw.
+
+        The sizes of compiled graphs are chosen from them. Empty where they are unknown.
+        """
+        stated = self.sizes(split)
+        return () if stated is None else (stated,)
 
 
 def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class TaskMetric:
     """
 
     #: names that other columns of an evaluation have
-    reserved: ClassVar[tuple[str, ...]] = ("loss", "task", "source")
+    reserved: ClassVar[tuple[str, ...]] = ("loss", "task", "source", "ways")
 
     name: str
     function: TaskMetricFunction
@@ -77,15 +77,18 @@ class TaskMetric:
     table: bool = False
     built_in: bool = False
 
-    def of_tasks(self, prediction: Tensor, query: Examples) -> Tensor:
+    def of_tasks(self, prediction: Tensor, query: Examples, ways: Tensor | None = None) -> Tensor:
         """Return the metric of predictions [T, S, N, …] (S: adaptation steps): float64 [T, S], or [T, S, …] of tables.
 
-        A scalar is NaN where a prediction for a real row is not finite. Raises ConfigError where targets are no
-        classes, and where the function fails or returns no number.
+        ``ways`` [T] is the number of classes of each task where tasks differ in it; a function of the user's own gets
+        the logits of these classes. A scalar is NaN where a prediction for a real row is not finite. Raises ConfigError
+        where targets are no classes, and where the function fails or returns no number.
         """
         mask = torch.ones(query.y.shape[:2], device=query.y.device) if query.mask is None else query.mask
         if not self.built_in:
-            return torch.stack([self._by_step(p, real) for p, real in self._each(prediction, query)])
+            counts = [None] * len(prediction) if ways is None else ways.tolist()
+            each = zip(self._each(prediction, query), counts)
+            return torch.stack([self._by_step(p[..., :count], real) for (p, real), count in each])
         if self.kind == "classification":
             self._check_classes(query.y[mask.bool()], prediction.shape[-1])
         # Zero times NaN is NaN: a padded row must be cleared, not only masked.
@@ -93,7 +96,11 @@ class TaskMetric:
         cleared = torch.where(real, prediction.double(), 0)
         by_step = vmap(self.function, in_dims=(0, None, None))
         found = cast(Tensor, vmap(by_step)(cleared, query.y, mask.bool()))
-        return found if self.table else torch.where(cleared.isfinite().flatten(2).all(-1), found, torch.nan)
+        finite = cleared.isfinite()
+        if ways is not None:
+            absent = torch.arange(prediction.shape[-1], device=ways.device) >= ways.unsqueeze(-1)
+            finite = finite | absent.unsqueeze(1).unsqueeze(1)
+        return found if self.table else torch.where(finite.flatten(2).all(-1), found, torch.nan)
 
     @staticmethod
     def _each(prediction: Tensor, query: Examples) -> Iterator[tuple[Tensor, Examples]]:

@@ -58,7 +58,6 @@ def compiled_disagrees(subject: Subject, seed: int, memory_bytes: int | None = N
     training reports such tasks itself. Mixed differentiation is compared over as many inner steps as unrolled ones fit
     into ``memory_bytes``; its graphs are the same for any number.
     """
-    keys = TaskKey.of(seed, "train", 0, range(subject.outer.shard_size))
     steps, chunk = float64_within(subject, memory_bytes)
     if subject.engine.differentiation == "mixed":
         subject = subject.with_algorithm(with_inner_steps(subject.algorithm, steps))
@@ -66,14 +65,17 @@ def compiled_disagrees(subject: Subject, seed: int, memory_bytes: int | None = N
     exact.set_engine(Engine(chunk=chunk))
     # Unrolled too: an eager shard in mixed mode would be wrong in the same way, and its error would pass for rounding.
     eager.set_engine(Engine(precision=subject.engine.precision, chunk=chunk))
-    for distance in DISTANCES:
-        theta = perturbed_theta(subject, seed, distance)
-        true, usual = _finite(exact, _as_in(exact, theta, seed), keys), _finite(eager, theta, keys)
-        if true is None or usual is None:
-            continue
-        rounding = _differences(usual, true)
-        if max(rounding.values()) <= MAX_ROUNDING or not distance:
-            return _beyond_rounding(_finite(subject, theta, keys), true, rounding)
+    for keys in subject.keys_of_graphs(seed):
+        for distance in DISTANCES:
+            theta = perturbed_theta(subject, seed, distance)
+            true, usual = _finite(exact, _as_in(exact, theta, seed), keys), _finite(eager, theta, keys)
+            if true is None or usual is None:
+                continue
+            rounding = _differences(usual, true)
+            if max(rounding.values()) <= MAX_ROUNDING or not distance:
+                if found := _beyond_rounding(_finite(subject, theta, keys), true, rounding):
+                    return found
+                break
     return None
 
 

@@ -90,7 +90,7 @@ def _one_task(subject: Subject) -> tuple[Theta, Task, TaskKey, Tensor]:
     keys = TaskKey.of(0, "train", 0, [0])
     return (
         initial_theta(subject, 0),
-        subject.sample(keys),
+        subject.sample_largest(keys),
         keys.to(subject.device),
         torch.ones(1, dtype=torch.bool, device=subject.device),
     )
@@ -106,7 +106,7 @@ def _state_bytes(subject: Subject) -> int:
         return 0
     theta, tasks, keys, _ = _one_task(subject)
     task = pytree.tree_map(lambda t: t[0], tasks)
-    start = gradient.descent(gradient.context(keys, keys.tasks[0], 0), theta, task).start
+    start = gradient.descent(gradient.context(keys, keys.tasks[0], 0, task), theta, task).start
     return sum(_bytes(t) for t in pytree.tree_leaves(start) if isinstance(t, Tensor))
 
 

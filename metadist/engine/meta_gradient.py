@@ -128,9 +128,9 @@ class MetaGradient:
         """Whether differentiation is mixed: back over the inner steps."""
         return self.engine.differentiation == "mixed" and self.cannot_walk_back is None
 
-    def context(self, keys: TaskKey, index: Tensor, meta_step: StepIndex) -> TaskContext:
-        """Return the training context of the task with ``index``, a scalar."""
-        return TaskContext(replace(keys, tasks=index), meta_step, True, self.family)
+    def context(self, keys: TaskKey, index: Tensor, meta_step: StepIndex, task: Task) -> TaskContext:
+        """Return the training context of ``task``, with ``index``, a scalar."""
+        return TaskContext(replace(keys, tasks=index), meta_step, True, self.family, task_ways=task.ways)
 
     def flat(self, theta: Theta) -> dict[str, Tensor]:
         """Return θ as one vector for each slot: a call of a compiled graph takes longer the more arguments it has."""
@@ -145,7 +145,7 @@ class MetaGradient:
 
     def _metrics(self, context: TaskContext, loss: Tensor, prediction: Tensor, task: Task) -> Metrics:
         if task.query.mask is not None:
-            return {"loss": loss, PREDICTION: prediction}
+            return {"loss": loss, PREDICTION: context.possible(prediction)}
         return {"loss": loss, self.family.metric_name: context.metric(prediction, task.query)}
 
     # Unrolled: through the recorded inner loop ------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class MetaGradient:
         self, theta: Theta, keys: TaskKey, meta_step: StepIndex
     ) -> Callable[[Task, Tensor], tuple[Values, Metrics]]:
         def single(task: Task, index: Tensor) -> tuple[Values, Metrics]:
-            context = self.context(keys, index, meta_step)
+            context = self.context(keys, index, meta_step, task)
             model = self.bind(theta, context.key, True)
             if self.algorithm.contribution == "delta":
                 phi = self.algorithm.adapt(model, theta, task.support, context)[-1]
@@ -360,7 +360,7 @@ class _Shard:
             stacked, common = rest[:count], rest[count:]
 
             def one(task: Task, index: Tensor, *own: object) -> T:
-                context = self.gradient.context(keys, index, meta_step)
+                context = self.gradient.context(keys, index, meta_step, task)
                 return single(_BoundTask(self.gradient, context, theta, task), *own, *common)
 
             result: T = vmap(one)(tasks, indices, *stacked)
@@ -382,7 +382,7 @@ def held_by_steps(gradient: MetaGradient, theta: Theta, task: Task, key: TaskKey
     }
     with torch.enable_grad():
         given = {**theta, **{slot: Parameters({n: leaves[slot, n] for n in theta[slot]}) for slot in gradient.learned}}
-        context = gradient.context(key, key.tasks, 0)
+        context = gradient.context(key, key.tasks, 0, task)
         descent = gradient.descent(context, given, task)
         phi = descent.phi.map(lambda t: t.detach().clone().requires_grad_())
         outputs = [descent.loss(phi, step) for step in range(gradient.algorithm.inner_steps)]

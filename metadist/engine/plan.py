@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from metadist.core.engine import Differentiation, Engine, Hessian
 from metadist.core.errors import ConfigError
 from metadist.engine.agreement import mixed_disagrees
+from metadist.engine.buckets import MOST
 from metadist.engine.memory import Footprint, allocated_bytes, footprint
 from metadist.engine.subject import Subject
 
@@ -172,21 +173,29 @@ def _compile(subject: Subject, request: EngineRequest, device: Device, reasons: 
                 f"engine.compile: always, but on '{device.name}' {device.no_compiler}; install one that works, or use "
                 "never"
             )
+        if reason := _wrong_with_padding(subject):
+            raise ConfigError(f"engine.compile: always, but {reason}; use norm: group or layer, or compile: never")
         reasons["compile"] = "as configured"
         return True
     passes = outer.meta_steps * outer.meta_batch_size * (algorithm.inner_steps + 1)
+    worth = WORTH_COMPILING * (1 if subject.tasks.group_size("train") is None else MOST)
     if device.no_compiler:
         reasons["compile"] = f"not: {device.no_compiler}"
-    elif not subject.tasks_alike():
-        reasons["compile"] = "not: tasks differ in size, and each size would be compiled"
-    elif passes < WORTH_COMPILING:
-        reasons["compile"] = (
-            f"not: {passes} passes over tasks are fewer than {WORTH_COMPILING}: they end before a compiler does"
-        )
+    elif reason := _wrong_with_padding(subject) or subject.several_graphs():
+        reasons["compile"] = f"not: {reason}"
+    elif passes < worth:
+        reasons["compile"] = f"not: {passes} passes over tasks are fewer than {worth}: they end before a compiler does"
     else:
         reasons["compile"] = f"{passes} passes over tasks repay it"
         return True
     return False
+
+
+def _wrong_with_padding(subject: Subject) -> str | None:
+    """Return why tasks of drawn sizes cannot be padded to the sizes of a few graphs, or None."""
+    if subject.tasks.group_size("train") is None or not subject.model.normalises_over_batch:
+        return None
+    return "tasks of several sizes would be padded, and batch normalisation would mix padding into its statistics"
 
 
 def _differentiation(

@@ -54,6 +54,10 @@ class Subject(Protocol):
         """Return the tasks of ``keys``, stacked [T, …], on ``device``."""
         ...
 
+    def sample_largest(self, keys: TaskKey) -> Task:
+        """Return the tasks of ``keys``, padded to the largest size of a training task where tasks differ in size."""
+        ...
+
     def compute(self, shard: Shard, theta: Mapping[str, Tensor]) -> Result | WithOutput:
         """Compute one shard under the slot vectors ``theta``."""
         ...
@@ -69,8 +73,12 @@ class Subject(Protocol):
         """Return the scores of every task of ``keys`` after 0, 1, …, k adaptation steps."""
         ...
 
-    def tasks_alike(self) -> bool:
-        """Return whether training tasks have one size, so that one graph can serve them."""
+    def several_graphs(self) -> str | None:
+        """Return why a few graphs cannot serve all training shards, or None."""
+        ...
+
+    def keys_of_graphs(self, seed: int) -> list[TaskKey]:
+        """Return the keys of a first shard for each compiled graph of training: one where tasks have one size."""
         ...
 
     def with_algorithm(self, algorithm: Algorithm) -> Subject:

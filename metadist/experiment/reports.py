@@ -81,7 +81,7 @@ def _adapted(result: Result, index: int) -> tuple[Task, Any]:
     algorithm = with_inner_steps(learner.algorithm, result.experiment.evaluate.inner_steps)
     theta = result.state.theta(learner.slots)
     with torch.no_grad():
-        context = TaskContext(keys.each()[0], 0, False, learner.tasks)
+        context = TaskContext(keys.each()[0], 0, False, learner.tasks, task_ways=task.ways)
         return task, algorithm.adapt(learner.bind(theta, None, False), theta, task.support, context)
 
 

@@ -109,11 +109,15 @@ class Result:
         return AdaptedParameters(phi, support)
 
     def predict(self, adapted: AdaptedParameters, x: Tensor) -> Tensor:
-        """Return predictions for x [N, …]: logits or values [N, …]. Raises ``InvalidInput`` as ``adapt``."""
+        """Return predictions for x [N, …]: logits or values [N, …]. Raises ``InvalidInput`` as ``adapt``.
+
+        Where tasks have their own numbers of classes, there are as many logits as the support set has classes.
+        """
         learner = self.experiment.learner
         queries = self.signature.inputs("x", torch.as_tensor(x))
         with self.signature.judged_by_model():
-            return learner.predict(self.state, adapted.phi, queries, adapted.support)
+            prediction = learner.predict(self.state, adapted.phi, queries, adapted.support)
+        return self.signature.logits(prediction, self.signature.ways(adapted.support.y))
 
     def evaluate(self, *overrides: str, **options: Any) -> Evaluation:
         """Judge the best parameters again, and record the scores in the run directory and in MLflow.

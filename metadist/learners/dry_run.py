@@ -18,7 +18,7 @@ from metadist.core.errors import ConfigError, MetadistError, first_line
 from metadist.core.random import SPLITS, TaskKey
 from metadist.core.round import Shard, WithOutput
 from metadist.core.state import Contribution, Records, State
-from metadist.core.task import Task
+from metadist.core.task import Task, alone
 from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
@@ -45,7 +45,7 @@ def try_tasks(learner: Subject, seed: int) -> None:
         _check_sampling(learner, keys, task)
         if split == "test":
             continue
-        one = torch.utils._pytree.tree_map(lambda t: t[0], task)
+        one = alone(task, 0)
         try:
             _check_output(learner, state, one, split)
             if split == "train":
@@ -266,7 +266,8 @@ def _check_participation(learner: Subject, state: State, task: Task) -> None:
         for n, t in p.items()
     }
     key = TaskKey.of(0, "train", 0, [0]).each()[0].to(learner.device)
-    model, context = learner.model.bind(fixed(theta), key, True), TaskContext(key, 0, True, learner.tasks)
+    model = learner.model.bind(fixed(theta), key, True)
+    context = TaskContext(key, 0, True, learner.tasks, task_ways=task.ways)
     trajectory = learner.algorithm.adapt(model, theta, task.support, context)
     loss, _ = learner.algorithm.objective(model, theta, trajectory, task, context)
     found = (
@@ -288,12 +289,13 @@ def _check_output(learner: Subject, state: State, task: Task, split: str) -> Non
     bound = learner.model.bind(fixed(theta), None, False)
     classes = learner.tasks.kind == "classification"
     ways = learner.tasks.ways(split)
-    if needed is not None and classes and ways != needed:
+    if needed is not None and classes and (ways != needed if task.ways is None else ways > needed):
         raise ConfigError(
             f"tasks: {split} tasks have {ways} ways and the model {needed} outputs; algorithm "
             f"'{type(learner.algorithm).__name__}' needs them equal (only metric methods can train with more ways)"
         )
-    context = TaskContext(TaskKey.of(0, split, 0, [0]).each()[0].to(learner.device), 0, False, learner.tasks)
+    key = TaskKey.of(0, split, 0, [0]).each()[0].to(learner.device)
+    context = TaskContext(key, 0, False, learner.tasks, task_ways=task.ways)
     with torch.no_grad():
         if needed is not None and classes:
             output = tuple(bound(theta["model"], task.query.x).shape)
@@ -306,7 +308,8 @@ def _check_output(learner: Subject, state: State, task: Task, split: str) -> Non
         phi = at_most_one_step(learner.algorithm).adapt(bound, theta, task.support, context)[-1]
         prediction = learner.algorithm.predict(bound, phi, task.query.x)
     shape = tuple(prediction.shape)
-    expected = (task.query.x.shape[0], ways) if classes else tuple(task.query.y.shape)
+    logits = ways if needed is None or task.ways is None else needed
+    expected = (task.query.x.shape[0], logits) if classes else tuple(task.query.y.shape)
     if shape != expected:
         raise ConfigError(
             f"model: '{type(learner.model.module).__name__}' predicts shape {list(shape)} where the {split} tasks "

@@ -20,7 +20,7 @@ from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, fir
 from metadist.core.model import Model
 from metadist.core.random import TaskKey
 from metadist.core.state import State
-from metadist.core.task import Examples
+from metadist.core.task import Examples, alone
 from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject, initial_theta
 from metadist.learners.culprit import failed
@@ -53,7 +53,7 @@ def try_paths(learner: Tried, seed: int) -> None:
     held_out = TaskKey.of(seed, "validation", 0, range(TASKS))
 
     def serve() -> None:
-        task = pytree.tree_map(lambda t: t[0].cpu(), learner.sample(held_out))
+        task = alone(pytree.tree_map(torch.Tensor.cpu, learner.sample(held_out)), 0)
         phi = learner.adapt(state, task.support)
         learner.predict(state, phi, task.query.x, task.support)
 

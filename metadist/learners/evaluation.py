@@ -87,6 +87,8 @@ class Evaluation:
     loss_rose: int = field(default=0, kw_only=True)
     task_metrics: dict[str, TaskScore] = field(default_factory=dict, kw_only=True)
     tables: dict[str, list[list[float]]] = field(default_factory=dict, kw_only=True)
+    #: where tasks differ in their number of classes: the scores of each number, beside its chance level
+    by_ways: list[dict[str, float]] = field(default_factory=list, kw_only=True)
     #: scores of known methods on the same tasks, where they were requested
     beside: list[dict[str, object]] = field(default_factory=list, kw_only=True)
 
@@ -254,6 +256,7 @@ def score_tasks(
         loss_rose=rose,
         task_metrics=scores,
         tables=tables,
+        by_ways=_by_ways(columns[metric][:, -1], columns.get("ways")),
     )
 
 
@@ -263,6 +266,16 @@ def sources_of(family: TaskFamily, keys: TaskKey) -> torch.Tensor | None:
     if any(source is None for source in found):
         return None
     return torch.tensor([source if isinstance(source, tuple) else (source,) for source in found])
+
+
+def _by_ways(values: torch.Tensor, ways: torch.Tensor | None) -> list[dict[str, float]]:
+    """Return the mean of the finite ``values`` [T] for each number of classes; the chance level differs by it."""
+    found = list[dict[str, float]]()
+    for n in [] if ways is None else ways.unique().tolist():
+        some = values[(ways == n) & values.isfinite()]
+        mean = float(some.mean()) if len(some) else math.nan
+        found.append({"ways": n, "chance": 1 / n, "tasks": len(some), "mean": mean})
+    return found
 
 
 def counted_trials(records: Records, split: str) -> Records:

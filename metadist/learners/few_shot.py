@@ -23,9 +23,10 @@ from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard
 from metadist.core.signature import Signature
 from metadist.core.state import Contribution, Records, State, TreeSum
-from metadist.core.task import Examples, Task, TaskFamily
+from metadist.core.task import Examples, Task, TaskFamily, with_rows
 from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
 from metadist.engine.agreement import compiled_disagrees
+from metadist.engine.buckets import Buckets
 from metadist.engine.compiled import Compiled
 from metadist.engine.functions import TensorCall, directly
 from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
@@ -38,6 +39,9 @@ from metadist.learners.signature import describe, describe_earlier
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+#: groups of tasks of drawn sizes that are looked at for one of each size of a compiled graph
+GROUPS_SEARCHED = 64
 
 
 @dataclass
@@ -81,9 +85,10 @@ class FewShotLearner(Learner):
         super().set_engine(engine)
         self._meta: MetaGradient | None = None
         self._compiled = Compiled(self.device, around or (lambda name: nullcontext()))
+        self._sizes: Buckets | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": False, "_meta": None, "_compiled": None}
+        return {**self.__dict__, "_prepared": False, "_meta": None, "_compiled": None, "_sizes": None}
 
     # What a shard is --------------------------------------------------------------------------------------------------
 
@@ -159,16 +164,45 @@ class FewShotLearner(Learner):
 
     def warm_up(self, seed: int) -> float:
         theta = {n: p.map(lambda t: t.to(self.device)) for n, p in self.initial(seed).theta(self.slots).items()}
-        with suppress(NonFiniteError):
-            self.contribute(theta, TaskKey.of(seed, "train", 0, range(self.outer.shard_size)), 0)
+        for keys in self.keys_of_graphs(seed):
+            with suppress(NonFiniteError):
+                self.contribute(theta, keys, 0)
         return self._compiled.seconds
 
-    def tasks_alike(self) -> bool:
-        """Return whether training tasks have one size (of two shards), so that one graph can serve them."""
-        size = self.outer.shard_size
+    def several_graphs(self) -> str | None:
+        if self.tasks.group_size("train") is not None:
+            unknown = f"'{type(self.tasks).__name__}' does not state possible_sizes(), from which few graphs are chosen"
+            return None if self.tasks.possible_sizes("train") else unknown
+        size = self.outer.shard_size  # two shards tell
         first, second = (self.sample(TaskKey.of(0, "train", 0, range(i * size, i * size + size))) for i in (0, 1))
         shapes = [[t.shape for t in torch.utils._pytree.tree_leaves(task)] for task in (first, second)]
-        return shapes[0] == shapes[1] and first.support.mask is None and first.query.mask is None
+        alike = shapes[0] == shapes[1] and first.support.mask is None and first.query.mask is None
+        return None if alike else "tasks differ in size, and each size would be compiled"
+
+    def keys_of_graphs(self, seed: int) -> list[TaskKey]:
+        size = self.tasks.group_size("train")
+        if size is None:
+            return [TaskKey.of(seed, "train", 0, range(self.outer.shard_size))]
+        found = dict[tuple[int, int], TaskKey]()
+        for index in range(GROUPS_SEARCHED):
+            keys = TaskKey.of(seed, "train", 0, [index * size])
+            task = self.sample(keys)
+            found.setdefault(self._buckets.rows(task.support.y.shape[1], task.query.y.shape[1]), keys)
+            if len(found) == len(self._buckets.sizes):
+                break
+        return list(found.values())
+
+    @property
+    def _buckets(self) -> Buckets:
+        if self._sizes is None:
+            self._sizes = Buckets.of(self.tasks, self.algorithm)
+        return self._sizes
+
+    def sample_largest(self, keys: TaskKey) -> Task:
+        tasks = self.sample(keys)
+        if self.tasks.group_size(keys.split) is None or (largest := self._buckets.largest) is None:
+            return tasks
+        return with_rows(tasks, *largest)
 
     def sample(self, keys: TaskKey) -> Task:
         """Return the tasks of ``keys`` on the learner's device. The keys stay on the CPU."""
@@ -179,13 +213,16 @@ class FewShotLearner(Learner):
                 "Task(Examples(x, y), Examples(x, y))"
             )
         task = task.to(self.device, self.model.dtype)
-        if (task.support.mask is not None or task.query.mask is not None) and self.model.normalises_over_batch:
+        padded = task.support.mask is not None or task.query.mask is not None
+        # Groups of one size are computed apart (``contribute``): tasks of several are sampled together for a look only.
+        together = len(keys.runs(self.tasks.group_size(keys.split))) == 1
+        if padded and self.model.normalises_over_batch and together:
             raise ConfigError(
                 "model: batch normalisation over padded rows would mix padding into the statistics; these tasks "
                 "differ in "
                 "size, so use norm: group or layer (or a task family whose tasks are of one size)"
             )
-        return Task(task.support.cleared(), task.query.cleared())
+        return Task(task.support.cleared(), task.query.cleared(), task.ways)
 
     def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result:
         keys = TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count))
@@ -219,8 +256,18 @@ class FewShotLearner(Learner):
         return replace(gradient, held=held_by_steps(gradient, theta, task, keys.each()[0].to(self.device)))
 
     def contribute(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int) -> Contribution:
-        """Return the sum of the tasks' gradients (or deltas), with loss and metric on the query sets."""
-        return self.contribute_tasks(theta, self.sample(keys), keys, meta_step)
+        """Return the sum of the tasks' gradients (or deltas), with loss and metric on the query sets.
+
+        Where sizes are drawn, tasks of one group are computed together: with their own rows, or compiled in a bucket.
+        """
+        groups = keys.runs(self.tasks.group_size(keys.split))
+        total = TreeSum[Contribution](len(groups), Contribution.absorb)
+        for index, group in enumerate(groups):
+            tasks = self.sample(group)
+            if self.engine.compile and self.tasks.group_size(keys.split) is not None:
+                tasks = self._buckets.pad(tasks)
+            total.add(index, self.contribute_tasks(theta, tasks, group, meta_step))
+        return total.result()
 
     def contribute_tasks(
         self, theta: Mapping[str, Parameters], tasks: Task, keys: TaskKey, meta_step: int
@@ -270,7 +317,8 @@ class FewShotLearner(Learner):
         """Pad compiled shards to a full chunk by repeating the last task: one graph then serves all shards."""
         count = len(keys.tasks)
         keep = torch.ones(count, dtype=torch.bool, device=self.device)
-        missing = (self.engine.chunk or self.outer.shard_size) - count if self.engine.compile else 0
+        full, group = self.engine.chunk or self.outer.shard_size, self.tasks.group_size(keys.split)
+        missing = (full if group is None else min(full, group)) - count if self.engine.compile else 0
         if missing <= 0:
             return tasks, keys, keep
 
@@ -305,17 +353,25 @@ class FewShotLearner(Learner):
         """Return loss, metric and metrics of whole tasks after 0, 1, …, k adaptation steps.
 
         Columns [T, k+1] in float64 (tables [T, k+1, …]), the index of each task [T], and its sources where the family
-        names them.
+        names them, and its number of classes [T] where tasks differ in it.
         """
+        groups = keys.runs(self.tasks.group_size(keys.split))
+        found = [self._evaluate_together(theta, group, meta_step, inner_steps) for group in groups]
+        return found[0] if len(found) == 1 else Records.concatenate(found)
+
+    def _evaluate_together(
+        self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int, inner_steps: int | None
+    ) -> Records:
         algorithm = with_inner_steps(self.algorithm, inner_steps)
 
         def single(task: Task, index: Tensor) -> tuple[Tensor, Tensor]:
             key = replace(keys, tasks=index)
-            context = TaskContext(key, meta_step, False, self.tasks)
+            context = TaskContext(key, meta_step, False, self.tasks, task_ways=task.ways)
             model = self.bind(theta, key, False)
             losses, predictions = [], []
             for phi in algorithm.adapt(model, theta, task.support, context):
-                predictions.append(self._judge(algorithm, model, phi, task.support.x, task.query.x))
+                prediction = self._judge(algorithm, model, phi, task.support.x, task.query.x)
+                predictions.append(context.possible(prediction))
                 losses.append(context.loss(predictions[-1], task.query))
             return torch.stack(losses), torch.stack(predictions)
 
@@ -325,9 +381,10 @@ class FewShotLearner(Learner):
             by_step = predictions.unbind(1)
             metrics = torch.stack([metric_of_tasks(self.tasks, p.contiguous(), tasks.query) for p in by_step], 1)
             columns = {"loss": losses, self.tasks.metric_name: metrics}
-            columns |= {m.name: m.of_tasks(predictions, tasks.query) for m in self.task_metrics}
-        sources = {} if (found := sources_of(self.tasks, keys)) is None else {"source": found}
-        return Records({"task": keys.tasks, **sources, **{n: column.double().cpu() for n, column in columns.items()}})
+            columns |= {m.name: m.of_tasks(predictions, tasks.query, tasks.ways) for m in self.task_metrics}
+        facts = {"task": keys.tasks, "source": sources_of(self.tasks, keys), "ways": tasks.ways}
+        known = {n: column.cpu() for n, column in facts.items() if column is not None}
+        return Records({**known, **{n: column.double().cpu() for n, column in columns.items()}})
 
     def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Phi, support: Tensor, x: Tensor) -> Tensor:
         """Return predictions for x [N, …], normalised as ``normalization`` says.
@@ -356,7 +413,7 @@ class FewShotLearner(Learner):
     def adapt(self, state: State, support: Examples, inner_steps: int | None = None, classes: int | None = None) -> Phi:
         """Return φ_k for one support set: the argument of ``predict``.
 
-        ``classes`` is the number of its classes; None for as many as the family's tasks have.
+        ``classes`` is the number of its classes; None for as many as the family's tasks have at most.
         """
         algorithm = with_inner_steps(self.algorithm, inner_steps)
         key = TaskKey.of(0, "test", 0, [0]).each()[0]

@@ -105,7 +105,7 @@ def rows_of(task: Task, index: int) -> dict[str, Tensor]:
     for name, e in (("support", task.support), ("query", task.query)):
         real = slice(None) if e.mask is None else e.mask[index].bool()
         found |= {f"{name}.x": e.x[index][real], f"{name}.y": e.y[index][real]}
-    return found
+    return found if task.ways is None else {**found, "ways": task.ways[index]}
 
 
 def differs_by_shard(

@@ -11,7 +11,7 @@ from torch import Tensor
 from metadist.core.errors import ConfigError, first_line
 from metadist.core.random import TaskKey
 from metadist.core.signature import InvalidInput, Signature, refuse_classes
-from metadist.core.task import Examples, Task
+from metadist.core.task import Examples, Task, possible
 from metadist.engine.subject import Subject
 from metadist.learners.culprit import own_tasks
 
@@ -107,9 +107,28 @@ def _check_classes(where: str, examples: Examples, ways: int) -> None:
         raise ConfigError(f"{where}: {error}; outputs of the family, or ways(split), states their number") from None
 
 
+def _reads_absent_classes(learner: Subject, task: Task) -> bool:
+    """Return whether the loss of uniform logits over the task's own classes is not finite."""
+    if task.ways is None:
+        return False
+    rows, ways = len(task.query.y), learner.tasks.ways("train") + 1
+    uniform = possible(torch.zeros(rows, ways, dtype=learner.model.dtype, device=learner.device), task.ways)
+    return not bool(torch.isfinite(learner.tasks.loss(uniform, task.query.y)).all())
+
+
 def check_loss(learner: Subject, task: Task, split: str, loss: Tensor) -> None:
-    """Refuse a ``task`` with NaN or Inf whose ``loss`` is not finite, where such tasks are not to be left out."""
-    if learner.non_finite == "skip" or bool(torch.isfinite(loss)):
+    """Refuse a ``task`` whose ``loss`` is not finite because of its own values, or of classes that it does not have.
+
+    Not where tasks with NaN or Inf are to be left out.
+    """
+    if bool(torch.isfinite(loss)):
+        return
+    if _reads_absent_classes(learner, task):
+        raise ConfigError(
+            f"tasks: the loss of '{type(learner.tasks).__name__}' is not finite where the logits of classes that a "
+            "task does not have are −∞; read the logit of the target and the softmax alone, as cross-entropy does"
+        )
+    if learner.non_finite == "skip":
         return
     parts = {
         f"{part}.{name}": t

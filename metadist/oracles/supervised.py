@@ -155,7 +155,8 @@ def measure(tasks: TaskFamily, names: Sequence[str], keys: TaskKey) -> dict[str,
     for key in keys.each():
         task = tasks.sample(TaskKey(key.seed, key.split, key.meta_step, key.tasks.reshape(1)), key.split)
         support, query = (_single(e) for e in (task.support, task.query))
-        one = Known(_inputs(support.x), _targets(tasks, support), _inputs(query.x), tasks.ways(keys.split), pooled)
+        ways = tasks.ways(keys.split) if task.ways is None else int(task.ways)
+        one = Known(_inputs(support.x), _targets(tasks, support), _inputs(query.x), ways, pooled)
         for name in names:
             prediction = torch.from_numpy(np.ascontiguousarray(known[name](one))).to(torch.float64)
             target = query.y if query.y.dtype == torch.int64 else query.y.double()

@@ -264,7 +264,8 @@ class ServedModel:
         """Return predictions for queries [N, …], each with its adapted parameters of one structure."""
         parts = _parts(list(zip(adapted, queries)), self.together(queries[0].numel()))
         with self._lock:
-            return [prediction for some in parts for prediction in self._predict(some)]
+            found = [prediction for some in parts for prediction in self._predict(some)]
+        return [self.signature.logits(p, how[1]) for p, ((how, *_), *_) in zip(found, (a.made_by for a in adapted))]
 
     def _predict(self, pairs: Sequence[tuple[ServedAdaptation, Tensor]]) -> list[Tensor]:
         if len(pairs) == 1:

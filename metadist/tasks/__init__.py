@@ -5,6 +5,7 @@ an entry point (``docs/extend.md``).
 """
 
 from metadist.core.task import TaskFamily
+from metadist.tasks.cifar import CifarFS
 from metadist.tasks.image_folder import ImageFolder
 from metadist.tasks.omniglot import Omniglot
 from metadist.tasks.sinusoid import Sinusoid
@@ -14,6 +15,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "sinusoid": Sinusoid,
     "omniglot": Omniglot,
     "image_folder": ImageFolder,
+    "cifar_fs": CifarFS,
     "table_regression": TableRegression,
     "table_classification": TableClassification,
 }

@@ -7,16 +7,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor
 
 from metadist.core.errors import ConfigError, DataError
 from metadist.core.random import SPLITS, TaskKey, choose, integers
-from metadist.core.task import Classification, Examples, Task
+from metadist.core.task import Classification, Examples, Task, alone, stack
 from metadist.tasks.augmentation import WORDS, Augmentation
 from metadist.tasks.images import ImageSet, on_device, turned
+from metadist.tasks.sizes import Size, bounds, check_size, drawn, varies
 
 Rotations = Literal["classes", "slot", "none"]
 
@@ -54,23 +55,31 @@ class Episodes(Classification):
     s·n + w is image s of the class with label w, and the first n·j rows are a balanced j-shot set. x is float32
     [rows, channels, height, width] in [0, 1], y int64 [rows]. ``train_*`` replace a number in training alone.
 
+    ``n_way``, ``k_shot`` and ``query_shots`` can be ranges, such as [5, 20]: each task then has a number between the
+    two bounds, which are included. ``same_size`` consecutive tasks (those of one index div ``same_size``) share their
+    numbers, so that they can be computed together. Where a number of ways is a range, models have outputs for the
+    largest number, and the classes that a task lacks are in no loss, metric or gradient.
+
     A subclass defines ``load`` and ``split_classes``.
     """
 
-    n_way: int = 5
-    k_shot: int = 1
-    query_shots: int = 1
-    train_n_way: int | None = None
-    train_k_shot: int | None = None
-    train_query_shots: int | None = None
+    n_way: Size = 5
+    k_shot: Size = 1
+    query_shots: Size = 1
+    train_n_way: Union[Size, None] = None
+    train_k_shot: Union[Size, None] = None
+    train_query_shots: Union[Size, None] = None
+    same_size: int = 4
 
     def __post_init__(self) -> None:
         for name, least in (("n_way", 2), ("k_shot", 1), ("query_shots", 1)):
             for key in (name, f"train_{name}"):
-                value = getattr(self, key)
-                if value is not None and value < least:
-                    raise ConfigError(f"tasks.{key} = {value}: must be at least {least}")
-        object.__setattr__(self, "outputs", self.n_way)
+                check_size(f"tasks.{key}", getattr(self, key), least)
+        if self.same_size < 1:
+            raise ConfigError(f"tasks.same_size = {self.same_size}: must be at least 1")
+        # Heads have outputs for the most ways that a task has, where tasks say how many of them they use.
+        ways = [bounds(n)[1] for n in (self.n_way, self.train_n_way if self._ways_differ else None) if n is not None]
+        object.__setattr__(self, "outputs", max(ways))
 
     def load(self) -> ImageSet:
         """Load the images."""
@@ -88,8 +97,8 @@ class Episodes(Classification):
         """Return the random changes of images in ``split``, or None."""
         return None
 
-    def shape(self, split: str) -> tuple[int, int, int]:
-        """Return (n_way, k_shot, query_shots) of ``split``."""
+    def sizes_in(self, split: str) -> tuple[Size, Size, Size]:
+        """Return n_way, k_shot and query_shots of ``split``: numbers or ranges."""
         if split == "train":
             return (
                 self.train_n_way or self.n_way,
@@ -97,6 +106,27 @@ class Episodes(Classification):
                 self.train_query_shots or self.query_shots,
             )
         return self.n_way, self.k_shot, self.query_shots
+
+    def shape(self, split: str) -> tuple[int, int, int]:
+        """Return (n_way, k_shot, query_shots) of ``split``, of a range the largest number."""
+        n, k, q = (bounds(size)[1] for size in self.sizes_in(split))
+        return n, k, q
+
+    def shape_of(self, keys: TaskKey, split: str) -> tuple[int, int, int]:
+        """Return (n_way, k_shot, query_shots) of the tasks of ``keys``, which are of one group."""
+        n, k, q = drawn(keys, self.same_size, self.sizes_in(split))
+        return n, k, q
+
+    @property
+    def _ways_differ(self) -> bool:
+        return varies(self.n_way, self.train_n_way)
+
+    def group_size(self, split: str) -> int | None:
+        return self.same_size if varies(*self.sizes_in(split)) else None
+
+    def possible_sizes(self, split: str) -> Sequence[tuple[int, int]]:
+        n, k, q = (range(low, high + 1) for low, high in map(bounds, self.sizes_in(split)))
+        return [(ways * shots, ways * queries) for ways in n for shots in k for queries in q]
 
     def ways(self, split: str) -> int:
         return self.shape(split)[0]
@@ -158,7 +188,7 @@ class Episodes(Classification):
 
     def task_classes(self, key: TaskKey, split: str) -> Sequence[str]:
         part, _ = self._checked(split)
-        chosen = self.sources(key, split)
+        chosen = self._chosen(key, split)
         turns = [90 * (c // len(part.names)) for c in chosen]
         return [part.names[c % len(part.names)] + f" ({turn}°)" * (turn > 0) for c, turn in zip(chosen, turns)]
 
@@ -190,15 +220,22 @@ class Episodes(Classification):
         return part, classes
 
     def sources(self, key: TaskKey, split: str) -> tuple[int, ...]:
-        """Return the numbers of the task's classes in the split; turned images are classes of their own."""
+        """Return the numbers of the task's classes in the split; turned images are classes of their own.
+
+        A task with fewer ways than others repeats its first class.
+        """
+        chosen = self._chosen(key, split)
+        return (*chosen, *chosen[:1] * (self.ways(split) - len(chosen)))
+
+    def _chosen(self, key: TaskKey, split: str) -> tuple[int, ...]:
         _, classes = self._checked(split)
-        (words,) = key.to(torch.device("cpu")).words(classes=self.ways(split))
+        (words,) = key.to(torch.device("cpu")).words(classes=self.shape_of(key, split)[0])
         return tuple(choose(words, classes).tolist())
 
     def draw(self, keys: TaskKey, split: str) -> Tensor:
-        """Draw the episodes' images as indices of ``pixels``: int64 [T, k + q, n]."""
+        """Draw the episodes' images as indices of ``pixels``: int64 [T, k + q, n]; tasks of one group."""
         part, classes = self._checked(split)
-        n, k, q = self.shape(split)
+        n, k, q = self.shape_of(keys, split)
         rotations = self.rotations_in(split)
         # All streams together; a stream of zero words costs nothing.
         slots, words, quarters = keys.words(classes=n, images=n * (k + q), rotations=n if rotations == "slot" else 0)
@@ -213,8 +250,15 @@ class Episodes(Classification):
         return (first.unsqueeze(-1) + images).transpose(-1, -2)
 
     def sample(self, keys: TaskKey, split: str) -> Task:
+        groups = [keys] if keys.tasks.dim() == 0 else keys.runs(self.group_size(split))
+        if len(groups) == 1:
+            return self._sample_group(keys, split)
+        sampled = [self._sample_group(group, split) for group in groups]
+        return stack([alone(some, i) for some in sampled for i in range(len(some.query.y))])
+
+    def _sample_group(self, keys: TaskKey, split: str) -> Task:
         index = self.draw(keys.to(torch.device("cpu")), split)
-        n, k, q = self.shape(split)
+        n, k, q = self.shape_of(keys, split)
         pixels = self.pixels
         # Copy all indices to the device together, and gather once for each set.
         index = index.to(pixels.device)
@@ -233,26 +277,28 @@ class Episodes(Classification):
                 images = augmentation(images, words[..., first : first + shots, :, :].reshape(-1, WORDS))
             return Examples(images.view(*tasks, shots * n, *pixels.shape[1:]), labels.repeat(*tasks, shots))
 
-        return Task(examples(0, k), examples(k, q))
+        ways = torch.full(keys.tasks.shape, n, device=pixels.device) if self._ways_differ else None
+        return Task(examples(0, k), examples(k, q), ways)
 
     def sample_task(self, key: TaskKey, split: str) -> Task:
         return self.sample(key, split)
 
     def protocol(self, split: str) -> dict[str, Any]:
-        n, k, q = self.shape(split)
+        n, k, q = (list(size) if isinstance(size, tuple) else size for size in self.sizes_in(split))
         _, classes = self._checked(split)
         return {
             "n_way": n,
             "k_shot": k,
             "query_shots": q,
+            **({"same_size": self.same_size} if self.group_size(split) else {}),
             "classes": classes,
             "rotations": self.rotations_in(split),
             "data_sha256": self.data_sha256,
         }
 
-    def sizes(self, split: str) -> tuple[int, int]:
+    def sizes(self, split: str) -> tuple[int, int] | None:
         n, k, q = self.shape(split)
-        return n * k, n * q
+        return (n * k, n * q) if self.group_size(split) is None else None
 
 
 def _shared_images(images: ImageSet, splits: Mapping[str, _Split]) -> list[str]:

@@ -16,9 +16,8 @@ import numpy as np
 from metadist.core.errors import ConfigError, DataError, one_of
 from metadist.core.random import SPLITS
 from metadist.tasks import layout
-from metadist.tasks.augmentation import Augmentation, Flip
+from metadist.tasks.augmented import AugmentedEpisodes
 from metadist.tasks.decode import Decode
-from metadist.tasks.episodes import Episodes
 from metadist.tasks.folders import SUFFIXES, TABLES, Files, everything_in
 from metadist.tasks.image_tables import Columns, shards, splits_of, table
 from metadist.tasks.images import ImageSet, cached
@@ -29,7 +28,7 @@ Labels = list[tuple[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolder(Episodes):
+class ImageFolder(AugmentedEpisodes):
     """Images by class at ``path``, a local path (then also tried in ``METADIST_DATA``) or any fsspec URL.
 
     Each folder with images is a class, and its path is the class name (``dogs``, ``Greek/character01``). Top folders
@@ -45,8 +44,6 @@ class ImageFolder(Episodes):
 
     Images become squares of ``image_size`` (LANCZOS, centre crop) with 1 or 3 ``channels``. ``invert`` is for dark
     images on a light background; ``white`` is the value of white in images of more than 8 bits (``decode.Decode``).
-    In training, and there alone, ``crop``, ``flip``, ``rotation`` and ``colour`` change images at random
-    (``augmentation.Augmentation``).
     """
 
     path: str
@@ -61,10 +58,6 @@ class ImageFolder(Episodes):
     min_images: int = 0
     image_column: str = "image"
     label_column: str = "label"
-    crop: float = 0.0
-    flip: Flip = "none"
-    rotation: float = 0.0
-    colour: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,10 +75,6 @@ class ImageFolder(Episodes):
         if self.min_images < 0:
             raise ConfigError(f"tasks.min_images = {self.min_images}: must be 0 or more")
         one_of("tasks.split_by", self.split_by, ("classes", "images"))
-        one_of("tasks.flip", self.flip, ("none", "horizontal", "vertical", "both"))
-        for key, value, below in (("crop", self.crop, 1), ("colour", self.colour, 1), ("rotation", self.rotation, 180)):
-            if not 0 <= value <= below or (key == "crop" and value == 1):
-                raise ConfigError(f"tasks.{key} = {value}: must be from 0 to {below}{' (degrees)' * (below == 180)}")
         if self.split_list is not None and self.split_by == "images":
             raise ConfigError(
                 f"tasks.split_list = {self.split_list}: names the classes of splits, and tasks.split_by = images gives "
@@ -97,10 +86,6 @@ class ImageFolder(Episodes):
     def decode(self) -> Decode:
         """Return the settings that turn encoded bytes into an image."""
         return Decode(self.image_size, self.channels, self.invert, self.white)
-
-    def augmentation_in(self, split: str) -> Augmentation | None:
-        chosen = Augmentation(self.crop, self.flip, self.rotation, self.colour)
-        return chosen if split == "train" and chosen else None
 
     def load(self) -> ImageSet:
         import fsspec

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from metadist.core.errors import ConfigError, DataError
-from metadist.core.random import SPLITS, TaskKey
-from metadist.core.task import Classification, Examples, Task, TaskFamily
+from metadist.core.random import SPLITS, TaskKey, choose
+from metadist.core.task import Classification, Examples, Task, TaskFamily, alone, stack
 from metadist.tasks.location import located
+from metadist.tasks.sizes import Size, bounds, check_size, drawn, shown_size, varies
 from metadist.tasks.table_columns import Encoding, TableColumns, read_table, split_of
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,10 @@ class Table(TaskFamily):
     ``first`` takes the first rows in the order of the file. In validation and test, task i is the task i mod N of the
     N tasks of the split.
 
+    ``k_shot``, ``query_rows`` and ``seen_features`` can be ranges, such as [3, 10]: ``same_size`` consecutive tasks
+    (those of one index div ``same_size``) then share a number between the bounds. A task sees ``seen_features`` of the
+    features, drawn by its key; the inputs of the others are 0, the mean of the training tasks.
+
     ``split_column`` holds train, validation or test for each task. Without it, ``fractions`` splits the tasks in the
     order of the SHA-256 of ``split_seed`` and name.
     """
@@ -59,8 +64,10 @@ class Table(TaskFamily):
     task: str
     target: Union[str, tuple[str, ...]]
     features: Union[tuple[str, ...], None] = None
-    k_shot: int = 5
-    query_rows: int | None = None
+    k_shot: Size = 5
+    query_rows: Union[Size, None] = None
+    seen_features: Union[Size, None] = None
+    same_size: int = 4
     support: Literal["random", "first"] = "random"
     missing: Literal["error", "mean"] = "error"
     split_column: str | None = None
@@ -70,9 +77,8 @@ class Table(TaskFamily):
     encoding: str | None = None
 
     def __post_init__(self) -> None:
-        for key, value in (("k_shot", self.k_shot), ("query_rows", self.query_rows)):
-            if value is not None and value < 1:
-                raise ConfigError(f"tasks.{key} = {value}: must be at least 1")
+        for key in ("k_shot", "query_rows", "seen_features", "same_size"):
+            check_size(f"tasks.{key}", getattr(self, key), 1)
         if not self.target:
             raise ConfigError("tasks.target: names no column; expected one column, or a list of columns")
         if len(self.fractions) != 3 or min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
@@ -132,6 +138,10 @@ class Table(TaskFamily):
         tasks, splits = split_of(columns, self.fractions, self.split_seed)
         row_splits = np.array([splits[name] for name in tasks.names])[tasks.of_row]
         encoding = columns.encoding(row_splits == "train", self.kind == "classification", self.missing)
+        if self.seen_features is not None and bounds(self.seen_features)[1] > len(encoding.features):
+            raise ConfigError(
+                f"tasks.seen_features = {shown_size(self.seen_features)}: {where} has {len(encoding.features)} features"
+            )
         x, y = encoding.rows(columns)
         order = np.argsort(tasks.of_row, kind="stable")
         counts = np.bincount(tasks.of_row, minlength=len(tasks.names))
@@ -140,7 +150,7 @@ class Table(TaskFamily):
         first, rows, left_out = {}, {}, {}
         for split in SPLITS:
             all_of_it = [i for i, name in enumerate(tasks.names) if splits[name] == split]
-            chosen = [i for i in all_of_it if counts[i] > self.k_shot]
+            chosen = [i for i in all_of_it if counts[i] > self._most_shots]
             left_out[split] = len(all_of_it) - len(chosen)
             if left_out[split]:
                 log.warning(
@@ -149,7 +159,7 @@ class Table(TaskFamily):
                     left_out[split],
                     len(all_of_it),
                     split,
-                    self.k_shot + 1,
+                    self._most_shots + 1,
                 )
             names[split] = tuple(tasks.names[i] for i in chosen)
             first[split], rows[split] = torch.from_numpy(starts[chosen]), torch.from_numpy(counts[chosen])
@@ -169,23 +179,45 @@ class Table(TaskFamily):
         """Return the tasks of ``split`` in the order of their numbers."""
         return self._ready().names[split]
 
-    def _query_size(self, split: str) -> int:
-        most = int(self._ready().counts[split].max()) - self.k_shot
-        return most if self.query_rows is None else min(self.query_rows, most)
+    @property
+    def _most_shots(self) -> int:
+        return bounds(self.k_shot)[1]
+
+    def _query_size(self, split: str, k_shot: int, query_rows: int | None) -> int:
+        """Return the rows of the query sets of a group with these numbers."""
+        most = int(self._ready().counts[split].max()) - k_shot
+        return most if query_rows is None else min(query_rows, most)
+
+    def _drawn(self, keys: TaskKey, split: str) -> tuple[int, int, int | None]:
+        """Return the support rows, the query rows and the seen features of the tasks of ``keys``, of one group."""
+        given = [size for size in (self.k_shot, self.query_rows, self.seen_features) if size is not None]
+        found = iter(drawn(keys, self.same_size, given))
+        k, query, seen = (
+            None if size is None else next(found) for size in (self.k_shot, self.query_rows, self.seen_features)
+        )
+        assert k is not None
+        return k, self._query_size(split, k, query), seen
 
     def _checked(self, split: str) -> _Prepared:
         prepared = self._ready()
         if not prepared.names[split]:
             raise DataError(
-                f"tasks.path = {self.path}: the {split} split has no task with {self.k_shot + 1} rows or more; lower "
-                "tasks.k_shot, or change tasks.fractions"
+                f"tasks.path = {self.path}: the {split} split has no task with {self._most_shots + 1} rows or more; "
+                "lower tasks.k_shot, or change tasks.fractions"
             )
         return prepared
 
     def sample(self, keys: TaskKey, split: str) -> Task:
         """Return the stacked tasks: support [T, k_shot], query [T, rows] with a mask where tasks have fewer rows."""
-        prepared, keys = self._checked(split), keys.to(torch.device("cpu"))
-        counts, size = prepared.counts[split], self._query_size(split)
+        groups = [keys] if keys.tasks.dim() == 0 else keys.runs(self.group_size(split))
+        if len(groups) == 1:
+            return self._sample_group(keys.to(torch.device("cpu")), split)
+        sampled = [self._sample_group(group.to(torch.device("cpu")), split) for group in groups]
+        return stack([alone(some, i) for some in sampled for i in range(len(some.query.y))])
+
+    def _sample_group(self, keys: TaskKey, split: str) -> Task:
+        prepared = self._checked(split)
+        counts, (k, size, seen) = prepared.counts[split], self._drawn(keys, split)
         longest = int(counts.max())
         (words,), number = keys.words(rows=longest), self._numbers(keys, split)
         count, place = counts[number].unsqueeze(-1), torch.arange(longest)
@@ -194,20 +226,43 @@ class Table(TaskFamily):
         order = torch.where(place < count, ordered, torch.full_like(ordered, 1 << 33)).argsort(dim=-1, stable=True)
         rows = prepared.first[split][number].unsqueeze(-1) + torch.minimum(order, count - 1)
         rows, real = rows.to(prepared.x.device), (place < count).to(prepared.x.device)
-        support, query = rows[..., : self.k_shot], rows[..., self.k_shot : self.k_shot + size]
-        mask = real[..., self.k_shot : self.k_shot + size]
-        alike = self.sizes(split) is not None
-        return Task(
-            Examples(prepared.x[support], prepared.y[support]),
-            Examples(prepared.x[query], prepared.y[query], None if alike else mask),
-        )
+        support, query = rows[..., :k], rows[..., k : k + size]
+        mask = real[..., k : k + size]
+        alike = int(counts.min()) >= k + size
+        x = [prepared.x[support], prepared.x[query]]
+        if seen is not None:
+            visible = self._visible(keys, seen).to(prepared.x.device).unsqueeze(-2)
+            x = [torch.where(visible, part, torch.zeros_like(part)) for part in x]
+        return Task(Examples(x[0], prepared.y[support]), Examples(x[1], prepared.y[query], None if alike else mask))
+
+    def _visible(self, keys: TaskKey, seen: int) -> Tensor:
+        """Return the inputs of the features that each task sees: bool […, width]."""
+        widths = self.encoded.widths
+        (words,) = keys.words(features=seen)
+        chosen = choose(words, len(widths))
+        features = (chosen.unsqueeze(-1) == torch.arange(len(widths))).any(-2)
+        return features.repeat_interleave(torch.tensor(widths), dim=-1)
 
     def sample_task(self, key: TaskKey, split: str) -> Task:
         return self.sample(key, split)
 
     def sizes(self, split: str) -> tuple[int, int] | None:
-        size = self._query_size(split)
-        return (self.k_shot, size) if int(self._ready().counts[split].min()) >= self.k_shot + size else None
+        if self.group_size(split) is not None:
+            return None
+        (size,) = self.possible_sizes(split)
+        return size if int(self._ready().counts[split].min()) >= sum(size) else None
+
+    def group_size(self, split: str) -> int | None:
+        return self.same_size if varies(self.k_shot, self.query_rows, self.seen_features) else None
+
+    def possible_sizes(self, split: str) -> list[tuple[int, int]]:
+        shots, most = bounds(self.k_shot), int(self._checked(split).counts[split].max())
+        queries = (most, most) if self.query_rows is None else bounds(self.query_rows)
+        return [
+            (k, self._query_size(split, k, q))
+            for k in range(shots[0], shots[1] + 1)
+            for q in range(queries[0], queries[1] + 1)
+        ]
 
     def listed_tasks(self, split: str) -> int | None:
         """Return the number of tasks of ``split`` where a task has the same rows at every draw."""
@@ -224,9 +279,14 @@ class Table(TaskFamily):
 
     def protocol(self, split: str) -> dict[str, object]:
         prepared = self._checked(split)
+        ranges = {"k_shot": self.k_shot, "query_rows": self.query_rows, "seen_features": self.seen_features}
+        drawn_sizes = {n: list(size) if isinstance(size, tuple) else size for n, size in ranges.items()}
+        varying = {**drawn_sizes, "same_size": self.same_size}
+        fixed: dict[str, object] = {"k_shot": self.k_shot, "query_rows": self.possible_sizes(split)[0][1]}
+        if self.seen_features is not None:
+            fixed["seen_features"] = self.seen_features
         return {
-            "k_shot": self.k_shot,
-            "query_rows": self._query_size(split),
+            **(fixed if self.group_size(split) is None else varying),
             "support": self.support,
             "distinct_tasks": len(prepared.names[split]),
             "left_out_tasks": prepared.left_out[split],

@@ -262,7 +262,12 @@ class Encoding:
     @property
     def width(self) -> int:
         """The number of inputs of a row."""
-        return sum(len(self.categories[f]) if f in self.categories else 1 for f in self.features)
+        return sum(self.widths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The number of inputs of each feature."""
+        return tuple(len(self.categories[f]) if f in self.categories else 1 for f in self.features)
 
     def rows(self, columns: TableColumns) -> tuple[np.ndarray, np.ndarray]:
         """Return inputs float32 [N, width], and targets: float32 [N, targets] or classes int64 [N]."""

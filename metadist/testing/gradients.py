@@ -15,7 +15,7 @@ from metadist.core.inner_loop import InnerLoop
 from metadist.core.model import BoundModel
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey, seeded
-from metadist.core.task import Task
+from metadist.core.task import Task, alone
 from metadist.learners.few_shot import FewShotLearner
 from metadist.testing.failures import WrongGradientError
 from metadist.testing.running import META_STEP, general_position, in_float64, keys
@@ -46,7 +46,7 @@ def by_autograd(learner: FewShotLearner, theta: Theta, some: TaskKey) -> tuple[d
     """
     tasks, sums, losses = learner.sample(some), dict[str, Tensor](), 0.0
     for i, key in enumerate(some.each()):
-        task = pytree.tree_map(lambda t, i=i: t[i], tasks)
+        task = alone(tasks, i)
         values, loss = _one(learner, theta, key, task)
         losses += loss
         for name, value in values.items():
@@ -56,7 +56,8 @@ def by_autograd(learner: FewShotLearner, theta: Theta, some: TaskKey) -> tuple[d
 
 
 def _one(learner: FewShotLearner, theta: Theta, key: TaskKey, task: Task) -> tuple[dict[str, Parameters], float]:
-    algorithm, context = learner.algorithm, TaskContext(key, META_STEP, True, learner.tasks)
+    algorithm = learner.algorithm
+    context = TaskContext(key, META_STEP, True, learner.tasks, task_ways=task.ways)
     learned = [n for n, slot in learner.slots.items() if slot.rule == "gradient"]
     leaves = {n: p.map(lambda t: t.detach().clone()) for n, p in theta.items()}
     for name in learned:

@@ -38,7 +38,7 @@ def sampled(family: TaskFamily, split: str, *, seed: int = 0, meta_step: int = 2
         task = family.sample(key, split)
     if not isinstance(task, Task) or not all(isinstance(e, Examples) for e in (task.support, task.query)):
         raise ShapeError(family, "sample() returns a Task of Examples", f"it returns {type(task).__name__}", _RETURN)
-    return Task(task.support.cleared(), task.query.cleared())
+    return Task(task.support.cleared(), task.query.cleared(), task.ways)
 
 
 _RETURN = "return Task(Examples(x, y), Examples(x, y)), stacked along a first dimension of tasks"

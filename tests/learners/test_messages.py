@@ -234,13 +234,6 @@ def test_bad_settings(make, key):
     refused(make, key)
 
 
-def test_minibatches_of_padded_tasks():
-    from toys import Ragged
-
-    ragged = learner(MAML(inner_batch_size=2), mlp, Ragged())
-    refused(lambda: ragged.dry_run(0), "inner_batch_size", "equal size")
-
-
 def test_init_from():
     whole = learner(MAML(), mlp, Curves())
     refused(lambda: whole.initial(0, {"1.weight": torch.zeros(3, 3)}), "'1.weight'", "[3, 3]", "[4, 2]")

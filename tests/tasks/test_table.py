@@ -275,3 +275,41 @@ def test_a_folder_of_strangers(tmp_path):
     ):
         TableRegression(**settings).prepare(torch.device("cpu"))
     assert set(TableRegression(**settings, split_column="part").splits()["test"]) == {"p9", "p10", "p11"}
+
+
+def test_rows_and_features_are_drawn_for_each_group(path):
+    """Support rows and seen features are within their bounds, shared by a group, and other inputs are 0."""
+    family = regression(path, k_shot=(1, 3), query_rows=(1, 4), seen_features=(1, 2), same_size=2)
+    whole = regression(path, k_shot=3)
+    assert family.sizes("train") is None and family.group_size("train") == 2
+    seen, widths = set(), family.encoded.widths
+    for group in range(40):
+        pair = TaskKey.of(5, "train", 1, [2 * group, 2 * group + 1])
+        task = family.sample(pair, "train")
+        k, q = task.support.x.shape[1], task.query.x.shape[1]
+        assert (k, q) in family.possible_sizes("train")
+        used = torch.cat([task.support.x, task.query.x], 1).ne(0).any(1)  # [2, width]
+        features = torch.stack([part.any(1) for part in used.split(widths, 1)], 1).sum(1)
+        seen.add((k, q, int(features.max())))
+        alone = family.sample_task(pair.each()[1], "train")
+        assert torch.equal(alone.support.x, task.support.x[1]) and torch.equal(alone.query.y, task.query.y[1])
+    assert {k for k, *_ in seen} == {1, 2, 3} and {q for _, q, _ in seen} == {1, 2, 3, 4}
+    assert {features for *_, features in seen} == {1, 2}
+    # The rows are those of the table: where a task sees all features, nothing else differs.
+    every = regression(path, k_shot=3, seen_features=3)
+    for part in ("support", "query"):
+        assert torch.equal(
+            getattr(every.sample(keys(3), "test"), part).x, getattr(whole.sample(keys(3), "test"), part).x
+        )
+    assert family.protocol("test")["k_shot"] == [1, 3] and family.protocol("test")["seen_features"] == [1, 2]
+    with pytest.raises(ConfigError, match=r"tasks.seen_features = \[2, 4\]: .* has 3 features"):
+        regression(path, seen_features=(2, 4)).prepare(torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"tasks.query_rows = \[4, 2\]: begins above its end"):
+        regression(path, query_rows=(4, 2))
+
+
+@pytest.mark.lane("numerics")
+def test_drawn_rows_are_a_proper_family(path):
+    from metadist.testing import check_tasks
+
+    check_tasks(regression(path, k_shot=(1, 3), seen_features=(1, 3)), another_process=False)
