@@ -73,6 +73,11 @@ class Algorithm:
         """The kind of a task's contribution: ``delta`` where the algorithm overrides the method ``delta``."""
         return "gradient" if type(self).delta is Algorithm.delta else "delta"
 
+    @property
+    def second_order(self) -> bool:
+        """Whether the meta-gradient differentiates gradients of the inner loop."""
+        return self.inner_steps > 0 and not self.first_order and self.contribution == "gradient"
+
     def release(self, engine: Engine) -> int:
         """Return the release of metadist's arithmetic that last changed the bits of this algorithm under ``engine``."""
         return RELEASE

@@ -65,7 +65,8 @@ class MetaGradient:
 
     def bind(self, theta: Theta, key: TaskKey | None, training: bool) -> BoundModel:
         """Return the model with θ's frozen parameters and buffers, for one task."""
-        return self.model.bind(fixed(theta), key, training, self.engine)
+        replaced = self.model.differentiable(training, self.algorithm.second_order)
+        return self.model.bind(fixed(theta), key, training, self.engine, replaced)
 
     def values(self, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
         """Compute every task's gradient (or delta) and its ``Metrics``, stacked [T, …]; never compiled."""

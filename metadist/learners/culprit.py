@@ -15,7 +15,6 @@ from metadist.core.algorithm import TaskContext
 from metadist.core.errors import ConfigError, MetadistError, first_line
 from metadist.core.state import State
 from metadist.core.task import Task
-from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -75,7 +74,7 @@ def _returned(learner: Subject, state: State, task: Task) -> str | None:
     theta = state.theta(learner.slots)
     try:
         with torch.no_grad():
-            result = learner.model.bind(fixed(theta), None, False)(theta["model"], task.support.x)
+            result = learner.bind(theta, None, False)(theta["model"], task.support.x)
     except Exception:  # the failure has another cause than the type of the result
         return None
     if isinstance(result, Tensor):

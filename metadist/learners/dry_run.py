@@ -19,7 +19,6 @@ from metadist.core.random import SPLITS, TaskKey
 from metadist.core.round import Shard, WithOutput
 from metadist.core.state import Contribution, Records, State
 from metadist.core.task import Task
-from metadist.engine.meta_gradient import fixed
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
 from metadist.learners.culprit import failed, place
@@ -266,7 +265,7 @@ def _check_participation(learner: Subject, state: State, task: Task) -> None:
         for n, t in p.items()
     }
     key = TaskKey.of(0, "train", 0, [0]).each()[0].to(learner.device)
-    model, context = learner.model.bind(fixed(theta), key, True), TaskContext(key, 0, True, learner.tasks)
+    model, context = learner.bind(theta, key, True), TaskContext(key, 0, True, learner.tasks)
     trajectory = learner.algorithm.adapt(model, theta, task.support, context)
     loss, _ = learner.algorithm.objective(model, theta, trajectory, task, context)
     found = (
@@ -285,7 +284,7 @@ def _check_participation(learner: Subject, state: State, task: Task) -> None:
 def _check_output(learner: Subject, state: State, task: Task, split: str) -> None:
     needed = learner.algorithm.outputs(learner.tasks)
     theta = state.theta(learner.slots)
-    bound = learner.model.bind(fixed(theta), None, False)
+    bound = learner.bind(theta, None, False)
     classes = learner.tasks.kind == "classification"
     ways = learner.tasks.ways(split)
     if needed is not None and classes and ways != needed:

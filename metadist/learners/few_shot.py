@@ -199,7 +199,8 @@ class FewShotLearner(Learner):
     # The mathematics --------------------------------------------------------------------------------------------------
 
     def bind(self, theta: Mapping[str, Parameters], key: TaskKey | None, training: bool) -> BoundModel:
-        return self.model.bind(fixed(theta), key, training)
+        replaced = self.model.differentiable(training, self.algorithm.second_order)
+        return self.model.bind(fixed(theta), key, training, replacements=replaced)
 
     @property
     def meta_gradient(self) -> MetaGradient:
