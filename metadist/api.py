@@ -42,12 +42,14 @@ def compose(
     workers: int | WorkerGroup = 0,
     tracking: TrackingSettings | str = "auto",
     freeze: tuple[str, ...] = (),
+    output: str | int | None = None,
     **settings: Any,
 ) -> Experiment:
     """Return an experiment that is made of objects.
 
     ``model`` is a function that builds an ``nn.Module`` (initialised from ``seed``), a module (training starts from
-    its parameters) or a model config such as ``metadist.Conv4()``. ``workers=0`` computes in this process.
+    its parameters) or a model config such as ``metadist.Conv4()``. ``output`` is the field or the place of the
+    prediction in what ``forward`` returns. ``workers=0`` computes in this process.
     ``settings`` are further fields of an experiment: name, seed, outer, evaluate, engine, checkpoint, control,
     init_from, and loss, metric and task_metrics by name or import path. Raises ConfigError where a part has the
     wrong type.
@@ -64,9 +66,12 @@ def compose(
     if any(settings.get(name) is not None for name in JUDGES):
         tasks = copy.copy(tasks)  # the caller's family keeps its own
         judge_by(tasks, settings)
+    chosen = {} if output is None else {"output": output}
     experiment = Experiment(
         tasks=Component(tasks, _described(tasks)),
-        model=Component(model_factory(model, tasks, algorithm), {**_described(model), "freeze": list(freeze)}),
+        model=Component(
+            model_factory(model, tasks, algorithm), {**_described(model), "freeze": list(freeze), **chosen}
+        ),
         algorithm=Component(algorithm, _described(algorithm)),
         workers=(WorkerGroup(min=workers, max=workers) if isinstance(workers, int) else workers,),
         tracking=TrackingSettings(uri=tracking) if isinstance(tracking, str) else tracking,

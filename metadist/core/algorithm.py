@@ -14,6 +14,7 @@ from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
 from metadist.core.state import Slot
 from metadist.core.task import Examples, Task, TaskFamily
+from metadist.core.tree import Tree
 
 Theta = Mapping[str, Parameters]
 """θ by slot. ``theta["model"]`` holds the learned parameters of the model; algorithms may declare more slots."""
@@ -41,11 +42,11 @@ class TaskContext:
         """The number of classes of the task."""
         return self.family.ways(self.key.split) if self.classes is None else self.classes
 
-    def loss(self, prediction: Tensor, examples: Examples) -> Tensor:
+    def loss(self, prediction: Tree, examples: Examples) -> Tensor:
         """Return the family's loss, averaged over the real examples: a scalar."""
         return examples.mean(self.family.loss(prediction, examples.y))
 
-    def metric(self, prediction: Tensor, examples: Examples) -> Tensor:
+    def metric(self, prediction: Tree, examples: Examples) -> Tensor:
         """Return the family's metric of the real examples: a scalar. Not under ``vmap`` where there is a mask."""
         real = Examples(examples.real(examples.x), examples.real(examples.y))
         return real.mean(self.family.metric(examples.real(prediction), real.y))
@@ -98,13 +99,13 @@ class Algorithm:
         """Return φ_0 … φ_k; φ_0 is the state before adaptation, where the algorithm has one."""
         raise NotImplementedError
 
-    def predict(self, model: BoundModel, phi: Phi, x: Tensor) -> Tensor:
-        """Return the predictions [N, …] for the inputs ``x`` [N, …]."""
+    def predict(self, model: BoundModel, phi: Phi, x: Tree) -> Tree:
+        """Return the predictions [N, …] for the inputs ``x`` [N, …]: tensors, or dicts or tuples of tensors."""
         raise NotImplementedError
 
     def objective(
         self, model: BoundModel, theta: Theta, trajectory: Sequence[Phi], task: Task, context: TaskContext
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tree]:
         """Return the scalar meta-loss and the prediction on the query set; by default, the query loss at φ_k.
 
         ``trajectory`` is φ_0 … φ_k. An algorithm that reads more than its last element sets ``whole_trajectory``.

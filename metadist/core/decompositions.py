@@ -161,6 +161,5 @@ RECURRENT: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 #: attention from products and a softmax, in place of fused kernels
 ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
-    function: _by_products(function)
-    for function in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+    function: _by_products(function) for function in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 }

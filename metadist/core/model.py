@@ -21,10 +21,11 @@ from metadist.core.errors import ConfigError
 from metadist.core.module_checks import NORMS, refuse
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey, seeded
+from metadist.core.tree import Tree
 
 InnerStep = Union[int, Tensor]
 """The number of an inner step from 0: an int, or a 0-d int64 tensor where one graph serves all steps."""
-Output = Any
+Output = Tree
 """The result of a module: a tensor for ordinary models, a tuple of tensors for policies and neural processes."""
 Replacements = Mapping[Callable[..., Any], Callable[..., Tensor]]
 """Function of torch → the function with the same parameters that is called in its place."""
@@ -94,26 +95,75 @@ class _Call(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, method: str | None, *args: object) -> Output:
-        return self.module(*args) if method is None else getattr(self.module, method)(*args)
+    def forward(self, method: str | None, *args: Any) -> Output:
+        if method is not None:
+            return getattr(self.module, method)(*args)
+        return called(self.module, args[0]) if len(args) == 1 else self.module(*args)
+
+
+def called(module: nn.Module, x: Tree) -> Any:
+    """Call ``module`` on inputs: with the entries of a dict by name, with those of a tuple one after the other."""
+    if isinstance(x, Mapping):
+        return module(**x)
+    return module(*x) if type(x) in (tuple, list) else module(x)
+
+
+def _chosen(result: Any, output: str | int | None) -> Output:
+    """Return the part ``output`` of a module's result: a field by name, or an element of a tuple by its place.
+
+    None: a tensor itself, the ``logits`` of an object or dict that has them, or a tuple or dict of tensors whole.
+    ConfigError where there is no such part.
+    """
+    if output is None:
+        if isinstance(result, Tensor):
+            return result
+        logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
+        return result if logits is None else logits
+    try:
+        if isinstance(output, str) and not isinstance(result, Mapping):
+            return getattr(result, output)
+        return result[output]
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise ConfigError(f"model.output: {output!r} is no part of what forward returns, {described(result)}") from None
+
+
+def described(result: object) -> str:
+    """Return the type of a module's result, with the names of its parts, for a message."""
+    kind = type(result).__name__
+    if isinstance(result, Mapping):
+        return f"{kind} with {', '.join(map(str, result))}"
+    if isinstance(result, (tuple, list)):
+        return f"{kind} of {len(result)}"
+    fields = ", ".join(n for n in getattr(result, "__dict__", {}) if not n.startswith("_"))
+    return f"{kind} with {fields}" if fields else kind
 
 
 class Model:
     """A module that ``factory`` builds from a seeded state: all workers hold the same module.
 
     Parameters with ``requires_grad=False`` and those with a name that a pattern in ``freeze`` matches are not learned:
-    neither the inner nor the outer loop changes them. Raises ConfigError for a module that no run can learn, such as
-    one that keeps running statistics (``module_checks.py``).
+    neither the inner nor the outer loop changes them. ``output`` is the field, or the place in a tuple, of the
+    prediction in what ``forward`` returns; by default a tensor itself, or the ``logits`` of an object. Raises
+    ConfigError for a module that no run can learn, such as one that keeps running statistics (``module_checks.py``).
     """
 
     def __init__(
-        self, factory: Callable[[], nn.Module], *, dtype: torch.dtype = torch.float32, freeze: tuple[str, ...] = ()
+        self,
+        factory: Callable[[], nn.Module],
+        *,
+        dtype: torch.dtype = torch.float32,
+        freeze: tuple[str, ...] = (),
+        output: str | int | None = None,
     ) -> None:
-        self.factory, self.dtype, self.freeze = factory, dtype, freeze
+        self.factory, self.dtype, self.freeze, self.output = factory, dtype, freeze, output
         self._call = _Call(self._build(0))
         self.device = torch.device("cpu")
         self.frozen = self._frozen()
         self.recurrent = is_recurrent(self.module)
+
+    def in_dtype(self, dtype: torch.dtype) -> Model:
+        """Return the same model in another dtype, on the CPU."""
+        return Model(self.factory, dtype=dtype, freeze=self.freeze, output=self.output)
 
     @property
     def module(self) -> nn.Module:
@@ -236,7 +286,8 @@ class BoundModel:
     ) -> Output:
         """Call ``forward``, or ``method``, of the module with ``parameters`` on ``args``.
 
-        ``step`` is the inner step; it keys dropout, and its default stands for the query set.
+        A dict as the only argument of ``forward`` is passed by name, a tuple as positional arguments. ``step`` is the
+        inner step; it keys dropout, and its default stands for the query set.
         """
         call = self.model._call
         if call.training != self.training:
@@ -248,7 +299,8 @@ class BoundModel:
                 stack.enter_context(_ReplacedFunctions(self.key, step, self.replacements))
             if self.engine.precision == "bfloat16" and step is not QUERY:
                 stack.enter_context(torch.autocast(self.model.device.type, torch.bfloat16, cache_enabled=False))
-            return functional_call(call, tensors, (method, *args))
+            result = functional_call(call, tensors, (method, *args))
+            return result if method is not None else _chosen(result, self.model.output)
 
     def holding(self, parameters: Mapping[str, Tensor]) -> BoundModel:
         """Return a model that always uses ``parameters`` and ignores those of its calls.
@@ -276,4 +328,5 @@ class HeldModel(BoundModel):
     def __call__(
         self, parameters: Mapping[str, Tensor], *args: object, method: str | None = None, step: InnerStep = QUERY
     ) -> Output:
-        return self.call(method, *args)
+        result = self.call(method, *args)
+        return result if method is not None else _chosen(result, self.model.output)

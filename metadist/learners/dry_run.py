@@ -11,14 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from metadist.core.algorithm import TaskContext, at_most_one_step
+from metadist.core.algorithm import TaskContext, at_most_one_step, with_inner_steps
 from metadist.core.computation import Evaluate, Gradient, Rollout
 from metadist.core.differences import by_name, difference
 from metadist.core.errors import ConfigError, MetadistError, first_line
 from metadist.core.random import SPLITS, TaskKey
 from metadist.core.round import Shard, WithOutput
 from metadist.core.state import Contribution, Records, State
-from metadist.core.task import Task
+from metadist.core.task import Examples, Task, UnlikeTargets
+from metadist.core.tree import Tree, mapped, shapes, shown
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
 from metadist.learners.culprit import failed, place
@@ -293,23 +294,53 @@ def _check_output(learner: Subject, state: State, task: Task, split: str) -> Non
             f"'{type(learner.algorithm).__name__}' needs them equal (only metric methods can train with more ways)"
         )
     context = TaskContext(TaskKey.of(0, split, 0, [0]).each()[0].to(learner.device), 0, False, learner.tasks)
+    name, rows = type(learner.model.module).__name__, task.query.rows
     with torch.no_grad():
         if needed is not None and classes:
-            output = tuple(bound(theta["model"], task.query.x).shape)
-            if output != (task.query.x.shape[0], needed):
+            output = shapes(bound(theta["model"], task.query.x))
+            if output != ((rows, needed),):
                 raise ConfigError(
-                    f"model: '{type(learner.model.module).__name__}' puts out shape {list(output)} for "
-                    f"{task.query.x.shape[0]} "
-                    f"inputs; tasks.n_way = {needed} needs [{task.query.x.shape[0]}, {needed}]"
+                    f"model: '{name}' puts out shape {_listed(output)} for {rows} inputs; tasks.n_way = {needed} needs "
+                    f"[{rows}, {needed}]"
                 )
-        phi = at_most_one_step(learner.algorithm).adapt(bound, theta, task.support, context)[-1]
-        prediction = learner.algorithm.predict(bound, phi, task.query.x)
-    shape = tuple(prediction.shape)
-    expected = (task.query.x.shape[0], ways) if classes else tuple(task.query.y.shape)
-    if shape != expected:
-        raise ConfigError(
-            f"model: '{type(learner.model.module).__name__}' predicts shape {list(shape)} where the {split} tasks "
-            f"need {list(expected)}"
-        )
-    check_loss(learner, task, split, context.loss(prediction, task.query))
-    context.metric(prediction, task.query)
+        for steps in sorted({0, min(1, learner.algorithm.inner_steps)}):
+            algorithm = with_inner_steps(learner.algorithm, steps)
+            phi = algorithm.adapt(bound, theta, task.support, context)[-1]
+            prediction = algorithm.predict(bound, phi, task.query.x)
+            if classes and shapes(prediction) != ((rows, ways),):
+                found = _listed(shapes(prediction))
+                raise ConfigError(
+                    f"model: '{name}' predicts shape {found} where the {split} tasks need [{rows}, {ways}]"
+                )
+            try:
+                check_loss(learner, task, split, context.loss(prediction, task.query))
+                context.metric(prediction, task.query)
+            except UnlikeTargets as error:
+                raise ConfigError(
+                    f"model: '{name}' predicts shape {shown(prediction)} where the {split} tasks need "
+                    f"{shown(task.query.y)}: {error}"
+                ) from error
+            if not classes:
+                _check_rows(learner, prediction, task, split)
+
+
+def _listed(found: tuple[tuple[int, ...], ...]) -> str:
+    return " and ".join(str(list(shape)) for shape in found)
+
+
+def _check_rows(learner: Subject, prediction: Tree, task: Task, split: str) -> None:
+    """Refuse a loss or metric of the family's own in which the rows of unlike shapes broadcast against each other."""
+    if shapes(prediction) == shapes(task.query.y):
+        return
+    real = Examples(task.query.real(task.query.x), task.query.real(task.query.y))
+    prediction, target = task.query.real(prediction), real.y
+    one = slice(0, 1)
+    for name, judge in (("loss", learner.tasks.loss), ("metric", learner.tasks.metric)):
+        among, alone = judge(prediction, target)[0], judge(*(mapped(lambda t: t[one], t) for t in (prediction, target)))
+        if not torch.allclose(among.double(), alone.double(), rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise ConfigError(
+                f"tasks: the {name} of '{type(learner.tasks).__name__}' of a row depends on other rows where the "
+                f"{split} tasks have predictions {shown(prediction)} and targets {shown(target)} (the first row "
+                f"among {real.rows}: {float(among):.6g}, alone: {float(alone):.6g}): do they broadcast? give both [N] "
+                "or both [N, 1], or compute each row from its own"
+            )

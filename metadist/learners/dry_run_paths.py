@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from metadist.core.algorithm import Algorithm, Phi, with_inner_steps
 from metadist.core.decompositions import PACKED
 from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, first_line
-from metadist.core.model import Model
+from metadist.core.model import Model, called
 from metadist.core.random import TaskKey
 from metadist.core.state import State
 from metadist.core.task import Examples
+from metadist.core.tree import Tree
 from metadist.engine.subject import Subject, initial_theta
 from metadist.learners.culprit import failed
 
@@ -38,7 +39,7 @@ class Tried(Subject, Protocol):
 
     def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Phi: ...
 
-    def predict(self, state: State, phi: Phi, x: Tensor, support: Examples) -> Tensor: ...
+    def predict(self, state: State, phi: Phi, x: Tree, support: Examples) -> Tree: ...
 
 
 def try_paths(learner: Tried, seed: int) -> None:
@@ -181,7 +182,7 @@ def _refuse_state(learner: Tried, keys: TaskKey) -> None:
             )
         module = copy.deepcopy(model.module).train()
         before = {n: b.clone() for n, b in module.named_buffers()}
-        module(x)
+        called(module, x)
     changed = [n for n, b in module.named_buffers() if n in before and not _same(b, before[n])]
     if changed:
         raise ConfigError(

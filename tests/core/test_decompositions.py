@@ -161,27 +161,19 @@ def test_tasks_are_computed_together(name):
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_dropout_between_layers_has_a_key(kind):
-    """It drops a third of the second layer's inputs, the same ones for one key and step, none in evaluation."""
-    model = Model(lambda: kind(2, 300, num_layers=2, dropout=0.3), dtype=torch.float64)
-    learned = model.initial(0)[0]
-    x = torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    seen = []
-
-    def linear(input, weight, bias=None):
-        seen.append(input)
-        return F.linear(input, weight, bias)
-
-    replaced = {**model.differentiable(True, True), F.linear: linear}
-    outputs = [
-        model.bind({}, key, True, replacements=replaced)(learned, x, step=step)[0]
-        for key, step in ((KEY, 0), (KEY, 0), (KEY, 1), (keys(5).each()[0], 0))
-    ]
-    assert outputs[0].equal(outputs[1])
-    assert not outputs[0].equal(outputs[2]) and not outputs[0].equal(outputs[3])
-    (dropped,) = [t for t in seen[: len(seen) // 4] if t.shape == (4, 2, 300)]
-    assert abs(float((dropped == 0).double().mean()) - 0.3) < 0.04
+    """The outputs are those of two layers of torch with the key's mask between them; none in evaluation."""
+    model = Model(lambda: kind(2, 3, num_layers=2, dropout=0.3), dtype=torch.float64)
+    learned, x = model.initial(0)[0], torch.randn(4, 2, 2, dtype=torch.float64)
+    layers = kind(2, 3).double(), kind(3, 3).double()
+    for number, layer in enumerate(layers):
+        layer.load_state_dict({f"{n[:-1]}0": t for n, t in learned.items() if n.endswith(f"l{number}")})
+    for key, step in ((KEY, 0), (KEY, 1), (keys(5).each()[0], 0)):
+        mask = (key.stream("dropout", step, 1).uniform(4, 2, 3) >= 0.3).double()
+        expected = layers[1](layers[0](x)[0] * mask / 0.7)[0]
+        bound = model.bind({}, key, True, replacements=model.differentiable(True, True))
+        torch.testing.assert_close(bound(learned, x, step=step)[0], expected, rtol=0, atol=1e-12)
     judged = model.bind({}, KEY, False, replacements=model.differentiable(False, True))(learned, x)[0]
-    torch.testing.assert_close(judged, functional_call(model.module.eval(), dict(learned), (x,))[0])
+    torch.testing.assert_close(judged, layers[1](layers[0](x)[0])[0], rtol=0, atol=1e-12)
 
 
 class Packing(nn.Module):
