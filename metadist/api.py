@@ -42,24 +42,22 @@ def compose(
     workers: int | WorkerGroup = 0,
     tracking: TrackingSettings | str = "auto",
     freeze: tuple[str, ...] = (),
-    output: str | int | None = None,
     **settings: Any,
 ) -> Experiment:
     """Return an experiment that is made of objects.
 
     ``model`` is a function that builds an ``nn.Module`` (initialised from ``seed``), a module (training starts from
-    its parameters) or a model config such as ``metadist.Conv4()``. ``output`` is the field or the place of the
-    prediction in what ``forward`` returns. ``workers=0`` computes in this process.
+    its parameters) or a model config such as ``metadist.Conv4()``. ``workers=0`` computes in this process.
     ``settings`` are further fields of an experiment: name, seed, outer, evaluate, engine, checkpoint, control,
-    init_from, and loss, metric and task_metrics by name or import path. Raises ConfigError where a part has the
-    wrong type.
+    init_from, and loss, metric and task_metrics by name or import path; and ``output``, the field or the place of the
+    prediction in what ``forward`` returns. Raises ConfigError where a part has the wrong type.
     """
     if not isinstance(tasks, TaskFamily) or not isinstance(algorithm, Algorithm):
         raise ConfigError(
             f"expected tasks: TaskFamily and algorithm: Algorithm, got {type(tasks).__name__} and "
             f"{type(algorithm).__name__}"
         )
-    known = [f.name for f in KEYS]
+    known, output = [f.name for f in KEYS], settings.pop("output", None)
     for name in settings:
         if name not in known:
             raise ConfigError(f"unknown setting '{name}'{nearest(name, known)}; allowed: {', '.join(known)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.request
 
@@ -47,7 +48,10 @@ class Case:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trees")
-    return {name: Case(name, folder) for name in CASES}
+    found = {"dict": Case("dict", folder)}
+    with pytest.MonkeyPatch.context() as patch:  # one new process of Python is enough
+        patch.setattr("metadist.experiment.train.compared_elsewhere", lambda experiment: contextlib.nullcontext())
+        return found | {name: Case(name, folder) for name in CASES if name != "dict"}
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +166,10 @@ def test_the_registry(name, cases, tmp_path, monkeypatch, empty_store):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     store, before = f"sqlite:///{tmp_path}/mlflow.db", mlflow.get_tracking_uri()
     tracked = {**document(name), "tracking": {"uri": store, "register": "wide"}}
+    monkeypatch.setattr("metadist.experiment.train.compared_elsewhere", lambda experiment: contextlib.nullcontext())
     try:
         mlflow.set_tracking_uri(store)
+        mlflow.set_registry_uri(store)  # loading a registered model sets it for the whole process
         result = tiny.train(build(tracked), run_dir=str(tmp_path / "run"), plots=False)
         assert register_run(str(tmp_path / "run"), "wide", TRUST) == "1"
         model = mlflow.pyfunc.load_model("models:/wide@champion")
