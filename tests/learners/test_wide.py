@@ -144,6 +144,8 @@ class Broadcasting(Flat):
     def loss(self, prediction, target):
         return (prediction - target).square().mean(-1)
 
+    metric = loss
+
 
 class BroadcastingMetric(Quantiles):
     def metric(self, prediction, target):
@@ -165,7 +167,7 @@ class BroadcastingMetric(Quantiles):
             ("the metric of 'BroadcastingMetric' of a row depends on other rows",),
         ),
         (Gaussian, Flat(), ("predicts shape {0: [4, 1], 1: [4, 1]}", "need [4]", "model.output")),
-        (Squeezed, Quantiles(), ("model: 'Squeezed' returns tuple of 2", "model.output")),
+        (Squeezed, Quantiles(), ("the loss of 'Quantiles' fails", "predictions {0: [4], 1: [4, 3, 2]}")),
     ],
 )
 def test_shapes_never_broadcast_silently(module, family, words):
