@@ -276,8 +276,8 @@ def like_target(judge: str, prediction: Tree, target: Tree) -> tuple[Tensor, Ten
 
 def _squared_error(name: str, prediction: Tree, target: Tree) -> Tensor:
     """Return the squared error of each example [N], averaged over the dimensions of its target."""
-    prediction, target = like_target(f"the squared error ({name})", prediction, target)
-    return (prediction - target).square().reshape(target.shape[0], -1).mean(1)
+    p, y = like_target(f"the squared error ({name})", prediction, target)
+    return (p - y).square().reshape(y.shape[0], -1).mean(1)
 
 
 class Classification(TaskFamily):

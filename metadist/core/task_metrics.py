@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from metadist.core.errors import ConfigError, first_line, nearest
-from metadist.core.task import Examples, TaskFamily, TaskMetricFunction, UnlikeTargets
+from metadist.core.task import Examples, LossFunction, TaskFamily, TaskMetricFunction, UnlikeTargets
 from metadist.core.tree import Tree, at, first, mapped, shown
 
 #: bins of equal width in the calibration error
@@ -34,6 +34,18 @@ def metric_of_tasks(family: TaskFamily, prediction: Tree, query: Examples) -> Te
         return metrics
     _refuse_loss_over_padding(family, prediction, query)
     return torch.stack([real.mean(family.metric(p, real.y)) for p, real in _real_rows(prediction, query)])
+
+
+def mixed_rows(judge: LossFunction, prediction: Tree, target: Tree) -> tuple[float, float] | None:
+    """Judge the last row among all rows and alone: return both values where they differ, or None.
+
+    They differ where rows of unlike shapes broadcast against each other: predictions [N, 1] and targets [N].
+    """
+    last = slice(-1, None)
+    among, alone = judge(prediction, target)[-1], judge(*(mapped(lambda t: t[last], t) for t in (prediction, target)))
+    if torch.allclose(among.double(), alone.double(), rtol=1e-4, atol=1e-6, equal_nan=True):
+        return None
+    return float(among), float(alone.flatten()[-1])
 
 
 def _real_rows(prediction: Tree, query: Examples) -> Iterator[tuple[Tree, Examples]]:

@@ -18,8 +18,9 @@ from metadist.core.errors import ConfigError, MetadistError, first_line
 from metadist.core.random import SPLITS, TaskKey
 from metadist.core.round import Shard, WithOutput
 from metadist.core.state import Contribution, Records, State
-from metadist.core.task import Examples, Task, UnlikeTargets
-from metadist.core.tree import Tree, mapped, shapes, shown
+from metadist.core.task import Task, UnlikeTargets
+from metadist.core.task_metrics import mixed_rows
+from metadist.core.tree import Tree, first, shapes, shown
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
 from metadist.learners.culprit import failed, place
@@ -332,15 +333,12 @@ def _check_rows(learner: Subject, prediction: Tree, task: Task, split: str) -> N
     """Refuse a loss or metric of the family's own in which the rows of unlike shapes broadcast against each other."""
     if shapes(prediction) == shapes(task.query.y):
         return
-    real = Examples(task.query.real(task.query.x), task.query.real(task.query.y))
-    prediction, target = task.query.real(prediction), real.y
-    one = slice(0, 1)
+    prediction, target = task.query.real(prediction), task.query.real(task.query.y)
     for name, judge in (("loss", learner.tasks.loss), ("metric", learner.tasks.metric)):
-        among, alone = judge(prediction, target)[0], judge(*(mapped(lambda t: t[one], t) for t in (prediction, target)))
-        if not torch.allclose(among.double(), alone.double(), rtol=1e-4, atol=1e-6, equal_nan=True):
+        if (found := mixed_rows(judge, prediction, target)) is not None:
             raise ConfigError(
                 f"tasks: the {name} of '{type(learner.tasks).__name__}' of a row depends on other rows where the "
-                f"{split} tasks have predictions {shown(prediction)} and targets {shown(target)} (the first row "
-                f"among {real.rows}: {float(among):.6g}, alone: {float(alone):.6g}): do they broadcast? give both [N] "
+                f"{split} tasks have predictions {shown(prediction)} and targets {shown(target)} (the last row "
+                f"among {len(first(target))}: {found[0]:.6g}, alone: {found[1]:.6g}): do they broadcast? give both [N] "
                 "or both [N, 1], or compute each row from its own"
             )

@@ -18,6 +18,7 @@ from metadist.core.signature import InvalidInput, Signature
 from metadist.core.task import Examples, Task, stack
 from metadist.core.tree import named, of_names
 from metadist.models.cnp import ConditionalNeuralProcess
+from metadist.oracles.supervised import measure
 
 SHARD = OuterLoop(meta_batch_size=4, shard_size=2)
 STEPS = 2
@@ -288,3 +289,14 @@ def test_names_are_those_of_one_tree(tree):
 def test_names_of_no_tree(names):
     with pytest.raises(ValueError, match=""):
         of_names(dict.fromkeys(names, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dict", ("--compare: 'Described' has several tensors", "tokens: [1, 4, 3]")),
+        ("gaussian", ("--compare: nearest_neighbour predicts [4, 1], and the metric of 'Uncertain' does not take it",)),
+    ],
+)
+def test_baselines_that_have_no_such_inputs_or_predictions(name, words):
+    refused(lambda: measure(CASES[name][0](), ["nearest_neighbour"], keys(0)), *words)
