@@ -50,24 +50,27 @@ def compose(
     ``model`` is a function that builds an ``nn.Module`` (initialised from ``seed``), a module (training starts from
     its parameters) or a model config such as ``metadist.Conv4()``. ``workers=0`` computes in this process.
     ``settings`` are further fields of an experiment: name, seed, outer, evaluate, engine, checkpoint, control,
-    init_from, and loss, metric and task_metrics by name or import path. Raises ConfigError where a part has the
-    wrong type.
+    init_from, and loss, metric and task_metrics by name or import path; and ``output``, the field or the place of the
+    prediction in what ``forward`` returns. Raises ConfigError where a part has the wrong type.
     """
     if not isinstance(tasks, TaskFamily) or not isinstance(algorithm, (Algorithm, CarriedAlgorithm)):
         raise ConfigError(
             f"expected tasks: TaskFamily and algorithm: Algorithm, got {type(tasks).__name__} and "
             f"{type(algorithm).__name__}"
         )
-    known = [f.name for f in KEYS]
+    known, output = [f.name for f in KEYS], settings.pop("output", None)
     for name in settings:
         if name not in known:
             raise ConfigError(f"unknown setting '{name}'{nearest(name, known)}; allowed: {', '.join(known)}")
     if any(settings.get(name) is not None for name in JUDGES):
         tasks = copy.copy(tasks)  # the caller's family keeps its own
         judge_by(tasks, settings)
+    chosen = {} if output is None else {"output": output}
     experiment = Experiment(
         tasks=Component(tasks, _described(tasks)),
-        model=Component(model_factory(model, tasks, algorithm), {**_described(model), "freeze": list(freeze)}),
+        model=Component(
+            model_factory(model, tasks, algorithm), {**_described(model), "freeze": list(freeze), **chosen}
+        ),
         algorithm=Component(algorithm, _described(algorithm)),
         workers=(WorkerGroup(min=workers, max=workers) if isinstance(workers, int) else workers,),
         tracking=TrackingSettings(uri=tracking) if isinstance(tracking, str) else tracking,

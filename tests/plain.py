@@ -55,6 +55,8 @@ class Plain:
         for name, owners in self.owners.items():
             for owner, leaf in owners:
                 object.__setattr__(owner, leaf, tensors[name])
+                if isinstance(owner, nn.RNNBase):
+                    owner._flat_weights[owner._flat_weights_names.index(leaf)] = tensors[name]
         self.counter.update(step=step, call=0)
         return getattr(self.module, method)(*arguments)
 

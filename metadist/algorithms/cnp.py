@@ -11,7 +11,8 @@ from torch import Tensor
 from metadist.core.algorithm import Algorithm, TaskContext, Theta
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
-from metadist.core.task import Examples, Task, TaskFamily
+from metadist.core.task import Examples, Task, TaskFamily, like_target
+from metadist.core.tree import Tree
 
 Encoded = tuple[Parameters, Tensor]
 """(θ, the representation of the support set)."""
@@ -36,10 +37,10 @@ class CNP(Algorithm):
         parameters = theta["model"]
         return [(parameters, model(parameters, support.x, support.y, support.mask, method="encode", step=0))]
 
-    def predict(self, model: BoundModel, phi: Encoded, x: Tensor) -> Tensor:
+    def predict(self, model: BoundModel, phi: Encoded, x: Tree) -> Tensor:
         return self._decode(model, phi, x)[0]
 
-    def _decode(self, model: BoundModel, phi: Encoded, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode(self, model: BoundModel, phi: Encoded, x: Tree) -> tuple[Tensor, Tensor]:
         parameters, representation = phi
         mean, deviation = model(parameters, representation, x, method="decode")
         return mean, deviation
@@ -48,5 +49,6 @@ class CNP(Algorithm):
         self, model: BoundModel, theta: Theta, trajectory: Sequence[Encoded], task: Task, context: TaskContext
     ) -> tuple[Tensor, Tensor]:
         mean, deviation = self._decode(model, trajectory[-1], task.query.x)
-        nll = ((task.query.y - mean) / deviation).square() / 2 + deviation.log() + math.log(2 * math.pi) / 2
+        mean, target = like_target("the Gaussian likelihood", mean, task.query.y)
+        nll = ((target - mean) / deviation).square() / 2 + deviation.log() + math.log(2 * math.pi) / 2
         return task.query.mean(nll.flatten(1).sum(1)), mean

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from metadist.core.algorithm import TaskContext, Theta
 from metadist.core.inner_loop import Descent, InnerLoop
 from metadist.core.model import BoundModel
 from metadist.core.parameters import Parameters
 from metadist.core.task import Examples
+from metadist.core.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,5 @@ class MAML(InnerLoop):
             self.support_loss(model, support, context), phi, self.inner_lr, self.fresh(phi), self.first_order
         )
 
-    def predict(self, model: BoundModel, phi: Parameters, x: Tensor) -> Tensor:
-        prediction: Tensor = model(phi, x)
-        return prediction
+    def predict(self, model: BoundModel, phi: Parameters, x: Tree) -> Tree:
+        return model(phi, x)

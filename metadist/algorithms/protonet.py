@@ -13,6 +13,7 @@ from metadist.core.engine import Engine
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
 from metadist.core.task import Examples, TaskFamily
+from metadist.core.tree import Tree
 
 Prototypes = tuple[Parameters, Tensor, Tensor, Tensor]
 """(θ, prototypes [ways, D] about a centre, whether a class has support examples [ways, 1], the centre [D])."""
@@ -47,7 +48,7 @@ class ProtoNet(Algorithm):
         centre = (member.sum(1) @ embedded / count.sum().clamp(min=1)).detach()
         return [(theta["model"], (member.T @ (embedded - centre)) / count.clamp(min=1), count > 0, centre)]
 
-    def predict(self, model: BoundModel, phi: Prototypes, x: Tensor) -> Tensor:
+    def predict(self, model: BoundModel, phi: Prototypes, x: Tree) -> Tensor:
         parameters, prototypes, present, centre = phi
         embedded = model(parameters, x).flatten(1) - centre
         # ‖a − b‖², expanded: a matrix product in place of a [N, ways, D] difference.

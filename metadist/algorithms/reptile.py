@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from metadist.core.algorithm import TaskContext, Theta
 from metadist.core.engine import Engine
@@ -15,6 +14,7 @@ from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.state import Slot
 from metadist.core.task import Examples
+from metadist.core.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,8 @@ class Reptile(InnerLoop):
         loss = self.support_loss(model, support, context)
         return Descent(loss, phi, self.inner_lr, moments, finish=lambda phi, moments: (phi, moments))
 
-    def predict(self, model: BoundModel, phi: InnerState, x: Tensor) -> Tensor:
-        prediction: Tensor = model(phi[0], x)
-        return prediction
+    def predict(self, model: BoundModel, phi: InnerState, x: Tree) -> Tree:
+        return model(phi[0], x)
 
     def delta(self, theta: Theta, phi: InnerState) -> dict[str, Parameters]:
         parameters, moments = phi

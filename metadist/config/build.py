@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import is_dataclass
-from typing import Any, cast
+from typing import Any, Union, cast
 
 from metadist.config.catalog import ALGORITHM, ENVIRONMENT, MODEL, TASK_FAMILY
 from metadist.config.components import component, judge_by, model_factory, named
@@ -33,6 +33,7 @@ def build(document: Document, trust: Sequence[str] = ()) -> Experiment:
     algorithm = _algorithm(key, document["algorithm"], trust)
     options = dict(named("model", document["model"]))
     typed("model.freeze", options.pop("freeze", []), tuple[str, ...])
+    typed("model.output", options.pop("output", None), Union[str, int, None])
     factory = model_factory(component("model", options, MODEL, deferred=True, trust=trust), tasks, algorithm)
     types = setting_types()
     given = {name: typed(name, document[name], types[name]) for name in types if document.get(name) is not None}

@@ -140,9 +140,10 @@ class Experiment:
     @functools.cached_property
     def learner(self) -> Learner:
         """The mathematics of the experiment."""
-        factory, freeze = self.model.made, tuple(self.model.document.get("freeze", ()))
+        factory, options = self.model.made, self.model.document
         with explained("model", getattr(factory, "func", factory)):
-            model = Model(factory, dtype=getattr(torch, self.engine.dtype), freeze=freeze)
+            dtype, freeze = getattr(torch, self.engine.dtype), tuple(options.get("freeze", ()))
+            model = Model(factory, dtype=dtype, freeze=freeze, output=options.get("output"))
         tasks, algorithm = self.tasks.made, self.algorithm.made
         if isinstance(tasks, MetaEnvironment):
             assert isinstance(algorithm, TrialAlgorithm)

@@ -48,7 +48,11 @@ def _components() -> Iterator[str]:
     for key, kind in KINDS.items():
         yield f"## `{key}`\n"
         yield f"`{key}.name` is one of the following, the name of a plug-in, or `package.module:name` of your own."
-        more = " `model.freeze`: a list of names of parameters that stay fixed (patterns are allowed)."
+        more = (
+            " `model.freeze`: a list of names of parameters that stay fixed (patterns are allowed). `model.output`: "
+            "the field, or the place in a tuple, of the prediction in what `forward` returns; by default a tensor "
+            "itself, the `logits` of an object, or a tuple or dict of tensors whole, for a loss that takes it."
+        )
         yield (more.strip() if key == "model" else "") + "\n"
         for name, cls in sorted(kind.own.items()):
             yield f"### `{key}: {{name: {name}}}`\n"

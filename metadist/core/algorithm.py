@@ -14,6 +14,7 @@ from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
 from metadist.core.state import Slot
 from metadist.core.task import Examples, Task, TaskFamily, possible
+from metadist.core.tree import Tree
 
 Theta = Mapping[str, Parameters]
 """θ by slot. ``theta["model"]`` holds the learned parameters of the model; algorithms may declare more slots."""
@@ -43,15 +44,15 @@ class TaskContext:
         """The number of classes of the task; the largest one where the tasks of the family differ in it."""
         return self.family.ways(self.key.split) if self.classes is None else self.classes
 
-    def possible(self, prediction: Tensor) -> Tensor:
+    def possible(self, prediction: Tree) -> Tree:
         """Return ``prediction`` with −∞ as the logits of classes that the task does not have."""
         return possible(prediction, self.classes if self.task_ways is None else self.task_ways)
 
-    def loss(self, prediction: Tensor, examples: Examples) -> Tensor:
+    def loss(self, prediction: Tree, examples: Examples) -> Tensor:
         """Return the family's loss over the classes of the task, averaged over the real examples: a scalar."""
         return examples.mean(self.family.loss(self.possible(prediction), examples.y))
 
-    def metric(self, prediction: Tensor, examples: Examples) -> Tensor:
+    def metric(self, prediction: Tree, examples: Examples) -> Tensor:
         """Return the family's metric of the real examples: a scalar. Not under ``vmap`` where there is a mask."""
         real = Examples(examples.real(examples.x), examples.real(examples.y))
         return real.mean(self.family.metric(examples.real(self.possible(prediction)), real.y))
@@ -79,6 +80,11 @@ class Algorithm:
         """The kind of a task's contribution: ``delta`` where the algorithm overrides the method ``delta``."""
         return "gradient" if type(self).delta is Algorithm.delta else "delta"
 
+    @property
+    def second_order(self) -> bool:
+        """Whether the meta-gradient differentiates gradients of the inner loop."""
+        return self.inner_steps > 0 and not self.first_order and self.contribution == "gradient"
+
     def release(self, engine: Engine) -> int:
         """Return the release of metadist's arithmetic that last changed the bits of this algorithm under ``engine``."""
         return RELEASE
@@ -99,13 +105,13 @@ class Algorithm:
         """Return φ_0 … φ_k; φ_0 is the state before adaptation, where the algorithm has one."""
         raise NotImplementedError
 
-    def predict(self, model: BoundModel, phi: Phi, x: Tensor) -> Tensor:
-        """Return the predictions [N, …] for the inputs ``x`` [N, …]."""
+    def predict(self, model: BoundModel, phi: Phi, x: Tree) -> Tree:
+        """Return the predictions [N, …] for the inputs ``x`` [N, …]: tensors, or dicts or tuples of tensors."""
         raise NotImplementedError
 
     def objective(
         self, model: BoundModel, theta: Theta, trajectory: Sequence[Phi], task: Task, context: TaskContext
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tree]:
         """Return the scalar meta-loss and the prediction on the query set; by default, the query loss at φ_k.
 
         ``trajectory`` is φ_0 … φ_k. An algorithm that reads more than its last element sets ``whole_trajectory``.

@@ -8,13 +8,26 @@ import torch
 from torch import Tensor
 
 from metadist.core.task import Task
+from metadist.core.tree import Tree, named
 
 
 def by_name(task: Task) -> dict[str, Tensor]:
-    """Return the tensors of a task: ``support.x``, ``support.y``, …; masks and ways only where there are some."""
+    """Return the tensors of a task: ``support.x``, ``support.y``, …; masks and ways only where there are some.
+
+    A tensor in a dict or tuple x is ``support.x.ids``, ``support.x.0``.
+    """
     sets = {"support": task.support, "query": task.query}
     found = {f"{name}.{part}": getattr(e, part) for name, e in sets.items() for part in ("x", "y", "mask")}
-    return {name: tensor for name, tensor in {**found, "ways": task.ways}.items() if tensor is not None}
+    return flat({name: tree for name, tree in {**found, "ways": task.ways}.items() if tree is not None})
+
+
+def flat(trees: Mapping[str, Tree]) -> dict[str, Tensor]:
+    """Return the tensors of ``trees`` by the name of the tree and their own within it."""
+    return {
+        f"{name}.{rest}" if rest else name: tensor
+        for name, tree in trees.items()
+        for rest, tensor in named(tree, name).items()
+    }
 
 
 def difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor], rounding: float = 0.0) -> str | None:

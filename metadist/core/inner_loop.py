@@ -18,6 +18,7 @@ from metadist.core.model import BoundModel, InnerStep
 from metadist.core.parameters import Parameters, Scalar
 from metadist.core.random import TaskKey
 from metadist.core.task import Examples
+from metadist.core.tree import mapped
 
 InnerLoss = Callable[[Parameters, InnerStep], Tensor]
 """(φ, inner step) → scalar loss."""
@@ -214,7 +215,7 @@ class InnerLoop(Algorithm):
     def minibatch(self, support: Examples, key: TaskKey, step: InnerStep) -> Examples:
         """Return the examples of inner step ``step``: all, or the next ``inner_batch_size`` of an endless sequence of
         shuffled epochs."""
-        rows, size = support.x.shape[0], self.inner_batch_size
+        rows, size = support.rows, self.inner_batch_size
         if size is None or size >= rows:
             return support
         if support.mask is not None:
@@ -223,7 +224,7 @@ class InnerLoop(Algorithm):
         epochs = (epoch, epoch + 1) if isinstance(step, Tensor) or first + size > rows else (epoch,)
         order = torch.cat([key.stream("minibatch", e).bits(rows).argsort(dim=-1, stable=True) for e in epochs])
         chosen = order[first + torch.arange(size, device=order.device)]
-        return Examples(support.x[chosen], support.y[chosen])
+        return _rows(support, chosen, None)
 
     @staticmethod
     def _masked_minibatch(support: Examples, key: TaskKey, step: InnerStep, size: int) -> Examples:
@@ -246,4 +247,9 @@ class InnerLoop(Algorithm):
         own = order(epoch)[place.clamp(max=len(padding) - 1)]
         following = order(epoch + 1)[(place - count).clamp(min=0, max=len(padding) - 1)]
         chosen = torch.where(later & ~few, following, own)
-        return Examples(support.x[chosen], support.y[chosen], ~(later & few))
+        return _rows(support, chosen, ~(later & few))
+
+
+def _rows(support: Examples, chosen: Tensor, mask: Tensor | None) -> Examples:
+    x, y = (mapped(lambda t: t[chosen], part) for part in (support.x, support.y))
+    return Examples(x, y, mask)

@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from metadist.core.decompositions import ATTENTION, RECURRENT, is_recurrent
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
+from metadist.core.module_checks import NORMS, refuse
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey, seeded
+from metadist.core.tree import Tree
 
 InnerStep = Union[int, Tensor]
 """The number of an inner step from 0: an int, or a 0-d int64 tensor where one graph serves all steps."""
-Output = Any
+Output = Tree
 """The result of a module: a tensor for ordinary models, a tuple of tensors for policies and neural processes."""
 Replacements = Mapping[Callable[..., Any], Callable[..., Tensor]]
 """Function of torch → the function with the same parameters that is called in its place."""
@@ -32,13 +35,11 @@ _BUILDING = threading.Lock()
 #: the "inner step" that keys the query set's forward pass
 QUERY = (1 << 14) - 1
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-
 
 def use_batch_statistics(module: nn.Module) -> nn.Module:
     """Make every batch and instance norm in ``module`` normalise by its own batch, in place; return the module."""
     for norm in module.modules():
-        if isinstance(norm, _NORMS):
+        if isinstance(norm, NORMS):
             norm.track_running_stats = False
             norm.running_mean = norm.running_var = norm.num_batches_tracked = None
     return module
@@ -60,7 +61,15 @@ class _ReplacedFunctions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.key is not None and func in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout):
             return self._dropout(func, *args, **(kwargs or {}))
-        return self.replacements.get(func, func)(*args, **(kwargs or {}))
+        if func not in self.replacements:
+            return func(*args, **(kwargs or {}))
+        known = self.replacements
+        self.replacements = {f: other for f, other in known.items() if f is not func}
+        try:
+            with self:  # the dropout between the layers of an LSTM has a key too
+                return known[func](*args, **(kwargs or {}))
+        finally:
+            self.replacements = known
 
     def _dropout(
         self, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -88,29 +97,75 @@ class _Call(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, method: str | None, *args: object) -> Output:
-        return self.module(*args) if method is None else getattr(self.module, method)(*args)
+    def forward(self, method: str | None, *args: Any) -> Output:
+        if method is not None:
+            return getattr(self.module, method)(*args)
+        return called(self.module, args[0]) if len(args) == 1 else self.module(*args)
+
+
+def called(module: nn.Module, x: Tree) -> Any:
+    """Call ``module`` on inputs: with the entries of a dict by name, with those of a tuple one after the other."""
+    if isinstance(x, Mapping):
+        return module(**x)
+    return module(*x) if type(x) in (tuple, list) else module(x)
+
+
+def _chosen(result: Any, output: str | int | None) -> Output:
+    """Return the part ``output`` of a module's result: a field by name, or an element of a tuple by its place.
+
+    None: a tensor itself, the ``logits`` of an object or dict that has them, or a tuple or dict of tensors whole.
+    ConfigError where there is no such part.
+    """
+    if output is None:
+        if isinstance(result, Tensor):
+            return result
+        logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
+        return result if logits is None else logits
+    try:
+        if isinstance(output, str) and not isinstance(result, Mapping):
+            return getattr(result, output)
+        return result[output]
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise ConfigError(f"model.output: {output!r} is no part of what forward returns, {described(result)}") from None
+
+
+def described(result: object) -> str:
+    """Return the type of a module's result, with the names of its parts, for a message."""
+    kind = type(result).__name__
+    if isinstance(result, Mapping):
+        return f"{kind} with {', '.join(map(str, result))}"
+    if isinstance(result, (tuple, list)):
+        return f"{kind} of {len(result)}"
+    fields = ", ".join(n for n in getattr(result, "__dict__", {}) if not n.startswith("_"))
+    return f"{kind} with {fields}" if fields else kind
 
 
 class Model:
     """A module that ``factory`` builds from a seeded state: all workers hold the same module.
 
     Parameters with ``requires_grad=False`` and those with a name that a pattern in ``freeze`` matches are not learned:
-    neither the inner nor the outer loop changes them. Raises ConfigError for a module that keeps running statistics
-    (tasks cannot share them under ``vmap``, and they would carry information between tasks), and for one with a
-    tensor that requires a gradient and is no parameter.
+    neither the inner nor the outer loop changes them. ``output`` is the field, or the place in a tuple, of the
+    prediction in what ``forward`` returns; by default a tensor itself, or the ``logits`` of an object. Raises
+    ConfigError for a module that no run can learn, such as one that keeps running statistics (``module_checks.py``).
     """
 
     def __init__(
-        self, factory: Callable[[], nn.Module], *, dtype: torch.dtype = torch.float32, freeze: tuple[str, ...] = ()
+        self,
+        factory: Callable[[], nn.Module],
+        *,
+        dtype: torch.dtype = torch.float32,
+        freeze: tuple[str, ...] = (),
+        output: str | int | None = None,
     ) -> None:
-        self.factory, self.dtype, self.freeze = factory, dtype, freeze
+        self.factory, self.dtype, self.freeze, self.output = factory, dtype, freeze, output
         self._call = _Call(self._build(0))
         self.device = torch.device("cpu")
-        self._refuse_running_statistics()
-        self._refuse_unkeyed_dropout()
-        self._refuse_unregistered_parameters()
         self.frozen = self._frozen()
+        self.recurrent = is_recurrent(self.module)
+
+    def in_dtype(self, dtype: torch.dtype) -> Model:
+        """Return the same model in another dtype, on the CPU."""
+        return Model(self.factory, dtype=dtype, freeze=self.freeze, output=self.output)
 
     @property
     def module(self) -> nn.Module:
@@ -138,11 +193,7 @@ class Model:
             module = self.factory()
         if not isinstance(module, nn.Module):
             raise ConfigError(f"model: expected a torch.nn.Module, got {type(module).__name__}")
-        for name, parameter in module.named_parameters():
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise ConfigError(
-                    f"model: parameter '{name}' is uninitialised (a lazy module); give its input size explicitly"
-                )
+        refuse(module)
         return module.to(self.dtype)
 
     def _frozen(self) -> frozenset[str]:
@@ -171,33 +222,6 @@ class Model:
         shown = ", ".join(names[:6]) + (f", … ({len(names)} in all)" if len(names) > 6 else "")
         return f"frozen by {' and '.join(reasons)}, in inner and outer loop: {shown}"
 
-    def _refuse_unregistered_parameters(self) -> None:
-        for prefix, module in self.module.named_modules():
-            tensors = {**vars(module), **dict(module.named_buffers(recurse=False))}
-            for name, value in tensors.items():
-                if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
-                    raise ConfigError(
-                        f"model: '{f'{prefix}.{name}' if prefix else name}' requires a gradient but is no parameter, "
-                        "so nothing would learn it; make it a torch.nn.Parameter, or set its requires_grad to False"
-                    )
-
-    def _refuse_running_statistics(self) -> None:
-        for name, norm in self.module.named_modules():
-            if isinstance(norm, _NORMS) and norm.track_running_stats:
-                raise ConfigError(
-                    f"model: '{name}' is a {type(norm).__name__} with running statistics, which tasks cannot share; "
-                    "build it with track_running_stats=False, or call metadist.use_batch_statistics(model)"
-                )
-
-    def _refuse_unkeyed_dropout(self) -> None:
-        for name, attention in self.module.named_modules():
-            if isinstance(attention, nn.MultiheadAttention) and attention.dropout > 0:
-                raise ConfigError(
-                    f"model: '{name or type(attention).__name__}' is a MultiheadAttention with dropout = "
-                    f"{attention.dropout}; torch draws this dropout internally, not from the task's key; set its "
-                    "dropout to 0 and put torch.nn.Dropout modules around it, or use model 'transformer'"
-                )
-
     def initial(self, seed: int) -> tuple[Parameters, Parameters, Parameters]:
         """Return (learned parameters, frozen parameters, buffers) of a module that is built from ``seed``.
 
@@ -225,6 +249,14 @@ class Model:
             n for n, _ in self.module.named_parameters() if n.startswith(prefix) and "." not in n[len(prefix) :]
         )
 
+    def differentiable(self, training: bool, second_order: bool) -> Replacements:
+        """Return the functions that adaptation by gradient steps replaces: recurrent layers, and fused attention.
+
+        Attention is replaced in training alone, and there where its second derivative is needed.
+        """
+        recurrent = RECURRENT if training or self.recurrent else {}
+        return {**recurrent, **ATTENTION} if training and second_order else recurrent
+
     def bind(
         self,
         fixed: Mapping[str, Tensor],
@@ -241,7 +273,7 @@ class Model:
 class BoundModel:
     """The model for one task, as algorithms call it: ``model(phi, x)``.
 
-    ``fixed`` holds frozen parameters and buffers. ``key`` keys dropout; None leaves dropout to torch. In training,
+    ``fixed`` holds frozen parameters and buffers. ``key`` keys dropout; None leaves dropout to torch.
     ``replacements`` are called in place of functions of torch.
     """
 
@@ -257,7 +289,8 @@ class BoundModel:
     ) -> Output:
         """Call ``forward``, or ``method``, of the module with ``parameters`` on ``args``.
 
-        ``step`` is the inner step; it keys dropout, and its default stands for the query set.
+        A dict as the only argument of ``forward`` is passed by name, a tuple as positional arguments. ``step`` is the
+        inner step; it keys dropout, and its default stands for the query set.
         """
         call = self.model._call
         if call.training != self.training:
@@ -265,16 +298,17 @@ class BoundModel:
         tensors = {f"module.{n}": t for n, t in self.fixed.items()}
         tensors.update((f"module.{n}", t) for n, t in parameters.items())
         with ExitStack() as stack:
-            if self.training and (self.key is not None or self.replacements):
+            if self.replacements or (self.training and self.key is not None):
                 stack.enter_context(_ReplacedFunctions(self.key, step, self.replacements))
             if self.engine.precision == "bfloat16" and step is not QUERY:
                 stack.enter_context(torch.autocast(self.model.device.type, torch.bfloat16, cache_enabled=False))
-            return functional_call(call, tensors, (method, *args))
+            result = functional_call(call, tensors, (method, *args))
+            return result if method is not None else _chosen(result, self.model.output)
 
     def holding(self, parameters: Mapping[str, Tensor]) -> BoundModel:
         """Return a model that always uses ``parameters`` and ignores those of its calls.
 
-        It is faster for many calls, but has no gradients and no keyed dropout.
+        It is faster for many calls, but has no gradients, no keyed dropout and no replacements.
         """
         call = copy.deepcopy(self.model._call).train(self.training).requires_grad_(False)
         own = {**dict(call.module.named_parameters()), **dict(call.module.named_buffers())}
@@ -297,4 +331,5 @@ class HeldModel(BoundModel):
     def __call__(
         self, parameters: Mapping[str, Tensor], *args: object, method: str | None = None, step: InnerStep = QUERY
     ) -> Output:
-        return self.call(method, *args)
+        result = self.call(method, *args)
+        return result if method is not None else _chosen(result, self.model.output)

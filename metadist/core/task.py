@@ -13,29 +13,39 @@ from torch import Tensor
 
 from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
+from metadist.core.tree import Tree, first, mapped, shown, stacked
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Tree, Tree], Tensor]
 """(prediction [N, …], target [N, …]) → one value per example [N]."""
-TaskMetricFunction = Callable[[Tensor, Tensor, Tensor], Union[Tensor, float]]
+TaskMetricFunction = Callable[[Tree, Tree, Tensor], Union[Tensor, float]]
 """(prediction [N, …], target [N, …], mask [N]: the real rows) → one number per task."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """x [N, …], y [N, …], and mask [N] (1 = real, 0 = padding; None = all real). Stacked tasks have a leading [T]."""
+    """x [N, …], y [N, …], and mask [N] (1 = real, 0 = padding; None = all real). Stacked tasks have a leading [T].
 
-    x: Tensor
-    y: Tensor
+    x and y are tensors, or dicts or tuples of tensors, each [N, …]. The model is called with the entries of a dict x by
+    name, and with those of a tuple one after the other.
+    """
+
+    x: Tree
+    y: Tree
     mask: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """The number N of examples, padding included. Not for stacked tasks."""
+        return len(first(self.y))
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of per-example ``values`` [N] over the real examples.
 
         Raises ConfigError for another shape: a loss or metric that averages over examples itself.
         """
-        if values.shape[:1] != self.y.shape[:1] or values.dim() != 1:
+        if tuple(values.shape) != (self.rows,):
             raise ConfigError(
-                f"a loss or metric must return one value per example, shape [{self.y.shape[0]}], "
+                f"a loss or metric must return one value per example, shape [{self.rows}], "
                 f"got {list(values.shape)}; use reduction='none' and average over everything but the first dimension"
             )
         if not values.is_floating_point():  # a metric that says right or wrong, or counts
@@ -46,9 +56,12 @@ class Examples:
         # The value of a padded row can be NaN: select, do not multiply.
         return torch.where(self.mask.bool(), values, torch.zeros_like(values)).sum() / mask.sum()
 
-    def real(self, rows: Tensor) -> Tensor:
+    def real(self, rows: Tree) -> Tree:
         """Return those of ``rows`` [N, …] that are real examples. Not under ``vmap`` where there is a mask."""
-        return rows if self.mask is None else rows[self.mask.bool()]
+        if self.mask is None:
+            return rows
+        real = self.mask.bool()
+        return mapped(lambda t: t[real], rows)
 
     def cleared(self) -> Examples:
         """Return the examples with zeros in padded rows: ``mean`` drops a NaN of such a row, but not its gradient."""
@@ -59,7 +72,7 @@ class Examples:
         def clear(t: Tensor) -> Tensor:
             return torch.where(real.view(*real.shape, *(1,) * (t.dim() - real.dim())), t, torch.zeros_like(t))
 
-        return Examples(clear(self.x), clear(self.y), self.mask)
+        return Examples(mapped(clear, self.x), mapped(clear, self.y), self.mask)
 
 
 @dataclass(frozen=True)
@@ -99,18 +112,18 @@ pytree.register_pytree_node(
 
 
 def _stack_examples(parts: Sequence[Examples]) -> Examples:
-    rows = [p.x.shape[0] for p in parts]
+    rows = [p.rows for p in parts]
     longest = max(rows)
     if min(rows) == longest and all(p.mask is None for p in parts):
-        return Examples(torch.stack([p.x for p in parts]), torch.stack([p.y for p in parts]))
+        return Examples(stacked([p.x for p in parts]), stacked([p.y for p in parts]))
 
     def pad(t: Tensor) -> Tensor:
         return torch.cat([t, t.new_zeros(longest - t.shape[0], *t.shape[1:])]) if t.shape[0] < longest else t
 
-    masks = [(p.mask if p.mask is not None else p.x.new_ones(p.x.shape[0])).bool() for p in parts]
+    masks = [(p.mask if p.mask is not None else first(p.y).new_ones(p.rows)).bool() for p in parts]
     return Examples(
-        torch.stack([pad(p.x) for p in parts]),
-        torch.stack([pad(p.y) for p in parts]),
+        stacked([mapped(pad, p.x) for p in parts]),
+        stacked([mapped(pad, p.y) for p in parts]),
         torch.stack([pad(m) for m in masks]),
     )
 
@@ -173,8 +186,9 @@ class TaskFamily:
     """A distribution over tasks. Subclass it and write ``sample_task``, or ``sample`` for a whole shard in one call.
 
     Both must be pure functions of the key. ``loss`` and ``metric`` map (prediction [N, …], target [N, …]) to one value
-    per example. The metric sees the real rows of one task; where tasks are padded, the loss must compute each example
-    from that example alone. Workers receive a family without its data: load large data in ``prepare``.
+    per example; they decide which predictions fit the targets: mean and variance, quantiles, sequences, maps. The
+    metric sees the real rows of one task; where tasks are padded, the loss must compute each example from that example
+    alone. Workers receive a family without its data: load large data in ``prepare``.
     """
 
     #: ``regression`` or ``classification``
@@ -186,7 +200,7 @@ class TaskFamily:
     #: mask) → one number per task
     task_metrics: Sequence[Union[str, TaskMetricFunction]] = ()
 
-    #: shape of one input, without the batch dimension; None where only the data tells it
+    #: shape of one input, without the batch dimension; None where only the data tells it, and for dicts and tuples
     input_shape: tuple[int, ...] | None = None
     #: number of model outputs in training and in evaluation (n_way, or the target's dimension)
     outputs: int = 1
@@ -224,13 +238,13 @@ class TaskFamily:
         """Return the stacked tasks of a shard; ``keys.tasks`` has shape [T]."""
         return stack([self.sample_task(key, split) for key in keys.each()])
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def loss(self, prediction: Tree, target: Tree) -> Tensor:
         """Return the loss of each example [N]; by default, the squared error."""
-        return _squared_error(prediction, target)
+        return _squared_error("loss", prediction, target)
 
-    def metric(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def metric(self, prediction: Tree, target: Tree) -> Tensor:
         """Return the metric ``metric_name`` of each example [N]; by default, the squared error."""
-        return _squared_error(prediction, target)
+        return _squared_error("metric", prediction, target)
 
     def splits(self) -> Mapping[str, Sequence[str]] | None:
         """Return the names of the classes (or other sources of tasks) of each split; None where there are none.
@@ -299,9 +313,31 @@ class TaskFamily:
         return () if stated is None else (stated,)
 
 
-def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+class UnlikeTargets(ConfigError):
+    """The prediction has another shape than the targets, for a ``judge`` that needs the same one."""
+
+    def __init__(self, judge: str, prediction: Tree, target: Tree) -> None:
+        super().__init__(
+            f"the prediction has shape {shown(prediction)} and the target {shown(target)}; {judge} needs a tensor of "
+            "the target's shape: select it by model.output, reshape it in forward (squeeze(-1)), or write a loss and a "
+            "metric for the family"
+        )
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str]]:
+        return (ConfigError, (str(self),))
+
+
+def like_target(judge: str, prediction: Tree, target: Tree) -> tuple[Tensor, Tensor]:
+    """Return both where they are tensors of one shape. Raises ``UnlikeTargets``: other shapes would broadcast."""
+    if not (isinstance(prediction, Tensor) and isinstance(target, Tensor)) or prediction.shape != target.shape:
+        raise UnlikeTargets(judge, prediction, target)
+    return prediction, target
+
+
+def _squared_error(name: str, prediction: Tree, target: Tree) -> Tensor:
     """Return the squared error of each example [N], averaged over the dimensions of its target."""
-    return (prediction - target).square().reshape(target.shape[0], -1).mean(1)
+    p, y = like_target(f"the squared error ({name})", prediction, target)
+    return (p - y).square().reshape(y.shape[0], -1).mean(1)
 
 
 class Classification(TaskFamily):

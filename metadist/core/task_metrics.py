@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.func import vmap
 
 from metadist.core.errors import ConfigError, first_line, nearest
-from metadist.core.task import Examples, TaskFamily, TaskMetricFunction
+from metadist.core.task import Examples, LossFunction, TaskFamily, TaskMetricFunction, UnlikeTargets
+from metadist.core.tree import Tree, at, first, mapped, shown
 
 #: bins of equal width in the calibration error
 CALIBRATION_BINS = 15
 
 
-def metric_of_tasks(family: TaskFamily, prediction: Tensor, query: Examples) -> Tensor:
+def metric_of_tasks(family: TaskFamily, prediction: Tree, query: Examples) -> Tensor:
     """Return the family's metric of every task [T], averaged over the real rows. Padded rows never reach the metric.
 
     ``prediction`` is [T, N, …], and ``query`` holds the stacked query sets. ConfigError where tasks are padded and the
@@ -35,25 +36,41 @@ def metric_of_tasks(family: TaskFamily, prediction: Tensor, query: Examples) -> 
     return torch.stack([real.mean(family.metric(p, real.y)) for p, real in _real_rows(prediction, query)])
 
 
-def _real_rows(prediction: Tensor, query: Examples) -> Iterator[tuple[Tensor, Examples]]:
+def mixed_rows(judge: LossFunction, prediction: Tree, target: Tree) -> tuple[float, float] | None:
+    """Judge the last row among all rows and alone: return both values where they differ, or None.
+
+    They differ where rows of unlike shapes broadcast against each other: predictions [N, 1] and targets [N].
+    """
+    last = slice(-1, None)
+    among, alone = judge(prediction, target)[-1], judge(*(mapped(lambda t: t[last], t) for t in (prediction, target)))
+    if torch.allclose(among.double(), alone.double(), rtol=1e-4, atol=1e-6, equal_nan=True):
+        return None
+    return float(among), float(alone.flatten()[-1])
+
+
+def _real_rows(prediction: Tree, query: Examples) -> Iterator[tuple[Tree, Examples]]:
     """Yield the prediction and the query set of every task, without the padded rows."""
-    for task in range(len(query.y)):
-        every = Examples(query.x[task], query.y[task], None if query.mask is None else query.mask[task])
-        yield every.real(prediction[task]), Examples(every.real(every.x), every.real(every.y))
+    for task in range(len(first(query.y))):
+        every = _one_of(query, task)
+        yield every.real(at(prediction, task)), Examples(every.real(every.x), every.real(every.y))
 
 
-def _refuse_loss_over_padding(family: TaskFamily, prediction: Tensor, query: Examples) -> None:
+def _one_of(query: Examples, task: int) -> Examples:
+    return Examples(at(query.x, task), at(query.y, task), None if query.mask is None else query.mask[task])
+
+
+def _refuse_loss_over_padding(family: TaskFamily, prediction: Tree, query: Examples) -> None:
     """Compare the loss of the real rows alone and among padded rows, on the task with the most padding."""
     assert query.mask is not None
     task = int(query.mask.sum(1).argmin())
-    p, every = prediction[task], Examples(query.x[task], query.y[task], query.mask[task])
+    p, every = at(prediction, task), _one_of(query, task)
     among, alone = every.real(family.loss(p, every.y)), family.loss(every.real(p), every.real(every.y))
     if among.shape != alone.shape or not torch.allclose(among, alone, rtol=1e-4, atol=1e-6, equal_nan=True):
         raise ConfigError(
             f"loss: the loss of '{type(family).__name__}' changes where a task is padded to the size of another "
-            f"(mean over {len(alone)} real rows: {float(alone.mean()):.6g}, among {len(p) - len(alone)} padded rows: "
-            f"{float(among.mean()):.6g}); compute the loss of an example from that example alone, or sample tasks of "
-            "one size"
+            f"(mean over {len(alone)} real rows: {float(alone.mean()):.6g}, among {every.rows - len(alone)} padded "
+            f"rows: {float(among.mean()):.6g}); compute the loss of an example from that example alone, or sample "
+            "tasks of one size"
         )
 
 
@@ -77,18 +94,28 @@ class TaskMetric:
     table: bool = False
     built_in: bool = False
 
-    def of_tasks(self, prediction: Tensor, query: Examples, ways: Tensor | None = None) -> Tensor:
+    def of_tasks(self, prediction: Tree, query: Examples, ways: Tensor | None = None) -> Tensor:
         """Return the metric of predictions [T, S, N, …] (S: adaptation steps): float64 [T, S], or [T, S, …] of tables.
 
         ``ways`` [T] is the number of classes of each task where tasks differ in it; a function of the user's own gets
         the logits of these classes. A scalar is NaN where a prediction for a real row is not finite. Raises ConfigError
         where targets are no classes, and where the function fails or returns no number.
         """
-        mask = torch.ones(query.y.shape[:2], device=query.y.device) if query.mask is None else query.mask
+        targets = first(query.y)
+        mask = torch.ones(targets.shape[:2], device=targets.device) if query.mask is None else query.mask
         if not self.built_in:
-            counts = [None] * len(prediction) if ways is None else ways.tolist()
+            counts = [None] * len(first(prediction)) if ways is None else ways.tolist()
             each = zip(self._each(prediction, query), counts)
-            return torch.stack([self._by_step(p[..., :count], real) for (p, real), count in each])
+            return torch.stack(
+                [self._by_step(mapped(lambda t, n=n: t[..., :n], p) if n else p, real) for (p, real), n in each]
+            )
+        if not isinstance(prediction, Tensor) or not isinstance(query.y, Tensor):
+            raise ConfigError(
+                f"task_metrics: '{self.name}' judges one tensor, and the model predicts {shown(prediction)} for "
+                f"targets {shown(query.y)}; select a part by model.output, or write a metric of your own"
+            )
+        if self.kind == "regression" and prediction.shape[2:] != query.y.shape[1:]:
+            raise UnlikeTargets(f"the metric '{self.name}'", prediction[0, 0], query.y[0])
         if self.kind == "classification":
             self._check_classes(query.y[mask.bool()], prediction.shape[-1])
         # Zero times NaN is NaN: a padded row must be cleared, not only masked.
@@ -103,14 +130,15 @@ class TaskMetric:
         return found if self.table else torch.where(finite.flatten(2).all(-1), found, torch.nan)
 
     @staticmethod
-    def _each(prediction: Tensor, query: Examples) -> Iterator[tuple[Tensor, Examples]]:
-        for by_row, real in _real_rows(prediction.transpose(1, 2), query):
-            yield by_row.transpose(0, 1), real
+    def _each(prediction: Tree, query: Examples) -> Iterator[tuple[Tree, Examples]]:
+        for by_row, real in _real_rows(mapped(lambda t: t.transpose(1, 2), prediction), query):
+            yield mapped(lambda t: t.transpose(0, 1), by_row), real
 
-    def _by_step(self, prediction: Tensor, query: Examples) -> Tensor:
-        every = torch.ones(len(query.y), dtype=torch.bool, device=query.y.device)
+    def _by_step(self, prediction: Tree, query: Examples) -> Tensor:
+        every = torch.ones(query.rows, dtype=torch.bool, device=first(query.y).device)
         try:
-            found = [self.function(p, query.y, every) for p in prediction]
+            steps = range(len(first(prediction)))
+            found = [self.function(at(prediction, step), query.y, every) for step in steps]
         except Exception as error:  # the user's own code
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise ConfigError(

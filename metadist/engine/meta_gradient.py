@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar, Union
+from typing import Any, TypeVar, Union
 
 import torch
 import torch.utils._pytree as pytree
@@ -23,12 +23,13 @@ from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import TaskKey
 from metadist.core.task import Task, TaskFamily
 from metadist.core.task_metrics import metric_of_tasks
+from metadist.core.tree import Tree
 from metadist.engine.functions import TensorCall, added, apart, directly, jvp, kept_sum, mapped, vjp
 
 T = TypeVar("T")
 Values = dict[str, Parameters]
 """Slot → gradient or delta."""
-Metrics = dict[str, Tensor]
+Metrics = dict[str, Any]
 """Loss and metric of each task; where query sets are padded, ``PREDICTION`` in place of the metric, which then reads
 the real rows of each task outside ``vmap`` and the graph."""
 Names = frozenset[tuple[str, str]]
@@ -65,7 +66,8 @@ class MetaGradient:
 
     def bind(self, theta: Theta, key: TaskKey | None, training: bool) -> BoundModel:
         """Return the model with θ's frozen parameters and buffers, for one task."""
-        return self.model.bind(fixed(theta), key, training, self.engine)
+        replaced = self.model.differentiable(training, self.algorithm.second_order)
+        return self.model.bind(fixed(theta), key, training, self.engine, replaced)
 
     def values(self, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
         """Compute every task's gradient (or delta) and its ``Metrics``, stacked [T, …]; never compiled."""
@@ -86,10 +88,10 @@ class MetaGradient:
 
     def _summed(
         self, run: TensorCall, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int, keep: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
+    ) -> tuple[dict[str, Tensor], Tensor, list[Tree]]:
         """Return the sums of slots, loss and metric; or of slots and loss, and the predictions [T, N, …] in a list."""
 
-        def reduce(values: Values, metrics: Metrics, keep: Tensor) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
+        def reduce(values: Values, metrics: Metrics, keep: Tensor) -> tuple[dict[str, Tensor], Tensor, list[Tree]]:
             slots = {n: self.layouts[n].flatten(p) for n, p in kept_sum(keep, values).items()}
             totals = torch.stack([kept_sum(keep, v.double()) for n, v in metrics.items() if n != PREDICTION])
             return slots, totals, [v for n, v in metrics.items() if n == PREDICTION]
@@ -105,7 +107,7 @@ class MetaGradient:
             key_step: StepIndex,
             meta_step: StepIndex,
             keep: Tensor,
-        ) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
+        ) -> tuple[dict[str, Tensor], Tensor, list[Tree]]:
             single = self._single(self.named(vectors), replace(keys, meta_step=key_step), meta_step)
             return reduce(*vmap(single)(tasks, indices), keep)
 
@@ -143,7 +145,7 @@ class MetaGradient:
     def _learned(self, theta: Theta) -> Values:
         return {n: theta[n] for n in self.learned}
 
-    def _metrics(self, context: TaskContext, loss: Tensor, prediction: Tensor, task: Task) -> Metrics:
+    def _metrics(self, context: TaskContext, loss: Tensor, prediction: Tree, task: Task) -> Metrics:
         if task.query.mask is not None:
             return {"loss": loss, PREDICTION: context.possible(prediction)}
         return {"loss": loss, self.family.metric_name: context.metric(prediction, task.query)}
@@ -162,11 +164,11 @@ class MetaGradient:
                 delta = dict(self.algorithm.delta(theta, phi))
                 return delta, self._metrics(context, context.loss(prediction, task.query), prediction, task)
 
-            def objective(learned: Values) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            def objective(learned: Values) -> tuple[Tensor, tuple[Tensor, Tree]]:
                 given = {**theta, **learned}
                 trajectory = self.algorithm.adapt(model, given, task.support, context)
                 loss, prediction = self.algorithm.objective(model, given, trajectory, task, context)
-                return loss, (loss.detach(), prediction.detach())
+                return loss, (loss.detach(), mapped(Tensor.detach, prediction))
 
             gradient, (loss, prediction) = grad(objective, has_aux=True)(self._learned(theta))
             return gradient, self._metrics(context, loss, prediction, task)
@@ -219,13 +221,13 @@ class MetaGradient:
     def _outer(self, bound: _BoundTask, states: list[InnerState]) -> tuple[Values, list[Cotangent], Values, Metrics]:
         """Differentiate the objective: by θ directly, by the states, and zeros, where the steps' gradients add up."""
 
-        def objective(learned: Values, states: list[InnerState]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        def objective(learned: Values, states: list[InnerState]) -> tuple[Tensor, tuple[Tensor, Tree]]:
             given = {**bound.theta, **learned}
             descent = bound.descent(given)
             trajectory = [descent.finish(*state) for state in states]
             model = self.bind(bound.theta, bound.context.key, True)
             loss, prediction = self.algorithm.objective(model, given, trajectory, bound.task, bound.context)
-            return loss, (loss.detach(), prediction.detach())
+            return loss, (loss.detach(), mapped(Tensor.detach, prediction))
 
         (direct, cotangents), (loss, prediction) = grad(objective, argnums=(0, 1), has_aux=True)(
             self._learned(bound.theta), states

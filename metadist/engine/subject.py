@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, Theta
 from metadist.core.engine import Engine
-from metadist.core.model import Model
+from metadist.core.model import BoundModel, Model
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
 from metadist.core.round import Result, Shard, WithOutput
@@ -48,6 +48,10 @@ class Subject(Protocol):
 
     def initial(self, seed: int) -> State:
         """Return the state before meta-step 0."""
+        ...
+
+    def bind(self, theta: Theta, key: TaskKey | None, training: bool) -> BoundModel:
+        """Return the model with θ's frozen parameters and buffers, for one task."""
         ...
 
     def sample(self, keys: TaskKey) -> Task:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from metadist.core.differences import flat
 from metadist.core.errors import ConfigError
 from metadist.core.random import TaskKey
 from metadist.experiment.load import load_run
@@ -53,11 +54,8 @@ def _example(result: Result) -> dict[str, Any]:
     """Return the first validation task as an example of the model's input."""
     learner = supervised(result.experiment.learner)
     task = learner.sample(TaskKey.of(result.experiment.evaluation_seed, "validation", 0, [0]))
-    return {
-        "support_x": task.support.x[0].numpy(),
-        "support_y": task.support.y[0].numpy(),
-        "query_x": task.query.x[0].numpy(),
-    }
+    parts = {"support_x": task.support.x, "support_y": task.support.y, "query_x": task.query.x}
+    return {name: tensor[0].numpy() for name, tensor in flat(parts).items()}
 
 
 def _about(result: Result, meta_step: int) -> dict[str, Any]:
@@ -83,8 +81,10 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
         "score": judged[-1]["mean"],
         "higher_is_better": learner.tasks.higher_is_better,
         "protocol": hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        "prediction_shape": [-1 if n is None else n for n in result.signature.prediction_shape],
-        "dtype": str(learner.model.dtype).removeprefix("torch."),
+        "predictions": {
+            name: [[-1 if n is None else n for n in kind.shape or ()], str(learner.model.dtype).removeprefix("torch.")]
+            for name, kind in result.signature.prediction.items()
+        },
         "inner_steps": -1 if settings.inner_steps is None else settings.inner_steps,
     }
 

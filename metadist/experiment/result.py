@@ -19,6 +19,7 @@ from metadist.core.errors import CheckpointError, ConfigError, at_least, one_of
 from metadist.core.signature import DivergedAdaptation, Signature
 from metadist.core.state import Records, State
 from metadist.core.task import Examples
+from metadist.core.tree import Tree, arrays
 from metadist.experiment.evaluation_record import recording_of
 from metadist.experiment.judging import EvaluationOptions, Judgement, Trained
 from metadist.learners.evaluation import Evaluation, as_json
@@ -93,28 +94,30 @@ class Result:
             raise ConfigError(f"adapt: {learner.servable()}")
         return signature
 
-    def adapt(self, x: Tensor, y: Tensor, inner_steps: int | None = None) -> AdaptedParameters:
+    def adapt(self, x: Tree, y: Tree, inner_steps: int | None = None) -> AdaptedParameters:
         """Adapt to a support set x [N, …], y [N, …], and return the argument of ``predict``.
 
+        x and y are tensors, or dicts or tuples of tensors, as in training.
         Raises ``InvalidInput`` where x or y have another shape, dtype or class than in training, or hold NaN, and
         ``DivergedAdaptation`` where the adaptation gives NaN or Inf.
         """
         at_least(0, inner_steps=inner_steps)
         learner = self.experiment.learner
-        support = self.signature.support(torch.as_tensor(x), torch.as_tensor(y))
+        support = self.signature.support(arrays(x), arrays(y))
         with self.signature.judged_by_model():
             phi = learner.adapt(self.state, support, inner_steps, self.signature.ways(support.y))
         if not all(bool(torch.isfinite(t).all()) for t in tree_leaves(phi) if isinstance(t, Tensor)):
             raise DivergedAdaptation
         return AdaptedParameters(phi, support)
 
-    def predict(self, adapted: AdaptedParameters, x: Tensor) -> Tensor:
-        """Return predictions for x [N, …]: logits or values [N, …]. Raises ``InvalidInput`` as ``adapt``.
+    def predict(self, adapted: AdaptedParameters, x: Tree) -> Tree:
+        """Return predictions for x [N, …]: logits or values [N, …], or a dict or tuple of them.
 
-        Where tasks have their own numbers of classes, there are as many logits as the support set has classes.
+        Raises ``InvalidInput`` as ``adapt``. Where tasks have their own numbers of classes, there are as many logits as
+        the support set has classes.
         """
         learner = self.experiment.learner
-        queries = self.signature.inputs("x", torch.as_tensor(x))
+        queries = self.signature.inputs("x", arrays(x))
         with self.signature.judged_by_model():
             prediction = learner.predict(self.state, adapted.phi, queries, adapted.support)
         return self.signature.logits(prediction, self.signature.ways(adapted.support.y))

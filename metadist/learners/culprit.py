@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from metadist.core.algorithm import TaskContext
 from metadist.core.errors import ConfigError, MetadistError, first_line
+from metadist.core.model import described
 from metadist.core.state import State
 from metadist.core.task import Task
-from metadist.engine.meta_gradient import fixed
+from metadist.core.tree import shown
 from metadist.engine.subject import Subject
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -26,9 +27,9 @@ def failed(learner: Subject, state: State, task: Task, split: str, error: Except
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     judging = next((f for f in frames if _is_judging(f)), None)
     prediction = None if judging is None else judging.f_locals.get("prediction")
-    shapes = f"inputs {list(task.support.x.shape)} and targets {list(task.support.y.shape)}"
+    shapes = f"inputs {shown(task.support.x)} and targets {shown(task.support.y)}"
     about = f"{first_line(error)}{place(error)}"
-    if judging is not None and isinstance(prediction, Tensor):
+    if judging is not None and prediction is not None:
         target = judging.f_locals["examples"].y
         return ConfigError(
             f"tasks: the {judging.f_code.co_name} of '{type(learner.tasks).__name__}' fails on {split} tasks with "
@@ -39,8 +40,8 @@ def failed(learner: Subject, state: State, task: Task, split: str, error: Except
     if not in_model and (returned := _returned(learner, state, task)) is not None:
         return ConfigError(
             f"model: '{type(learner.model.module).__name__}' returns {returned}, and algorithm "
-            f"'{type(learner.algorithm).__name__}' needs a tensor [N, outputs]; return the tensor itself from forward "
-            f"({first_line(error)})"
+            f"'{type(learner.algorithm).__name__}' needs a tensor [N, outputs]; select it by model.output, or return "
+            f"it from forward ({first_line(error)})"
         )
     if not in_model and any(owner is learner.tasks for owner in owners):
         return ConfigError(f"tasks: '{type(learner.tasks).__name__}' fails on {split} tasks: {about}")
@@ -69,25 +70,22 @@ def _is_judging(frame: FrameType) -> bool:
 
 
 def _returned(learner: Subject, state: State, task: Task) -> str | None:
-    """Describe the result of the model's ``forward`` where it is no tensor; None where it is one, or fails."""
+    """Describe the chosen part of ``forward``'s result where it is no tensor; None where it is one, or fails."""
     if not learner.model.has_forward:
         return None
     theta = state.theta(learner.slots)
     try:
         with torch.no_grad():
-            result = learner.model.bind(fixed(theta), None, False)(theta["model"], task.support.x)
+            result = learner.bind(theta, None, False)(theta["model"], task.support.x)
     except Exception:  # the failure has another cause than the type of the result
         return None
-    if isinstance(result, Tensor):
-        return None
-    kind = type(result).__name__
-    if isinstance(result, Mapping):
-        return f"{kind} with {', '.join(map(str, result))}"
-    return f"{kind} of {len(result)}" if isinstance(result, (tuple, list)) else kind
+    return None if isinstance(result, Tensor) else described(result)
 
 
 def _shown(value: object) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if isinstance(value, Tensor) else "nothing"
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return "nothing" if value is None else shown(value)
 
 
 def _hint(error: Exception, target: object) -> str:

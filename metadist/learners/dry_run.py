@@ -11,15 +11,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from metadist.core.algorithm import TaskContext, at_most_one_step
+from metadist.core.algorithm import TaskContext, at_most_one_step, with_inner_steps
 from metadist.core.computation import Evaluate, Gradient, Rollout
 from metadist.core.differences import by_name, difference
 from metadist.core.errors import ConfigError, MetadistError, first_line
 from metadist.core.random import SPLITS, TaskKey
 from metadist.core.round import Shard, WithOutput
 from metadist.core.state import Contribution, Records, State
-from metadist.core.task import Task, alone
-from metadist.engine.meta_gradient import fixed
+from metadist.core.task import Task, UnlikeTargets, alone
+from metadist.core.task_metrics import mixed_rows
+from metadist.core.tree import Tree, first, shapes, shown
 from metadist.engine.subject import Subject
 from metadist.learners.base import Learner
 from metadist.learners.culprit import failed, place
@@ -266,7 +267,7 @@ def _check_participation(learner: Subject, state: State, task: Task) -> None:
         for n, t in p.items()
     }
     key = TaskKey.of(0, "train", 0, [0]).each()[0].to(learner.device)
-    model = learner.model.bind(fixed(theta), key, True)
+    model = learner.bind(theta, key, True)
     context = TaskContext(key, 0, True, learner.tasks, task_ways=task.ways)
     trajectory = learner.algorithm.adapt(model, theta, task.support, context)
     loss, _ = learner.algorithm.objective(model, theta, trajectory, task, context)
@@ -286,7 +287,7 @@ def _check_participation(learner: Subject, state: State, task: Task) -> None:
 def _check_output(learner: Subject, state: State, task: Task, split: str) -> None:
     needed = learner.algorithm.outputs(learner.tasks)
     theta = state.theta(learner.slots)
-    bound = learner.model.bind(fixed(theta), None, False)
+    bound = learner.bind(theta, None, False)
     classes = learner.tasks.kind == "classification"
     ways = learner.tasks.ways(split)
     if needed is not None and classes and (ways != needed if task.ways is None else ways > needed):
@@ -296,24 +297,51 @@ def _check_output(learner: Subject, state: State, task: Task, split: str) -> Non
         )
     key = TaskKey.of(0, split, 0, [0]).each()[0].to(learner.device)
     context = TaskContext(key, 0, False, learner.tasks, task_ways=task.ways)
+    name, rows = type(learner.model.module).__name__, task.query.rows
+    logits = ways if needed is None or task.ways is None else needed
     with torch.no_grad():
         if needed is not None and classes:
-            output = tuple(bound(theta["model"], task.query.x).shape)
-            if output != (task.query.x.shape[0], needed):
+            output = shapes(bound(theta["model"], task.query.x))
+            if output != ((rows, needed),):
                 raise ConfigError(
-                    f"model: '{type(learner.model.module).__name__}' puts out shape {list(output)} for "
-                    f"{task.query.x.shape[0]} "
-                    f"inputs; tasks.n_way = {needed} needs [{task.query.x.shape[0]}, {needed}]"
+                    f"model: '{name}' puts out shape {_listed(output)} for {rows} inputs; tasks.n_way = {needed} needs "
+                    f"[{rows}, {needed}]"
                 )
-        phi = at_most_one_step(learner.algorithm).adapt(bound, theta, task.support, context)[-1]
-        prediction = learner.algorithm.predict(bound, phi, task.query.x)
-    shape = tuple(prediction.shape)
-    logits = ways if needed is None or task.ways is None else needed
-    expected = (task.query.x.shape[0], logits) if classes else tuple(task.query.y.shape)
-    if shape != expected:
-        raise ConfigError(
-            f"model: '{type(learner.model.module).__name__}' predicts shape {list(shape)} where the {split} tasks "
-            f"need {list(expected)}"
-        )
-    check_loss(learner, task, split, context.loss(prediction, task.query))
-    context.metric(prediction, task.query)
+        for steps in sorted({0, min(1, learner.algorithm.inner_steps)}):
+            algorithm = with_inner_steps(learner.algorithm, steps)
+            phi = algorithm.adapt(bound, theta, task.support, context)[-1]
+            prediction = algorithm.predict(bound, phi, task.query.x)
+            if classes and shapes(prediction) != ((rows, logits),):
+                found = _listed(shapes(prediction))
+                raise ConfigError(
+                    f"model: '{name}' predicts shape {found} where the {split} tasks need [{rows}, {logits}]"
+                )
+            try:
+                check_loss(learner, task, split, context.loss(prediction, task.query))
+                context.metric(prediction, task.query)
+            except UnlikeTargets as error:
+                raise ConfigError(
+                    f"model: '{name}' predicts shape {shown(prediction)} where the {split} tasks need "
+                    f"{shown(task.query.y)}: {error}"
+                ) from error
+            if not classes:
+                _check_rows(learner, prediction, task, split)
+
+
+def _listed(found: tuple[tuple[int, ...], ...]) -> str:
+    return " and ".join(str(list(shape)) for shape in found)
+
+
+def _check_rows(learner: Subject, prediction: Tree, task: Task, split: str) -> None:
+    """Refuse a loss or metric of the family's own in which the rows of unlike shapes broadcast against each other."""
+    if shapes(prediction) == shapes(task.query.y):
+        return
+    prediction, target = task.query.real(prediction), task.query.real(task.query.y)
+    for name, judge in (("loss", learner.tasks.loss), ("metric", learner.tasks.metric)):
+        if (found := mixed_rows(judge, prediction, target)) is not None:
+            raise ConfigError(
+                f"tasks: the {name} of '{type(learner.tasks).__name__}' of a row depends on other rows where the "
+                f"{split} tasks have predictions {shown(prediction)} and targets {shown(target)} (the last row "
+                f"among {len(first(target))}: {found[0]:.6g}, alone: {found[1]:.6g}): do they broadcast? give both [N] "
+                "or both [N, 1], or compute each row from its own"
+            )

@@ -1,7 +1,7 @@
 """Try every way in which a run will call the user's module, before the run starts.
 
-A module may work where one is tried and fail on another: torch's LSTM has a batching rule for its gradient and none for
-a plain forward pass, so training works and the first validation does not.
+A module may work on one and fail on another: an operator may have a batching rule for its gradient and none for a plain
+forward pass, so that training works and the first validation does not.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from metadist.core.algorithm import Algorithm, Phi, with_inner_steps
+from metadist.core.decompositions import PACKED
 from metadist.core.errors import ConfigError, MetadistError, NonFiniteError, first_line
-from metadist.core.model import Model
+from metadist.core.model import Model, called
 from metadist.core.random import TaskKey
 from metadist.core.state import State
 from metadist.core.task import Examples, alone
-from metadist.engine.meta_gradient import fixed
+from metadist.core.tree import Tree
 from metadist.engine.subject import Subject, initial_theta
 from metadist.learners.culprit import failed
 
@@ -38,7 +39,7 @@ class Tried(Subject, Protocol):
 
     def adapt(self, state: State, support: Examples, inner_steps: int | None = None) -> Phi: ...
 
-    def predict(self, state: State, phi: Phi, x: Tensor, support: Examples) -> Tensor: ...
+    def predict(self, state: State, phi: Phi, x: Tree, support: Examples) -> Tree: ...
 
 
 def try_paths(learner: Tried, seed: int) -> None:
@@ -80,8 +81,6 @@ def _try(learner: Tried, keys: TaskKey, path: str, compute: Callable[[], object]
 
 # What is said ---------------------------------------------------------------------------------------------------------
 
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_UNBATCHED = ("Batching rule not implemented", "match the broadcast shape")
 _CHANGES = ("in-place operation", "that would mutate a captured", "fallback path doesn't work on out=")
 
 
@@ -109,15 +108,15 @@ def _explanation(model: Model, error: Exception) -> tuple[str, str] | None:
     if "scaled_dot_product" in text:
         return (
             "torch's fused attention has no second derivative",
-            "call it within torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or set "
-            "algorithm.first_order: true",
+            "state inner_steps in the algorithm, whose model then computes it from products, or call it within "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
         )
     if failing is None:
         return None
-    if isinstance(failing[1], _RECURRENT) and any(sign in text for sign in _UNBATCHED):
+    if text.startswith(PACKED):
         return (
-            "torch's recurrent kernels don't compute several tasks together",
-            "write the recurrence as a loop over time with torch.nn.Linear layers",
+            "its forward pass packs sequences, whose lengths would be read in Python",
+            "pass them padded, and take the output at each one's last step by torch.gather, or mask the loss",
         )
     changes = any(sign in text for sign in _CHANGES)
     if changes and any(_is_spectral(m) for m in model.module.modules()):
@@ -171,7 +170,7 @@ def _refuse_state(learner: Tried, keys: TaskKey) -> None:
         return
     x = pytree.tree_map(lambda t: t[0], learner.sample(keys)).support.x
     theta = initial_theta(learner, keys.seed)
-    bound = model.bind(fixed(theta), keys.each()[0].to(learner.device), True)
+    bound = learner.bind(theta, keys.each()[0].to(learner.device), True)
     name = type(model.module).__name__
     with torch.no_grad():
         first, second = (pytree.tree_leaves(bound(theta["model"], x)) for _ in range(2))
@@ -183,7 +182,7 @@ def _refuse_state(learner: Tried, keys: TaskKey) -> None:
             )
         module = copy.deepcopy(model.module).train()
         before = {n: b.clone() for n, b in module.named_buffers()}
-        module(x)
+        called(module, x)
     changed = [n for n, b in module.named_buffers() if n in before and not _same(b, before[n])]
     if changed:
         raise ConfigError(

@@ -25,6 +25,7 @@ from metadist.core.signature import Signature
 from metadist.core.state import Contribution, Records, State, TreeSum
 from metadist.core.task import Examples, Task, TaskFamily, with_rows
 from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
+from metadist.core.tree import Tree, joined, mapped, stacked
 from metadist.engine.agreement import compiled_disagrees
 from metadist.engine.buckets import Buckets
 from metadist.engine.compiled import Compiled
@@ -157,8 +158,7 @@ class FewShotLearner(Learner):
 
     def in_float64(self, algorithm: Algorithm) -> FewShotLearner:
         """Return a copy with a float64 model, ``algorithm`` and the default engine, on the same device and data."""
-        model = Model(self.model.factory, dtype=torch.float64, freeze=self.model.freeze)
-        other = FewShotLearner(algorithm, model, self.tasks, self.outer)
+        other = FewShotLearner(algorithm, self.model.in_dtype(torch.float64), self.tasks, self.outer)
         other.prepared_like(self)
         return other
 
@@ -236,7 +236,8 @@ class FewShotLearner(Learner):
     # The mathematics --------------------------------------------------------------------------------------------------
 
     def bind(self, theta: Mapping[str, Parameters], key: TaskKey | None, training: bool) -> BoundModel:
-        return self.model.bind(fixed(theta), key, training)
+        replaced = self.model.differentiable(training, self.algorithm.second_order)
+        return self.model.bind(fixed(theta), key, training, replacements=replaced)
 
     @property
     def meta_gradient(self) -> MetaGradient:
@@ -364,7 +365,7 @@ class FewShotLearner(Learner):
     ) -> Records:
         algorithm = with_inner_steps(self.algorithm, inner_steps)
 
-        def single(task: Task, index: Tensor) -> tuple[Tensor, Tensor]:
+        def single(task: Task, index: Tensor) -> tuple[Tensor, Tree]:
             key = replace(keys, tasks=index)
             context = TaskContext(key, meta_step, False, self.tasks, task_ways=task.ways)
             model = self.bind(theta, key, False)
@@ -373,20 +374,20 @@ class FewShotLearner(Learner):
                 prediction = self._judge(algorithm, model, phi, task.support.x, task.query.x)
                 predictions.append(context.possible(prediction))
                 losses.append(context.loss(predictions[-1], task.query))
-            return torch.stack(losses), torch.stack(predictions)
+            return torch.stack(losses), stacked(predictions)
 
         tasks = self.sample(keys)
         with torch.no_grad():
             losses, predictions = self._explained(lambda: torch.func.vmap(single)(tasks, keys.tasks.to(self.device)))
-            by_step = predictions.unbind(1)
-            metrics = torch.stack([metric_of_tasks(self.tasks, p.contiguous(), tasks.query) for p in by_step], 1)
+            by_step = [mapped(lambda t, s=step: t[:, s].contiguous(), predictions) for step in range(losses.shape[1])]
+            metrics = torch.stack([metric_of_tasks(self.tasks, p, tasks.query) for p in by_step], 1)
             columns = {"loss": losses, self.tasks.metric_name: metrics}
             columns |= {m.name: m.of_tasks(predictions, tasks.query, tasks.ways) for m in self.task_metrics}
         facts = {"task": keys.tasks, "source": sources_of(self.tasks, keys), "ways": tasks.ways}
         known = {n: column.cpu() for n, column in facts.items() if column is not None}
         return Records({**known, **{n: column.double().cpu() for n, column in columns.items()}})
 
-    def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Phi, support: Tensor, x: Tensor) -> Tensor:
+    def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Phi, support: Tree, x: Tree) -> Tree:
         """Return predictions for x [N, …], normalised as ``normalization`` says.
 
         ``support`` holds the inputs of the support set.
@@ -394,8 +395,9 @@ class FewShotLearner(Learner):
         if self.normalization == "transductive":
             return algorithm.predict(model, phi, x)
 
-        def with_support(single: Tensor) -> Tensor:
-            return algorithm.predict(model, phi, torch.cat([support, single.unsqueeze(0)]))[-1]
+        def with_support(single: Tree) -> Tree:
+            both = joined(torch.cat, [support, mapped(lambda t: t.unsqueeze(0), single)])
+            return mapped(lambda t: t[-1], algorithm.predict(model, phi, both))
 
         return torch.func.vmap(with_support)(x)
 
@@ -422,7 +424,7 @@ class FewShotLearner(Learner):
         with torch.no_grad():
             return algorithm.adapt(self.bind(theta, None, False), theta, support, context)[-1]
 
-    def predict(self, state: State, phi: Phi, x: Tensor, support: Examples) -> Tensor:
+    def predict(self, state: State, phi: Phi, x: Tree, support: Examples) -> Tree:
         """Return predictions for x [N, …] with φ.
 
         Inductive normalisation puts each query into one batch with ``support``.

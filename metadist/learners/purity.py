@@ -13,9 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from metadist.core.differences import difference
+from metadist.core.differences import difference, flat
 from metadist.core.errors import ConfigError
 from metadist.core.task import Task
+from metadist.core.tree import first
 
 #: the global generators that code may draw from
 GENERATORS = ("torch", "numpy.random", "random")
@@ -104,7 +105,7 @@ def rows_of(task: Task, index: int) -> dict[str, Tensor]:
     found = dict[str, Tensor]()
     for name, e in (("support", task.support), ("query", task.query)):
         real = slice(None) if e.mask is None else e.mask[index].bool()
-        found |= {f"{name}.x": e.x[index][real], f"{name}.y": e.y[index][real]}
+        found |= {n: t[index][real] for n, t in flat({f"{name}.x": e.x, f"{name}.y": e.y}).items()}
     return found if task.ways is None else {**found, "ways": task.ways[index]}
 
 
@@ -115,7 +116,7 @@ def differs_by_shard(
 
     ``among`` holds tasks 0, 1, …. The result is the task's index and the difference in words.
     """
-    count = len(among.support.x)
+    count = len(first(among.support.x))
     for some in others:
         there = sample(some)
         for row, index in enumerate(some):

@@ -6,13 +6,17 @@ import json
 import logging
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
+from metadist.core.algorithm import TaskContext, at_most_one_step
+from metadist.core.differences import flat
 from metadist.core.errors import ConfigError, first_line
 from metadist.core.random import TaskKey
 from metadist.core.signature import InvalidInput, Signature, refuse_classes
 from metadist.core.task import Examples, Task, possible
-from metadist.engine.subject import Subject
+from metadist.core.tree import at, named, shown
+from metadist.engine.subject import Subject, initial_theta
 from metadist.learners.culprit import own_tasks
 
 log = logging.getLogger(__name__)
@@ -27,7 +31,18 @@ def describe(learner: Subject, seed: int) -> Signature:
         with own_tasks(learner, split):
             tasks.append(learner.sample(TaskKey.of(seed, split, 0, range(start, start + size))))
     classes = _ways(learner, "test") if learner.tasks.kind == "classification" else None
-    return Signature.of_tasks(tasks, classes, learner.algorithm.any_ways)
+    found = Signature.of_tasks(tasks, classes, learner.algorithm.any_ways)
+    return found if classes is not None else _with_prediction(learner, found, tasks[-1], seed)
+
+
+def _with_prediction(learner: Subject, signature: Signature, tasks: Task, seed: int) -> Signature:
+    """Return ``signature`` with the shapes of a prediction, where it is unlike its targets."""
+    task, theta = pytree.tree_map(lambda t: t[0], tasks), initial_theta(learner, seed)
+    key = TaskKey.of(seed, "validation", 0, [0]).each()[0].to(learner.device)
+    with torch.no_grad():
+        model, context = learner.bind(theta, None, False), TaskContext(key, 0, False, learner.tasks)
+        phi = at_most_one_step(learner.algorithm).adapt(model, theta, task.support, context)[-1]
+        return signature.predicting(learner.algorithm.predict(model, phi, task.query.x), task.query.y)
 
 
 def describe_earlier(learner: Subject, seed: int) -> Signature:
@@ -55,18 +70,23 @@ def check_tasks(learner: Subject, tasks: Task, split: str) -> None:
     family = learner.tasks
     name = f"tasks: '{type(family).__name__}'"
     _check_protocol(learner, split)
+    trees = {}
     for part, e in (("support", tasks.support), ("query", tasks.query)):
-        lengths = [tuple(t.shape[:2]) for t in (e.x, e.y, e.mask) if t is not None]
+        x, y = named(e.x, f"{name}: x"), named(e.y, f"{name}: y")
+        lengths = [tuple(t.shape[:2]) for t in (*x.values(), *y.values(), e.mask) if t is not None]
         if len(set(lengths)) > 1 or len(lengths[0]) < 2 or not lengths[0][1]:
+            one_task = (at(tree, 0) if lengths[0] else tree for tree in (e.x, e.y))
+            shapes = " and ".join(f"{n} {shown(tree)}" for n, tree in zip("xy", one_task))
             raise ConfigError(
-                f"{name}: the {part} set of {split} tasks has x {list(e.x.shape[1:])} and y {list(e.y.shape[1:])}; "
-                "expected x [N, …] and y [N, …] with the same N ≥ 1"
+                f"{name}: the {part} set of {split} tasks has {shapes}; expected x [N, …] and y [N, …] with the same "
+                "N ≥ 1"
             )
-    support, query = tasks.support.y, tasks.query.y
-    if support.shape[2:] != query.shape[2:]:
+        trees[part] = {n: tuple(t.shape[2:]) for n, t in y.items()}
+    if trees["support"] != trees["query"]:
+        support, query = (shown(at(e.y, 0)) for e in (tasks.support, tasks.query))
         raise ConfigError(
-            f"{name}: targets of {split} tasks are {list(support.shape[1:])} in the support set and "
-            f"{list(query.shape[1:])} in the query set; give both one shape (y.unsqueeze(-1), or y.squeeze(-1))"
+            f"{name}: targets of {split} tasks are {support} in the support set and {query} in the query set; give "
+            "both one shape (y.unsqueeze(-1), or y.squeeze(-1))"
         )
     if family.kind == "classification":
         for part, e in (("support", tasks.support), ("query", tasks.query)):
@@ -94,6 +114,8 @@ def _ways(learner: Subject, split: str) -> int:
 
 def _check_classes(where: str, examples: Examples, ways: int) -> None:
     y = examples.y
+    if not isinstance(y, Tensor):
+        raise ConfigError(f"{where} has targets {shown(at(y, 0))}; expected one tensor of classes, int64 [N]")
     if y.dim() != 2 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         dtype = "floating-point" if y.is_floating_point() else str(y.dtype).removeprefix("torch.")
         raise ConfigError(
@@ -133,7 +155,7 @@ def check_loss(learner: Subject, task: Task, split: str, loss: Tensor) -> None:
     parts = {
         f"{part}.{name}": t
         for part, e in (("support", task.support), ("query", task.query))
-        for name, t in (("x", e.x), ("y", e.y))
+        for name, t in flat({"x": e.x, "y": e.y}).items()
     }
     bad = [name for name, t in parts.items() if not bool(torch.isfinite(t).all())]
     if bad:

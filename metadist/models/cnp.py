@@ -47,7 +47,7 @@ class _CNP(nn.Module):
 
     def encode(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         """Return the mean of the encodings of the real examples: [representation]."""
-        each: Tensor = self.encoder(torch.cat([x.flatten(1), y.flatten(1)], dim=1))
+        each: Tensor = self.encoder(torch.cat([x.flatten(1), y.reshape(len(y), -1)], dim=1))
         if mask is None:
             return each.mean(0)
         return torch.where(mask.bool().unsqueeze(1), each, torch.zeros_like(each)).sum(0) / mask.to(each.dtype).sum()

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.core.errors import ConfigError, one_of
+from metadist.core.errors import ConfigError, first_line, one_of
 from metadist.core.random import TaskKey
 from metadist.core.task import Examples, TaskFamily
+from metadist.core.task_metrics import mixed_rows
+from metadist.core.tree import shown
 
 #: training tasks whose rows the pooled methods see
 POOLED_TASKS = 1000
@@ -146,14 +148,19 @@ def chosen_baselines(option: str, tasks: TaskFamily, names: Sequence[str]) -> li
 def measure(tasks: TaskFamily, names: Sequence[str], keys: TaskKey) -> dict[str, Tensor]:
     """Return the metric of each baseline on each task of ``keys``: name → float64 [T].
 
-    The metric is that of the family, on the real rows of the query set. ConfigError where the targets of a regression
-    are not a vector for each row.
+    The metric is that of the family, on the real rows of the query set. ConfigError where inputs are several tensors,
+    where the targets of a regression are not a vector for each row, and where the metric needs other predictions.
     """
     known = baselines(tasks)
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     pooled = pool(tasks, keys.seed) if "pooled_ridge" in names else None
     for key in keys.each():
         task = tasks.sample(TaskKey(key.seed, key.split, key.meta_step, key.tasks.reshape(1)), key.split)
+        if not (isinstance(task.support.x, Tensor) and isinstance(task.support.y, Tensor)):
+            raise ConfigError(
+                f"--compare: '{type(tasks).__name__}' has several tensors as inputs or targets "
+                f"(x {shown(task.query.x)}), and baselines need one of each; leave --compare out"
+            )
         support, query = (_single(e) for e in (task.support, task.query))
         ways = tasks.ways(keys.split) if task.ways is None else int(task.ways)
         one = Known(_inputs(support.x), _targets(tasks, support), _inputs(query.x), ways, pooled)
@@ -161,8 +168,23 @@ def measure(tasks: TaskFamily, names: Sequence[str], keys: TaskKey) -> dict[str,
             prediction = torch.from_numpy(np.ascontiguousarray(known[name](one))).to(torch.float64)
             target = query.y if query.y.dtype == torch.int64 else query.y.double()
             shaped = prediction if tasks.kind == "classification" else prediction.reshape(target.shape)
-            found[name].append(query.mean(tasks.metric(shaped, target)).double())
+            found[name].append(query.mean(_judged(tasks, name, shaped, target)).double())
     return {name: torch.stack(values) for name, values in found.items()}
+
+
+def _judged(tasks: TaskFamily, name: str, prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the metric of each row. ConfigError where it is for other predictions, such as (mean, variance)."""
+    try:
+        mixed = tasks.kind != "classification" and mixed_rows(tasks.metric, prediction, target) is not None
+        if not mixed:
+            return tasks.metric(prediction, target)
+        reason = "rows would broadcast"
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        reason = first_line(error)
+    raise ConfigError(
+        f"--compare: {name} predicts {list(prediction.shape)}, and the metric of '{type(tasks).__name__}' does not "
+        f"take it ({reason}); leave --compare out"
+    )
 
 
 def pool(tasks: TaskFamily, seed: int, count: int = POOLED_TASKS) -> Pooled:

@@ -14,39 +14,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmetadist/serving/adapt.proto\x12\x11metadist.adapt.v1\"C\n\x06Tensor\x12\r\n\x05shape\x18\x01 \x03(\x03\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05\x61rrow\x18\x04 \x01(\x0c\"\x93\x01\n\x0c\x41\x64\x61ptRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x01x\x18\x02 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12$\n\x01y\x18\x03 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12\x18\n\x0binner_steps\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_inner_steps\"+\n\nAdaptReply\x12\x0e\n\x06handle\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\"U\n\x0ePredictRequest\x12\x0e\n\x06handle\x18\x01 \x01(\t\x12$\n\x01x\x18\x02 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12\r\n\x05\x61rrow\x18\x03 \x01(\x08\"=\n\x0cPredictReply\x12-\n\nprediction\x18\x01 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\"\xd3\x01\n\x13\x41\x64\x61ptPredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x01x\x18\x02 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12$\n\x01y\x18\x03 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12(\n\x05query\x18\x04 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12\x18\n\x0binner_steps\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\r\n\x05\x61rrow\x18\x06 \x01(\x08\x42\x0e\n\x0c_inner_steps\"\x1f\n\rForgetRequest\x12\x0e\n\x06handle\x18\x01 \x01(\t\"\x1e\n\x0b\x46orgetReply\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"n\n\x0fListModelsReply\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.metadist.adapt.v1.Model\x12\x31\n\nstatistics\x18\x02 \x01(\x0b\x32\x1d.metadist.adapt.v1.Statistics\"\xfc\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\talgorithm\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x13\n\x0binput_shape\x18\x04 \x03(\x03\x12\x0f\n\x07outputs\x18\x05 \x01(\x05\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x15\n\rparams_sha256\x18\x07 \x01(\t\x12\x0e\n\x06source\x18\x08 \x01(\t\x12\x13\n\x0bmax_support\x18\t \x01(\x05\x12\x17\n\x0fmax_inner_steps\x18\n \x01(\x05\x12\x14\n\x0ctarget_shape\x18\x0b \x03(\x03\x12\x13\n\x0bmax_queries\x18\x0c \x01(\x05\x12\x15\n\rnormalization\x18\r \x01(\t\x12)\n\x06images\x18\x0e \x01(\x0b\x32\x19.metadist.adapt.v1.Images\x12\x13\n\x0binput_dtype\x18\x0f \x01(\t\x12\x14\n\x0ctarget_dtype\x18\x10 \x01(\t\x12\x13\n\x0b\x61ny_classes\x18\x11 \x01(\x08\x12\r\n\x05table\x18\x12 \x01(\t\"V\n\x06Images\x12\x0c\n\x04size\x18\x01 \x01(\x05\x12\x10\n\x08\x63hannels\x18\x02 \x01(\x05\x12\x0e\n\x06invert\x18\x03 \x01(\x08\x12\x12\n\x05white\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_white\"\xce\x01\n\nStatistics\x12\x13\n\x0b\x61\x64\x61ptations\x18\x01 \x01(\x03\x12\x13\n\x0bpredictions\x18\x02 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x03 \x01(\x03\x12\x15\n\rlargest_batch\x18\x04 \x01(\x03\x12\x0f\n\x07handles\x18\x05 \x01(\x03\x12\x14\n\x0chandle_bytes\x18\x06 \x01(\x03\x12\x14\n\x0c\x62udget_bytes\x18\x07 \x01(\x03\x12\x11\n\tevictions\x18\x08 \x01(\x03\x12\x0e\n\x06p50_ms\x18\t \x01(\x01\x12\x0e\n\x06p99_ms\x18\n \x01(\x01\x32\xa1\x03\n\nAdaptation\x12G\n\x05\x41\x64\x61pt\x12\x1f.metadist.adapt.v1.AdaptRequest\x1a\x1d.metadist.adapt.v1.AdaptReply\x12M\n\x07Predict\x12!.metadist.adapt.v1.PredictRequest\x1a\x1f.metadist.adapt.v1.PredictReply\x12W\n\x0c\x41\x64\x61ptPredict\x12&.metadist.adapt.v1.AdaptPredictRequest\x1a\x1f.metadist.adapt.v1.PredictReply\x12J\n\x06\x46orget\x12 .metadist.adapt.v1.ForgetRequest\x1a\x1e.metadist.adapt.v1.ForgetReply\x12V\n\nListModels\x12$.metadist.adapt.v1.ListModelsRequest\x1a\".metadist.adapt.v1.ListModelsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmetadist/serving/adapt.proto\x12\x11metadist.adapt.v1\"\xc7\x01\n\x06Tensor\x12\r\n\x05shape\x18\x01 \x03(\x03\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05\x61rrow\x18\x04 \x01(\x0c\x12\x37\n\x07tensors\x18\x05 \x03(\x0b\x32&.metadist.adapt.v1.Tensor.TensorsEntry\x1aI\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor:\x02\x38\x01\"\x93\x01\n\x0c\x41\x64\x61ptRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x01x\x18\x02 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12$\n\x01y\x18\x03 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12\x18\n\x0binner_steps\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_inner_steps\"+\n\nAdaptReply\x12\x0e\n\x06handle\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\"U\n\x0ePredictRequest\x12\x0e\n\x06handle\x18\x01 \x01(\t\x12$\n\x01x\x18\x02 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12\r\n\x05\x61rrow\x18\x03 \x01(\x08\"=\n\x0cPredictReply\x12-\n\nprediction\x18\x01 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\"\xd3\x01\n\x13\x41\x64\x61ptPredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x01x\x18\x02 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12$\n\x01y\x18\x03 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12(\n\x05query\x18\x04 \x01(\x0b\x32\x19.metadist.adapt.v1.Tensor\x12\x18\n\x0binner_steps\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\r\n\x05\x61rrow\x18\x06 \x01(\x08\x42\x0e\n\x0c_inner_steps\"\x1f\n\rForgetRequest\x12\x0e\n\x06handle\x18\x01 \x01(\t\"\x1e\n\x0b\x46orgetReply\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"n\n\x0fListModelsReply\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.metadist.adapt.v1.Model\x12\x31\n\nstatistics\x18\x02 \x01(\x0b\x32\x1d.metadist.adapt.v1.Statistics\"\x8f\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\talgorithm\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x13\n\x0binput_shape\x18\x04 \x03(\x03\x12\x0f\n\x07outputs\x18\x05 \x01(\x05\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x15\n\rparams_sha256\x18\x07 \x01(\t\x12\x0e\n\x06source\x18\x08 \x01(\t\x12\x13\n\x0bmax_support\x18\t \x01(\x05\x12\x17\n\x0fmax_inner_steps\x18\n \x01(\x05\x12\x14\n\x0ctarget_shape\x18\x0b \x03(\x03\x12\x13\n\x0bmax_queries\x18\x0c \x01(\x05\x12\x15\n\rnormalization\x18\r \x01(\t\x12)\n\x06images\x18\x0e \x01(\x0b\x32\x19.metadist.adapt.v1.Images\x12\x13\n\x0binput_dtype\x18\x0f \x01(\t\x12\x14\n\x0ctarget_dtype\x18\x10 \x01(\t\x12\x13\n\x0b\x61ny_classes\x18\x11 \x01(\x08\x12\r\n\x05table\x18\x12 \x01(\t\x12-\n\x06inputs\x18\x13 \x03(\x0b\x32\x1d.metadist.adapt.v1.TensorKind\x12.\n\x07targets\x18\x14 \x03(\x0b\x32\x1d.metadist.adapt.v1.TensorKind\x12\x32\n\x0bpredictions\x18\x15 \x03(\x0b\x32\x1d.metadist.adapt.v1.TensorKind\"8\n\nTensorKind\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\r\n\x05\x64type\x18\x03 \x01(\t\"V\n\x06Images\x12\x0c\n\x04size\x18\x01 \x01(\x05\x12\x10\n\x08\x63hannels\x18\x02 \x01(\x05\x12\x0e\n\x06invert\x18\x03 \x01(\x08\x12\x12\n\x05white\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_white\"\xce\x01\n\nStatistics\x12\x13\n\x0b\x61\x64\x61ptations\x18\x01 \x01(\x03\x12\x13\n\x0bpredictions\x18\x02 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x03 \x01(\x03\x12\x15\n\rlargest_batch\x18\x04 \x01(\x03\x12\x0f\n\x07handles\x18\x05 \x01(\x03\x12\x14\n\x0chandle_bytes\x18\x06 \x01(\x03\x12\x14\n\x0c\x62udget_bytes\x18\x07 \x01(\x03\x12\x11\n\tevictions\x18\x08 \x01(\x03\x12\x0e\n\x06p50_ms\x18\t \x01(\x01\x12\x0e\n\x06p99_ms\x18\n \x01(\x01\x32\xa1\x03\n\nAdaptation\x12G\n\x05\x41\x64\x61pt\x12\x1f.metadist.adapt.v1.AdaptRequest\x1a\x1d.metadist.adapt.v1.AdaptReply\x12M\n\x07Predict\x12!.metadist.adapt.v1.PredictRequest\x1a\x1f.metadist.adapt.v1.PredictReply\x12W\n\x0c\x41\x64\x61ptPredict\x12&.metadist.adapt.v1.AdaptPredictRequest\x1a\x1f.metadist.adapt.v1.PredictReply\x12J\n\x06\x46orget\x12 .metadist.adapt.v1.ForgetRequest\x1a\x1e.metadist.adapt.v1.ForgetReply\x12V\n\nListModels\x12$.metadist.adapt.v1.ListModelsRequest\x1a\".metadist.adapt.v1.ListModelsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'metadist.serving.adapt_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_TENSOR']._serialized_start=51
-  _globals['_TENSOR']._serialized_end=118
-  _globals['_ADAPTREQUEST']._serialized_start=121
-  _globals['_ADAPTREQUEST']._serialized_end=268
-  _globals['_ADAPTREPLY']._serialized_start=270
-  _globals['_ADAPTREPLY']._serialized_end=313
-  _globals['_PREDICTREQUEST']._serialized_start=315
-  _globals['_PREDICTREQUEST']._serialized_end=400
-  _globals['_PREDICTREPLY']._serialized_start=402
-  _globals['_PREDICTREPLY']._serialized_end=463
-  _globals['_ADAPTPREDICTREQUEST']._serialized_start=466
-  _globals['_ADAPTPREDICTREQUEST']._serialized_end=677
-  _globals['_FORGETREQUEST']._serialized_start=679
-  _globals['_FORGETREQUEST']._serialized_end=710
-  _globals['_FORGETREPLY']._serialized_start=712
-  _globals['_FORGETREPLY']._serialized_end=742
-  _globals['_LISTMODELSREQUEST']._serialized_start=744
-  _globals['_LISTMODELSREQUEST']._serialized_end=763
-  _globals['_LISTMODELSREPLY']._serialized_start=765
-  _globals['_LISTMODELSREPLY']._serialized_end=875
-  _globals['_MODEL']._serialized_start=878
-  _globals['_MODEL']._serialized_end=1258
-  _globals['_IMAGES']._serialized_start=1260
-  _globals['_IMAGES']._serialized_end=1346
-  _globals['_STATISTICS']._serialized_start=1349
-  _globals['_STATISTICS']._serialized_end=1555
-  _globals['_ADAPTATION']._serialized_start=1558
-  _globals['_ADAPTATION']._serialized_end=1975
+  _globals['_TENSOR_TENSORSENTRY']._options = None
+  _globals['_TENSOR_TENSORSENTRY']._serialized_options = b'8\001'
+  _globals['_TENSOR']._serialized_start=52
+  _globals['_TENSOR']._serialized_end=251
+  _globals['_TENSOR_TENSORSENTRY']._serialized_start=178
+  _globals['_TENSOR_TENSORSENTRY']._serialized_end=251
+  _globals['_ADAPTREQUEST']._serialized_start=254
+  _globals['_ADAPTREQUEST']._serialized_end=401
+  _globals['_ADAPTREPLY']._serialized_start=403
+  _globals['_ADAPTREPLY']._serialized_end=446
+  _globals['_PREDICTREQUEST']._serialized_start=448
+  _globals['_PREDICTREQUEST']._serialized_end=533
+  _globals['_PREDICTREPLY']._serialized_start=535
+  _globals['_PREDICTREPLY']._serialized_end=596
+  _globals['_ADAPTPREDICTREQUEST']._serialized_start=599
+  _globals['_ADAPTPREDICTREQUEST']._serialized_end=810
+  _globals['_FORGETREQUEST']._serialized_start=812
+  _globals['_FORGETREQUEST']._serialized_end=843
+  _globals['_FORGETREPLY']._serialized_start=845
+  _globals['_FORGETREPLY']._serialized_end=875
+  _globals['_LISTMODELSREQUEST']._serialized_start=877
+  _globals['_LISTMODELSREQUEST']._serialized_end=896
+  _globals['_LISTMODELSREPLY']._serialized_start=898
+  _globals['_LISTMODELSREPLY']._serialized_end=1008
+  _globals['_MODEL']._serialized_start=1011
+  _globals['_MODEL']._serialized_end=1538
+  _globals['_TENSORKIND']._serialized_start=1540
+  _globals['_TENSORKIND']._serialized_end=1596
+  _globals['_IMAGES']._serialized_start=1598
+  _globals['_IMAGES']._serialized_end=1684
+  _globals['_STATISTICS']._serialized_start=1687
+  _globals['_STATISTICS']._serialized_end=1893
+  _globals['_ADAPTATION']._serialized_start=1896
+  _globals['_ADAPTATION']._serialized_end=2313
 # @@protoc_insertion_point(module_scope)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor
+from google.protobuf.message import Message
 
+from metadist.core.tree import Tree, arrays
 from metadist.rpc.channel import calling, connect
 from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
-from metadist.serving.tensors import from_reply, to_message
+from metadist.serving.tensors import from_reply, tree_to_message
 
 #: the largest limit that a server can be started with; the server's own limit decides
 MESSAGE_BYTES = 1 << 30
@@ -39,15 +39,18 @@ class Client:
         self._stub = adapt_pb2_grpc.AdaptationStub(self._channel)
 
     def adapt(self, x: Any, y: Any, *, model: str = "", inner_steps: int | None = None) -> str:
-        """Adapt to a support set x [N, …], y [N, …] and return a handle for ``predict``."""
+        """Adapt to a support set x [N, …], y [N, …] and return a handle for ``predict``.
+
+        x and y are arrays, or dicts or tuples of arrays, as in training.
+        """
         request = pb.AdaptRequest(model=model, x=_message(x), y=_message(y), inner_steps=inner_steps)
         return self._call(self._stub.Adapt, request).handle
 
-    def predict(self, handle: str, x: Any) -> Tensor:
-        """Return predictions for x [N, …]: logits or values [N, …]."""
+    def predict(self, handle: str, x: Any) -> Tree:
+        """Return predictions for x [N, …]: logits or values [N, …], or a dict or tuple of them."""
         return from_reply(self._call(self._stub.Predict, pb.PredictRequest(handle=handle, x=_message(x))).prediction)
 
-    def adapt_predict(self, x: Any, y: Any, query: Any, *, model: str = "", inner_steps: int | None = None) -> Tensor:
+    def adapt_predict(self, x: Any, y: Any, query: Any, *, model: str = "", inner_steps: int | None = None) -> Tree:
         """Adapt and predict in one call; the server stores nothing."""
         request = pb.AdaptPredictRequest(
             model=model, x=_message(x), y=_message(y), query=_message(query), inner_steps=inner_steps
@@ -83,11 +86,15 @@ class Client:
 
 
 def _message(values: Any) -> pb.Tensor:
-    return to_message(torch.as_tensor(values))
+    return tree_to_message(arrays(values))
 
 
 def _plain(message: Any) -> dict[str, Any]:
     """Return a message as a dict. Protobuf's own JSON writes int64 as text."""
     known = {f.name: getattr(message, f.name) for f in message.DESCRIPTOR.fields if f.message_type is None}
-    nested = {f.name: _plain(v) for f, v in message.ListFields() if f.message_type is not None}
+    nested = {
+        f.name: _plain(v) if isinstance(v, Message) else [_plain(one) for one in v]
+        for f, v in message.ListFields()
+        if f.message_type is not None
+    }
     return {k: list(v) if not isinstance(v, (str, int, float, bool)) else v for k, v in known.items()} | nested

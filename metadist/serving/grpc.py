@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from metadist.core.task import Examples
+from metadist.core.tree import Tree, first
 from metadist.serving import adapt_pb2 as pb
 from metadist.serving import adapt_pb2_grpc
 from metadist.serving.model import ServedModel
 from metadist.serving.service import AdaptationService, TimeLeft
-from metadist.serving.tensors import from_message, to_message
+from metadist.serving.tensors import tree_from_message, tree_to_message
 
 
 class GrpcAdaptationService(adapt_pb2_grpc.AdaptationServicer):
@@ -27,7 +28,7 @@ class GrpcAdaptationService(adapt_pb2_grpc.AdaptationServicer):
         model, adapted = self.service.find(request.handle)
         x = _inputs(model, "x", request.x, model.limits.queries)
         return pb.PredictReply(
-            prediction=to_message(self.service.predict(model, adapted, x, _left(context)), request.arrow)
+            prediction=tree_to_message(self.service.predict(model, adapted, x, _left(context)), request.arrow)
         )
 
     def AdaptPredict(self, request: pb.AdaptPredictRequest, context: Any) -> pb.PredictReply:
@@ -35,7 +36,9 @@ class GrpcAdaptationService(adapt_pb2_grpc.AdaptationServicer):
         x = _inputs(model, "query", request.query, model.limits.queries)
         support, steps = _support(model, request), _steps(model, request)
         return pb.PredictReply(
-            prediction=to_message(self.service.adapt_predict(model, support, x, steps, _left(context)), request.arrow)
+            prediction=tree_to_message(
+                self.service.adapt_predict(model, support, x, steps, _left(context)), request.arrow
+            )
         )
 
     def Forget(self, request: pb.ForgetRequest, context: Any) -> pb.ForgetReply:
@@ -46,14 +49,24 @@ class GrpcAdaptationService(adapt_pb2_grpc.AdaptationServicer):
         return pb.ListModelsReply(models=models, statistics=pb.Statistics(**self.service.statistics()))
 
 
-def _inputs(model: ServedModel, name: str, message: pb.Tensor, max_rows: int) -> Any:
-    return model.inputs(name, from_message(name, message, lambda shape: model.check_shape(name, shape, max_rows)))
+def _inputs(model: ServedModel, name: str, message: pb.Tensor, max_rows: int) -> Tree:
+    return model.inputs(name, _tree_x(model, name, message, max_rows))
+
+
+def _tree_x(model: ServedModel, name: str, message: pb.Tensor, max_rows: int) -> Tree:
+    def check(part: str, shape: list[int]) -> None:
+        model.check_shape(name, shape, max_rows, part)
+
+    return tree_from_message(name, message, model.signature.x, check)
 
 
 def _support(model: ServedModel, request: Any) -> Examples:
-    x = from_message("x", request.x, lambda shape: model.check_shape("x", shape, model.limits.support))
-    y = from_message("y", request.y, lambda shape: model.signature.check_target_shape(shape, len(x)))
-    return model.support(x, y)
+    x = _tree_x(model, "x", request.x, model.limits.support)
+
+    def check(part: str, shape: list[int]) -> None:
+        model.signature.check_target_shape(shape, len(first(x)), part)
+
+    return model.support(x, tree_from_message("y", request.y, model.signature.y, check))
 
 
 def _steps(model: ServedModel, request: Any) -> int | None:

@@ -12,17 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from torch import Tensor
 
 from metadist.core.errors import ConfigError
 from metadist.core.task import Examples
+from metadist.core.tree import Tree, as_lists, first
 from metadist.rpc.endpoint import Endpoint
 from metadist.rpc.grpc_guard import Refused
 from metadist.rpc.http_guard import BodyTooLarge, FirstRequestTimeout, HttpGuard, error_response
@@ -30,7 +29,7 @@ from metadist.serving import uploads
 from metadist.serving.model import ServedModel
 from metadist.serving.openapi import document, page
 from metadist.serving.service import AdaptationService, TimeLeft
-from metadist.serving.tensors import from_json
+from metadist.serving.tensors import tree_from_json
 
 
 def app(service: AdaptationService, *, token: str | None, seconds: float, message_bytes: int, concurrent: int) -> Any:
@@ -97,18 +96,16 @@ def _adapt(service: AdaptationService, body: dict[str, Any], left: TimeLeft) -> 
 def _predict(service: AdaptationService, body: dict[str, Any], left: TimeLeft) -> dict[str, Any]:
     _only(body, "handle", "x")
     model, adapted = service.find(_text(body, "handle"))
-    return {
-        "prediction": service.predict(model, adapted, _inputs(model, "x", body, model.limits.queries), left).tolist()
-    }
+    x = _inputs(model, "x", body, model.limits.queries)
+    return {"prediction": as_lists(service.predict(model, adapted, x, left))}
 
 
 def _adapt_predict(service: AdaptationService, body: dict[str, Any], left: TimeLeft) -> dict[str, Any]:
     _only(body, "model", "x", "y", "query", "inner_steps")
     model = service.model(_text(body, "model"))
     query = _inputs(model, "query", body, model.limits.queries)
-    return {
-        "prediction": service.adapt_predict(model, _support(model, body), query, _steps(model, body), left).tolist()
-    }
+    predicted = service.adapt_predict(model, _support(model, body), query, _steps(model, body), left)
+    return {"prediction": as_lists(predicted)}
 
 
 def _classify(service: AdaptationService, body: bytes, content_type: str, left: TimeLeft) -> dict[str, Any]:
@@ -149,24 +146,24 @@ def _steps(model: ServedModel, body: dict[str, Any]) -> int | None:
     return model.check_steps(value)
 
 
-def _inputs(model: ServedModel, name: str, body: dict[str, Any], max_rows: int) -> Any:
-    return model.inputs(name, _tensor_x(model, name, body, max_rows))
+def _inputs(model: ServedModel, name: str, body: dict[str, Any], max_rows: int) -> Tree:
+    return model.inputs(name, _tree_x(model, name, body, max_rows))
 
 
 def _support(model: ServedModel, body: dict[str, Any]) -> Examples:
-    x = _tensor_x(model, "x", body, model.limits.support)
-    y = from_json("y", body.get("y"), lambda shape: model.signature.check_target_shape(shape, len(x)))
-    return model.support(x, _as_real(body["y"], y, model.signature.target_dtype))
+    x = _tree_x(model, "x", body, model.limits.support)
+
+    def check(part: str, shape: list[int]) -> None:
+        model.signature.check_target_shape(shape, len(first(x)), part)
+
+    return model.support(x, tree_from_json("y", body.get("y"), model.signature.y, check))
 
 
-def _tensor_x(model: ServedModel, name: str, body: dict[str, Any], max_rows: int) -> Tensor:
-    x = from_json(name, body.get(name), lambda shape: model.check_shape(name, shape, max_rows))
-    return _as_real(body[name], x, model.signature.input_dtype)
+def _tree_x(model: ServedModel, name: str, body: dict[str, Any], max_rows: int) -> Tree:
+    def check(part: str, shape: list[int]) -> None:
+        model.check_shape(name, shape, max_rows, part)
 
-
-def _as_real(sent: Any, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return lists of numbers as floating-point numbers where the model takes them: JSON writes 1.0 as 1, too."""
-    return tensor.double() if dtype.is_floating_point and not isinstance(sent, dict) else tensor
+    return tree_from_json(name, body.get(name), model.signature.x, check)
 
 
 # Requests and responses -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Union
 
@@ -15,9 +15,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from metadist.core.signature import DivergedAdaptation, InvalidInput, Signature
+from metadist.core.model import called
+from metadist.core.signature import DivergedAdaptation, InvalidInput, Kinds, Signature, TensorKind
 from metadist.core.state import State
 from metadist.core.task import Examples
+from metadist.core.tree import Tree, at, mapped, named, of_names, stacked
 from metadist.learners.few_shot import FewShotLearner
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ class ServedAdaptation(NamedTuple):
 
     phi: Any
     #: the support inputs [N, …] if predictions need them
-    support: Tensor | None
+    support: Tree | None
     #: the memory of both
     bytes: int
     #: a hash of the structure of φ; ``predict`` stacks parameters with equal hashes
@@ -37,6 +39,8 @@ class ServedAdaptation(NamedTuple):
     made_by: tuple[Any, ...]
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of the tensors of a tree by name."""
 How = tuple[Union[int, None], Union[int, None]]
 """Inner steps, and classes of the support set; None: as in training."""
 
@@ -82,8 +86,8 @@ class ServedModel:
         self.params_sha256 = self.state.sha256()
         self.state = State({n: t.to(self.learner.device) for n, t in self.state.slots.items()})
         self._theta_memory = {t.untyped_storage().data_ptr() for t in self.state.slots.values()}
-        whole, module = not self.signature.input_dtype.is_floating_point, self.learner.model.module
-        tried = whole and self.learner.device.type != "cpu" and self.learner.model.has_forward
+        module = self.learner.model.module
+        tried = self.signature.whole_inputs and self.learner.device.type != "cpu" and self.learner.model.has_forward
         self._on_cpu = copy.deepcopy(module).to("cpu") if tried else None
         self._stackable, self._lock = True, threading.Lock()
         self._needs_support = self.learner.normalization == "inductive"
@@ -91,13 +95,14 @@ class ServedModel:
     def describe(self) -> dict[str, Any]:
         """Return the fields of the message ``Model``: name, algorithm, shapes, limits, hash of the parameters."""
         signature = self.signature
-        values = math.prod(n or 1 for n in signature.target_shape or ())
+        x, y = _single(signature.x), _single(signature.y)
+        values = sum(math.prod(n or 1 for n in kind.shape or ()) for kind in signature.y.values())
         return {
             "name": self.name,
             "algorithm": self.algorithm,
             "kind": self.learner.tasks.kind,
-            "input_shape": [-1 if n is None else n for n in signature.input_shape or ()],
-            "target_shape": [-1 if n is None else n for n in signature.target_shape or ()],
+            "input_shape": _sizes(x),
+            "target_shape": _sizes(y),
             "outputs": values if signature.classes is None else signature.classes,
             "dtype": str(self.dtype).removeprefix("torch."),
             "params_sha256": self.params_sha256,
@@ -106,8 +111,11 @@ class ServedModel:
             "max_inner_steps": self.limits.inner_steps,
             "max_queries": self.limits.queries,
             "normalization": self.learner.normalization if self.learner.model.normalises_over_batch else "none",
-            "input_dtype": str(signature.input_dtype).removeprefix("torch."),
-            "target_dtype": str(signature.target_dtype).removeprefix("torch."),
+            "input_dtype": str(x.dtype).removeprefix("torch."),
+            "target_dtype": str(y.dtype).removeprefix("torch."),
+            "inputs": _described(signature.x),
+            "targets": _described(signature.y),
+            "predictions": _described(signature.prediction),
             "any_classes": signature.any_classes,
             **({} if self.images is None else {"images": self._conversion(*self.images)}),
             **({} if self.table is None else {"table": self.table}),
@@ -120,29 +128,32 @@ class ServedModel:
 
     # Checks of a request ----------------------------------------------------------------------------------------------
 
-    def check_shape(self, name: str, shape: Sequence[int], max_rows: int) -> None:
-        """Check the shape of the inputs x [N, …] before their data is copied. Raises ``InvalidInput``."""
+    def check_shape(self, name: str, shape: Sequence[int], max_rows: int, part: str = "") -> None:
+        """Check the shape of the tensor ``part`` of x [N, …] before its data is copied. Raises ``InvalidInput``."""
         if len(shape) < 1 or not 1 <= shape[0] <= max_rows:
             raise InvalidInput(
                 f"{name} has {shape[0] if shape else 'no'} rows; expected 1 to {max_rows}, shape "
-                f"{self.signature.shown_input_shape()}"
+                f"{self.signature.shown_input_shape(part)}"
             )
-        self.signature.check_input_shape(name, shape)
+        self.signature.check_input_shape(name, shape, part)
 
-    def inputs(self, name: str, x: Tensor) -> Tensor:
-        """Return x on the model's device, in its dtype. Raises ``InvalidInput``."""
-        return self._known(self.signature.inputs(name, x)).to(self.learner.device)
+    def inputs(self, name: str, x: Tree) -> Tree:
+        """Return x on the model's device, in its dtypes. Raises ``InvalidInput``."""
+        return self._moved(self._known(self.signature.inputs(name, x)))
 
-    def support(self, x: Tensor, y: Tensor) -> Examples:
+    def support(self, x: Tree, y: Tree) -> Examples:
         """Return a support set on the model's device. Raises ``InvalidInput``."""
         support = self.signature.support(x, y)
-        return Examples(self._known(support.x).to(self.learner.device), support.y.to(self.learner.device))
+        return Examples(self._moved(self._known(support.x)), self._moved(support.y))
 
-    def _known(self, x: Tensor) -> Tensor:
+    def _moved(self, tree: Tree) -> Tree:
+        return mapped(lambda t: t.to(self.learner.device), tree)
+
+    def _known(self, x: Tree) -> Tree:
         """Refuse whole numbers that the model does not know, where a GPU would stop the process at one of them."""
         if self._on_cpu is not None:
             with torch.no_grad(), self.signature.judged_by_model():
-                self._on_cpu(x.cpu())
+                called(self._on_cpu, mapped(Tensor.cpu, x))
         return x
 
     def check_steps(self, inner_steps: int | None) -> int | None:
@@ -162,18 +173,19 @@ class ServedModel:
 
         All have one shape and, where the algorithm takes any number of classes, one number of classes.
         """
-        parts = _parts(supports, self.together(supports[0].x.numel()))
+        parts = _parts(supports, self.together(_elements(supports[0].x)))
         how = (inner_steps, self.signature.ways(supports[0].y))
         with self._lock:
             return [adapted for some in parts for adapted in self._adapt(some, how)]
 
-    def adapt_predict(self, x: Tensor, y: Tensor, query: Tensor, inner_steps: int | None = None) -> Tensor:
+    def adapt_predict(self, x: Tree, y: Tree, query: Tree, inner_steps: int | None = None) -> Tree:
         """Adapt to one support set and predict, with the checks and limits of a request.
 
         Raises ``InvalidInput``, or ``DivergedAdaptation``.
         """
-        self.check_shape("x", tuple(x.shape), self.limits.support)
-        self.check_shape("query", tuple(query.shape), self.limits.queries)
+        for name, tree, most in (("x", x, self.limits.support), ("query", query, self.limits.queries)):
+            for part, tensor in self.signature.parts(name, tree).items():
+                self.check_shape(name, tuple(tensor.shape), most, part)
         support, queries = self.support(x, y), self.inputs("query", query)
         (adapted,) = self.adapt([support], self.check_steps(inner_steps))
         if isinstance(adapted, Exception):
@@ -182,9 +194,9 @@ class ServedModel:
 
     def _adapt(self, supports: Sequence[Examples], how: How) -> list[ServedAdaptation | Exception]:
         if len(supports) > 1 and self._stackable:
-            stacked = Examples(torch.stack([s.x for s in supports]), torch.stack([s.y for s in supports]))
+            together = Examples(stacked([s.x for s in supports]), stacked([s.y for s in supports]))
             try:
-                many = torch.func.vmap(lambda s: self.learner.adapt(self.state, s, *how))(stacked)
+                many = torch.func.vmap(lambda s: self.learner.adapt(self.state, s, *how))(together)
                 return self._split(many, supports, how)
             except (
                 RuntimeError,
@@ -227,8 +239,8 @@ class ServedModel:
                 [row[i].detach().clone() if own else row[i] for row, own in zip(rows, adapted)], spec
             )
             inputs = support.x if self._needs_support else None
-            total = size + (0 if inputs is None else inputs.numel() * inputs.element_size())
-            made_by = (how, tuple(support.x.shape), tuple(support.y.shape))
+            total = size + sum(t.nbytes for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
+            made_by = (how, *({n: tuple(t.shape) for n, t in named(part).items()} for part in (support.x, support.y)))
             split.append(ServedAdaptation(phi, inputs, total, structure, made_by))
         return split
 
@@ -239,7 +251,7 @@ class ServedModel:
         leaves = [t for t in pytree.tree_leaves(adapted.phi) if self._is_adapted(t)]
         tensors = {f"phi/{i}": t.cpu().contiguous() for i, t in enumerate(leaves)}
         if adapted.support is not None:
-            tensors["support"] = adapted.support.cpu().contiguous()
+            tensors |= {f"support/{n}": t.cpu().contiguous() for n, t in named(adapted.support).items()}
         return safetensors.torch.save(tensors), adapted.made_by
 
     def unpack(self, packed: tuple[Any, ...]) -> ServedAdaptation:
@@ -254,64 +266,88 @@ class ServedModel:
         phi = pytree.tree_unflatten([tensors[f"phi/{next(own)}"] if self._is_adapted(t) else t for t in leaves], spec)
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         structure = hash((str(spec), *(tuple(t.shape) if isinstance(t, Tensor) else t for t in leaves)))
-        return ServedAdaptation(phi, tensors.get("support"), total, structure, (how, x, y))
+        support = {n.removeprefix("support/"): t for n, t in tensors.items() if n.startswith("support/")}
+        return ServedAdaptation(phi, of_names(support) if support else None, total, structure, (how, x, y))
 
     def _is_adapted(self, leaf: Any) -> bool:
         """Return whether a leaf of φ is a tensor that does not share θ's memory."""
         return isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self._theta_memory
 
-    def predict(self, adapted: Sequence[ServedAdaptation], queries: Sequence[Tensor]) -> list[Tensor]:
+    def predict(self, adapted: Sequence[ServedAdaptation], queries: Sequence[Tree]) -> list[Tree]:
         """Return predictions for queries [N, …], each with its adapted parameters of one structure."""
-        parts = _parts(list(zip(adapted, queries)), self.together(queries[0].numel()))
+        parts = _parts(list(zip(adapted, queries)), self.together(_elements(queries[0])))
         with self._lock:
             found = [prediction for some in parts for prediction in self._predict(some)]
         return [self.signature.logits(p, how[1]) for p, ((how, *_), *_) in zip(found, (a.made_by for a in adapted))]
 
-    def _predict(self, pairs: Sequence[tuple[ServedAdaptation, Tensor]]) -> list[Tensor]:
+    def _predict(self, pairs: Sequence[tuple[ServedAdaptation, Tree]]) -> list[Tree]:
         if len(pairs) == 1:
             ((adapted, x),) = pairs
             support = x if adapted.support is None else adapted.support
             return [self._compute(lambda: self.learner.predict(self.state, adapted.phi, x, Examples(support, support)))]
-        x = torch.stack([x for _, x in pairs])
-        support = torch.stack([x if a.support is None else a.support for a, x in pairs])
+        x = stacked([x for _, x in pairs])
+        support = stacked([x if a.support is None else a.support for a, x in pairs])
         leaves, specs = zip(*(pytree.tree_flatten(a.phi) for a, _ in pairs))
         shared = [isinstance(t, Tensor) and t.untyped_storage().data_ptr() in self._theta_memory for t in leaves[0]]
-        stacked = [
+        columns = [
             column[0] if s or not isinstance(column[0], Tensor) else torch.stack(column)
             for s, column in zip(shared, zip(*leaves))
         ]
         dims = [None if s or not isinstance(t, Tensor) else 0 for s, t in zip(shared, leaves[0])]
 
-        def single(columns: list[Any], x: Tensor, support: Tensor) -> Tensor:
+        def single(columns: list[Any], x: Tree, support: Tree) -> Tree:
             return self.learner.predict(
                 self.state, pytree.tree_unflatten(columns, specs[0]), x, Examples(support, support)
             )
 
-        return list(self._compute(lambda: torch.func.vmap(single, in_dims=(dims, 0, 0))(stacked, x, support)).unbind())
+        many = self._compute(lambda: torch.func.vmap(single, in_dims=(dims, 0, 0))(columns, x, support))
+        return [at(many, i) for i in range(len(pairs))]
 
     def _compute(self, compute: Any) -> Any:
         with self.signature.judged_by_model():
             return compute()
 
-    def _zeros(self, x: Sequence[int], y: Sequence[int]) -> Examples:
-        device = self.learner.device
-        return Examples(
-            torch.zeros(*x, dtype=self.signature.input_dtype, device=device),
-            torch.zeros(*y, dtype=self.signature.target_dtype, device=device),
-        )
+    def _zeros(self, x: Shapes, y: Shapes) -> Examples:
+        def zeros(shapes: Shapes, kinds: Kinds) -> Tree:
+            device = self.learner.device
+            return of_names({n: torch.zeros(shapes[n], dtype=k.dtype, device=device) for n, k in kinds.items()})
+
+        return Examples(zeros(x, self.signature.x), zeros(y, self.signature.y))
 
     def warm_up(self) -> None:
         """Compute one adaptation and prediction: PyTorch's one-time work would delay the first caller."""
-        inputs, targets = self.signature.input_shape, self.signature.target_shape
-        if inputs is None or targets is None or None in inputs or None in targets:
+        kinds = [*self.signature.x.values(), *self.signature.y.values()]
+        if any(kind.shape is None or None in kind.shape for kind in kinds):
             return
         rows = self.signature.classes or 2
-        support = self._zeros((rows, *inputs), (rows, *targets))  # type: ignore[arg-type]
+        x, y = ({n: (rows, *k.shape) for n, k in part.items()} for part in (self.signature.x, self.signature.y))  # type: ignore[misc]
+        support = self._zeros(x, y)
         if self.classification:
             support.y.copy_(torch.arange(rows))
         adapted = self.adapt([support], None)[0]
         if isinstance(adapted, ServedAdaptation):
             self.predict([adapted], [support.x])
+
+
+def _elements(tree: Tree) -> int:
+    return sum(t.numel() for t in pytree.tree_leaves(tree))
+
+
+def _single(kinds: Kinds) -> TensorKind:
+    """Return the kind of a single tensor; of several, one without a shape that clients of a single one can use."""
+    return kinds.get("") or TensorKind((), next(iter(kinds.values())).dtype)
+
+
+def _sizes(kind: TensorKind) -> list[int]:
+    return [-1 if n is None else n for n in kind.shape or ()]
+
+
+def _described(kinds: Kinds) -> list[dict[str, Any]]:
+    """Return the fields of the messages ``TensorKind``."""
+    return [
+        {"name": name, "shape": _sizes(kind), "dtype": str(kind.dtype).removeprefix("torch.")}
+        for name, kind in kinds.items()
+    ]
 
 
 def _parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

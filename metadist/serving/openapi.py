@@ -9,8 +9,8 @@ from typing import Any
 import metadist
 
 TENSOR: dict[str, Any] = {
-    "description": "Nested lists of numbers, or a packed tensor.",
-    "oneOf": [
+    "description": "Nested lists of numbers, or a packed tensor; for several, an object by name or a list by place.",
+    "anyOf": [
         {"type": "array", "items": {}},
         {
             "type": "object",
@@ -21,12 +21,13 @@ TENSOR: dict[str, Any] = {
                 "data": {"type": "string", "contentEncoding": "base64", "description": "Row by row, little-endian."},
             },
         },
+        {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Tensor"}},
     ],
 }
 MODEL = {"type": "string", "description": "The model's name; may be missing where the server has one model."}
 STEPS = {"type": ["integer", "null"], "minimum": 0, "description": "Inner steps; default: as in training."}
 HANDLE = {"type": "string", "description": "Names adapted parameters that the server keeps."}
-PREDICTION = {"type": "object", "properties": {"prediction": {"type": "array", "items": {}}}}
+PREDICTION = {"type": "object", "properties": {"prediction": {"type": ["array", "object"]}}}
 PICTURE = {"type": "string", "contentMediaType": "application/octet-stream"}
 PICTURES = {"type": "array", "items": PICTURE}
 

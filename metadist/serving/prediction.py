@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from metadist.core.errors import ConfigError, DataError, first_line
+from metadist.core.tree import Tree, as_lists, at, first, mapped, of_names
 from metadist.serving.load import open_model
 from metadist.tasks.decode import Decode
 from metadist.tasks.folders import by_class
 
-AdaptPredict = Callable[[Tensor, Tensor, Tensor, "int | None"], Tensor]
+AdaptPredict = Callable[[Tree, Tree, Tree, "int | None"], Tree]
 """(support x [N, …], support y [N], queries [Q, …], inner steps) → logits [Q, classes]."""
 
 
@@ -84,26 +85,26 @@ def predict_folders(source: ModelSource, support: str, query: str, inner_steps: 
 def predict_arrays(source: ModelSource, support: str, query: str, inner_steps: int | None = None) -> dict[str, Any]:
     """Adapt to the arrays x [N, …] and y [N, …] of the file ``support`` (.npz), and predict x [Q, …] of ``query``.
 
+    The arrays of a dict or tuple have names such as x.ids and x.0.
     Returns plain data for JSON: a prediction for each row, and where ``query`` has y the accuracy, or for values the
     mean squared error. Raises ``DataError`` for wrong files, ``InvalidInput`` where arrays do not fit the model.
     """
     given, asked = _arrays("--support", support, ("x", "y")), _arrays("--query", query, ("x",))
     with opened_model(source) as (about, adapt_predict):
-        prediction = adapt_predict(given["x"], given["y"], asked["x"], inner_steps).double()
+        prediction = mapped(Tensor.double, adapt_predict(given["x"], given["y"], asked["x"], inner_steps))
     report = {
         "model": about["name"],
         "algorithm": about["algorithm"],
         "normalization": about["normalization"],
-        "support": len(given["x"]),
+        "support": len(first(given["x"])),
         "accuracy": None,
     }
     target = asked.get("y")
-    if target is not None and len(target) != len(prediction):
-        raise DataError(f"--query {query}: y has {len(target)} rows and x {len(prediction)}")
+    if target is not None and len(first(target)) != len(first(prediction)):
+        raise DataError(f"--query {query}: y has {len(first(target))} rows and x {len(first(prediction))}")
     if about["kind"] != "classification":
-        rows = [{"row": i, "predicted": values} for i, values in enumerate(prediction.tolist())]
-        error = {} if target is None else {"mse": float((prediction - target.view_as(prediction)).square().mean())}
-        return {**report, "predictions": rows, **error}
+        rows = [{"row": i, "predicted": as_lists(at(prediction, i))} for i in range(len(first(prediction)))]
+        return {**report, "predictions": rows, **_squared_error(prediction, target)}
     best, which = torch.softmax(prediction, -1).max(-1)
     rows = [
         {"row": i, "predicted": c, "probability": round(p, 4)}
@@ -113,11 +114,23 @@ def predict_arrays(source: ModelSource, support: str, query: str, inner_steps: i
     return {**report, "classes": sorted(set(given["y"].tolist())), "predictions": rows, "accuracy": accuracy}
 
 
-def _arrays(option: str, path: str, needed: Sequence[str]) -> dict[str, Tensor]:
-    """Return the arrays of a ``.npz`` file."""
+def _squared_error(prediction: Tree, target: Tree) -> dict[str, float]:
+    """Return the mean squared error where both are one array of as many numbers, else nothing."""
+    single = isinstance(prediction, Tensor) and isinstance(target, Tensor)
+    if not single or prediction.numel() != target.numel():
+        return {}
+    return {"mse": float((prediction - target.view_as(prediction)).square().mean())}
+
+
+def _arrays(option: str, path: str, needed: Sequence[str]) -> dict[str, Tree]:
+    """Return x and y of a ``.npz`` file: an array, or a dict or tuple of arrays (x.ids, x.0)."""
+    found = {}
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: torch.from_numpy(file[name]) for name in ("x", "y") if name in file.files}
+            for part in ("x", "y"):
+                names = [name for name in file.files if name.partition(".")[0] == part]
+                if names:
+                    found[part] = of_names({n.partition(".")[2]: torch.from_numpy(file[n]) for n in names})
     except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{option} {path}: can't be read as arrays ({first_line(error)})") from None
     if missing := [name for name in needed if name not in found]:

@@ -10,11 +10,11 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 import grpc
-from torch import Tensor
 
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.signature import DivergedAdaptation, InvalidInput
 from metadist.core.task import Examples
+from metadist.core.tree import Tree, shapes
 from metadist.rpc.grpc_guard import Refused
 from metadist.serving.batching import Batcher
 from metadist.serving.cache import HandleCache, ReplicaCache
@@ -106,16 +106,16 @@ class AdaptationService:
             )
         return found
 
-    def predict(self, model: ServedModel, adapted: ServedAdaptation, x: Tensor, left: TimeLeft) -> Tensor:
+    def predict(self, model: ServedModel, adapted: ServedAdaptation, x: Tree, left: TimeLeft) -> Tree:
         """Return predictions for x [N, …]: logits or values [N, …]."""
-        shape = (tuple(x.shape), None if adapted.support is None else tuple(adapted.support.shape), adapted.structure)
+        shape = (shapes(x), None if adapted.support is None else shapes(adapted.support), adapted.structure)
         prediction = _within(left, self._batcher.submit(("predict", model.name, *shape), (adapted, x)))
         self.predictions += 1
         return prediction
 
     def adapt_predict(
-        self, model: ServedModel, support: Examples, x: Tensor, inner_steps: int | None, left: TimeLeft
-    ) -> Tensor:
+        self, model: ServedModel, support: Examples, x: Tree, inner_steps: int | None, left: TimeLeft
+    ) -> Tree:
         """Adapt to a support set and return predictions for x [N, …]; the cache stores nothing."""
         return self.predict(model, self._adapted(model, support, inner_steps, left), x, left)
 
@@ -151,8 +151,7 @@ class AdaptationService:
     def _adapted(
         self, model: ServedModel, support: Examples, inner_steps: int | None, left: TimeLeft
     ) -> ServedAdaptation:
-        shapes = tuple(support.x.shape), tuple(support.y.shape)
-        key = ("adapt", model.name, *shapes, model.signature.ways(support.y), inner_steps)
+        key = ("adapt", model.name, shapes(support.x), shapes(support.y), model.signature.ways(support.y), inner_steps)
         adapted = _within(left, self._batcher.submit(key, support))
         self.adaptations += 1
         return adapted

@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.core.signature import InvalidInput
+from metadist.core.signature import InvalidInput, Kinds, parts_of
+from metadist.core.tree import Tree, named, of_names
 from metadist.serving import adapt_pb2 as pb
 from metadist.wire.codec import RejectedError
 from metadist.wire.plain import decode_plain, encode_plain
@@ -20,6 +22,8 @@ from metadist.wire.plain import decode_plain, encode_plain
 _DTYPES = {"float32": "<f4", "float64": "<f8", "int64": "<i8", "int32": "<i4", "uint8": "|u1"}
 CheckShape = Callable[[list[int]], None]
 """Raises ``InvalidInput`` for a wrong shape."""
+CheckPart = Callable[[str, list[int]], None]
+"""(name of a tensor in a tree, shape): raises ``InvalidInput`` for a wrong shape."""
 
 
 def from_message(name: str, message: pb.Tensor, check: CheckShape) -> Tensor:
@@ -34,6 +38,7 @@ def from_message(name: str, message: pb.Tensor, check: CheckShape) -> Tensor:
 def to_message(tensor: Tensor, arrow: bool = False) -> pb.Tensor:
     """Return a tensor as a message: packed, or as an Arrow IPC stream."""
     tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
     if arrow:
         return pb.Tensor(arrow=encode_plain(tensor))
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -44,9 +49,61 @@ def to_message(tensor: Tensor, arrow: bool = False) -> pb.Tensor:
     )
 
 
-def from_reply(message: pb.Tensor) -> Tensor:
-    """Return the tensor of a server's reply."""
-    return from_message("the answer", message, lambda shape: None)
+def tree_from_message(name: str, message: pb.Tensor, kinds: Kinds, check: CheckPart) -> Tree:
+    """Return the tensors of a message, which must be those of ``kinds``. ``check`` is called with each shape first."""
+    given = dict(message.tensors) or {"": message}
+    return of_names(
+        {
+            part: from_message(f"{name}.{part}" if part else name, tensor, partial(check, part))
+            for part, tensor in parts_of(name, given, kinds).items()
+        }
+    )
+
+
+def tree_to_message(tree: Tree, arrow: bool = False) -> pb.Tensor:
+    """Return a tensor, or a dict or tuple of tensors, as a message."""
+    tensors = named(tree)
+    if list(tensors) == [""]:
+        return to_message(tree, arrow)
+    return pb.Tensor(tensors={name: to_message(tensor, arrow) for name, tensor in tensors.items()})
+
+
+def from_reply(message: pb.Tensor) -> Tree:
+    """Return the tensor, or the dict or tuple of tensors, of a server's reply."""
+    given = dict(message.tensors) or {"": message}
+    try:
+        return of_names({name: from_message("the answer", t, lambda shape: None) for name, t in given.items()})
+    except ValueError as error:
+        raise InvalidInput(f"the answer holds no tree of tensors: {error}") from None
+
+
+def tree_from_json(name: str, value: Any, kinds: Kinds, check: CheckPart) -> Tree:
+    """Return the tensors of JSON, which must be those of ``kinds``: an object for a dict, a list for a tuple.
+
+    Lists of whole numbers become floating-point numbers where the model takes these: JSON writes 1.0 as 1, too.
+    """
+
+    def tensor(part: str, sent: Any) -> Tensor:
+        found = from_json(f"{name}.{part}" if part else name, sent, partial(check, part))
+        return found.double() if kinds[part].dtype.is_floating_point and not isinstance(sent, dict) else found
+
+    given = {"": value} if list(kinds) == [""] else _entries(name, value, list(kinds))
+    return of_names({part: tensor(part, sent) for part, sent in parts_of(name, given, kinds).items()})
+
+
+def _entries(name: str, value: Any, expected: Sequence[str]) -> dict[str, Any]:
+    """Return the entries of objects and lists by name, as deep as the names in ``expected``."""
+    if expected == [""]:
+        return {"": value}
+    entries = dict(enumerate(value)) if isinstance(value, list) else value
+    if not isinstance(entries, dict):
+        raise InvalidInput(f"{name}: expected tensors {', '.join(expected)}")
+    found = {}
+    for key, entry in entries.items():
+        below = [n.removeprefix(str(key)).removeprefix(".") for n in expected if n.split(".")[0] == str(key)]
+        for rest, tensor in _entries(f"{name}.{key}", entry, below).items() if below else [("", entry)]:
+            found[f"{key}.{rest}" if rest else str(key)] = tensor
+    return found
 
 
 def from_json(name: str, value: Any, check: CheckShape) -> Tensor:

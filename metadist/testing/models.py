@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from metadist.algorithms import CNP, MAML
 from metadist.config.components import model_factory
 from metadist.core.algorithm import Algorithm
-from metadist.core.differences import difference, not_finite, relative_error
+from metadist.core.differences import difference, flat, not_finite, relative_error
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.random import seeded
 from metadist.core.task import TaskFamily
+from metadist.core.tree import at
 from metadist.learners.few_shot import FewShotLearner
 from metadist.learners.purity import other_generators
 from metadist.models import ModelConfig, PolicyConfig
@@ -95,7 +96,7 @@ def pure_function(learner: FewShotLearner) -> None:
         return
     module, state = learner.model.module, learner.initial(0)
     theta = state.theta(learner.slots)
-    x = learner.sample(keys(0, 1)).support.x[0]
+    x = at(learner.sample(keys(0, 1)).support.x, 0)
     before = {n: t.clone() for n, t in module.state_dict().items()}
     for training in (False, True):
         bound = learner.bind(theta, keys(0, 1).each()[0], training)
@@ -104,10 +105,10 @@ def pure_function(learner: FewShotLearner) -> None:
             with other_generators(1):
                 second = bound(theta["model"], x)
         mode = "training" if training else "evaluation"
-        if differs := difference({"the output": first}, {"the output": second}):
+        if differs := difference(flat({"the output": first}), flat({"the output": second})):
             remedy = "use torch.nn.Dropout, which metadist keys by the task; keep no state between calls"
             raise ImpureError(module, f"the same input gives the same output in {mode} mode", differs, remedy)
-        if not_finite({"outputs": first}):
+        if not_finite(flat({"outputs": first})):
             raise ShapeError(module, f"outputs are finite in {mode} mode", "they have NaN or Inf", "scale the layers")
     if differs := difference(before, dict(module.state_dict())):
         remedy = "buffers are constants under metadist; compute such values from the input"

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from metadist.core.computation import Computation, Gradient
-from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey, seeded
@@ -110,7 +109,7 @@ def keys(first: int = 0, count: int = META_BATCH) -> TaskKey:
 
 def in_float64(learner: FewShotLearner) -> FewShotLearner:
     """Return the same learner with parameters in float64, unrolled and not compiled, on the data of ``learner``."""
-    model = Model(learner.model.factory, dtype=torch.float64, freeze=learner.model.freeze)
+    model = learner.model.in_dtype(torch.float64)
     exact = FewShotLearner(learner.algorithm, model, learner.tasks, learner.outer)
     exact.prepared_like(learner)
     return exact

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metadist.core.differences import by_name, difference, not_finite
+from metadist.core.differences import by_name, difference, flat, not_finite
 from metadist.core.random import SPLITS, TaskKey, seeded
 from metadist.core.task import Examples, Task, TaskFamily
+from metadist.core.tree import Tree, first, mapped, shown
+from metadist.core.tree import shapes as shapes_of
 from metadist.learners.purity import FROM_KEY, differs_by_shard, impurity, other_generators, rows_of
 from metadist.testing import round_trips
 from metadist.testing.conditions import one_thread
@@ -48,19 +50,21 @@ def shapes(family: TaskFamily, split: str) -> None:
     """Check that x is [T, N, *input_shape], y [T, N, …], a mask [T, N], values are finite and classes in range."""
     task = sampled(family, split)
     for name, e in (("support", task.support), ("query", task.query)):
-        rows = tuple(e.x.shape[:2])
-        if rows[:1] != (COUNT,) or tuple(e.y.shape[:2]) != rows or (e.mask is not None and tuple(e.mask.shape) != rows):
+        with usable(family, "x and y are tensors, or dicts or tuples of them", _RETURN):
+            tensors = flat({f"{name}.x": e.x, f"{name}.y": e.y} | ({} if e.mask is None else {f"{name}.mask": e.mask}))
+        found = {tuple(t.shape[:2]) for t in tensors.values()}
+        masked = e.mask is None or e.mask.dim() == 2
+        if len(found) != 1 or next(iter(found))[:1] != (COUNT,) or len(next(iter(found))) != 2 or not masked:
             raise ShapeError(
                 family,
                 f"{COUNT} {split} tasks are stacked: x [{COUNT}, N, …], y [{COUNT}, N, …], mask [{COUNT}, N]",
-                f"{name}.x is {list(e.x.shape)}, {name}.y {list(e.y.shape)}"
-                + (f", {name}.mask {list(e.mask.shape)}" if e.mask is not None else ""),
+                ", ".join(f"{n} is {list(t.shape)}" for n, t in tensors.items()),
                 _RETURN,
             )
         _inputs(family, split, name, e)
         _targets(family, split, name, e)
     stated = family.sizes(split)
-    found = (task.support.x.shape[1], task.query.x.shape[1])
+    found = (first(task.support.x).shape[1], first(task.query.x).shape[1])
     if stated is not None and tuple(stated) != found:
         values = f"sizes('{split}') is {tuple(stated)} and the tasks have {found} rows"
         raise ShapeError(
@@ -70,12 +74,14 @@ def shapes(family: TaskFamily, split: str) -> None:
 
 def _inputs(family: TaskFamily, split: str, name: str, e: Examples) -> None:
     shape = family.input_shape
-    if shape is not None and tuple(e.x.shape[2:]) != tuple(shape):
-        values = f"{name}.x of {split} tasks has examples of shape {list(e.x.shape[2:])}"
+    tensors = flat({f"{name}.x": e.x, f"{name}.y": e.y})
+    if shape is not None and shapes_of(e.x) != ((*first(e.x).shape[:2], *shape),):
+        values = f"{name}.x of {split} tasks has examples of shape {shown(mapped(lambda t: t[0, 0], e.x))}"
         raise ShapeError(family, f"examples have its input_shape {list(shape)}", values, "correct input_shape")
-    if e.x.is_complex():
-        raise ShapeError(family, "x is real or integer", f"{name}.x is {e.x.dtype}", "convert it in sample()")
-    if bad := not_finite({f"{name}.x": e.x, f"{name}.y": e.y}):
+    for part, tensor in tensors.items():
+        if tensor.is_complex():
+            raise ShapeError(family, "x is real or integer", f"{part} is {tensor.dtype}", "convert it in sample()")
+    if bad := not_finite(tensors):
         raise ShapeError(
             family, "tasks are finite", f"{bad} of {split} tasks has NaN or Inf", "clean the data in prepare()"
         )
@@ -87,6 +93,10 @@ def _inputs(family: TaskFamily, split: str, name: str, e: Examples) -> None:
 
 def _targets(family: TaskFamily, split: str, name: str, e: Examples) -> None:
     if family.kind == "classification":
+        if not isinstance(e.y, Tensor):
+            raise ShapeError(
+                family, "targets are classes", f"{name}.y is {shown(e.y)}", "give one tensor, int64 [T, N]"
+            )
         ways, real = family.ways(split), e.y if e.mask is None else e.y[e.mask.bool()]
         if e.y.dtype != torch.int64 or e.y.dim() != 2 or not bool(((real >= 0) & (real < ways)).all()):
             raise ShapeError(
@@ -95,13 +105,19 @@ def _targets(family: TaskFamily, split: str, name: str, e: Examples) -> None:
                 f"{name}.y is {e.y.dtype} {list(e.y.shape)} from {real.min().item()} to {real.max().item()}",
                 "number the classes of each task from 0, and state their number by outputs (or ways(split))",
             )
-    elif math.prod(e.y.shape[2:]) != family.outputs or not e.y.is_floating_point():
+    elif not _is_own(family, e.y) and (math.prod(e.y.shape[2:]) != family.outputs or not e.y.is_floating_point()):
         raise ShapeError(
             family,
             f"targets of {split} tasks have {family.outputs} floating-point values (outputs) for each example",
             f"{name}.y is {e.y.dtype} {list(e.y.shape)}",
             "set outputs to the target's dimension, or kind to 'classification'",
         )
+
+
+def _is_own(family: TaskFamily, y: Tree) -> bool:
+    """Return whether the targets are for a loss of the family's own: several tensors, or whole numbers."""
+    own = type(family).loss is not TaskFamily.loss
+    return not isinstance(y, Tensor) or (own and not y.is_floating_point())
 
 
 def disjoint(family: TaskFamily, split: str) -> None:
@@ -148,25 +164,28 @@ def distinct(family: TaskFamily, split: str) -> None:
             raise SameTasksError(family, f"tasks differ by {name}", values, FROM_KEY)
 
 
-def judges_by_row(family: TaskFamily, split: str) -> None:
-    """Check that loss and metric give one finite value per example, from that example alone."""
+def judges_by_row(family: TaskFamily, split: str, predicted: Callable[[Tree], Tree] = lambda target: target) -> None:
+    """Check that loss and metric give one finite value per example, from that example alone.
+
+    ``predicted`` converts targets to right predictions, where these are no such tensors.
+    """
     task = pytree.tree_map(lambda t: t[0], sampled(family, split))
     real = slice(None) if task.query.mask is None else task.query.mask.bool()
-    target = task.query.y[real]
-    target = target.double() if target.is_floating_point() else target
-    if len(target) < 2:
-        target = target.repeat(3, *(1,) * (target.dim() - 1))
-    right, guess = _predictions(family, split, target)
-    order = torch.arange(len(target)).roll(1)[:-1]
+    target = mapped(lambda t: t[real].double() if t.is_floating_point() else t[real], task.query.y)
+    rows = len(first(target))
+    if rows < 2:
+        target, rows = mapped(lambda t: t.repeat(3, *(1,) * (t.dim() - 1)), target), 3 * rows
+    right, guess = _predictions(family, split, target, predicted)
+    order = torch.arange(rows).roll(1)[:-1]
     for name, judge in (("loss", family.loss), ("metric", family.metric)):
         remedy = (
             f"write {name}(prediction [N, …], target [N, …]) with reduction='none', averaged over all but dimension 0"
         )
         with usable(family, f"its {name} can be computed, also under torch.func.vmap", remedy):
-            values, some = judge(guess, target), judge(guess[order], target[order])
-            mapped = torch.func.vmap(judge)(guess.unsqueeze(0), target.unsqueeze(0))
-        if tuple(values.shape) != (len(target),) or tuple(mapped.shape) != (1, len(target)):
-            found = f"for {len(target)} examples it has shape {list(values.shape)}"
+            values, some = judge(guess, target), judge(*(mapped(lambda t: t[order], tree) for tree in (guess, target)))
+            together = torch.func.vmap(judge)(*(mapped(lambda t: t.unsqueeze(0), tree) for tree in (guess, target)))
+        if tuple(values.shape) != (rows,) or tuple(together.shape) != (1, rows):
+            found = f"for {rows} examples it has shape {list(values.shape)}"
             raise ShapeError(family, f"its {name} is one value per example", found, remedy)
         if not_finite({name: values}):
             raise ShapeError(family, f"its {name} is finite", f"it is {values.tolist()}", remedy)
@@ -183,11 +202,12 @@ def judges_by_row(family: TaskFamily, split: str) -> None:
         )
 
 
-def _predictions(family: TaskFamily, split: str, target: Tensor) -> tuple[Tensor, Tensor]:
+def _predictions(family: TaskFamily, split: str, target: Tree, predicted: Callable[[Tree], Tree]) -> tuple[Tree, Tree]:
     """Return right predictions and random ones, in float64."""
     generator = seeded(0, "predictions")
     if family.kind != "classification":
-        return target, torch.randn(target.shape, generator=generator, dtype=torch.float64)
+        right = predicted(target)
+        return right, mapped(lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64), right)
     ways = family.ways(split)
     right = 20.0 * (target.unsqueeze(-1) == torch.arange(ways)).double()
     return right, torch.randn(*target.shape, ways, generator=generator, dtype=torch.float64)
@@ -205,8 +225,8 @@ def agrees_with_sample_task(family: TaskFamily, split: str) -> None:
         raise InexactError(family, "sample_task() and sample() give the same tasks", differs, "share their code")
 
 
-#: name → property of one split, each a function that raises a PropertyError
-TASK_PROPERTIES: dict[str, Callable[[TaskFamily, str], None]] = {
+#: name → property of (family, split), each a function that raises a PropertyError
+TASK_PROPERTIES: dict[str, Callable[..., None]] = {
     "shapes": shapes,
     "disjoint": disjoint,
     "pure": pure,
@@ -254,16 +274,23 @@ def hashes(family: TaskFamily) -> dict[str, str]:
 
 
 @one_thread()
-def check_tasks(family: TaskFamily, *, splits: Sequence[str] = SPLITS, another_process: bool = True) -> None:
+def check_tasks(
+    family: TaskFamily,
+    *,
+    splits: Sequence[str] = SPLITS,
+    another_process: bool = True,
+    predicted: Callable[[Tree], Tree] = lambda target: target,
+) -> None:
     """Check a task family: pure in the key, exact across shards, distinct tasks, shapes, loss and metric, round trips.
 
-    Raises a PropertyError that names the property, the values and the remedy. ``another_process=False`` saves the
+    Raises a PropertyError that names the property, the values and the remedy. ``predicted`` converts targets [N, …] to
+    right predictions where the loss takes others, such as (mean, log-variance). ``another_process=False`` saves the
     seconds that a new Python process takes; only that process shows values that depend on ``hash()`` or on the
     process itself.
     """
     with usable(family, "it can load its data"):
         family.prepare(torch.device("cpu"))
     for split in splits:
-        for property in TASK_PROPERTIES.values():
-            property(family, split)
+        for name, property in TASK_PROPERTIES.items():
+            property(family, split, *([predicted] if name == "judges_by_row" else []))
     travels(family, another_process=another_process)

@@ -46,7 +46,7 @@ def save(folder: Path, source: Path, about: Mapping[str, Any]) -> None:
     """Make an MLflow model in ``folder`` from the exported model and the example of an input in ``source``.
 
     The model adapts to the support set in its input. Inputs: support_x, support_y, query_x. Output: a row of logits or
-    values per query.
+    values per query, by name where the model predicts several.
     """
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
@@ -55,7 +55,9 @@ def save(folder: Path, source: Path, about: Mapping[str, Any]) -> None:
     with np.load(source / EXAMPLE, allow_pickle=False) as found:
         example = dict(found)
     inputs: list[Any] = [TensorSpec(array.dtype, (-1, *array.shape[1:]), name) for name, array in example.items()]
-    outputs: list[Any] = [TensorSpec(np.dtype(about["dtype"]), (-1, *_prediction_shape(about)))]
+    outputs: list[Any] = [
+        TensorSpec(np.dtype(dtype), (-1, *shape), name or None) for name, (shape, dtype) in _predictions(about).items()
+    ]
     steps = ParamSchema([ParamSpec("inner_steps", "long", about["inner_steps"])])
     with tempfile.TemporaryDirectory() as place:
         data = Path(place) / "data"
@@ -73,9 +75,15 @@ def save(folder: Path, source: Path, about: Mapping[str, Any]) -> None:
         )
 
 
-def _prediction_shape(about: Mapping[str, Any]) -> Sequence[int]:
-    """Return the shape of one prediction. A spool of an earlier version states a number of outputs."""
-    return about["prediction_shape"] if "prediction_shape" in about else (about["outputs"],)
+def _predictions(about: Mapping[str, Any]) -> Mapping[str, tuple[Sequence[int], str]]:
+    """Return the (shape, dtype) of a row of each tensor of a prediction by name; "" is that of a single one.
+
+    A spool of an earlier version states the shape of a single one, or a number of outputs.
+    """
+    if "predictions" in about:
+        return about["predictions"]
+    shape = about["prediction_shape"] if "prediction_shape" in about else (about["outputs"],)
+    return {"": (shape, about["dtype"])}
 
 
 def _requirements() -> list[str]:

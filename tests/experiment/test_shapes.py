@@ -262,7 +262,7 @@ def test_token_ids(tokens, everywhere):
 
 def test_token_ids_of_another_dtype_and_with_values(tmp_path):
     result = trained(tmp_path, shaped.ByteTokens(), shaped.ByteReader)
-    assert result.signature.input_dtype == torch.uint8
+    assert result.signature.x[""].dtype == torch.uint8
     y = torch.arange(6) % 3
     assert torch.equal(
         result.predict(result.adapt(IDS, y), ASKED), result.predict(result.adapt(IDS.to(torch.uint8), y), ASKED)
@@ -325,7 +325,7 @@ class NoData(Curves):
 def test_an_earlier_run_without_its_data_is_described_by_its_statements():
     from toys import learner
 
-    assert learner(MAML(), network(2, 2), NoData()).describe_earlier(0).target_shape == (2,)
+    assert learner(MAML(), network(2, 2), NoData()).describe_earlier(0).y[""].shape == (2,)
 
 
 def test_sizes_that_vary(tmp_path):
@@ -337,7 +337,7 @@ def test_sizes_that_vary(tmp_path):
             return shaped.changed(task, x=lambda x: x.repeat(1, 1, 1 + (split != "train")))
 
     signature = learner(MAML(), shaped.Reader, Longer()).describe(0)
-    assert signature.input_shape == (None,)
+    assert signature.x[""].shape == (None,)
     assert signature.inputs("x", torch.zeros(3, 9, dtype=torch.int64)).shape == (3, 9)
     with pytest.raises(InvalidInput, match=r"the model takes \[N, any\]"):
         signature.inputs("x", torch.zeros(3, 9, 1, dtype=torch.int64))
@@ -365,8 +365,8 @@ def test_tasks_with_missing_values_of_their_own():
 def test_a_few_shot_signature_has_the_tasks_dtype():
     task = Blobs().sample(TaskKey.of(0, "test", 0, [0]), "test")
     signature = Signature.of_tasks([task], 3, False)
-    assert (signature.input_shape, signature.target_shape, signature.classes) == ((4,), (), 3)
-    assert signature.ways(torch.tensor([0, 1])) == 3 and signature.prediction_shape == (3,)
+    assert (signature.x[""].shape, signature.y[""].shape, signature.classes) == ((4,), (), 3)
+    assert signature.ways(torch.tensor([0, 1])) == 3 and signature.prediction[""].shape == (3,)
 
 
 # The command line -----------------------------------------------------------------------------------------------------

@@ -319,8 +319,8 @@ class ModelOutput(dict):
 @pytest.mark.parametrize(
     ("wrap", "words"),
     [
-        (lambda y: ModelOutput(logits=y, loss=None), "returns ModelOutput with logits, loss"),
-        (lambda y: {"logits": y}, "returns dict with logits"),
+        (lambda y: ModelOutput(scores=y, loss=None), "returns ModelOutput with scores, loss"),
+        (lambda y: {"scores": y}, "returns dict with scores"),
         (lambda y: (y, None), "returns tuple of 2"),
         (lambda y: None, "returns NoneType"),
     ],
@@ -376,7 +376,7 @@ class FailingAlgorithm(MAML):
             MAML(),
             ("tasks: the metric of 'FailingMetric'", "KeyError: 'threshold' (", "test_messages.py:"),
         ),
-        (FailingLoss(), MAML(), ("tasks: the loss of 'FailingLoss'", "predictions float64 [6, 2]", "delta")),
+        (FailingLoss(), MAML(), ("tasks: the loss of 'FailingLoss'", "predictions float64 [4, 2]", "delta")),
         (
             FailingProtocol(),
             MAML(),
