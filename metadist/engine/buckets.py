@@ -73,7 +73,8 @@ def _chosen(possible: Sequence[tuple[int, int]], cost: int) -> tuple[tuple[int, 
 
     def expected(chosen: list[int]) -> Tensor:
         """Return the expected price with each candidate added to ``chosen``: [candidates]."""
-        return (torch.minimum(prices, prices[chosen].amin(0)) * weight).sum(1)
+        totals: Tensor = (torch.minimum(prices, prices[chosen].amin(0)) * weight).sum(1)
+        return totals
 
     chosen = [len(candidates) - 1]  # the largest support and query sets
     while len(chosen) < MOST:
@@ -92,7 +93,6 @@ def _chosen(possible: Sequence[tuple[int, int]], cost: int) -> tuple[tuple[int, 
 
 def _some(rows: Tensor) -> Tensor:
     """Return at most ``CANDIDATES`` of the different numbers of rows, the largest one among them."""
-    different = rows.unique()
-    if len(different) <= CANDIDATES:
-        return different
-    return different[torch.linspace(0, len(different) - 1, CANDIDATES).round().long()].unique()
+    different: Tensor = rows.unique()  # type: ignore[no-untyped-call]
+    count = min(CANDIDATES, len(different))
+    return different[torch.linspace(0, len(different) - 1, count).round().long()]

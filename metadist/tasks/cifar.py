@@ -31,7 +31,7 @@ ARCHIVE = "cifar-100-binary.tar.gz"
 PREPARED = (*(f"cifar100_train500_fs{part}.npz" for part in ("train", "val", "test")), "cifar100_test100.npz")
 SPLIT_LISTS = ("cifar_fs", "fc100")
 #: CIFAR-FS: the classes of validation and test; the other 64 are for training
-CIFAR_FS = {
+CIFAR_FS: Mapping[str, Sequence[str]] = {
     "validation": (
         *("beaver", "beetle", "butterfly", "camel", "cattle", "crab", "crocodile", "flatfish", "lamp", "maple_tree"),
         *("motorcycle", "otter", "sea", "shark", "television", "tractor"),
@@ -42,7 +42,7 @@ CIFAR_FS = {
     ),
 }
 #: FC100: the superclasses of validation and test, of 20 classes each; the other 60 classes are for training
-FC100 = {
+FC100: Mapping[str, Sequence[str]] = {
     "validation": (
         "large_carnivores",
         "large_omnivores_and_herbivores",
@@ -85,7 +85,7 @@ class CifarFS(AugmentedEpisodes):
         if self.split_list not in SPLIT_LISTS:
             return split_list(self.split_list, images.names)
         # The part of a class is its superclass.
-        parts = {"cifar_fs": CIFAR_FS, "fc100": FC100}[self.split_list]
+        parts = CIFAR_FS if self.split_list == "cifar_fs" else FC100
         names = images.names if self.split_list == "cifar_fs" else images.parts
         splits: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
         for i, name in enumerate(names):

@@ -57,8 +57,9 @@ class Episodes(Classification):
 
     ``n_way``, ``k_shot`` and ``query_shots`` can be ranges, such as [5, 20]: each task then has a number between the
     two bounds, which are included. ``same_size`` consecutive tasks (those of one index div ``same_size``) share their
-    numbers, so that they can be computed together. Where a number of ways is a range, models have outputs for the
-    largest number, and the classes that a task lacks are in no loss, metric or gradient.
+    numbers, so that they can be computed together. A range of ways ends at the number of classes of a split. Where a
+    number of ways is a range, models have outputs for the largest number, and the classes that a task lacks are in no
+    loss, metric or gradient.
 
     A subclass defines ``load`` and ``split_classes``.
     """
@@ -114,8 +115,17 @@ class Episodes(Classification):
 
     def shape_of(self, keys: TaskKey, split: str) -> tuple[int, int, int]:
         """Return (n_way, k_shot, query_shots) of the tasks of ``keys``, which are of one group."""
-        n, k, q = drawn(keys, self.same_size, self.sizes_in(split))
+        n, k, q = drawn(keys, self.same_size, self._drawn_in(split))
         return n, k, q
+
+    def _classes(self, split: str) -> int:
+        """Return the number of classes of ``split``; turned images are classes of their own."""
+        return len(self._ready().splits[split].names) * (4 if self.rotations_in(split) == "classes" else 1)
+
+    def _drawn_in(self, split: str) -> tuple[Size, Size, Size]:
+        """Return ``sizes_in``; a range of ways ends at the number of classes of the split."""
+        n, k, q = self.sizes_in(split)
+        return ((n[0], max(n[0], min(n[1], self._classes(split)))) if isinstance(n, tuple) else n), k, q
 
     @property
     def _ways_differ(self) -> bool:
@@ -125,7 +135,7 @@ class Episodes(Classification):
         return self.same_size if varies(*self.sizes_in(split)) else None
 
     def possible_sizes(self, split: str) -> Sequence[tuple[int, int]]:
-        n, k, q = (range(low, high + 1) for low, high in map(bounds, self.sizes_in(split)))
+        n, k, q = (range(low, high + 1) for low, high in map(bounds, self._drawn_in(split)))
         return [(ways * shots, ways * queries) for ways in n for shots in k for queries in q]
 
     def ways(self, split: str) -> int:
@@ -184,7 +194,16 @@ class Episodes(Classification):
 
     def data_notes(self) -> Sequence[str]:
         ready = self._ready()
-        return (*ready.source.notes, *_shared_images(ready.source, ready.splits))
+        return (*ready.source.notes, *_shared_images(ready.source, ready.splits), *self._shortened())
+
+    def _shortened(self) -> list[str]:
+        """Return a line for each split whose classes are fewer than the most ways."""
+        most = {split: (self.ways(split), bounds(self._drawn_in(split)[0])[1]) for split in SPLITS}
+        return [
+            f"{split} tasks have at most {here} ways, not {stated}: the split has no more classes"
+            for split, (stated, here) in most.items()
+            if here < stated
+        ]
 
     def task_classes(self, key: TaskKey, split: str) -> Sequence[str]:
         part, _ = self._checked(split)
@@ -199,8 +218,8 @@ class Episodes(Classification):
     def _checked(self, split: str) -> tuple[_Split, int]:
         """Return the split and its number of classes. Raises ConfigError where it is too small for an episode."""
         part = self._ready().splits[split]
-        n, k, q = self.shape(split)
-        classes = len(part.names) * (4 if self.rotations_in(split) == "classes" else 1)
+        n, k, q = (bounds(size)[1] for size in self._drawn_in(split))
+        classes = self._classes(split)
 
         def key(name: str) -> str:
             overridden = split == "train" and getattr(self, f"train_{name}") is not None
@@ -284,7 +303,7 @@ class Episodes(Classification):
         return self.sample(key, split)
 
     def protocol(self, split: str) -> dict[str, Any]:
-        n, k, q = (list(size) if isinstance(size, tuple) else size for size in self.sizes_in(split))
+        n, k, q = (list(size) if isinstance(size, tuple) else size for size in self._drawn_in(split))
         _, classes = self._checked(split)
         return {
             "n_way": n,

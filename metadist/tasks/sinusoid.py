@@ -55,7 +55,8 @@ class Sinusoid(TaskFamily):
         x = uniform(torch.cat((support, query), dim=-1), *self.x_range)
         y = _curve(uniform(amplitude, *self.amplitude), uniform(phase, *self.phase), x)
         parts = zip(x.split_with_sizes((k, q), dim=-1), y.split_with_sizes((k, q), dim=-1))
-        return Task(*(Examples(x.contiguous().unsqueeze(-1), y.contiguous().unsqueeze(-1)) for x, y in parts))
+        given, asked = (Examples(x.contiguous().unsqueeze(-1), y.contiguous().unsqueeze(-1)) for x, y in parts)
+        return Task(given, asked)
 
     def sample_task(self, key: TaskKey, split: str) -> Task:
         return self.sample(key, split)

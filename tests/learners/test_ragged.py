@@ -112,8 +112,17 @@ def test_bounds_that_make_no_sense(options, message):
 
 
 def test_bounds_beyond_the_data():
+    wide = Shades(n_way=(6, 9))
+    assert wide.outputs == wide.ways("validation") == 9 and wide.protocol("validation")["n_way"] == [6, 7]
+    drawn = {int(wide.sample(keys(2 * i, split="validation"), "validation").ways) for i in range(20)}
+    assert drawn == {6, 7} and wide.protocol("train")["n_way"] == [6, 9]
+    assert wide.data_notes() == (
+        "validation tasks have at most 7 ways, not 9: the split has no more classes",
+        "test tasks have at most 7 ways, not 9: the split has no more classes",
+    )
+    assert len(wide.sources(keys(0, split="test").each()[0], "test")) == 9
     with pytest.raises(ConfigError, match="n_way = 8: the validation split has 7 classes"):
-        Shades(n_way=(2, 8)).sample(keys(0, split="validation"), "validation")
+        Shades(n_way=(8, 9)).sample(keys(0, split="validation"), "validation")
     with pytest.raises(ConfigError, match=r"k_shot \+ tasks.query_shots = 11 \+ 3"):
         Shades(k_shot=(1, 11)).sample(keys(0), "train")
 

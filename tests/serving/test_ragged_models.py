@@ -27,6 +27,12 @@ SETTINGS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def trusted(monkeypatch):
+    """Trust the module of the family, which configs of runs and exports name."""
+    monkeypatch.setenv("METADIST_TRUST", "ragged")
+
+
 def support(classes, shots=2):
     """Return x, y and queries of ``classes`` classes."""
     generator = torch.Generator().manual_seed(classes)
