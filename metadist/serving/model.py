@@ -73,6 +73,8 @@ class ServedModel:
     table: str | None = None
     #: what requests are checked against; None where the run does not record it
     recorded: Signature | None = None
+    #: the kind of the state's weights: trained or averaged
+    weights: str = "trained"
 
     def __post_init__(self) -> None:
         self.algorithm = type(self.learner.algorithm).__name__

@@ -17,7 +17,10 @@ class RunCheckpoints:
         self._run, self._checkpoints, self._observers, self._commands = run, checkpoints, observers, commands
 
     def save(self, progress: Progress) -> bool:
-        """Write a checkpoint and return whether it was written. A full disk does not end a run."""
+        """Write a checkpoint and return whether it was written. A full disk does not end a run.
+
+        Its state holds trained and averaged parameters; ``weights`` in the manifest names those that the scores are of.
+        """
         # Before the checkpoint that makes a resume skip these points.
         self._observers.flush()
         manifest = {
@@ -27,6 +30,7 @@ class RunCheckpoints:
             **self._observers.facts(),
             "validation": as_json(progress.validation),
             "curve": as_json(progress.curve),
+            "weights": progress.state.weights,
             "commands": list(self._commands.history(progress.meta_step)),
         }
         slots = self._run.learner.slots
