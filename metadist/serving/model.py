@@ -91,7 +91,7 @@ class ServedModel:
         self._needs_support = self.learner.normalization == "inductive"
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields of the message ``Model``: name, algorithm, shapes, limits, hash of the parameters."""
+        """Return the fields of the message ``Model``: name, algorithm, shapes, limits, hash and kind of weights."""
         signature = self.signature
         values = math.prod(n or 1 for n in signature.target_shape or ())
         return {
@@ -111,6 +111,7 @@ class ServedModel:
             "input_dtype": str(signature.input_dtype).removeprefix("torch."),
             "target_dtype": str(signature.target_dtype).removeprefix("torch."),
             "any_classes": signature.any_classes,
+            "weights": self.weights,
             **({} if self.images is None else {"images": self._conversion(*self.images)}),
             **({} if self.table is None else {"table": self.table}),
         }

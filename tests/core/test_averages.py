@@ -1,4 +1,4 @@
-"""Averages of θ: torch's AveragedModel, the equations of schedule-free learning in float64, the states that hold both."""
+"""Averages of θ: torch's AveragedModel, the equations of schedule-free learning in float64, states that hold both."""
 
 import math
 

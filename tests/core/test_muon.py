@@ -3,8 +3,8 @@
 import math
 
 import pytest
-import toys
 import torch
+import toys
 from torch import nn
 
 from metadist.algorithms import MAML, MetaSGD
