@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from metadist.core.parameters import Layout
+from metadist.core.threads import one_thread
 from metadist.core.transformations import (
     Memory,
     Proposal,
@@ -28,17 +26,6 @@ EPS = 1e-7
 ADAM_RMS = 0.2
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread: a matrix product with another number of threads has other bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def orthogonalised(matrix: Tensor) -> Tensor:
     """Return nearly U Vᵀ of ``matrix`` = U S Vᵀ [m, n]: its singular values become values between 0.5 and 1.5.
 
@@ -50,7 +37,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
         wide = wide.T.contiguous()
     a, b, c = COEFFICIENTS
     wide = wide / max(math.sqrt(float(squared_norm(wide.flatten()))), EPS)
-    with _one_thread():
+    with one_thread():
         for _ in range(STEPS):
             gram = wide @ wide.T
             wide = a * wide + (b * gram + c * (gram @ gram)) @ wide
