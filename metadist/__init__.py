@@ -32,7 +32,7 @@ _WHERE = {
     "metadist.rl.trial": ("Trials", "advantages", "rollout"),
     "metadist.rl.environment": ("Continuous", "Discrete", "MetaEnvironment", "Step"),
     "metadist.core.model": ("BoundModel", "Model", "use_batch_statistics"),
-    "metadist.core.outer": ("OuterLoop",),
+    "metadist.core.outer": ("OuterLoop", "SlotOptimizer"),
     "metadist.core.parameters": ("Layout", "Parameters"),
     "metadist.core.random": ("TaskKey",),
     "metadist.core.state": ("Records", "Slot", "State"),
@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     from metadist.core.errors import MetadistError
     from metadist.core.inner_loop import Descent, InnerLoop, InnerState, Moments
     from metadist.core.model import BoundModel, Model, use_batch_statistics
-    from metadist.core.outer import OuterLoop
+    from metadist.core.outer import OuterLoop, SlotOptimizer
     from metadist.core.parameters import Layout, Parameters
     from metadist.core.random import TaskKey
     from metadist.core.state import Records, Slot, State

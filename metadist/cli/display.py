@@ -33,6 +33,8 @@ def show_result(result: Result) -> None:
     print(f"best at         {outcome.best_step}")
     print(f"tasks/s         {outcome.tasks_per_second:.1f}")
     print(f"parameters      sha256 {result.params_sha256}")
+    if result.averaged_sha256:
+        print(f"averages        sha256 {result.averaged_sha256} (scores, export and service are of the averages)")
     print(f"run             {result.run_dir}")
     if sum(result.retried.values()):
         print(f"shards retried  {', '.join(f'{n} {cause}' for cause, n in result.retried.items())}")
@@ -222,6 +224,8 @@ def show_verification(report: Mapping[str, Any]) -> None:
         if row["killed"]:
             killed = f"  killed {', '.join(row['killed'])}; {row['retried']} shards given out again"
         print(f"workers {row['workers']:>3}  sha256 {row['params_sha256']}  {row['seconds']:.1f} s{killed}")
+        if row["averaged_sha256"]:
+            print(f"{'averages':>11}  sha256 {row['averaged_sha256']}")
         if not row["enough_kills"]:
             print(f"workers {row['workers']:>3}  too few shards were lost for a proof; use more meta-steps")
     print("identical parameters" if report["same"] else "DIFFERENT parameters")

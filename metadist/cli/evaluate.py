@@ -11,6 +11,7 @@ from metadist.cli.terminal import (
     AsJson,
     Overrides,
     Trust,
+    Weights,
     Workers,
     clean_errors,
     only_results_on_stdout,
@@ -48,6 +49,7 @@ def evaluate(
     normalization: Annotated[
         str | None, typer.Option(help="transductive or inductive; default: as in the run.")
     ] = None,
+    weights: Weights = None,
     compare: Compared = None,
     record: Annotated[
         bool, typer.Option("--record/--no-record", help="Record the scores in the run directory and in MLflow.")
@@ -76,6 +78,7 @@ def evaluate(
             overrides=overrides or [],
             record=record,
             trust=trust or (),
+            weights=weights,
         )
         with only_results_on_stdout():
             result = evaluate_group(run_dir, options) if is_group(run_dir) else evaluate_run(run_dir, options)

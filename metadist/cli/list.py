@@ -9,6 +9,7 @@ import typer
 
 from metadist.cli.terminal import (
     Trust,
+    Weights,
     clean_errors,
     only_results_on_stdout,
     say,
@@ -86,6 +87,7 @@ def _components(plural: str) -> tuple[dict[str, str], list[str]]:
 def export(
     run_dir: Annotated[str, typer.Argument(help="The folder that train printed.")],
     path: Annotated[str, typer.Argument(help="The safetensors file to write.")],
+    weights: Weights = None,
     trust: Trust = None,
 ) -> None:
     """Write a run's best model parameters to a file, under the model's own names."""
@@ -93,7 +95,7 @@ def export(
     with clean_errors():
         from metadist.experiment.load import load_run
 
-        load_run(run_dir, trust=trust or ()).export(path)
+        load_run(run_dir, trust=trust or ()).export(path, weights)
         print(path)
 
 

@@ -139,7 +139,8 @@ def _serve_here(serving: Serving, endpoint: Endpoint, http_port: int | None) -> 
     service = load.build_service(serving)
     with load.serve(service, endpoint, http_port) as running:
         for model in service.models.values():
-            say(f"model  {model.name}: {model.algorithm}, {model.learner.tasks.kind}, {model.source}")
+            about = f"{model.algorithm}, {model.learner.tasks.kind}, {model.weights} weights, {model.source}"
+            say(f"model  {model.name}: {about}")
         say(f"gRPC   {running.address}" + (" (TLS)" if endpoint.secure else ""))
         if running.http_address:
             say(f"HTTP   {running.http_address}/v1/models")

@@ -25,6 +25,10 @@ Workers = Annotated[
     ),
 ]
 
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="KIND", help="trained or averaged; default: averaged, where the run averages its parameters."),
+]
 Trust = Annotated[
     list[str] | None,
     typer.Option(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from metadist.config.catalog import ALGORITHM, ENVIRONMENT, MODEL, TASK_FAMILY
 from metadist.config.experiment import COMPONENTS, KEYS, setting_types
 from metadist.config.plugins import Kind
-from metadist.config.schema import in_words, plain_default
+from metadist.config.schema import in_words, mappings_of, plain_default
 
 HEAD = """# Every key of a config
 
@@ -42,6 +42,9 @@ def _settings() -> Iterator[str]:
             several = typing.get_origin(setting_types()[name]) is tuple
             yield f"## `{name}`" + (": a list of groups" if several else "") + "\n"
             yield from _described(section)
+            for key, item in mappings_of(section).items():
+                yield f"### `{name}.{key}`: by name\n"
+                yield from _described(item)
 
 
 def _components() -> Iterator[str]:

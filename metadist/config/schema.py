@@ -8,7 +8,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar, Union
@@ -105,14 +105,30 @@ def settings(key: str, value: object, cls: type[T]) -> T:
     known = [f.name for f in _settable(cls)]
     if not isinstance(value, dict):
         raise ConfigError(f"{key}: expected keys and values ({', '.join(known)}), got {value!r}")
+    sections: Document = {
+        n: _sections(f"{key}.{n}", value[n], item) for n, item in mappings_of(cls).items() if n in value
+    }
     try:
-        checked = _validator(typing.cast(Any, cls)).validate_json(json.dumps(value))
+        checked = _validator(typing.cast(Any, cls)).validate_json(json.dumps({**value, **dict.fromkeys(sections, {})}))
     except pydantic.ValidationError as error:
         raise _explained_error(key, value, cls, error) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {value!r} is not a plain value: {error}") from error
     with explained(key, cls):
-        return cls(**checked)
+        return cls(**{**checked, **sections})
+
+
+def mappings_of(cls: Any) -> dict[str, type]:
+    """Return the fields of a dataclass that map names to dataclasses: field → the dataclass."""
+    hints = {n: (typing.get_origin(hint), typing.get_args(hint)) for n, hint in typing.get_type_hints(cls).items()}
+    found = {n: typing.cast(type, args[1]) for n, (origin, args) in hints.items() if origin is Mapping}
+    return {n: item for n, item in found.items() if dataclasses.is_dataclass(item)}
+
+
+def _sections(key: str, value: object, cls: type[T]) -> dict[str, T]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}: expected keys and values, the names of sections, got {value!r}")
+    return {name: settings(f"{key}.{name}", section, cls) for name, section in value.items()}
 
 
 def typed(key: str, value: object, hint: object) -> object:
@@ -149,7 +165,8 @@ def _validator(cls: Any) -> pydantic.TypeAdapter[Any]:
     definitions: dict[str, Any] = {}
     for f in _settable(cls):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        definitions[f.name] = hints[f.name] if required else NotRequired[hints[f.name]]
+        hint = dict[str, Any] if f.name in mappings_of(cls) else hints[f.name]
+        definitions[f.name] = hint if required else NotRequired[hint]
     mapping = typing.cast(Any, TypedDict)(cls.__name__, definitions)
     strict = pydantic.ConfigDict(strict=True, extra="forbid")
     return pydantic.TypeAdapter(pydantic.with_config(strict)(mapping))
@@ -195,6 +212,8 @@ def _words(schema: Document) -> str:
         return str(schema["const"])
     if "prefixItems" in schema:
         return f"[{', '.join(_words(item) for item in schema['prefixItems'])}]"
+    if "additionalProperties" in schema and "$defs" in schema:
+        return "keys and values, by name"
     if "items" in schema:
         return f"a list of {_words(schema['items'])}"
     return WORDS.get(schema.get("type", ""), "another value")
@@ -233,6 +252,9 @@ def flatten(document: object, prefix: str = "") -> dict[str, object]:
 
 def as_plain(instance: object) -> Document:
     """Return the fields of a dataclass as plain data."""
-    return typing.cast(
-        Document, json.loads(json.dumps({f.name: getattr(instance, f.name) for f in _settable(instance)}, default=str))
-    )
+    values = {f.name: getattr(instance, f.name) for f in _settable(instance)}
+    return typing.cast(Document, json.loads(json.dumps(values, default=_as_json)))
+
+
+def _as_json(value: object) -> object:
+    return as_plain(value) if dataclasses.is_dataclass(value) else str(value)

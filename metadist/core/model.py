@@ -241,6 +241,21 @@ class Model:
         self.device = device
         return self
 
+    def matrices(self) -> tuple[str, ...]:
+        """Return the names of the learned weights that Muon treats as matrices (Jordan et al. 2024).
+
+        They are 2-D weights and convolution kernels, without those of embeddings and of the head.
+        """
+        apart, found = {*self.head(), *self.frozen}, []
+        for prefix, module in self.module.named_modules():
+            kernels = isinstance(module, nn.modules.conv._ConvNd)
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                continue
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if name not in apart and (parameter.dim() == 2 or (kernels and parameter.dim() > 2)):
+                    found.append(name)
+        return tuple(found)
+
     def head(self) -> tuple[str, ...]:
         """Return the parameter names of the last module that has parameters of its own: usually the classifier."""
         owners = [n for n, m in self.module.named_modules() if any(True for _ in m.parameters(recurse=False))]

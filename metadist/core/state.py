@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -15,6 +15,10 @@ from metadist.core.errors import ConfigError, within
 from metadist.core.parameters import Layout, Parameters
 
 Rule = Literal["gradient", "average", "constant"]
+Weights = Literal["trained", "averaged"]
+"""Which values of the slots a score, an export or a service holds."""
+AVERAGE = "average"
+"""Name in the outer state, behind ``{slot}/``: the average of a slot's values, which is judged in place of them."""
 T = TypeVar("T")
 
 
@@ -24,6 +28,7 @@ class Slot:
 
     ``gradient``: the outer optimiser applies their mean, with this slot's own ``lr``, ``bounds`` and ``weight_decay``
     where given. ``average``: their weighted mean replaces the value. ``constant``: the value never changes.
+    ``matrices`` names the tensors that optimisers of whole matrices (Muon) treat as such.
     """
 
     layout: Layout
@@ -31,6 +36,7 @@ class Slot:
     lr: float | None = None
     bounds: tuple[float | None, float | None] = (None, None)
     weight_decay: float | None = None
+    matrices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         within(0, math.inf, **{"lr of a slot": self.lr, "weight_decay of a slot": self.weight_decay})
@@ -41,10 +47,27 @@ class Slot:
 
 @dataclass(frozen=True)
 class State:
-    """The slot vectors and the vectors of the outer optimiser, by name: all that a run needs to resume."""
+    """The slot vectors and the vectors of the outer optimiser, by name: all that a run needs to resume.
+
+    ``slots`` are the trained values. Where the outer loop averages them, their averages are in ``outer``.
+    """
 
     slots: Mapping[str, Tensor]
     outer: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Weights:
+        """Which values ``judged`` returns: ``averaged`` where the outer loop keeps an average of a slot."""
+        return "averaged" if any(f"{name}/{AVERAGE}" in self.outer for name in self.slots) else "trained"
+
+    def judged(self) -> State:
+        """Return the state that is evaluated, exported and served: with the averages of the slots that have one."""
+        averages = {n: self.outer[f"{n}/{AVERAGE}"] for n in self.slots if f"{n}/{AVERAGE}" in self.outer}
+        return replace(self, slots={**self.slots, **averages}) if averages else self
+
+    def trained(self) -> State:
+        """Return the trained values without the outer state: ``judged`` of the result is the result."""
+        return replace(self, outer={})
 
     def theta(self, slots: Mapping[str, Slot]) -> dict[str, Parameters]:
         """Return θ in the form that algorithms use: slot → named tensors (views)."""

@@ -103,6 +103,7 @@ def recording_of(judgement: Judgement, name: str | None = None) -> Iterator[Eval
 def _deviations(judgement: Judgement) -> dict[str, Any]:
     chosen, options = judgement.experiment.evaluate, judgement.options
     return {
+        "weights": judgement.trained.state.weights,
         "split": options.split,
         "tasks": judgement.request.tasks,
         "inner_steps": chosen.inner_steps,

@@ -51,7 +51,8 @@ class EvaluationOptions:
 
     ``beside`` names known methods (of meta-environments) or baselines (of supervised tasks) for a comparison on the
     same tasks. ``overrides`` are ``KEY=VALUE`` for keys of ``ALLOWED``. ``record`` writes the scores to the run
-    directory and to MLflow. ``trust``: the modules that the run's config may name.
+    directory and to MLflow. ``trust``: the modules that the run's config may name. ``weights``: ``trained``, or
+    ``averaged`` (default, where the run has averages).
     """
 
     tasks: int | None = None
@@ -63,6 +64,7 @@ class EvaluationOptions:
     overrides: Sequence[str] = ()
     record: bool = True
     trust: Sequence[str] = ()
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         one_of("--split", self.split, SPLITS)

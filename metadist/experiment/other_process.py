@@ -13,6 +13,7 @@ from metadist.config.experiment import Experiment
 from metadist.config.schema import Document
 from metadist.config.trust import modules_of
 from metadist.core.errors import ConfigError, first_line
+from metadist.core.threads import one_thread
 from metadist.learners.base import Learner
 from metadist.learners.purity import FROM_KEY
 from metadist.rl.environment import MetaEnvironment
@@ -60,13 +61,9 @@ def hashes(made: Document | Learner, seed: int) -> dict[str, str]:
     """Return the SHA-256 of the tensors of the first tasks, by split and name, for a learner or its config."""
     # The driver has built the same config: what it names is allowed.
     learner = made if isinstance(made, Learner) else build(made, modules_of(made)).learner
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         learner.prepare(torch.device("cpu"))
         return learner.sampled_hashes(seed)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _compare(experiment: Experiment, here: Mapping[str, str], there: Mapping[str, str]) -> None:

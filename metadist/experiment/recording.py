@@ -133,11 +133,12 @@ def description(result: Result) -> str:
         f"**{judged.split} {judged.metric} {judged.score:.4f} ± {judged.score_ci95:.4f}** on {judged.tasks} tasks"
         for judged in result.evaluations
     ]
-    ended = f" ({outcome.stopped})" if outcome.stopped else ""
+    ended, averages = f" ({outcome.stopped})" if outcome.stopped else "", result.averaged_sha256
     facts = {
         "meta-steps": f"{outcome.progress.meta_step} of {learner.outer.meta_steps}{ended}, best at {outcome.best_step}",
         "run directory": f"`{result.run_dir}`",
         "parameters": f"sha256 `{result.params_sha256}`",
+        "averages": f"sha256 `{averages}`; scores and models are of them" if averages else "",
         "data": f"sha256 `{learner.data_sha256}`" if learner.data_sha256 else "",
         "job": links.job_link(),
     }
@@ -186,7 +187,8 @@ def write_result(directory: RunDirectory, result: Result, tracker: Tracker, *, p
         tasks = write_tasks(directory.scratch / "evaluation_tasks.parquet", result.evaluations[0], result.task_records)
         directory.upload(tasks, tasks.name)
         tracker.artifact(tasks)
-    tracker.tags({"metadist.params_sha256": result.params_sha256, "mlflow.note.content": description(result)})
+    hashes = {"metadist.params_sha256": result.params_sha256, "metadist.averaged_sha256": result.averaged_sha256 or ""}
+    tracker.tags({**{k: v for k, v in hashes.items() if v}, "mlflow.note.content": description(result)})
     if result.interrupted:
         return
     # Matplotlib and MLflow's requirements take seconds to import.

@@ -76,6 +76,7 @@ def _about(result: Result, meta_step: int) -> dict[str, Any]:
     return {
         "run_id": result.run_id,
         "meta_step": meta_step,
+        "weights": result.weights,
         "algorithm": type(learner.algorithm).__name__,
         "metric": learner.tasks.metric_name,
         "score": judged[-1]["mean"],

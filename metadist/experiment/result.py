@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from metadist.config.experiment import Experiment
 from metadist.core.errors import CheckpointError, ConfigError, at_least, one_of
 from metadist.core.signature import DivergedAdaptation, Signature
-from metadist.core.state import Records, State
+from metadist.core.state import Records, State, Weights
 from metadist.core.task import Examples
 from metadist.core.tree import Tree, arrays
 from metadist.experiment.evaluation_record import recording_of
@@ -54,7 +54,10 @@ class AdaptedParameters:
 
 @dataclass
 class Result:
-    """A trained or loaded meta-learner: its scores, and ``adapt`` and ``predict`` for new support sets."""
+    """A trained or loaded meta-learner: its scores, and ``adapt`` and ``predict`` for new support sets.
+
+    ``params_sha256`` is the hash of the trained parameters at the end of the run, or of those that were loaded.
+    """
 
     run_id: str
     run_dir: str
@@ -77,8 +80,19 @@ class Result:
 
     @property
     def state(self) -> State:
-        """The parameters that validated best."""
-        return self.outcome.best
+        """The parameters that validated best: the averages, where the outer loop averages them."""
+        return self.outcome.best.judged()
+
+    @property
+    def weights(self) -> Weights:
+        """Whether ``state`` has the trained parameters or their averages; ``outcome`` has both."""
+        return self.outcome.best.weights
+
+    @property
+    def averaged_sha256(self) -> str | None:
+        """The hash of the averages at the end of the run; None where there are none."""
+        last = self.outcome.progress.state
+        return last.judged().sha256() if last.weights == "averaged" else None
 
     @property
     def interrupted(self) -> bool:
@@ -126,8 +140,8 @@ class Result:
         """Judge the best parameters again, and record the scores in the run directory and in MLflow.
 
         ``overrides`` are ``KEY=VALUE`` (``"tasks.k_shot=5"``); ``options`` are ``tasks`` (their number), ``split``,
-        ``inner_steps``, ``normalization``, ``beside``, ``workers`` (default: this process) and ``record``. ConfigError
-        where one of them does not suit the run.
+        ``inner_steps``, ``normalization``, ``weights`` (``trained`` or ``averaged``), ``beside``, ``workers`` (default:
+        this process) and ``record``. ConfigError where one of them does not suit the run.
         """
         known = [f.name for f in dataclasses.fields(EvaluationOptions) if f.name != "overrides"]
         for name in options:
@@ -136,7 +150,8 @@ class Result:
 
     def judged(self, options: EvaluationOptions, name: str | None = None) -> Result:
         """Return this result with the scores of an evaluation, which is recorded under ``name``."""
-        trained = Trained(self.run_id, self.run_dir, self.experiment, self.outcome.best_step, self.state)
+        state = self._chosen("evaluate", options.weights)
+        trained = Trained(self.run_id, self.run_dir, self.experiment, self.outcome.best_step, state)
         judgement = Judgement.prepared(trained, options)
         if options.record:
             with recording_of(judgement, name) as record:
@@ -153,25 +168,37 @@ class Result:
             evaluation_dir=f"{self.run_dir}/{record.written}" if options.record else None,
         )
 
-    def export(self, path: str | Path) -> None:
+    def _chosen(self, what: str, weights: str | None) -> State:
+        """Return the state with ``weights``; None for ``judged``. ConfigError where there are none of them."""
+        if weights is not None:
+            one_of(f"{what}: weights", weights, get_args(Weights))
+        if weights == "averaged" and self.weights == "trained":
+            raise ConfigError(
+                f"{what}: weights: averaged, but run {self.run_id} has no averages; it needs outer.ema, outer.tail "
+                "or optimizer: schedule_free"
+            )
+        return self.outcome.best.trained() if weights == "trained" else self.state
+
+    def export(self, path: str | Path, weights: str | None = None) -> None:
         """Write a safetensors file that can be served.
 
-        It holds the model's parameters under their own names, all other learned slots (the rates of Meta-SGD), and the
-        config as metadata.
+        It holds the model's parameters under their own names, all other learned slots (the rates of Meta-SGD), and as
+        metadata the config and the kind of ``weights``: ``trained``, or ``averaged`` (default: where there are some).
         """
-        learner = self.experiment.learner
+        learner, state = self.experiment.learner, self._chosen("export", weights)
         others = {
             f"{SLOTS}{slot}/{name}": tensor
             for slot in learner.algorithm.slots(learner.model, learner.model.initial(0)[0])
-            for name, tensor in self.state.theta(learner.slots)[slot].items()
+            for name, tensor in state.theta(learner.slots)[slot].items()
         }
         document = dict(self.experiment.document)
         if replaced := learner.exported_tasks():
             document["tasks"] = {**document["tasks"], **replaced}
-        metadata = {"run_id": self.run_id, "format": "metadist", "config": json.dumps(document)}
+        about = {"run_id": self.run_id, "format": "metadist", "weights": state.weights}
+        metadata = {**about, "config": json.dumps(document)}
         if self.recorded is not None:
             metadata["signature"] = json.dumps(self.recorded.as_dict())
-        export_parameters(path, {**learner.parameters(self.state), **others}, metadata)
+        export_parameters(path, {**learner.parameters(state), **others}, metadata)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -181,6 +208,8 @@ class Result:
             "meta_step": self.outcome.progress.meta_step,
             "best_meta_step": self.outcome.best_step,
             "params_sha256": self.params_sha256,
+            "weights": self.weights,
+            "averaged_sha256": self.averaged_sha256,
             "tasks_per_second": round(self.outcome.tasks_per_second, 2),
             "evaluation_dir": self.evaluation_dir,
             "evaluation": self.evaluations[-1].as_dict() if self.evaluations else None,

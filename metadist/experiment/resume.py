@@ -8,13 +8,14 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
 import yaml
 
-from metadist.config.experiment import Experiment
-from metadist.config.schema import flatten, parse_yaml
+from metadist.config.experiment import KEYS, Experiment
+from metadist.config.schema import as_plain, flatten, parse_yaml
 from metadist.config.trust import modules_of
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.core.round import MetaStepKey
@@ -73,6 +74,7 @@ def _run_id(directory: RunDirectory, experiment: Experiment, run_id: str, resume
         raise ConfigError(
             f"run_dir '{directory.url}' holds a group of seeds; continue it with --seeds, or choose another --run-dir"
         )
+    experiment.outer.refuse_without_effect()
     if resume:
         log.warning("run_dir %s holds no run yet; a new one starts", directory.url)
     _write_config(directory, experiment)
@@ -121,9 +123,9 @@ def _write_config(directory: RunDirectory, experiment: Experiment) -> None:
 
 def _refuse_other_config(directory: RunDirectory, experiment: Experiment) -> None:
     text = directory.read("config.yaml")
-    before = flatten(parse_yaml(text or "{}", "config.yaml") or {})
-    now = flatten(experiment.document)
-    longer = experiment.learner.outer.schedule == "constant"
+    before = _of_today(flatten(parse_yaml(text or "{}", "config.yaml") or {}))
+    now = _of_today(flatten(experiment.document))
+    longer = experiment.learner.outer.open_ended
     for key in sorted(before.keys() | now.keys()):
         free = key.startswith(FREE_ON_RESUME) or (key == "outer.meta_steps" and longer)
         if not free and before.get(key) != now.get(key):
@@ -131,6 +133,18 @@ def _refuse_other_config(directory: RunDirectory, experiment: Experiment) -> Non
                 f"--resume: {key} is {now.get(key)!r}, the run began with {before.get(key)!r}; only "
                 f"{', '.join(FREE_ON_RESUME)} (and outer.meta_steps of a constant schedule) may change"
             )
+
+
+def _of_today(keys: dict[str, object]) -> dict[str, object]:
+    """Return the keys of a config with those that an earlier version lacks, or writes differently.
+
+    A run of an earlier version had the default of every newer setting, and 0.0 for no momentum.
+    """
+    defaults = {f.name: as_plain(f.default) for f in KEYS if is_dataclass(f.default)}
+    found = {**flatten(defaults), **keys}
+    if found["outer.momentum"] == 0.0 and found["outer.optimizer"] != "muon":
+        found["outer.momentum"] = None
+    return found
 
 
 def _refuse_other_data(experiment: Experiment, manifest: dict[str, Any]) -> None:

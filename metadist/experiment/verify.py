@@ -76,7 +76,7 @@ def _as_the_whole_run(document: Document) -> Document:
 def verify(
     document: Document, workers: Sequence[str], *, kill: int, meta_steps: int | None, display: Observer
 ) -> dict[str, Any]:
-    """Train once for every number of workers and compare the SHA-256 of the parameters.
+    """Train once for every number of workers and compare the SHA-256 of the parameters and of their averages.
 
     ``ok`` is False where the hashes differ, or where a run lost fewer than ``kill`` shards. ConfigError where there is
     nothing to compare, or nobody to kill.
@@ -86,7 +86,7 @@ def verify(
     documents = [set_workers(document, count) for count in workers]
     _check_comparison(documents, workers, kill)
     rows = [_row(each, count, kill, display) for each, count in zip(documents, workers)]
-    same = len({row["params_sha256"] for row in rows}) == 1
+    same = len({(row["params_sha256"], row["averaged_sha256"]) for row in rows}) == 1
     return {"ok": same and all(row["enough_kills"] for row in rows), "same": same, "rows": rows}
 
 
@@ -132,6 +132,7 @@ def _row(document: Document, count: str, kill: int, display: Observer) -> dict[s
     return {
         "workers": count,
         "params_sha256": result.params_sha256,
+        "averaged_sha256": result.averaged_sha256,
         "seconds": round(result.wall_seconds, 2),
         "killed": killed,
         "retried": sum(result.retried.values()),

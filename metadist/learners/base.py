@@ -83,7 +83,7 @@ class Learner(ABC):
 
     def remarks(self) -> list[str]:
         """Return what a user should know before the run starts and may not expect, a line for each."""
-        return [line for line in (self.model.frozen_line,) if line]
+        return [*(line for line in (self.model.frozen_line,) if line), *self.outer.remarks()]
 
     @property
     def data_sha256(self) -> str | None:
@@ -184,7 +184,7 @@ class Learner(ABC):
 
     def _declare(self, seed: int) -> dict[str, tuple[Slot, Parameters]]:
         learned, frozen, buffers = self.model.initial(seed)
-        declared = {"model": (Slot(Layout.of(learned)), learned)}
+        declared = {"model": (Slot(Layout.of(learned), matrices=self.model.matrices()), learned)}
         declared.update(self.algorithm.slots(self.model, learned))
         if frozen:
             declared["frozen"] = (Slot(Layout.of(frozen), "constant"), frozen)
@@ -192,6 +192,12 @@ class Learner(ABC):
             group = Parameters({n: b for n, b in buffers.items() if b.dtype == dtype})
             declared[BUFFERS + str(dtype).removeprefix("torch.")] = (Slot(Layout.of(group), "constant"), group)
         return declared
+
+    def _declared_slots(self) -> dict[str, Slot]:
+        """Return the slots by name. ConfigError where the outer loop names other slots, or does not suit them."""
+        slots = {name: slot for name, (slot, _) in self._declare(0).items()}
+        self.outer.check_slots(slots)
+        return slots
 
     def initial(self, seed: int, start_from: Mapping[str, Tensor] | None = None) -> State:
         """Return the state before meta-step 0. ``start_from`` replaces initial model parameters by name."""

@@ -62,7 +62,7 @@ class TrialLearner(Learner):
                 f"'{type(self.model.module).__name__}': {reason}"
             )
         self._check_outer(self.outer)
-        self.slots = {name: slot for name, (slot, _) in self._declare(0).items()}
+        self.slots = self._declared_slots()
         self.device = torch.device("cpu")
         self._prepared = False
 
@@ -73,6 +73,11 @@ class TrialLearner(Learner):
                 f"algorithm.minibatches: {self.algorithm.minibatches} of {shards} shards (outer.meta_batch_size "
                 f"{outer.meta_batch_size} "
                 f"÷ outer.shard_size {outer.shard_size}); a minibatch is made of whole shards, so use smaller ones"
+            )
+        if self.algorithm.trust_region is not None and outer.averages:
+            raise ConfigError(
+                f"outer.{outer.averages} does not average the policy, which optimizer: trpo moves itself; leave "
+                "it out, or use ppo"
             )
         if self.algorithm.trust_region is not None and self.algorithm.fits_value and outer.weight_decay:
             raise ConfigError(

@@ -74,7 +74,7 @@ def open_model(
 
         location = fetch_registered(location)
     read = _exported if location.endswith(".safetensors") else _run
-    origin, experiment, state, signature = read(location, trust)
+    origin, experiment, state, signature, weights = read(location, trust)
     if reason := experiment.learner.servable():
         raise ConfigError(f"serve: {location} cannot be served: {reason}")
     learner = supervised(experiment.learner)
@@ -85,16 +85,16 @@ def open_model(
     decode = learner.tasks.decode
     images = None if decode is None else (decode.size, decode.channels, decode.invert, decode.white)
     table, bounds = learner.tasks.columns, Limits(**limits)
-    return ServedModel(name or experiment.name, learner, state, origin, bounds, images, table, signature)
+    return ServedModel(name or experiment.name, learner, state, origin, bounds, images, table, signature, weights)
 
 
-Loaded = tuple[str, Experiment, State, Union[Signature, None]]
-"""(run id, experiment, state, what training recorded of inputs and targets)."""
+Loaded = tuple[str, Experiment, State, Union[Signature, None], str]
+"""(run id, experiment, state, what training recorded of inputs and targets, the kind of the weights)."""
 
 
 def _run(location: str, trust: Sequence[str]) -> Loaded:
     loaded = load_run(location, trust=trust)
-    return loaded.run_id, loaded.experiment, loaded.state, loaded.recorded
+    return loaded.run_id, loaded.experiment, loaded.state, loaded.recorded, loaded.weights
 
 
 def _exported(path: str, trust: Sequence[str]) -> Loaded:
@@ -105,7 +105,7 @@ def _exported(path: str, trust: Sequence[str]) -> Loaded:
     learner = experiment.learner
     initial = learner.initial(experiment.seed)
     if learner.servable() is not None:
-        return metadata.get("run_id", ""), experiment, initial, None
+        return metadata.get("run_id", ""), experiment, initial, None, initial.weights
     slots = {}
     for name, vector in initial.slots.items():
         layout = learner.slots[name].layout
@@ -118,7 +118,8 @@ def _exported(path: str, trust: Sequence[str]) -> Loaded:
                 found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
                 raise CheckpointError(f"{path}: '{n}' of {name} is {found}; expected shape {list(shape)}")
         slots[name] = layout.flatten({n: t.to(vector.dtype) for n, t in named.items() if t is not None})
-    return metadata.get("run_id", ""), experiment, State(slots, {}), signature_of(metadata)
+    weights = metadata.get("weights", "trained")
+    return metadata.get("run_id", ""), experiment, State(slots, {}), signature_of(metadata), weights
 
 
 def _document(text: str, path: str) -> Document:

@@ -77,6 +77,8 @@ class ServedModel:
     table: str | None = None
     #: what requests are checked against; None where the run does not record it
     recorded: Signature | None = None
+    #: the kind of the state's weights: trained or averaged
+    weights: str = "trained"
 
     def __post_init__(self) -> None:
         self.algorithm = type(self.learner.algorithm).__name__
@@ -93,7 +95,7 @@ class ServedModel:
         self._needs_support = self.learner.normalization == "inductive"
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields of the message ``Model``: name, algorithm, shapes, limits, hash of the parameters."""
+        """Return the fields of the message ``Model``: name, algorithm, shapes, limits, hash and kind of weights."""
         signature = self.signature
         x, y = _single(signature.x), _single(signature.y)
         values = sum(math.prod(n or 1 for n in kind.shape or ()) for kind in signature.y.values())
@@ -117,6 +119,7 @@ class ServedModel:
             "targets": _described(signature.y),
             "predictions": _described(signature.prediction),
             "any_classes": signature.any_classes,
+            "weights": self.weights,
             **({} if self.images is None else {"images": self._conversion(*self.images)}),
             **({} if self.table is None else {"table": self.table}),
         }

@@ -10,13 +10,13 @@ from metadist.core.algorithm import Algorithm
 from metadist.core.carried import CarriedAlgorithm
 from metadist.core.errors import ConfigError
 from metadist.core.task import TaskFamily
+from metadist.core.threads import one_thread
 from metadist.learners.base import AnyAlgorithm
 from metadist.learners.few_shot import FewShotLearner
 from metadist.models import GRU, MLP, ConditionalNeuralProcess, Reactive
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
 from metadist.testing import few_shot, particles, trials
-from metadist.testing.conditions import one_thread
 from metadist.testing.failures import UnusableError, usable
 from metadist.testing.gradients import check_autograd, check_finite_differences, is_exact
 from metadist.testing.quadratics import Linear, Quadratics

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from metadist.core.differences import difference
 from metadist.core.model import Model
 from metadist.core.random import SPLITS, TaskKey
+from metadist.core.threads import one_thread
 from metadist.learners.purity import impurity, other_generators
 from metadist.models import Reactive
 from metadist.rl import journey as rl_journey
@@ -20,7 +21,6 @@ from metadist.rl.environment import Continuous, Discrete, MetaEnvironment, Step
 from metadist.rl.policy import Policy
 from metadist.rl.trial import EPISODE_END, TRIAL_END, VALID, rollout
 from metadist.testing import round_trips
-from metadist.testing.conditions import one_thread
 from metadist.testing.failures import ImpureError, InexactError, SameTasksError, ShapeError, usable
 from metadist.workers import elsewhere
 

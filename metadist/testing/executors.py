@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from metadist.core.differences import difference
 from metadist.core.round import Executor
+from metadist.core.threads import one_thread
 from metadist.learners.base import Learner
-from metadist.testing.conditions import one_thread
 from metadist.testing.failures import ImpureError, usable
 from metadist.testing.running import evaluated, meta_step
 from metadist.training.scheduler import Scheduler

@@ -16,6 +16,7 @@ from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.random import seeded
 from metadist.core.task import TaskFamily
+from metadist.core.threads import one_thread
 from metadist.core.tree import at
 from metadist.learners.few_shot import FewShotLearner
 from metadist.learners.purity import other_generators
@@ -23,7 +24,6 @@ from metadist.models import ModelConfig, PolicyConfig
 from metadist.rl.environment import Continuous, MetaEnvironment
 from metadist.rl.policy import PolicyModule
 from metadist.testing import few_shot, round_trips
-from metadist.testing.conditions import one_thread
 from metadist.testing.failures import ImpureError, InexactError, RowError, ShapeError, UnusableError, usable
 from metadist.testing.running import keys
 from metadist.testing.toys import Blobs, Chance

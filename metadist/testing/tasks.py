@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 from metadist.core.differences import by_name, difference, flat, not_finite
 from metadist.core.random import SPLITS, TaskKey, seeded
 from metadist.core.task import Examples, Task, TaskFamily
+from metadist.core.threads import one_thread
 from metadist.core.tree import Tree, first, mapped, shown
 from metadist.core.tree import shapes as shapes_of
 from metadist.learners.purity import FROM_KEY, differs_by_shard, impurity, other_generators, rows_of
 from metadist.testing import round_trips
-from metadist.testing.conditions import one_thread
 from metadist.testing.failures import (
     ImpureError,
     InexactError,

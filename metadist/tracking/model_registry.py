@@ -71,7 +71,7 @@ def save(folder: Path, source: Path, about: Mapping[str, Any]) -> None:
             pip_requirements=_requirements(),
             signature=ModelSignature(Schema(inputs), Schema(outputs), steps),
             input_example=example,
-            metadata={n: str(about[n]) for n in ("run_id", "algorithm", "metric")},
+            metadata={n: str(about[n]) for n in ("run_id", "algorithm", "metric", "weights") if n in about},
         )
 
 
@@ -119,6 +119,7 @@ def register(client: Any, name: str, source: str, mlflow_run_id: str, about: Map
             SCORE: repr(about["score"]),
             PROTOCOL: about["protocol"],
             "metadist.metric": about["metric"],
+            "metadist.weights": about.get("weights", "trained"),  # a spool of an earlier version has no averages
         }
         made = client.create_model_version(name, source, run_id=mlflow_run_id, tags=tags)
     client.set_registered_model_alias(name, CANDIDATE, made.version)

@@ -23,7 +23,10 @@ class RunCheckpoints:
         self._states = states
 
     def save(self, progress: Progress) -> bool:
-        """Write a checkpoint and return whether it was written. A full disk does not end a run."""
+        """Write a checkpoint and return whether it was written. A full disk does not end a run.
+
+        Its state holds trained and averaged parameters; ``weights`` in the manifest names those that the scores are of.
+        """
         states = self.save_states(progress)
         if states is None:
             return False
@@ -36,6 +39,7 @@ class RunCheckpoints:
             **self._observers.facts(),
             "validation": as_json(progress.validation),
             "curve": as_json(progress.curve),
+            "weights": progress.state.weights,
             "commands": list(self._commands.history(progress.meta_step)),
             **states,
         }

@@ -15,6 +15,6 @@ def evaluate(workers: Scheduler, learner: Learner, state: State, request: Evalua
 
 
 def judge(workers: Scheduler, learner: Learner, state: State, request: EvaluationRequest) -> tuple[Evaluation, Records]:
-    """Judge ``state``; return the scores and the records, one row per task."""
-    records = workers.records(learner.evaluation(request, state))
+    """Judge ``state`` (its averages, where it has some); return the scores and the records, one row per task."""
+    records = workers.records(learner.evaluation(request, state.judged()))
     return learner.summarise(request, records), records

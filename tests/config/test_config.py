@@ -84,7 +84,7 @@ def test_an_unknown_key_is_named_with_the_nearest_spelling(assignment, key, near
         ("outer.betas=0.9", "outer.betas: 0.9 is not allowed"),
         (
             "outer.optimizer=adm",
-            "outer.optimizer: 'adm' is not allowed; expected one of sgd, adam, adamw; did you mean 'adam'?",
+            "'adm' is not allowed; expected one of sgd, adam, adamw, schedule_free, muon; did you mean 'adam'?",
         ),
         ("outer.clip_norm=none", "outer.clip_norm: 'none' is not allowed; expected a number or null"),
         ("evaluate.normalization=inductiv", "did you mean 'inductive'?"),

@@ -56,10 +56,12 @@ def test_the_best_run_is_champion_and_answers_as_it_does_in_process(root):
     trained(root / "a")
     assert register_run(str(root / "a"), "sinus") == "1"
     assert register_run(str(root / "a"), "sinus") == "1"  # again: no second version
-    trained(root / "b", "outer.lr=0.0")  # learns nothing
+    trained(root / "b", "outer.lr=0.0", "outer.ema=0.5")  # learns nothing
     assert register_run(str(root / "b"), "sinus") == "2"
     client = mlflow.MlflowClient()
     assert client.get_model_version_by_alias("sinus", "candidate").version == 2
+    kinds = {v.version: v.tags["metadist.weights"] for v in client.search_model_versions("name='sinus'")}
+    assert kinds == {1: "trained", 2: "averaged"}
     scores = {v.version: float(v.tags["metadist.validation"]) for v in client.search_model_versions("name='sinus'")}
     champion = client.get_model_version_by_alias("sinus", "champion").version
     assert scores[champion] == min(scores.values())
@@ -74,7 +76,8 @@ def test_the_best_run_is_champion_and_answers_as_it_does_in_process(root):
 
     from metadist.serving.load import open_model
 
-    assert open_model("models:/sinus@candidate").source == load_run(str(root / "b")).run_id
+    registered = open_model("models:/sinus@candidate")
+    assert (registered.source, registered.weights) == (load_run(str(root / "b")).run_id, "averaged")
     with pytest.raises(ConfigError, match="models:/nothing@champion"):
         open_model("models:/nothing@champion")
 

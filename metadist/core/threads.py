@@ -1,4 +1,4 @@
-"""The conditions of a check: one thread, as in a worker."""
+"""The number of threads that PyTorch computes with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let PyTorch compute in one thread; restore the number afterwards. Small tensors are slower in several threads."""
+    """Let PyTorch compute in one thread, and restore the number afterwards.
+
+    The bits of a matrix product depend on the number; small tensors are slower in several threads.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
