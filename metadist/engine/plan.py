@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from metadist.core.engine import Differentiation, Engine, Hessian
 from metadist.core.errors import ConfigError
 from metadist.engine.agreement import mixed_disagrees
+from metadist.engine.estimators import ESTIMATORS
 from metadist.engine.memory import Footprint, allocated_bytes, footprint
 from metadist.engine.subject import Subject
 
@@ -36,7 +37,7 @@ class EngineRequest(Protocol):
     def compile(self) -> Literal["auto", "always", "never"]: ...
 
     @property
-    def differentiation(self) -> Literal["auto", "unrolled", "mixed"]: ...
+    def differentiation(self) -> Literal["auto", "unrolled", "mixed", "truncated", "es", "pes"]: ...
 
     @property
     def chunk(self) -> int | Literal["auto"]: ...
@@ -205,6 +206,11 @@ def _chosen_differentiation(
     impossible = subject.meta_gradient.cannot_walk_back
     steps = subject.algorithm.inner_steps
     tasks, budget = memory.chunk, size(memory.budget)
+    if request.differentiation in ESTIMATORS:
+        raise ConfigError(
+            f"engine.differentiation: {request.differentiation} estimates the gradient of an algorithm with carried "
+            f"state, and {type(subject.algorithm).__name__} has none; use unrolled, mixed or auto"
+        )
     if request.differentiation == "mixed" and impossible:
         raise ConfigError(f"engine.differentiation: mixed, but {impossible}; use unrolled or auto")
     if request.differentiation != "auto":

@@ -14,6 +14,7 @@ from metadist.models.causal_transformer import CausalTransformer
 from metadist.models.cnp import ConditionalNeuralProcess
 from metadist.models.conv4 import Conv4
 from metadist.models.mlp import MLP
+from metadist.models.mlps import MLPs
 from metadist.models.reactive import Reactive
 from metadist.models.recurrent import GRU, LSTM
 from metadist.models.transformer import Transformer
@@ -45,6 +46,7 @@ MODELS: dict[str, type[ModelConfig] | type[PolicyConfig]] = {
     "gru": GRU,
     "lstm": LSTM,
     "mlp": MLP,
+    "mlps": MLPs,
     "reactive": Reactive,
     "transformer": Transformer,
 }

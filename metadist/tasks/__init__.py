@@ -8,12 +8,14 @@ from metadist.core.task import TaskFamily
 from metadist.tasks.image_folder import ImageFolder
 from metadist.tasks.omniglot import Omniglot
 from metadist.tasks.sinusoid import Sinusoid
+from metadist.tasks.small_images import SmallImages
 from metadist.tasks.table import TableClassification, TableRegression
 
 TASKS: dict[str, type[TaskFamily]] = {
     "sinusoid": Sinusoid,
     "omniglot": Omniglot,
     "image_folder": ImageFolder,
+    "small_images": SmallImages,
     "table_regression": TableRegression,
     "table_classification": TableClassification,
 }
