@@ -19,6 +19,7 @@ from metadist.config.groups import WorkerGroup
 from metadist.config.schema import Document, as_plain
 from metadist.config.settings import TrackingSettings
 from metadist.core.algorithm import Algorithm
+from metadist.core.carried import CarriedAlgorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.imports import path_of
 from metadist.core.round import Report
@@ -38,7 +39,7 @@ def compose(
     *,
     tasks: TaskFamily,
     model: Callable[[], nn.Module] | nn.Module | Any,
-    algorithm: Algorithm,
+    algorithm: Algorithm | CarriedAlgorithm,
     workers: int | WorkerGroup = 0,
     tracking: TrackingSettings | str = "auto",
     freeze: tuple[str, ...] = (),
@@ -52,7 +53,7 @@ def compose(
     init_from, and loss, metric and task_metrics by name or import path. Raises ConfigError where a part has the
     wrong type.
     """
-    if not isinstance(tasks, TaskFamily) or not isinstance(algorithm, Algorithm):
+    if not isinstance(tasks, TaskFamily) or not isinstance(algorithm, (Algorithm, CarriedAlgorithm)):
         raise ConfigError(
             f"expected tasks: TaskFamily and algorithm: Algorithm, got {type(tasks).__name__} and "
             f"{type(algorithm).__name__}"

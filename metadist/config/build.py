@@ -14,8 +14,10 @@ from metadist.config.experiment import ALLOWED, Component, Experiment, setting_t
 from metadist.config.schema import Document, as_plain, typed
 from metadist.config.trust import allowed_modules, check_trust
 from metadist.core.algorithm import Algorithm
+from metadist.core.carried import CarriedAlgorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import TaskFamily
+from metadist.learners.base import AnyAlgorithm
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
 
@@ -92,13 +94,15 @@ def _tasks(key: str, document: Document, trust: Sequence[str]) -> TaskFamily | M
     return made
 
 
-def _algorithm(key: str, given: Any, trust: Sequence[str]) -> Algorithm | TrialAlgorithm:
-    wanted: type[Algorithm] | type[TrialAlgorithm] = TrialAlgorithm if key == "environment" else Algorithm
+def _algorithm(key: str, given: Any, trust: Sequence[str]) -> AnyAlgorithm:
+    wanted: tuple[type[AnyAlgorithm], ...] = (
+        (TrialAlgorithm,) if key == "environment" else (Algorithm, CarriedAlgorithm)
+    )
     made = component("algorithm", given, ALGORITHM, trust=trust)
     if not isinstance(made, wanted):
         fits = [name for name, cls in ALGORITHM.own.items() if issubclass(cls, wanted)]
         raise ConfigError(
-            f"algorithm.name: {type(made).__name__} is not a metadist.{wanted.__name__}; with {key}: "
+            f"algorithm.name: {type(made).__name__} is not a metadist.{wanted[0].__name__}; with {key}: "
             f"{', '.join(sorted(fits))}, or your own"
         )
     return made

@@ -11,6 +11,7 @@ from torch import nn
 from metadist.algorithms import ALGORITHMS
 from metadist.config.plugins import Kind, find, plugins
 from metadist.core.algorithm import Algorithm
+from metadist.core.carried import CarriedAlgorithm
 from metadist.core.errors import ConfigError, nearest
 from metadist.core.task import TaskFamily
 from metadist.environments import ENVIRONMENTS
@@ -35,9 +36,9 @@ def _makes_modules(found: object) -> bool:
 ALGORITHM = Kind(
     "algorithms",
     ALGORITHMS,
-    _class_of(Algorithm, TrialAlgorithm),
-    "a class derived from metadist.Algorithm or metadist.TrialAlgorithm",
-    (Algorithm, TrialAlgorithm),
+    _class_of(Algorithm, TrialAlgorithm, CarriedAlgorithm),
+    "a class derived from metadist.Algorithm, metadist.CarriedAlgorithm or metadist.TrialAlgorithm",
+    (Algorithm, TrialAlgorithm, CarriedAlgorithm),
 )
 TASK_FAMILY = Kind(
     "tasks", TASKS, _class_of(TaskFamily), "a class derived from metadist.TaskFamily", (TaskFamily, MetaEnvironment)

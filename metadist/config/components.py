@@ -15,11 +15,11 @@ from metadist.config.catalog import resolve
 from metadist.config.plugins import Kind
 from metadist.config.schema import Document, explained, settings, typed
 from metadist.config.settings import MetricSettings
-from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError
 from metadist.core.imports import author, home_of, import_path, split_path, within
 from metadist.core.task import TaskFamily
 from metadist.core.task_metrics import BUILT_IN
+from metadist.learners.base import AnyAlgorithm
 from metadist.models import MODELS, ModelConfig, PolicyConfig
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import Continuous, MetaEnvironment
@@ -125,7 +125,7 @@ def _check_arguments(key: str, callable_: Callable[..., Any], options: Mapping[s
 
 
 def model_factory(
-    model: object, tasks: TaskFamily | MetaEnvironment, algorithm: Algorithm | TrialAlgorithm
+    model: object, tasks: TaskFamily | MetaEnvironment, algorithm: AnyAlgorithm
 ) -> Callable[[], nn.Module]:
     """Return the function that builds the module for ``tasks``.
 
@@ -137,7 +137,7 @@ def model_factory(
         return functools.partial(_copy, model)
     if isinstance(tasks, MetaEnvironment):
         return _policy_factory(model, tasks)
-    if not isinstance(model, type) and isinstance(model, ModelConfig) and isinstance(algorithm, Algorithm):
+    if not isinstance(model, type) and isinstance(model, ModelConfig) and not isinstance(algorithm, TrialAlgorithm):
         if tasks.input_shape is None:
             raise ConfigError(
                 f"tasks: {type(tasks).__name__} must state its input_shape for model '{type(model).__name__}'"

@@ -24,11 +24,13 @@ from metadist.config.settings import (
     TrackingSettings,
 )
 from metadist.core.algorithm import Algorithm
+from metadist.core.carried import CarriedAlgorithm
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
 from metadist.core.task import TaskFamily
-from metadist.learners.base import Learner
+from metadist.learners.base import AnyAlgorithm, Learner
+from metadist.learners.carried import CarriedLearner
 from metadist.learners.few_shot import FewShotLearner
 from metadist.learners.trials import TrialLearner
 from metadist.rl.algorithm import TrialAlgorithm
@@ -59,7 +61,7 @@ class Experiment:
     seed: int = 0
     tasks: Component[TaskFamily | MetaEnvironment]
     model: Component[Callable[[], nn.Module]]
-    algorithm: Component[Algorithm | TrialAlgorithm]
+    algorithm: Component[AnyAlgorithm]
     outer: OuterLoop = OuterLoop()
     evaluate: EvaluateSettings = EvaluateSettings()
     workers: tuple[WorkerGroup, ...] = (WorkerGroup(),)
@@ -154,6 +156,13 @@ class Experiment:
                 rollout_role="environment" if apart else "learner",
                 policy=self.evaluate.policy,
             )
+        if isinstance(algorithm, CarriedAlgorithm):
+            if self.evaluate.normalization != "transductive":
+                raise ConfigError(
+                    f"evaluate.normalization: {self.evaluate.normalization}; algorithm "
+                    f"'{type(algorithm).__name__}' trains whole networks, which take transductive"
+                )
+            return CarriedLearner(algorithm, model, tasks, self.outer, self.engine.non_finite)
         assert isinstance(algorithm, Algorithm)
         return FewShotLearner(algorithm, model, tasks, self.outer, self.evaluate.normalization, self.engine.non_finite)
 

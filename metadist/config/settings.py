@@ -36,13 +36,18 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """A checkpoint every ``every`` meta-steps. The newest ``keep`` and the best on validation stay."""
+    """A checkpoint every ``every`` meta-steps. The newest ``keep`` and the best on validation stay.
+
+    The states of particles (algorithms with carried state) are saved with every checkpoint, and every ``states_every``
+    meta-steps: a state that is lost with its worker is computed again from there.
+    """
 
     every: int = 500
     keep: int = 2
+    states_every: int = 100
 
     def __post_init__(self) -> None:
-        at_least(1, **{"checkpoint.every": self.every, "checkpoint.keep": self.keep})
+        at_least(1, **{f"checkpoint.{n}": getattr(self, n) for n in ("every", "keep", "states_every")})
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ class Computation:
     """
 
     name: ClassVar[str]
+    #: whether the output of a shard is a state that the next meta-step needs
+    carries: ClassVar[bool] = False
+    #: whether a worker needs θ for it
+    reads_theta: ClassVar[bool] = True
 
     def arguments(self) -> dict[str, Argument]:
         """Return the arguments by name, global rollout statistics among them."""
@@ -74,6 +78,33 @@ class Surrogate(Computation):
     name = "surrogate"
     fraction: float
     statistics: Statistics = ()
+
+
+@dataclass(frozen=True)
+class Advance(Computation):
+    """Advance particles by one meta-step: sum their contributions, and keep their states as the output of the shard."""
+
+    name = "advance"
+    carries = True
+
+
+@dataclass(frozen=True)
+class SaveStates(Computation):
+    """Write the states that the shard needs to the folder ``place``, a path or any fsspec URL."""
+
+    name = "save"
+    reads_theta = False
+    place: str
+
+
+@dataclass(frozen=True)
+class LoadStates(Computation):
+    """Read the states of an ``Advance`` shard from the folder ``place``, and keep them as the output of the shard."""
+
+    name = "load"
+    carries = True
+    reads_theta = False
+    place: str
 
 
 def _subclasses(parent: type[Computation]) -> Iterator[type[Computation]]:

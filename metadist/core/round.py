@@ -13,6 +13,8 @@ from metadist.core.state import Contribution, Records, State
 Result = Union[Contribution, Records]
 OutputKey = tuple[int, int, int]
 """(meta-step, round, shard): names the cached output of a shard that a later round needs."""
+RoundKey = tuple[int, int]
+"""(meta-step, round): names the θ of a round."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,21 @@ class Shard:
     def function(self) -> str:
         """The name of the computation, in messages and metrics."""
         return self.computation.name
+
+    @property
+    def carries(self) -> bool:
+        """Whether the output is a state that the next meta-step needs."""
+        return self.computation.carries
+
+    @property
+    def counts(self) -> bool:
+        """Whether its tasks are new ones: not those of an earlier round of the meta-step, or of states in a folder."""
+        return self.computation.reads_theta and (self.carries or not self.needs)
+
+    @property
+    def of_round(self) -> RoundKey:
+        """The round that the shard belongs to."""
+        return self.meta_step, self.round
 
     @property
     def leaves(self) -> int:
@@ -202,12 +219,21 @@ class Executor(Protocol):
         """Make θ available to every worker for the shards of this round, and return the number of bytes published.
 
         Round 0 drops the outputs and the θs of earlier meta-steps. Until then outputs are kept together with the θ of
-        their rounds, so that shards of those rounds can be submitted again.
+        their rounds, so that shards of those rounds can be submitted again. States (outputs of shards that ``carries``)
+        of the meta-step before are kept too, and the θ of their rounds until ``release``.
         """
+        ...
+
+    def release(self, meta_step: int) -> None:
+        """Drop the θs from which states of meta-steps before ``meta_step`` were computed: those can be loaded."""
         ...
 
     def capacity(self, role: str) -> int:
         """Return the number of further shards of ``role`` that can be submitted now."""
+        ...
+
+    def near(self, shard: Shard) -> bool:
+        """Return whether a worker with room holds all outputs that ``shard`` needs."""
         ...
 
     def submit(self, shard: Shard, attempt: int) -> None:

@@ -43,6 +43,8 @@ def draw(result: Result, folder: Path) -> list[Path]:
         if len(judged.mean) > 1:
             drawn.append(folder / f"adaptation_{judged.split}.png")
             plots.adaptation_curve(drawn[-1], judged.mean, judged.ci95, metric, judged.split, judged.left_out_note)
+    if learner.servable() is not None:  # there is no adaptation to a single task to draw
+        return drawn
     if isinstance(learner.tasks, Sinusoid):
         drawn.append(folder / "sinusoid_fits.png")
         plots.sinusoid_fits(drawn[-1], [_sinusoid(result, learner.tasks, index) for index in range(3)])

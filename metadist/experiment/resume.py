@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import yaml
@@ -16,12 +17,14 @@ from metadist.config.experiment import Experiment
 from metadist.config.schema import flatten, parse_yaml
 from metadist.config.trust import modules_of
 from metadist.core.errors import CheckpointError, ConfigError
+from metadist.core.round import MetaStepKey
 from metadist.experiment.attempt import Attempt, edited_modules
 from metadist.experiment.lifecycle import locked
 from metadist.experiment.load import initial_parameters
 from metadist.experiment.request import RunRequest
 from metadist.storage.checkpoints import Checkpoints, Loaded
 from metadist.storage.run_directory import RunDirectory, new_run_id, newest_run, runs_root
+from metadist.storage.states import StateFolders
 from metadist.training.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -90,7 +93,7 @@ def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str
     learner = experiment.learner
     higher_is_better = learner.tasks.higher_is_better
     checkpoints = Checkpoints(directory.url, keep=experiment.checkpoint.keep, higher_is_better=higher_is_better)
-    earlier = checkpoints.latest(learner.slots)
+    earlier = checkpoints.latest(learner.slots, partial(_without_states, experiment, directory))
     if earlier is None:
         modules = [*trust, *modules_of(experiment.document)]
         progress = Progress(0, learner.initial(experiment.seed, initial_parameters(experiment.init_from, modules)))
@@ -103,6 +106,13 @@ def resume_or_start(experiment: Experiment, directory: RunDirectory, run_id: str
     _write_config(directory, experiment)
     inexact = list(earlier.manifest.get("inexact", ())) if earlier else []
     return Attempt(experiment, directory, run_id, checkpoints, earlier, progress, inexact, edited)
+
+
+def _without_states(experiment: Experiment, directory: RunDirectory, loaded: Loaded) -> str | None:
+    """Return why the states of particles that belong to a checkpoint can't be read; None where all is well."""
+    key = MetaStepKey("", loaded.meta_step, experiment.seed)
+    shards = len(experiment.learner.carried(key))
+    return StateFolders(directory.url).problem(loaded.manifest.get("states"), shards) if shards else None
 
 
 def _write_config(directory: RunDirectory, experiment: Experiment) -> None:

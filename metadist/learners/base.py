@@ -8,12 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, Union
 
 import torch
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, Phi
+from metadist.core.carried import CarriedAlgorithm
 from metadist.core.computation import Computation, Evaluate
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, MetadistError, first_line
@@ -34,6 +35,9 @@ from metadist.rl.environment import MetaEnvironment
 log = logging.getLogger(__name__)
 AnyLearner = TypeVar("AnyLearner", bound="Learner")
 
+AnyAlgorithm = Union[Algorithm, TrialAlgorithm, CarriedAlgorithm]
+"""An algorithm of any learner."""
+
 Surround = Callable[[str], AbstractContextManager[None]]
 """Given the name of a graph, a context around its compilation."""
 
@@ -48,7 +52,7 @@ class Learner(ABC):
     #: functions of shards whose sums have slots: gradients and sums of the same layout
     gradients: ClassVar[tuple[str, ...]] = ("gradient",)
 
-    algorithm: Algorithm | TrialAlgorithm
+    algorithm: AnyAlgorithm
     model: Model
     tasks: TaskFamily | MetaEnvironment
     outer: OuterLoop
@@ -102,6 +106,10 @@ class Learner(ABC):
     @abstractmethod
     def meta_step(self, key: MetaStepKey, state: State) -> Rounds:
         """Yield the rounds of one meta-step, receive the sum of each, and return the new state and a report."""
+
+    def carried(self, key: MetaStepKey) -> Sequence[Shard]:
+        """Return the shards whose states the meta-step of ``key`` needs; none where the learner carries no states."""
+        return ()
 
     @abstractmethod
     def evaluation(self, request: EvaluationRequest, state: State) -> Round:

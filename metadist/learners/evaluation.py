@@ -12,7 +12,9 @@ from typing import TypeVar, cast
 import torch
 
 from metadist.core.errors import WorkerError
+from metadist.core.random import TaskKey
 from metadist.core.state import Records
+from metadist.core.task import TaskFamily
 from metadist.core.task_metrics import TaskMetric
 from metadist.learners.intervals import Sampling, over_tasks
 from metadist.rl.algorithm import EPISODES_SHOWN
@@ -253,6 +255,14 @@ def score_tasks(
         task_metrics=scores,
         tables=tables,
     )
+
+
+def sources_of(family: TaskFamily, keys: TaskKey) -> torch.Tensor | None:
+    """Return the sources of the tasks, int64 [T, sources of a task], or None where the family names none."""
+    found = [family.sources(key, keys.split) for key in keys.each()]
+    if any(source is None for source in found):
+        return None
+    return torch.tensor([source if isinstance(source, tuple) else (source,) for source in found])
 
 
 def counted_trials(records: Records, split: str) -> Records:

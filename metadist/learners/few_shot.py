@@ -33,7 +33,7 @@ from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
 from metadist.learners.base import Learner, Surround
 from metadist.learners.dry_run import task_hashes, try_metrics, try_tasks, try_twice
 from metadist.learners.dry_run_paths import try_paths
-from metadist.learners.evaluation import Evaluation, score_tasks
+from metadist.learners.evaluation import Evaluation, score_tasks, sources_of
 from metadist.learners.signature import describe, describe_earlier
 
 log = logging.getLogger(__name__)
@@ -326,15 +326,8 @@ class FewShotLearner(Learner):
             metrics = torch.stack([metric_of_tasks(self.tasks, p.contiguous(), tasks.query) for p in by_step], 1)
             columns = {"loss": losses, self.tasks.metric_name: metrics}
             columns |= {m.name: m.of_tasks(predictions, tasks.query) for m in self.task_metrics}
-        sources = {} if (found := self._sources(keys)) is None else {"source": found}
+        sources = {} if (found := sources_of(self.tasks, keys)) is None else {"source": found}
         return Records({"task": keys.tasks, **sources, **{n: column.double().cpu() for n, column in columns.items()}})
-
-    def _sources(self, keys: TaskKey) -> Tensor | None:
-        """Return the sources of the tasks, int64 [T, sources of a task], or None where the family names none."""
-        found = [self.tasks.sources(key, keys.split) for key in keys.each()]
-        if any(source is None for source in found):
-            return None
-        return torch.tensor([source if isinstance(source, tuple) else (source,) for source in found])
 
     def _judge(self, algorithm: Algorithm, model: BoundModel, phi: Phi, support: Tensor, x: Tensor) -> Tensor:
         """Return predictions for x [N, …], normalised as ``normalization`` says.

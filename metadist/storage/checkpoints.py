@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,7 +87,7 @@ class Checkpoints:
     def __init__(self, run_dir: str | Path, *, keep: int = 2, higher_is_better: bool = True) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least one checkpoint must be kept")
-        self.keep, self.higher_is_better = keep, higher_is_better
+        self.keep, self.higher_is_better, self.run_dir = keep, higher_is_better, run_dir
         try:
             self._store = Store(run_dir, "checkpoints")
         except (ValueError, ImportError) as error:
@@ -173,13 +173,16 @@ class Checkpoints:
             return file, file in files, file in files and old == body
         return file, False, False
 
-    def latest(self, slots: Mapping[str, Slot] | None = None) -> Loaded | None:
+    def latest(
+        self, slots: Mapping[str, Slot] | None = None, problem: Callable[[Loaded], str | None] = lambda loaded: None
+    ) -> Loaded | None:
         """Return the newest checkpoint whose hashes are right; None if there is none. Skip damaged ones with a warning.
 
+        ``problem`` returns a further reason to skip one, or None.
         Raises ``CheckpointError`` if checkpoints exist but none can be used, or if one is of another format version or,
         where ``slots`` is given, of another model. A single interrupted save counts as none: it was the first save.
         """
-        return self._first(sorted(self.list(), key=lambda e: -e.meta_step), slots)
+        return self._first(sorted(self.list(), key=lambda e: -e.meta_step), slots, problem)
 
     def best(self, slots: Mapping[str, Slot] | None = None) -> Loaded | None:
         """Return the checkpoint with the best score (the earliest of equals), or None; errors as in ``latest``."""
@@ -247,11 +250,19 @@ class Checkpoints:
         self._store.remove(f"{directory}/{_MANIFEST}")  # first: a half-removed step must not look complete
         self._store.remove_tree(directory)
 
-    def _first(self, entries: Sequence[CheckpointEntry], slots: Mapping[str, Slot] | None) -> Loaded | None:
+    def _first(
+        self,
+        entries: Sequence[CheckpointEntry],
+        slots: Mapping[str, Slot] | None,
+        problem: Callable[[Loaded], str | None] = lambda loaded: None,
+    ) -> Loaded | None:
         problems = []
         for entry in entries:
             try:
-                return self._load(entry.meta_step, slots)
+                loaded = self._load(entry.meta_step, slots)
+                if found := problem(loaded):
+                    raise _Unusable(found)
+                return loaded
             except _Unusable as error:
                 problems.append(error)
                 _log.warning("checkpoint %s skipped: %s", entry.path, error)

@@ -18,6 +18,7 @@ from metadist.core.random import TaskKey
 from metadist.core.state import Slot
 from metadist.core.task import Task, TaskFamily
 from metadist.engine.meta_gradient import fixed
+from metadist.learners.particles import fresh_parameters
 
 
 @dataclass
@@ -75,12 +76,6 @@ class Population:
         state, contribution = self.algorithm.advance(theta, particle.state, context)
         particle.state = pytree.tree_map(torch.Tensor.detach, state)
         return contribution
-
-
-def fresh_parameters(model: Model, life: TaskKey) -> Parameters:
-    """Return the learned parameters of the network, initialised by the start of a particle's life."""
-    low, high = (int(word) for word in life.words(network=2)[0])
-    return model.initial(low | (high & 0x7FFFFFFF) << 32)[0]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from functools import partial
 
 from metadist.core.round import run_rounds
 from metadist.storage.checkpoints import Checkpoints
+from metadist.training.carried_states import CarriedStates
 from metadist.training.checkpointing import RunCheckpoints
 from metadist.training.evaluation import evaluate
 from metadist.training.meter import Meter
@@ -18,9 +19,10 @@ def meta_train(
     run: Run, progress: Progress, workers: Scheduler, observers: Observer, checkpoints: Checkpoints, commands: Commands
 ) -> Outcome:
     """θ ← outer(θ, Σ contributions / Σ weights), ``run.meta_steps`` times, with validation and checkpoints when due."""
-    saver, meter, stopped = RunCheckpoints(run, checkpoints, observers, commands), Meter(workers), None
-    saved = progress.meta_step
+    states, meter, stopped = CarriedStates(run, checkpoints, workers), Meter(workers), None
+    saver, saved = RunCheckpoints(run, checkpoints, observers, commands, states), progress.meta_step
     try:
+        states.restore(progress)
         while progress.meta_step < run.meta_steps:
             if stopped := run.out_of_patience(progress):
                 break
@@ -45,6 +47,8 @@ def meta_train(
             if run.saves(progress):
                 saver.save(progress)
                 saved = progress.meta_step
+            elif states.due(progress):
+                saver.save_states(progress)
         if saved != progress.meta_step:
             saver.save(progress)
         best_step, best = saver.best(progress)

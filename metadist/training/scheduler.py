@@ -80,9 +80,13 @@ class _Progress:
             if not keys:
                 del self.waiting[other]
                 self.pending.appendleft(other)
-        mine = shard.round == self.round.index
+        mine = self.is_mine(shard)
         self.left -= shard.leaves if mine else 0
         return mine
+
+    def is_mine(self, shard: Shard) -> bool:
+        """Return whether ``shard`` belongs to this round, and was not submitted again for its output alone."""
+        return shard.of_round == self.round.shards[0].of_round
 
     def again(self, shard: Shard) -> None:
         """Submit a shard again; a block as single shards, which spread over the workers and fail one by one."""
@@ -161,7 +165,7 @@ class Scheduler:
                 elif result is not None:
                     reducing = time.perf_counter()
                     total.add(event.shard.index, result, event.shard.leaves)
-                    self.tasks_done += 0 if event.shard.needs else result.tasks
+                    self.tasks_done += result.tasks if event.shard.counts else 0
                     self.measured.seconds["reduce"] += time.perf_counter() - reducing
             if events or self._outstanding:
                 idle_since = time.monotonic()
@@ -171,6 +175,11 @@ class Scheduler:
         self.measured.seconds["gather"] += time.monotonic() - began
         return total.result() if round.reduce else Records.concatenate([records[i] for i in range(len(round.shards))])
 
+    def anchor(self, loads: Sequence[Shard]) -> None:
+        """Compute lost states from those that ``loads`` read from now on: the θs from before are not needed."""
+        self._producers = {shard.key: shard for shard in loads}
+        self.executor.release(loads[0].meta_step + 1)
+
     def idle(self) -> None:
         """Let workers start between rounds. Late answers are dropped."""
         for event in self.executor.wait(0.0):
@@ -178,7 +187,7 @@ class Scheduler:
 
     def _begin(self, round: Round) -> None:
         if round.index == 0:
-            self._producers.clear()
+            self._producers = {key: shard for key, shard in self._producers.items() if shard.carries}
             self._attempts.clear()
         self._producers.update((shard.key, shard) for shard in round.shards if shard.keeps)
 
@@ -197,7 +206,15 @@ class Scheduler:
 
     def _submit(self, progress: _Progress) -> None:
         while progress.pending and self.executor.capacity(progress.pending[0].role) > 0:
-            self._give(progress.pending.popleft())
+            self._give(self._next(progress.pending))
+
+    def _next(self, pending: deque[Shard]) -> Shard:
+        """Take the first shard out of ``pending``; if there is one, the first whose states a free worker holds."""
+        if pending[0].carries and pending[0].needs:
+            near = next((shard for shard in pending if shard.needs and self.executor.near(shard)), pending[0])
+            pending.remove(near)
+            return near
+        return pending.popleft()
 
     def _give(self, shard: Shard) -> None:
         self._attempts[shard] += 1
@@ -212,7 +229,7 @@ class Scheduler:
             self.measured.counts["duplicates"] += 1
             return None
         if isinstance(event, Finished):
-            reduce = progress.round.reduce or shard.round != progress.round.index
+            reduce = progress.round.reduce or not progress.is_mine(shard)
             fault = fault_of(event.result, shard, self._learner, reduce)
             if fault is None:
                 self._durations[shard.function].append((time.monotonic() - started) / shard.leaves)

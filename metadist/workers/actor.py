@@ -66,9 +66,9 @@ class Actor:
         )
         self._version = 0
         self._theta: dict[str, Tensor] = {}
-        #: token → output that this meta-step's shards kept here or needed: every output is decoded once
-        self._outputs: dict[int, Records] = {}
-        self._meta_step = -1
+        #: token → output, with the shard that kept it here or elsewhere: every output is decoded once
+        self._outputs: dict[int, tuple[Shard, Records]] = {}
+        self._since = 0
         self._feedback = ErrorFeedback(self._learner.slots)
         self._copies = {"modules": code_here(settings.modules), "data_sha256": self._learner.data_sha256}
         return {"role": settings.role, "describes": self._worker.describe(), **self._worker.about(), **self._copies}
@@ -86,9 +86,9 @@ class Actor:
         shard, slots = call.shard, self._worker.learner.slots
         for key, counted in call.settled or ():
             self._feedback.settle(key, counted)
-        if shard.meta_step != self._meta_step:
-            self._outputs.clear()
-            self._meta_step = shard.meta_step
+        if call.since != self._since:
+            self._outputs = {t: kept for t, kept in self._outputs.items() if kept[0].meta_step >= call.since}
+            self._since = call.since
         self._take_theta(call, theta)
         inputs = [self._taken(name, token, parts) for (name, token), parts in zip(call.needs, outputs)]
         result, output, stats = self._worker.compute(shard, self._theta, inputs)
@@ -99,11 +99,18 @@ class Actor:
         parts = result_parts(result, slots, header, wire)
         if output is None:
             return parts
-        self._outputs[call.token] = output
+        self._outputs[call.token] = (shard, output)
         return parts, output_parts(output, header)
 
+    def held(self, token: int) -> list[pa.Buffer] | None:
+        """Return the frame of an output that lies here, in parts; None where it does not. Any thread may call it."""
+        if token not in (outputs := self._outputs):
+            return None
+        shard, output = outputs[token]
+        return output_parts(output, ResultHeader(shard, 0, self._worker.name))
+
     def _take_theta(self, call: Call, theta: list[pa.Buffer] | None) -> None:
-        if call.version == self._version:
+        if call.version == self._version or not call.version:
             return
         if theta is None:
             raise RejectedError(f"theta {call.version} did not arrive")
@@ -115,9 +122,9 @@ class Actor:
         """Return the output of ``shard`` that the call ``token`` made."""
         if parts is not None:
             try:
-                self._outputs[token] = decode_output(parts, shard, self._worker.device)
+                self._outputs[token] = (shard, decode_output(parts, shard, self._worker.device))
             except RejectedError as error:
                 raise MissingError(f"the output of {shard} was refused: {error}", (shard.key,)) from error
         if token not in self._outputs:
             raise MissingError(f"the output of {shard} did not arrive")
-        return self._outputs[token]
+        return self._outputs[token][1]

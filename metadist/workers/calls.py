@@ -19,6 +19,7 @@ class Call:
     """One attempt at a shard. ``version`` names θ; ``token`` names this call and the output that the shard keeps.
 
     ``needs``: the shards whose outputs the shard needs, each with the token of the call that made the output.
+    ``since``: the oldest meta-step with outputs that a worker must still hold.
     ``settled``: whether earlier contributions of the worker were summed, where contributions travel in half
     precision; else None.
     """
@@ -29,6 +30,7 @@ class Call:
     token: int
     needs: tuple[tuple[Shard, int], ...] = ()
     settled: Settled | None = None
+    since: int = 0
 
 
 class MissingError(Exception):

@@ -125,8 +125,14 @@ class FaultyExecutor:
     def publish(self, meta_step: int, round: int, state: State) -> int:
         return self.inner.publish(meta_step, round, state)
 
+    def release(self, meta_step: int) -> None:
+        self.inner.release(meta_step)
+
     def capacity(self, role: str) -> int:
         return self.inner.capacity(role)
+
+    def near(self, shard: Shard) -> bool:
+        return self.inner.near(shard)
 
     def submit(self, shard: Shard, attempt: int) -> None:
         fault = self._fault_for(shard)

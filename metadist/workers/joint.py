@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection
 from typing import Any
@@ -47,8 +48,15 @@ class JointExecutor:
             self._failed.clear()
         return self._own.publish(meta_step, round, state) + self._remote.publish(meta_step, round, state)
 
+    def release(self, meta_step: int) -> None:
+        self._own.release(meta_step)
+        self._remote.release(meta_step)
+
     def capacity(self, role: str) -> int:
         return sum(max(0, side.capacity(role)) for side in self._serving(role))
+
+    def near(self, shard: Shard) -> bool:
+        return any(side.near(shard) for side in self._serving(shard.role))
 
     def submit(self, shard: Shard, attempt: int) -> None:
         room = {e: e.capacity(shard.role) / self._count(e, shard.role) for e in self._serving(shard.role)}
@@ -59,7 +67,9 @@ class JointExecutor:
             for other in (self._own, self._remote):
                 found = None if other is chosen else other.output(key)
                 if found is not None:
-                    chosen.adopt(*found)
+                    # Where the worker that holds an output has died, the chosen side reports that it is missing.
+                    with contextlib.suppress(LookupError):
+                        chosen.adopt(*found)
         self._asked[shard, attempt] = chosen
         chosen.submit(shard, attempt)  # reports the outputs that are still missing
 
@@ -89,7 +99,7 @@ class JointExecutor:
         side = self._asked.pop((event.shard, event.attempt), None)
         if isinstance(event, Finished) and event.shard.keeps:
             for each in (self._own, self._remote):
-                each.hold(event.shard.round)
+                each.hold(event.shard)
         if isinstance(event, Failed) and side is not None and event.kind != "missing":
             self._failed.update(dict.fromkeys(event.shard.each(), side))
         return event

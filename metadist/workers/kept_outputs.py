@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from metadist.core.round import Executor, Failed, OutputKey, Shard
+from metadist.core.round import Event, Executor, Failed, Finished, OutputKey, RoundKey, Shard
 from metadist.engine.plan import Plan
 from metadist.workers.calls import Call, Content, Settled
+from metadist.workers.states import content_of, counted, saved
 
 ThetaT = TypeVar("ThetaT")
 StoredT = TypeVar("StoredT")
@@ -26,38 +27,64 @@ class KeptOutput(Generic[StoredT]):
 class KeptOutputs(Generic[ThetaT, StoredT]):
     """The outputs of a meta-step's shards, and the θ of every round that has outputs.
 
-    Lost outputs are computed again under the θ of their round.
+    Lost outputs are computed again under the θ of their round. The outputs of shards that ``carries`` are states: the
+    next meta-step needs them too.
     """
 
     def __init__(self) -> None:
-        #: round → (version, θ). One meta-step publishes several θ: of its rounds, its validation, the test of the best
-        self.thetas: dict[int, tuple[int, ThetaT]] = {}
+        #: (version, θ). One meta-step publishes several θ: of its rounds, its validation, the test of the best
+        self.thetas: dict[RoundKey, tuple[int, ThetaT]] = {}
         self.outputs: dict[OutputKey, KeptOutput[StoredT]] = {}
-        self._rounds: set[int] = set()
+        self._rounds: set[RoundKey] = set()
+        #: the rounds that states come from
+        self._carrying: set[RoundKey] = set()
         self._version = self._token = 0
 
-    def publish(self, round: int, theta: ThetaT) -> None:
-        """Add the θ of ``round``. Round 0 drops all outputs; every round drops the θs that no output comes from."""
+    def publish(self, meta_step: int, round: int, theta: ThetaT) -> None:
+        """Add the θ of a round; drop the θs that no output comes from.
+
+        Round 0 drops all outputs, except for the states of the meta-step before.
+        """
         if round == 0:
             self._rounds.clear()
-            self.outputs.clear()
+            self.outputs = {
+                k: o for k, o in self.outputs.items() if o.shard.carries and o.shard.meta_step >= meta_step - 1
+            }
         self._version += 1
-        self.thetas = {r: t for r, t in self.thetas.items() if r in self._rounds}
-        self.thetas[round] = (self._version, theta)
+        self.thetas = {r: t for r, t in self.thetas.items() if r in self._rounds or r in self._carrying}
+        self.thetas[meta_step, round] = (self._version, theta)
 
-    def hold(self, round: int) -> None:
-        """Keep the θ of this round, although all outputs of the round may lie elsewhere."""
-        self._rounds.add(round)
+    def release(self, meta_step: int) -> None:
+        """Drop the θs of states of earlier meta-steps than ``meta_step``."""
+        self._carrying = {r for r in self._carrying if r[0] >= meta_step}
+        self.thetas = {r: t for r, t in self.thetas.items() if r[0] >= meta_step or r in self._rounds}
+
+    def hold(self, shard: Shard) -> None:
+        """Keep the θ of the shard's round, although all outputs of the round may lie elsewhere."""
+        (self._carrying if shard.carries else self._rounds).add(shard.of_round)
+
+    def theta(self, shard: Shard) -> tuple[int, ThetaT | None]:
+        """Return version and θ of the shard's round; (0, None) for a shard that needs no θ."""
+        return self.thetas[shard.of_round] if shard.computation.reads_theta else (0, None)
+
+    def lies_with(self, shard: Shard, holds: set[int]) -> bool:
+        """Return whether a worker with the tokens ``holds`` has all outputs that ``shard`` needs."""
+        return not self.lacking(shard) and all(output.token in holds for output in self.needed(shard))
+
+    @property
+    def tokens(self) -> set[int]:
+        """The tokens of all outputs."""
+        return {output.token for output in self.outputs.values()}
 
     def keep(self, shard: Shard, stored: StoredT, token: int | None = None) -> None:
         """Keep the output of ``shard``, made by the call ``token``; without a token the output gets a new one."""
-        self.hold(shard.round)
+        self.hold(shard)
         self.outputs[shard.key] = KeptOutput(shard, self._new_token() if token is None else token, stored)
 
     def keep_answer(self, call: Call, stored: StoredT) -> bool:
         """Keep the output that ``call`` made. Return False where the round has another θ by now."""
-        current = self.thetas.get(call.shard.round)
-        if current is None or current[0] != call.version:
+        known = not call.version or call.shard.of_round in self.thetas
+        if not known or self.theta(call.shard)[0] != call.version:
             return False
         self.keep(call.shard, stored, call.token)
         return True
@@ -73,7 +100,8 @@ class KeptOutputs(Generic[ThetaT, StoredT]):
     def call(self, shard: Shard, attempt: int, settled: Settled | None = None) -> Call:
         """Return a new call for ``shard``, under the θ of its round and with the outputs that it needs."""
         needs = tuple((output.shard, output.token) for output in self.needed(shard))
-        return Call(shard, attempt, self.thetas[shard.round][0], self._new_token(), needs, settled)
+        since = min([shard.meta_step, *(output.shard.meta_step for output in self.outputs.values())])
+        return Call(shard, attempt, self.theta(shard)[0], self._new_token(), needs, settled, since)
 
     def _new_token(self) -> int:
         self._token += 1
@@ -111,9 +139,12 @@ class KeepingExecutor(Executor, ABC, Generic[ThetaT, StoredT]):
         """Return the keys of the outputs that ``shard`` needs and that are not here."""
         return self._kept.lacking(shard)
 
-    def hold(self, round: int) -> None:
-        """Keep the θ of this round, since outputs come from it that lie elsewhere."""
-        self._kept.hold(round)
+    def hold(self, shard: Shard) -> None:
+        """Keep the θ of the shard's round, since its output lies elsewhere."""
+        self._kept.hold(shard)
+
+    def release(self, meta_step: int) -> None:
+        self._kept.release(meta_step)
 
     def output(self, key: OutputKey) -> tuple[Shard, Content] | None:
         """Return the shard and the content of an output, or None where it is not here."""
@@ -123,6 +154,21 @@ class KeepingExecutor(Executor, ABC, Generic[ThetaT, StoredT]):
     def adopt(self, shard: Shard, content: Content) -> None:
         """Keep an output that another executor made."""
         self._kept.keep(shard, self.stored_from(shard, content))
+
+    def _by_driver(self, shard: Shard, attempt: int) -> Event:
+        """Save or load the states of ``shard`` here: the folder is on this machine, and the workers are not."""
+        if shard.keeps:
+            self._kept.keep(shard, self.stored_from(shard, lambda: [content_of(shard)]))
+            return Finished(shard, attempt, "driver", counted(shard))
+        from metadist.wire.codec import decode_output
+
+        [kept] = self._kept.needed(shard)
+        try:
+            states = decode_output(list(self.content_of(kept)()), kept.shard)
+        except Exception as error:  # the holder has died, or its store raises errors of its own
+            reason = f"the states that it needs can't be fetched ({type(error).__name__})"
+            return self._lost(self._kept.call(shard, attempt), shard.needs, reason, "driver")
+        return Finished(shard, attempt, "driver", saved(shard, states, "driver"))
 
     def _missing(self, shard: Shard, attempt: int) -> Failed | None:
         """Return the event for a shard whose needed outputs are not all here."""

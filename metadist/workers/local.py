@@ -65,11 +65,14 @@ class LocalExecutor(KeepingExecutor[dict[str, torch.Tensor], Records]):
         self._queue: deque[tuple[Shard, int]] = deque()
 
     def publish(self, meta_step: int, round: int, state: State) -> int:
-        self._kept.publish(round, {n: v.to(self._worker.device) for n, v in state.slots.items()})
+        self._kept.publish(meta_step, round, {n: v.to(self._worker.device) for n, v in state.slots.items()})
         return 0
 
     def capacity(self, role: str) -> int:
         return 1 - len(self._queue)
+
+    def near(self, shard: Shard) -> bool:
+        return not self._kept.lacking(shard)
 
     def submit(self, shard: Shard, attempt: int) -> None:
         self._queue.append((shard, attempt))
@@ -85,7 +88,7 @@ class LocalExecutor(KeepingExecutor[dict[str, torch.Tensor], Records]):
             return [missing]
         inputs = [output.stored for output in self._kept.needed(shard)]
         try:
-            result, output, stats = self._worker.compute(shard, self._kept.thetas[shard.round][1], inputs)
+            result, output, stats = self._worker.compute(shard, self._kept.theta(shard)[1] or {}, inputs)
         except NonFiniteError as error:
             return [Failed(shard, attempt, "local", "rejected", str(error), error.tasks)]
         except TaskError as error:

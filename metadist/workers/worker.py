@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from metadist.core.computation import LoadStates, SaveStates
 from metadist.core.engine import Engine
 from metadist.core.errors import CompilerError, ConfigError, MetadistError, NonFiniteError
 from metadist.core.round import Result, Shard, WithOutput
@@ -27,6 +28,7 @@ from metadist.engine.plan import Device
 from metadist.learners.base import Learner
 from metadist.workers.fingerprint import DETERMINISTIC_CUBLAS, numerics_fingerprint
 from metadist.workers.plan import device_facts, why_not_compiled
+from metadist.workers.states import loaded, saved
 
 
 def resolve_device(wanted: str, gpus: float) -> torch.device:
@@ -168,7 +170,12 @@ class Worker:
     def _computed(
         self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records]
     ) -> tuple[Result, Records | None]:
-        found = self.learner.compute(shard, theta, inputs) if shard.needs else self.learner.compute(shard, theta)
+        if isinstance(shard.computation, SaveStates):
+            return saved(shard, inputs[0], self.name), None
+        if isinstance(shard.computation, LoadStates):
+            found: Result | WithOutput = loaded(shard, self.device)
+        else:
+            found = self.learner.compute(shard, theta, inputs) if shard.needs else self.learner.compute(shard, theta)
         if isinstance(found, WithOutput) != shard.keeps:
             has = "no output" if shard.keeps else "an output"
             raise ValueError(f"function '{shard.function}' has {has}; the shard says otherwise")

@@ -69,7 +69,7 @@ def test_trials_of_another_theta_would_give_another_result():
     class Mistaken(LocalExecutor):
         def publish(self, meta_step, round, state):
             size = super().publish(meta_step, round, state)
-            self._kept.thetas = dict.fromkeys([*self._kept.thetas, round], self._kept.thetas[round])
+            self._kept.thetas = dict.fromkeys(self._kept.thetas, self._kept.thetas[meta_step, round])
             return size
 
     state, fleet = train(learner, forgetful(random.Random(0), 0.1), Mistaken)

@@ -29,6 +29,7 @@ from metadist.workers.plan import Planner
 from metadist.workers.ray.actors import ActorPool, Asked, Member
 from metadist.workers.ray.cluster import short
 from metadist.workers.settings import RunSettings
+from metadist.workers.states import reachable, stores
 from metadist.workers.worker import TaskError
 
 #: shards in flight per actor: one computing, one waiting, so that no actor waits for the driver
@@ -84,26 +85,39 @@ class RayExecutor(KeepingExecutor[Any, Any]):
         size = sum(p.size for p in parts)
         # A small θ travels with the first call: its way through the object store takes longer than the copies.
         theta = ray.put(parts) if size > ray_environment.INLINE_BYTES else [pa.py_buffer(p.to_pybytes()) for p in parts]
-        self._kept.publish(round, theta)
+        self._kept.publish(meta_step, round, theta)
         self._open.clear()
         if round == 0:
+            states = self._kept.tokens
             for member in self._pool.members.values():
-                member.holds.clear()
+                member.holds &= states
         return size
 
     def capacity(self, role: str) -> int:
         return sum(DEPTH - len(m.calls) for m in self._pool.ready(role))
 
+    def near(self, shard: Shard) -> bool:
+        room = (m for m in self._pool.ready(shard.role) if len(m.calls) < DEPTH)
+        return any(self._kept.lies_with(shard, m.holds) for m in room)
+
     def submit(self, shard: Shard, attempt: int) -> None:
-        """Ask the least busy worker of the shard's role; among equals, the one that holds the most needed outputs."""
+        """Ask the least busy worker of the shard's role; among equals, the one that holds the most needed outputs.
+
+        States are larger than trials: a worker with room that holds them goes before one that is less busy.
+        """
         if missing := self._missing(shard, attempt):
             self._events.append(missing)
             return
+        if stores(shard) and not reachable(shard, (m.about["host"] for m in self._pool.ready(shard.role) if m.about)):
+            self._events.append(self._by_driver(shard, attempt))
+            return
         needs = self._kept.needed(shard)
 
-        def burden(member: Member) -> tuple[bool, int, int]:
+        def burden(member: Member) -> tuple[bool, bool, int, int]:
             twice = any(asked.call.shard == shard for asked in member.calls.values())
-            return twice, len(member.calls), sum(o.token not in member.holds for o in needs)
+            lacking = sum(o.token not in member.holds for o in needs)
+            far = shard.carries and (lacking > 0 or len(member.calls) >= DEPTH)
+            return twice, far, len(member.calls), lacking
 
         self._ask(min(self._pool.ready(shard.role), key=burden), shard, attempt)
 
@@ -111,12 +125,12 @@ class RayExecutor(KeepingExecutor[Any, Any]):
         settled, member.settled = (None if self._settings.wire == "exact" else member.settled), []
         self._open.add(shard)
         call = self._kept.call(shard, attempt, settled)
-        version, theta = self._kept.thetas[shard.round]
+        version, theta = self._kept.theta(shard)
         # Ray passes references that are arguments of the call itself as their values.
         outputs = [None if o.token in member.holds else o.stored for o in self._kept.needed(shard)]
         method = member.handle.compute.options(num_returns=2) if shard.keeps else member.handle.compute
         answer = method.remote(call, None if member.version == version else theta, *outputs)
-        member.version = version
+        member.version = version or member.version
         member.holds.update(token for _, token in call.needs)
         result, kept = answer if shard.keeps else (answer, None)
         member.calls[result] = Asked(call, kept)

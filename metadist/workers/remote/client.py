@@ -22,6 +22,7 @@ from metadist.workers.remote.codec import (
     applicant_message,
     engine_of,
     failure_message,
+    held_messages,
     lease_of,
     terms_of,
 )
@@ -112,7 +113,7 @@ def converse(
     outbox.put(pb.FromWorker(hello=applicant_message(applicant)))
     with calling(address):
         answers = work_pb2_grpc.WorkStub(channel).Join(iter(outbox))
-    reader = threading.Thread(target=_receive, args=(answers, inbox), name="lease-reader", daemon=True)
+    reader = threading.Thread(target=_receive, args=(answers, inbox, outbox, runner), name="lease-reader", daemon=True)
     reader.start()
     try:
         return _Conversation(outbox, inbox, address, runner, shell).run()
@@ -125,11 +126,18 @@ def converse(
         answers.cancel()
 
 
-def _receive(answers: Any, inbox: queue.SimpleQueue[Any]) -> None:
-    """Put messages, and leases with their frames, into the inbox; at the end ``_END`` or the error."""
+def _receive(answers: Any, inbox: queue.SimpleQueue[Any], outbox: _Outbox, runner: Runner) -> None:
+    """Put messages, and leases with their frames, into the inbox; at the end ``_END`` or the error.
+
+    What is fetched is answered here: the main thread may be busy with a shard.
+    """
     try:
         for message in answers:
-            if message.WhichOneof("message") != "lease":
+            kind = message.WhichOneof("message")
+            if kind == "fetch":
+                outbox.stream(held_messages(message.fetch.token, runner.held(message.fetch.token)))
+                continue
+            if kind != "lease":
                 inbox.put(message)
                 continue
             arriving = Arriving(announced(message.lease))

@@ -178,6 +178,7 @@ def lease_messages(
     call: Call, theta: Sequence[Any] | None, outputs: Sequence[Sequence[Any] | None]
 ) -> Iterator[pb.ToWorker]:
     lease = pb.Lease(token=call.token, shard=shard_message(call.shard), attempt=call.attempt, version=call.version)
+    lease.since = call.since
     if theta is not None:
         lease.theta_bytes = size_of(theta)
     for (shard, token), parts in zip(call.needs, outputs):
@@ -200,6 +201,7 @@ def lease_of(message: pb.Lease, frames: Sequence[Sequence[bytes]]) -> Lease:
         message.version,
         message.token,
         tuple((shard_of(need.shard), need.token) for need in message.needs),
+        since=message.since,
     )
     arrived = iter(frames)
     theta = next(arrived) if message.HasField("theta_bytes") else None
@@ -219,6 +221,12 @@ def answer_messages(token: int, answer: Computed) -> Iterator[pb.FromWorker]:
     output_bytes = None if answer.output is None else size_of(answer.output)
     yield pb.FromWorker(result=pb.Result(token=token, result_bytes=size_of(answer.result), output_bytes=output_bytes))
     for chunk in chunks(frames):
+        yield pb.FromWorker(chunk=chunk)
+
+
+def held_messages(token: int, output: Sequence[Any] | None) -> Iterator[pb.FromWorker]:
+    yield pb.FromWorker(held=pb.Held(token=token, bytes=None if output is None else size_of(output)))
+    for chunk in chunks([] if output is None else [output]):
         yield pb.FromWorker(chunk=chunk)
 
 

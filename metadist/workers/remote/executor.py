@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import torch
 from metadist.config.groups import WorkerGroup
 from metadist.core.errors import WorkerError
 from metadist.core.round import Event, Failed, Finished, Shard
-from metadist.core.state import Records, State, is_finite
+from metadist.core.state import Contribution, Records, State, is_finite
 from metadist.engine.plan import Device, Plan
 from metadist.learners.base import Learner
 from metadist.training.scheduler import fault_of
@@ -30,6 +31,7 @@ from metadist.workers.remote.messages import Computed, Configure, Dismissal, Fai
 from metadist.workers.remote.server import Offer, Server
 from metadist.workers.remote.session import Session
 from metadist.workers.settings import RunSettings
+from metadist.workers.states import has_url, stores
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +154,10 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
             self._refuse(session, f"its result was refused: {error}")
             return
         session.proven = True
+        unsaved = isinstance(event.result, Contribution) and event.result.metrics.get("failed", 0.0)
+        if stores(call.shard) and unsaved:  # the worker can't reach the store
+            self._events.append(self._by_driver(call.shard, call.attempt))
+            return
         self._events.append(event)
 
     def _checked(self, session: Session, call: Call, answer: Computed) -> Finished:
@@ -161,12 +167,14 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         fault = fault_of(result, shard, self._learner, not isinstance(result, Records))
         if fault is not None:
             raise RejectedError(fault)
-        if (answer.output is not None) != shard.keeps:
+        if (answer.output is not None) != (shard.keeps and not shard.carries):
             raise RejectedError(
                 "its output is missing" if shard.keeps else "it has an output, and its shard keeps none"
             )
         if answer.output is not None:
             self._take_output(session, call, answer.output)
+        elif shard.carries and self._kept.keep_answer(call, partial(session.fetch, call.token)):
+            session.holds.add(call.token)
         stats = {k: v for k, v in header.stats.items() if k in STATISTICS and math.isfinite(v)}
         stats["bytes"] = sum(p.size for p in frame)
         return Finished(shard, call.attempt, session.name, result, stats)
@@ -211,6 +219,7 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
 
     def _left(self, session: Session, reason: str, guilty: bool) -> None:
         """End a session, and report its leases as lost. Only the oldest lease can have killed the worker."""
+        session.ended = True
         self.server.remove(session)
         log.warning("worker %s is gone: %s", session.name, reason)
         if session.ready and self.server.farewell is None:
@@ -261,10 +270,11 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
     def publish(self, meta_step: int, round: int, state: State) -> int:
         header = ThetaHeader(self._settings.run, meta_step, round)
         frame = join(theta_parts(state.slots, self._learner.slots, header))
-        self._kept.publish(round, lambda: [frame])
+        self._kept.publish(meta_step, round, lambda: [frame])
         if round == 0:
+            states = self._kept.tokens
             for session in self.server.sessions:
-                session.holds.clear()
+                session.holds &= states
                 session.failed_at.clear()
         return frame.size * sum(s.ready for s in self.server.sessions)
 
@@ -277,6 +287,10 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         """Whether any worker has a lease."""
         return any(s.leases for s in self.server.sessions)
 
+    def near(self, shard: Shard) -> bool:
+        room = (s for s in self.server.sessions if s.ready and s.group.role == shard.role and len(s.leases) < DEPTH)
+        return any(self._kept.lies_with(shard, s.holds) for s in room)
+
     def submit(self, shard: Shard, attempt: int) -> None:
         """Lease to the least busy worker of the role, preferably one that has not failed at the shard.
 
@@ -285,21 +299,25 @@ class RemoteExecutor(KeepingExecutor[Content, Content]):
         if missing := self._missing(shard, attempt):
             self._events.append(missing)
             return
+        if stores(shard) and (shard.keeps or not has_url(shard)):
+            self._events.append(self._by_driver(shard, attempt))
+            return
         needs = self._kept.needed(shard)
 
-        def burden(session: Session) -> tuple[bool, bool, int, int]:
+        def burden(session: Session) -> tuple[bool, bool, bool, int, int]:
             twice = any(c.shard == shard for c in session.leases.values())
             failed = not session.failed_at.isdisjoint(shard.each())
-            return twice, failed, len(session.leases), sum(o.token not in session.holds for o in needs)
+            lacking = sum(o.token not in session.holds for o in needs)
+            return twice, failed, shard.carries and lacking > 0, len(session.leases), lacking
 
         room = [s for s in self.server.sessions if s.ready and s.group.role == shard.role and len(s.leases) < DEPTH]
         session = min(room, key=burden)
         call = self._kept.call(shard, attempt)
-        version, theta = self._kept.thetas[shard.round]
+        version, theta = self._kept.theta(shard)
         session.leases[call.token] = call
         contents = tuple(None if o.token in session.holds else o.stored for o in needs)
         session.messages.put(Lease(call, None if session.version == version else theta, contents))
-        session.version = version
+        session.version = version or session.version
         session.holds.update(o.token for o in needs)
 
     def cancel(self, shard: Shard, attempt: int) -> None:

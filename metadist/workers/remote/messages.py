@@ -62,6 +62,13 @@ class Lease:
 
 
 @dataclass(frozen=True)
+class Fetch:
+    """Asks for the output that the lease ``token`` made, and that the worker holds."""
+
+    token: int
+
+
+@dataclass(frozen=True)
 class Dismissal:
     """The end of a worker's work: the run is ``over``, the worker is ``refused``, or it may come ``again``."""
 
@@ -71,7 +78,10 @@ class Dismissal:
 
 @dataclass(frozen=True)
 class Computed:
-    """A computed shard: the frames, in parts, of its result and of the output that it keeps."""
+    """A computed shard: the frames, in parts, of its result and of the output that it keeps.
+
+    States of particles stay with the worker: ``output`` is None then.
+    """
 
     result: Sequence[Any]
     output: Sequence[Any] | None = None
@@ -92,7 +102,7 @@ class Failure:
     missing: tuple[OutputKey, ...] = ()
 
 
-Message = Union[Configure, Lease, Dismissal]
+Message = Union[Configure, Lease, Fetch, Dismissal]
 
 
 class DismissedError(Exception):

@@ -68,7 +68,14 @@ class Runner:
             return Failure("error", str(error), error.tasks, "".join(traceback.format_exception(error)))
         except MetadistError as error:
             return Failure("unable", str(error))
-        return Computed(*answer) if lease.call.shard.keeps else Computed(answer)
+        if not lease.call.shard.keeps:
+            return Computed(answer)
+        result, output = answer
+        return Computed(result, None if lease.call.shard.carries else output)
+
+    def held(self, token: int) -> list[pa.Buffer] | None:
+        """Return the frame, in parts, of an output that lies here; None where it does not. Any thread may call it."""
+        return self._actor.held(token)
 
 
 def _buffers(parts: Iterable[Any]) -> list[pa.Buffer]:

@@ -22,9 +22,9 @@ from metadist.workers.remote.codec import (
     one_line,
     terms_message,
 )
-from metadist.workers.remote.messages import Computed, Configure, Dismissal, DismissedError, Lease
+from metadist.workers.remote.messages import Computed, Configure, Dismissal, DismissedError, Fetch, Lease
 from metadist.workers.remote.server import Server
-from metadist.workers.remote.session import Session
+from metadist.workers.remote.session import OUTPUT_BYTES, Session
 
 __all__ = ["Leases", "add_to_server"]
 
@@ -65,6 +65,8 @@ class Leases(work_pb2_grpc.WorkServicer):
                 return
             if isinstance(message, Configure):
                 yield pb.ToWorker(engine=engine_message(message))
+            elif isinstance(message, Fetch):
+                yield pb.ToWorker(fetch=pb.Fetch(token=message.token))
             elif isinstance(message, Lease):
                 yield from _sent(message, session)
 
@@ -112,6 +114,8 @@ def _listen(requests: Iterator[pb.FromWorker], session: Session) -> None:
             _take_result(message.result, requests, session)
         elif kind == "failure":
             session.failed(message.failure.token, failure_of(message.failure))
+        elif kind == "held":
+            _take_held(message.held, requests, session)
         elif kind == "goodbye":
             session.left(one_line(message.goodbye.reason, 200) or "it said goodbye")
         elif kind != "beat":
@@ -128,14 +132,32 @@ def _take_result(result: pb.Result, requests: Iterator[pb.FromWorker], session: 
                 grpc.StatusCode.RESOURCE_EXHAUSTED, f"a frame of {size} bytes; this shard's has {most} at most"
             )
     arriving = Arriving(sizes, keep=largest is not None)
+    _take_chunks(arriving, requests, session)
+    if largest is not None:
+        session.finished(result.token, Computed(*arriving.frames))
+
+
+def _take_held(held: pb.Held, requests: Iterator[pb.FromWorker], session: Session) -> None:
+    """Read the chunks of an output that was fetched."""
+    if not session.expects(held.token):
+        raise GarbledError(f"the output {held.token}, which nobody asked for")
+    if not held.HasField("bytes"):
+        session.brought(held.token, None)
+        return
+    if not 0 <= held.bytes <= OUTPUT_BYTES:
+        raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"an output of {held.bytes} bytes; at most {OUTPUT_BYTES}")
+    arriving = Arriving([held.bytes])
+    _take_chunks(arriving, requests, session)
+    session.brought(held.token, arriving.frames[0])
+
+
+def _take_chunks(arriving: Arriving, requests: Iterator[pb.FromWorker], session: Session) -> None:
     while not arriving.complete:
         message = next(requests, None)
         if message is None or message.WhichOneof("message") != "chunk":
-            raise GarbledError("the chunks of a result end before it is whole")
+            raise GarbledError("the chunks of a frame end before it is whole")
         session.heard()
         arriving.take(message.chunk.data)
-    if largest is not None:
-        session.finished(result.token, Computed(*arriving.frames))
 
 
 def _dismissed(dismissal: Dismissal) -> pb.ToWorker:

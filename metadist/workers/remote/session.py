@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.round import Shard
 from metadist.workers.calls import Call
-from metadist.workers.remote.messages import Applicant, Computed, Failure, Message, Terms
+from metadist.workers.remote.messages import Applicant, Computed, Failure, Fetch, Message, Terms
 
 #: the bytes that a result may have in addition to those of θ, and the bytes of a kept output
 RESULT_SLACK, OUTPUT_BYTES = 64 << 20, 1 << 30
@@ -44,6 +44,10 @@ class Session:
     holds: set[int] = field(default_factory=set)
     #: shards of this meta-step at which it failed
     failed_at: set[Shard] = field(default_factory=set)
+    #: whether the session has ended
+    ended: bool = False
+    #: token → where the fetched output is expected
+    _fetches: dict[int, queue.SimpleQueue[Sequence[Any] | None]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -52,6 +56,23 @@ class Session:
     @property
     def ready(self) -> bool:
         return self.about is not None
+
+    def fetch(self, token: int) -> Sequence[Any]:
+        """Return the frame of an output that the worker holds, in parts. Any thread may call it.
+
+        Raises LookupError where the worker has left, is silent, or does not hold the output.
+        """
+        answer = self._fetches.setdefault(token, queue.SimpleQueue())
+        self.messages.put(Fetch(token))
+        while not self.ended and time.monotonic() - self.last_heard < self.terms.lease_seconds:
+            try:
+                frame = answer.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if frame is None:
+                break
+            return frame
+        raise LookupError(f"{self.name} does not hold the output any more")
 
     # For the transport ------------------------------------------------------------------------------------------------
 
@@ -80,6 +101,14 @@ class Session:
     def finished(self, token: int, answer: Computed) -> None:
         self.report(self, "finished", (token, answer))
 
+    def expects(self, token: int) -> bool:
+        """Return whether the output ``token`` was asked for."""
+        return token in self._fetches
+
+    def brought(self, token: int, frame: Sequence[Any] | None) -> None:
+        """Pass on an output that was fetched; None where the worker does not hold it."""
+        self._fetches[token].put(frame)
+
     def failed(self, token: int, failure: Failure) -> None:
         self.report(self, "failed", (token, failure))
 
@@ -89,4 +118,5 @@ class Session:
 
     def left(self, reason: str, guilty: bool = False) -> None:
         """Report that the worker is gone; ``guilty`` where the shard that it computed may be the reason."""
+        self.ended = True
         self.report(self, "left", (reason, guilty))

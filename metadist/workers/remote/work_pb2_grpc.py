@@ -25,10 +25,11 @@ class WorkServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Join(self, request_iterator, context):
-        """One call for as long as the worker works. The worker begins with Hello; the driver answers with Terms, or Dismissed.
+        """One call lasts as long as the worker works. The worker begins with Hello; the driver answers with Terms or Dismissed.
         The worker builds its learner and sends Described; the driver answers with Engine once the run has its plan; the worker
-        prepares and sends Configured. Then come leases, each Lease followed by its Chunks; each is answered by a Result followed by
-        its Chunks, or by a Failure. Nothing heard for Terms.lease_seconds ends all leases: what comes later is ignored.
+        prepares and sends Configured. Then the driver sends leases, each Lease followed by its Chunks. The worker answers each
+        with a Result followed by its Chunks, or with a Failure, and each Fetch with a Held followed by its Chunks. When the driver receives nothing for Terms.lease_seconds, all
+        leases of the worker end, and later answers to them are ignored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,294 @@
+"""The learner of algorithms with carried state: a population of particles that every meta-step advances by a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from metadist.core.algorithm import Theta
+from metadist.core.carried import CarriedAlgorithm, CarriedContext, CarriedContribution, ParticleState
+from metadist.core.computation import Advance, Evaluate
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError, NonFiniteError, one_of
+from metadist.core.model import Model
+from metadist.core.outer import OuterLoop
+from metadist.core.random import TaskKey
+from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard, WithOutput
+from metadist.core.state import Contribution, Records, State
+from metadist.core.task import Task, TaskFamily, stack
+from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
+from metadist.engine.functions import kept_sum
+from metadist.engine.plan import Device, EngineRequest, Plan, plan_eager
+from metadist.learners.base import Learner
+from metadist.learners.dry_run_carried import particle_hashes, try_particles
+from metadist.learners.evaluation import Evaluation, score_tasks, sources_of
+from metadist.learners.particles import Contexts, Particles, by_particle, first_lifetime, stacked
+
+
+@dataclass
+class CarriedLearner(Learner):
+    """The mathematics of one experiment: an algorithm with carried state, model, tasks and outer loop.
+
+    ``outer.meta_batch_size`` is the size of the population. The shards of a meta-step need the states that the shards
+    of the meta-step before kept, and keep their own. ``non_finite`` says what becomes of a particle whose contribution
+    or state has NaN or Inf: ``error``, or ``skip`` (it does not count, and starts afresh in the next meta-step).
+    """
+
+    gradients = ("advance",)
+
+    algorithm: CarriedAlgorithm
+    model: Model
+    tasks: TaskFamily
+    outer: OuterLoop
+    non_finite: str = "error"
+    engine: Engine = field(default_factory=Engine)
+
+    def __post_init__(self) -> None:
+        one_of("engine.non_finite", self.non_finite, ("error", "skip"))
+        if self.tasks.metric_name in TaskMetric.reserved:
+            raise ConfigError(f"metric: '{self.tasks.metric_name}' is taken; give it another name")
+        reason = self.algorithm.compatible(self.tasks, self.model)
+        if reason:
+            raise ConfigError(
+                f"algorithm '{type(self.algorithm).__name__}' does not suit tasks '{type(self.tasks).__name__}' with "
+                f"model '{type(self.model.module).__name__}': {reason}"
+            )
+        self.task_metrics = task_metrics_of(self.tasks)
+        self.slots = {name: slot for name, (slot, _) in self._declare(0).items()}
+        self.device = torch.device("cpu")
+        self._prepared = False
+        self._structure: pytree.TreeSpec | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": False, "_structure": None}
+
+    def _check_outer(self, outer: OuterLoop) -> None:
+        if outer.meta_batch_size != self.outer.meta_batch_size:
+            raise ConfigError(
+                f"outer.meta_batch_size: {outer.meta_batch_size}; the run has a population of "
+                f"{self.outer.meta_batch_size} particles, whose states go on; start another run for another number"
+            )
+
+    # The rounds of a meta-step ----------------------------------------------------------------------------------------
+
+    def meta_step(self, key: MetaStepKey, state: State) -> Rounds:
+        """θ ← outer(θ, Σ contributions / Σ weights), in a single round that advances every particle."""
+        total = yield Round(0, state, self._advancing(key))
+        new, norms = self.outer.update(self.slots, state, total, key.meta_step)
+        return new, {**{n: v / total.weight for n, v in total.metrics.items()}, **norms}
+
+    def _advancing(self, key: MetaStepKey) -> list[Shard]:
+        before = key.meta_step - 1
+        return [
+            replace(shard, keeps=True, needs=((before, 0, shard.index),) if key.meta_step else ())
+            for shard in self.shards(key, Advance(), tasks=self.outer.meta_batch_size)
+        ]
+
+    def carried(self, key: MetaStepKey) -> Sequence[Shard]:
+        return self._advancing(replace(key, meta_step=key.meta_step - 1)) if key.meta_step else ()
+
+    def evaluation(self, request: EvaluationRequest, state: State) -> Round:
+        """Return the round that judges θ. Its records have one row per task."""
+        listed = self.tasks.listed_tasks(request.split)
+        tasks = request.tasks if listed is None else min(request.tasks, listed)
+        return Round(0, state, self.evaluation_shards(replace(request, tasks=tasks)), reduce=False)
+
+    def summarise(self, request: EvaluationRequest, records: Records) -> Evaluation:
+        protocol = {
+            "split": request.split,
+            "seed": request.key.seed,
+            "tasks": records.rows,
+            "normalization": "transductive",
+            "inner_steps": self._evaluation_steps(request.inner_steps),
+            "family": type(self.tasks).__name__,
+            **self.tasks.protocol(request.split),
+        }
+        listed = self.tasks.listed_tasks(request.split)
+        return score_tasks(records, self.tasks.metric_name, self.task_metrics, listed, protocol)
+
+    def _evaluation_steps(self, given: int | None) -> int:
+        return self.algorithm.evaluation_steps if given is None else given
+
+    def dry_run(self, seed: int) -> None:
+        self.splits()  # refuses splits that share classes
+        try_particles(self, seed, self._tried)
+
+    def sampled_hashes(self, seed: int) -> dict[str, str]:
+        return particle_hashes(self, seed, self._tried)
+
+    @property
+    def _tried(self) -> int:
+        """The number of particles that the dry run advances."""
+        return min(2, self.outer.shard_size, self.outer.meta_batch_size)
+
+    def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
+        return plan_eager(request, device)
+
+    def servable(self) -> str | None:
+        return f"'{type(self.algorithm).__name__}' trains networks over many steps, and has no step of adaptation"
+
+    # What a worker does -----------------------------------------------------------------------------------------------
+
+    def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result | WithOutput:
+        """Compute a shard: advance particles from the states in ``inputs``, or evaluate θ with particles of its own."""
+        keys = TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count))
+        named = {name: self.slots[name].layout.unflatten(vector) for name, vector in theta.items()}
+        if isinstance(shard.computation, Advance):
+            return self.advance(named, keys, inputs[0] if inputs else None)
+        if isinstance(shard.computation, Evaluate):
+            return self.evaluate(named, keys, self._evaluation_steps(shard.computation.inner_steps))
+        raise ValueError(f"unknown function '{shard.function}'; expected advance or evaluate")
+
+    def sample(self, keys: TaskKey) -> Task:
+        """Return the tasks of ``keys`` on the learner's device. The keys stay on the CPU."""
+        task = self.tasks.sample(keys, keys.split)
+        if not isinstance(task, Task):
+            raise ConfigError(
+                f"tasks: sample of '{type(self.tasks).__name__}' returns {type(task).__name__}; expected "
+                "Task(Examples(x, y), Examples(x, y))"
+            )
+        task = task.to(self.device, self.model.dtype)
+        return Task(task.support.cleared(), task.query.cleared())
+
+    def _task(self, key: TaskKey) -> Task:
+        """Return the task of the single particle of ``key``: sampled alone, it does not depend on the shard."""
+        sampled = self.sample(replace(key, tasks=key.tasks.view(1)))
+        task: Task = pytree.tree_map(lambda t: t[0], sampled)
+        return task
+
+    def advance(self, theta: Theta, keys: TaskKey, before: Records | None) -> WithOutput:
+        """Advance the particles of ``keys`` from their states ``before`` (None: all start now)."""
+        meta_step = int(keys.meta_step)
+        contexts = Contexts(self.model, self.tasks, theta, self.device)
+        particles, tasks = self._continued(contexts, keys, before)
+
+        def single(state: ParticleState, task: Task, index: Tensor, started: Tensor) -> Any:
+            context = contexts.of(replace(keys, tasks=index), started, meta_step, task)
+            state, contribution = self.algorithm.advance(theta, state, context)
+            weight = torch.as_tensor(contribution.weight, dtype=torch.float64, device=self.device)
+            return state, CarriedContribution(contribution.slots, contribution.metrics, weight)
+
+        run = by_particle(single, self.algorithm.vectorized)
+        with torch.no_grad():
+            state, each = run(particles.state, tasks, keys.tasks.to(self.device), particles.started.to(self.device))
+        self._check_structure(particles.state, state)
+        return self._counted(keys, Particles(particles.started, particles.ends, state), each)
+
+    def _continued(self, contexts: Contexts, keys: TaskKey, before: Records | None) -> tuple[Particles, Task]:
+        """Return the particles of this meta-step, with those that start now, and their tasks."""
+        meta_step, each = int(keys.meta_step), keys.each()
+        there = None if before is None else Particles.of(before, self._known_structure(contexts, each[0]))
+        started, ends, states, tasks = [], [], [], []
+        for position, key in enumerate(each):
+            goes_on = there is not None and int(there.ends[position]) > meta_step
+            if there is not None and goes_on:
+                started.append(int(there.started[position]))
+                ends.append(int(there.ends[position]))
+                states.append(there.row(position))
+                tasks.append(self._task(replace(key, meta_step=started[-1])))
+                continue
+            tasks.append(self._task(key))
+            context = contexts.starting(key, meta_step, tasks[-1])
+            life = self.algorithm.lifetime(context)
+            if before is None and self.algorithm.staggered:
+                life = first_lifetime(life, key)
+            started.append(meta_step)
+            ends.append(meta_step + life)
+            states.append(self.algorithm.start(contexts.theta, context))
+        self._structure = self._structure or pytree.tree_structure(states[0])
+        return Particles(torch.tensor(started), torch.tensor(ends), stacked(states)), stack(tasks)
+
+    def _known_structure(self, contexts: Contexts, key: TaskKey) -> pytree.TreeSpec:
+        """Return the structure of a state: that of any start."""
+        if self._structure is None:
+            context = contexts.starting(key, int(key.meta_step), self._task(key))
+            self._structure = pytree.tree_structure(self.algorithm.start(contexts.theta, context))
+        return self._structure
+
+    def _check_structure(self, before: ParticleState, after: ParticleState) -> None:
+        """Refuse a state whose structure, shapes or dtypes ``advance`` changes: the next meta-step expects the same."""
+        found, expected = pytree.tree_leaves(after), pytree.tree_leaves(before)
+        name = type(self.algorithm).__name__
+        if pytree.tree_structure(after) != pytree.tree_structure(before):
+            raise ConfigError(f"algorithm: '{name}'.advance returns a state of another structure than start")
+        for number, (a, b) in enumerate(zip(found, expected)):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                raise ConfigError(
+                    f"algorithm: '{name}'.advance returns tensor {number} of the state as {list(a.shape[1:])} "
+                    f"{a.dtype}, and start as {list(b.shape[1:])} {b.dtype}; expected equal shapes and dtypes"
+                )
+
+    def _counted(self, keys: TaskKey, particles: Particles, each: CarriedContribution) -> WithOutput:
+        """Sum the contributions [P, …] of the particles that are finite."""
+        keep = _finite([dict(each.slots), each.weight, particles.state], len(keys.tasks))
+        if not bool(keep.all()):
+            bad = tuple(keys.tasks[~keep.cpu()].tolist())
+            if self.non_finite == "error":
+                raise NonFiniteError(
+                    f"particles {list(bad)} gave NaN or Inf (seed {keys.seed}, meta-step {keys.meta_step})", bad
+                )
+            particles = particles.ending(~keep, int(keys.meta_step) + 1)
+        weight = each.weight
+        assert isinstance(weight, Tensor)
+
+        def weighted(t: Tensor) -> Tensor:
+            return t * weight.to(t.dtype).view(-1, *(1,) * (t.dim() - 1))
+
+        slots = kept_sum(keep, {n: p.map(weighted) for n, p in each.slots.items()})
+        metrics = kept_sum(keep, {n: weighted(m.double()) for n, m in each.metrics.items()})
+        total = Contribution(
+            {n: self.slots[n].layout.flatten(p).cpu() for n, p in slots.items()},
+            float(kept_sum(keep, weight)),
+            int(keep.sum()),
+            {n: float(m) for n, m in metrics.items()},
+        )
+        return WithOutput(total, particles.records())
+
+    def evaluate(self, theta: Theta, keys: TaskKey, steps: int) -> Records:
+        """Return loss and metrics of the query sets after 0, 1, …, ``steps`` inner steps from a fresh start.
+
+        Columns [T, steps + 1] in float64 (tables [T, steps + 1, …]), and the index of each task [T].
+        """
+        contexts = Contexts(self.model, self.tasks, theta, self.device)
+        tasks, index = self.sample(keys), keys.tasks.to(self.device)
+        zero, each = torch.zeros_like(index), keys.each()
+        rows = [pytree.tree_map(lambda t, i=i: t[i], tasks) for i in range(len(each))]
+        columns: dict[str, list[Tensor]] = {}
+
+        def at(place: Tensor, started: Tensor, task: Task) -> CarriedContext:
+            return contexts.of(replace(keys, tasks=place), started, 0, task)
+
+        def judge(state: ParticleState, task: Task, place: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
+            context = at(place, started, task)
+            prediction = self.algorithm.predict(theta, state, task.query.x, context)
+            return context.loss(prediction, task.query), prediction
+
+        with torch.no_grad():
+            state = stacked(
+                [self.algorithm.start(theta, contexts.starting(k, 0, t)) for k, t in zip(each, rows, strict=True)]
+            )
+            judged = by_particle(judge, self.algorithm.vectorized)
+            for number in range(steps + 1):
+                losses, predictions = judged(state, tasks, index, zero)
+                found = {"loss": losses, self.tasks.metric_name: metric_of_tasks(self.tasks, predictions, tasks.query)}
+                found |= {m.name: m.of_tasks(predictions.unsqueeze(1), tasks.query)[:, 0] for m in self.task_metrics}
+                for name, values in found.items():
+                    columns.setdefault(name, []).append(values.double().cpu())
+                if number < steps:
+                    state = by_particle(
+                        lambda s, t, p, b, number=number: self.algorithm.step(theta, s, at(p, b, t), number),
+                        self.algorithm.vectorized,
+                    )(state, tasks, index, zero)
+        sources = {} if (found_in := sources_of(self.tasks, keys)) is None else {"source": found_in}
+        return Records({"task": keys.tasks, **sources, **{n: torch.stack(c, 1) for n, c in columns.items()}})
+
+
+def _finite(tree: Any, count: int) -> Tensor:
+    """Return which of ``count`` particles have finite floating-point tensors [P, …] only: bool [P]."""
+    tensors = [t for t in pytree.tree_leaves(tree) if t.is_floating_point() and t.numel()]
+    return torch.stack([torch.isfinite(t).reshape(count, -1).all(1) for t in tensors]).all(0)
