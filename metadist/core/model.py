@@ -88,6 +88,8 @@ class Variants:
 
     factories: tuple[Callable[[], nn.Module], ...]
     chosen: Callable[[str, int], int]
+    #: the config of the modules
+    owner: object = None
 
     def __call__(self) -> nn.Module:
         return self.factories[0]()

@@ -136,6 +136,7 @@ class Unrolled(CarriedAlgorithm):
     persistent evolution strategies", algorithms 1 and 2.
     """
 
+    estimated = True
     #: the slots that are differentiated; all others are constants
     learned: ClassVar[tuple[str, ...]] = ("model",)
 

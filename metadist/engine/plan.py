@@ -118,17 +118,36 @@ def plan_shards(subject: Subject, request: EngineRequest, device: Device, sharin
 
 def plan_eager(request: EngineRequest, device: Device) -> Plan:
     """Plan for learners without inner-loop graphs: policies of meta-environments run eagerly, in whole shards."""
-    allowed = (
-        ("compile", request.compile, "never"),
-        ("differentiation", request.differentiation, "auto"),
-        ("chunk", request.chunk, "auto"),
-        ("precision", request.precision, "float32"),
-    )
-    for name, chosen, default in allowed:
-        if chosen not in (default, "auto"):
-            raise ConfigError(f"engine.{name}: {chosen} is for supervised tasks; with a meta-environment use {default}")
+    _refuse_graphs(request, ("auto",), "supervised tasks; with a meta-environment")
     reasons = {"compile": "not: policies of meta-environments run eagerly"}
     return Plan(Engine(deterministic=request.deterministic), device, reasons)
+
+
+def plan_carried(estimated: bool, request: EngineRequest, device: Device) -> Plan:
+    """Plan for algorithms with carried state, which run eagerly; ``estimated``: by one of ``ESTIMATORS``."""
+    allowed = ("auto", *ESTIMATORS) if estimated else ("auto",)
+    _refuse_graphs(request, allowed, "adaptation within a meta-step; with an algorithm with carried state")
+    reasons = {"compile": "not: particles advance eagerly"}
+    if not estimated:
+        return Plan(Engine(deterministic=request.deterministic), device, reasons)
+    chosen: Differentiation = "truncated"
+    if request.differentiation != "auto":
+        chosen = request.differentiation
+    reasons["differentiation"] = ESTIMATORS[chosen]
+    return Plan(Engine(differentiation=chosen, deterministic=request.deterministic), device, reasons)
+
+
+def _refuse_graphs(request: EngineRequest, differentiations: tuple[str, ...], is_for: str) -> None:
+    """Raise ConfigError where a request needs the graphs of an inner loop, or a differentiation that is not allowed."""
+    allowed = (
+        ("compile", request.compile, ("never", "auto")),
+        ("differentiation", request.differentiation, differentiations),
+        ("chunk", request.chunk, ("auto",)),
+        ("precision", request.precision, ("float32",)),
+    )
+    for name, chosen, values in allowed:
+        if chosen not in values:
+            raise ConfigError(f"engine.{name}: {chosen} is for {is_for} use {' or '.join(values)}")
 
 
 class _Memory:

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from metadist.core.model import Variants
 from metadist.models.causal_transformer import CausalTransformer
 from metadist.models.cnp import ConditionalNeuralProcess
 from metadist.models.conv4 import Conv4
@@ -27,6 +28,15 @@ class ModelConfig(Protocol):
     def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
         """Build a module: inputs [N, *input_shape] → [N, outputs], or embeddings of any size where ``outputs`` is
         None."""
+        ...
+
+
+@runtime_checkable
+class VariantsConfig(ModelConfig, Protocol):
+    """The settings of a model whose shape depends on the task: with algorithms that carry a network for each task."""
+
+    def variants(self, input_shape: tuple[int, ...], outputs: int | None) -> Variants:
+        """Return the modules of all shapes, and the choice for a task."""
         ...
 
 

@@ -46,7 +46,7 @@ class MLPs:
         """Return the networks of all tasks."""
         train, test = self._shapes("train"), self._shapes("test")
         factories = tuple(functools.partial(shape.build, input_shape, outputs) for shape in (*train, *test))
-        return Variants(factories, functools.partial(_chosen, self.each, len(train), len(test)))
+        return Variants(factories, functools.partial(_chosen, self.each, len(train), len(test)), self)
 
 
 def _chosen(each: int, train: int, test: int, split: str, index: int) -> int:
