@@ -36,6 +36,8 @@ class LearnedOptimizer(Unrolled):
     has to cope with scales that it has not seen (Metz et al. 2022, appendix B). With ``first_order`` the gradient of
     the training loss counts as a constant: second derivatives are dropped (Andrychowicz et al. 2016, section 2.1).
 
+    The slot ``model`` is empty: no initial parameters are learned, and the optimiser goes with any network.
+
     A subclass writes ``weights``, ``memory`` and ``update``, all on vectors of coordinates. ``update`` may compare the
     coordinates of one tensor (``sizes``), and those of different tensors never.
     """
@@ -70,9 +72,9 @@ class LearnedOptimizer(Unrolled):
     # The particle -----------------------------------------------------------------------------------------------------
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
-        weights = self.weights(next(iter(parameters.values())).dtype)
+        weights, nothing = self.weights(next(iter(parameters.values())).dtype), Parameters({})
         return {
-            "model": (Slot(Layout.of(parameters), "constant"), parameters),
+            "model": (Slot(Layout.of(nothing), "constant"), nothing),
             "optimizer": (Slot(Layout.of(weights)), weights),
         }
 

@@ -88,7 +88,7 @@ class CarriedAlgorithm:
     vectorized: ClassVar[bool] = True
     #: whether the particles of meta-step 0 start at random ages, so that later starts are spread over the meta-steps
     staggered: ClassVar[bool] = True
-    #: whether ``advance`` estimates its gradient as ``engine.differentiation`` says (``engine/estimators.py: Unrolled``)
+    #: whether ``engine.differentiation`` chooses how ``advance`` estimates its gradient (``engine/estimators.py``)
     estimated: ClassVar[bool] = False
     #: inner steps of an evaluation: more than in training, because a learned optimiser must go on beyond its window
     evaluation_steps: int = 100
