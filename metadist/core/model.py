@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ Output = Any
 Replacements = Mapping[Callable[..., Any], Callable[..., Tensor]]
 """Function of torch → the function with the same parameters that is called in its place."""
 
+_BUILDING = threading.Lock()
 #: the "inner step" that keys the query set's forward pass
 QUERY = (1 << 14) - 1
 
@@ -147,7 +149,8 @@ class Model:
         return [name for name in attributes if not hasattr(self.module, name)]
 
     def _build(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
+        # Modules draw from PyTorch's global generator, and several threads of a process may build some.
+        with _BUILDING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeded(seed, "model").initial_seed())
             module = self.factory()
         if not isinstance(module, nn.Module):

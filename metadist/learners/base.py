@@ -51,6 +51,8 @@ class Learner(ABC):
 
     #: functions of shards whose sums have slots: gradients and sums of the same layout
     gradients: ClassVar[tuple[str, ...]] = ("gradient",)
+    #: whether a meta-step needs states of the one before (``carried``)
+    has_states: ClassVar[bool] = False
 
     algorithm: AnyAlgorithm
     model: Model

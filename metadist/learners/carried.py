@@ -40,6 +40,7 @@ class CarriedLearner(Learner):
     """
 
     gradients = ("advance",)
+    has_states = True
 
     algorithm: CarriedAlgorithm
     model: Model
@@ -249,7 +250,7 @@ class CarriedLearner(Learner):
 
     def _counted(self, keys: TaskKey, particles: Particles, each: CarriedContribution) -> WithOutput:
         """Sum the contributions [P, …] of the particles that are finite."""
-        keep = _finite([dict(each.slots), each.weight, particles.state], len(keys.tasks))
+        keep = _finite([dict(each.slots), each.weight, particles.state], len(keys.tasks)).to(self.device)
         if not bool(keep.all()):
             bad = tuple(keys.tasks[~keep.cpu()].tolist())
             if self.non_finite == "error":
@@ -319,4 +320,4 @@ def _keys(shard: Shard) -> TaskKey:
 def _finite(tree: Any, count: int) -> Tensor:
     """Return which of ``count`` particles have finite floating-point tensors [P, …] only: bool [P]."""
     tensors = [t for t in pytree.tree_leaves(tree) if t.is_floating_point() and t.numel()]
-    return torch.stack([torch.isfinite(t).reshape(count, -1).all(1) for t in tensors]).all(0)
+    return torch.stack([torch.isfinite(t).reshape(count, -1).all(1).cpu() for t in tensors]).all(0)

@@ -18,6 +18,7 @@ Each function returns None, or raises a ``PropertyError``, an AssertionError who
 object, the values and the remedy. metadist's own components pass the same functions (``tests/conformance``).
 
 The tables ``FEW_SHOT_PROPERTIES`` (of a learner), ``TRIAL_PROPERTIES`` (of a learner of meta-reinforcement learning),
+``CARRIED_PROPERTIES`` (of a learner of particles),
 ``TASK_PROPERTIES`` (of a family and a split) and ``ENVIRONMENT_PROPERTIES`` hold the single properties by name, for
 tests that show each one apart. ``quadratics`` has tasks whose meta-gradients are known in closed form, ``toys`` further
 tasks without data.
@@ -39,10 +40,12 @@ from metadist.testing.failures import (
 )
 from metadist.testing.few_shot import FEW_SHOT_PROPERTIES
 from metadist.testing.models import check_model
+from metadist.testing.particles import CARRIED_PROPERTIES
 from metadist.testing.tasks import TASK_PROPERTIES, check_tasks
 from metadist.testing.trials import TRIAL_PROPERTIES
 
 __all__ = [
+    "CARRIED_PROPERTIES",
     "ENVIRONMENT_PROPERTIES",
     "FEW_SHOT_PROPERTIES",
     "TASK_PROPERTIES",

@@ -1,19 +1,21 @@
-"""Check an algorithm, of few-shot learning or of meta-reinforcement learning."""
+"""Check an algorithm: of few-shot learning, of meta-reinforcement learning, or with carried state."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from metadist.config.components import model_factory
 from metadist.core.algorithm import Algorithm
+from metadist.core.carried import CarriedAlgorithm
 from metadist.core.errors import ConfigError
 from metadist.core.task import TaskFamily
+from metadist.learners.base import AnyAlgorithm
 from metadist.learners.few_shot import FewShotLearner
 from metadist.models import GRU, MLP, ConditionalNeuralProcess, Reactive
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import MetaEnvironment
-from metadist.testing import few_shot, trials
+from metadist.testing import few_shot, particles, trials
 from metadist.testing.conditions import one_thread
 from metadist.testing.failures import UnusableError, usable
 from metadist.testing.gradients import check_autograd, check_finite_differences, is_exact
@@ -25,7 +27,7 @@ _SMOOTH = MLP(hidden=(8,), activation="tanh")
 
 @one_thread()
 def check_algorithm(
-    algorithm: Algorithm | TrialAlgorithm,
+    algorithm: AnyAlgorithm,
     *,
     tasks: TaskFamily | MetaEnvironment | None = None,
     model: object | None = None,
@@ -47,6 +49,12 @@ def check_algorithm(
                 trial_property(trial_learner)
         return
     families = [tasks] if tasks is not None else [Curves(), Blobs()]
+    if isinstance(algorithm, CarriedAlgorithm):
+        carried = _first(algorithm, families, [model] if model is not None else [_SMOOTH])
+        with usable(carried, "particles can be advanced"):
+            for carried_property in particles.CARRIED_PROPERTIES.values():
+                carried_property(carried)
+        return
     learner = _first(algorithm, families, [model] if model is not None else [_SMOOTH, ConditionalNeuralProcess(8, 8)])
     with usable(learner, "shards can be computed"):
         for name, property in few_shot.FEW_SHOT_PROPERTIES.items():
@@ -64,9 +72,8 @@ def _first(algorithm: Any, families: Sequence[Any], models: Sequence[Any]) -> An
     refusals = []
     for family in families:
         for model in models:
-            build = trials.build if isinstance(algorithm, TrialAlgorithm) else few_shot.build
             try:
-                return build(algorithm, family, model_factory(model, family, algorithm))
+                return _build(algorithm)(algorithm, family, model_factory(model, family, algorithm))
             except ConfigError as error:
                 refusals.append(str(error))
     raise UnusableError(
@@ -75,6 +82,12 @@ def _first(algorithm: Any, families: Sequence[Any], models: Sequence[Any]) -> An
         f"it refuses all that were tried: {'; '.join(dict.fromkeys(refusals))}",
         "pass tasks=… and model=… that it learns with",
     )
+
+
+def _build(algorithm: AnyAlgorithm) -> Callable[[Any, Any, Any], Any]:
+    if isinstance(algorithm, TrialAlgorithm):
+        return trials.build
+    return particles.build if isinstance(algorithm, CarriedAlgorithm) else few_shot.build
 
 
 def _on_quadratics(algorithm: Algorithm) -> FewShotLearner | None:

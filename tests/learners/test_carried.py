@@ -15,6 +15,7 @@ from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
 from metadist.core.round import EvaluationRequest, MetaStepKey, Shard
 from metadist.core.state import Contribution, Records
+from metadist.testing import InexactError, check_algorithm
 from metadist.testing.carried import LearnedRate, Population
 from metadist.testing.quadratics import Quadratics
 from metadist.testing.running import compute, compute_round, meta_step
@@ -222,3 +223,27 @@ def test_weights_count_by_slot_and_metric():
     losses = sum((1.0 + i) * float(c.metrics["loss"]) for i, c in enumerate(each))
     assert found.metrics["loss"] == pytest.approx(losses, rel=1e-12)
     assert isinstance(found, Contribution)
+
+
+# ---- metadist.testing
+
+
+@pytest.mark.lane("numerics")
+def test_the_toy_has_all_properties():
+    check_algorithm(LearnedRate(windows=2))
+
+
+@dataclass(frozen=True)
+class Neighbourly(LearnedRate):
+    """Uses a value that is another one under vmap."""
+
+    def advance(self, theta, state, context):
+        state, contribution = super().advance(theta, state, context)
+        alone = torch._C._functorch.peek_interpreter_stack() is None
+        return state, replace(contribution, weight=1.0 + alone)
+
+
+@pytest.mark.lane("numerics")
+def test_a_particle_that_differs_under_vmap_is_found():
+    with pytest.raises(InexactError, match="particles advance the same way under vmap in shards, and one by one"):
+        check_algorithm(Neighbourly(windows=2))

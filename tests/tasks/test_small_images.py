@@ -1,5 +1,7 @@
 """Small images by class: the pixels are means over areas, splits are over classes, and tasks are keyed draws."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -96,7 +98,7 @@ def test_cifar_has_six_hundred_images_of_each_class(data):
     found = class_images("cifar100", 8)
     assert found.pixels.shape == (60_000, 1, 8, 8) and set(found.counts) == {600}
     assert [found.parts.count(s) for s in SPLITS] == [64, 16, 20]
-    with np.load(data / "cifar100" / "cifar100_test100.npz", allow_pickle=False) as arrays:
+    with np.load(Path(data) / "cifar100" / "cifar100_test100.npz", allow_pickle=False) as arrays:
         first, name = arrays["images"][0, 0].astype(float), str(arrays["class_names"][0])
     grey = (first @ [0.299, 0.587, 0.114]).reshape(8, 4, 8, 4).mean((1, 3))
     c = found.names.index(name)

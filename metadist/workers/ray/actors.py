@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 #: replacements in a row that died before they were ready
 MAX_FAILED_STARTS = 3
-#: answers of environment workers pass through the driver up to this many bytes: statistics are fewer, trials are more
+#: answers with trials or states pass through the driver up to this many bytes: statistics are fewer, trials are more
 STATISTICS_BYTES = 16 << 10
 
 
@@ -117,7 +117,7 @@ class ActorPool:
         room = self._cpus - sum(m.group.cpus for m in self.members.values())
         gpus, learns = self._gpus[group], group.role == "learner"
         threads, direct = str(group.threads), "RAY_max_direct_call_object_size"
-        limit = os.environ[direct] if learns else str(STATISTICS_BYTES)
+        limit = os.environ[direct] if learns and not self._learner.has_states else str(STATISTICS_BYTES)
         options: dict[str, Any] = {
             "num_cpus": group.cpus if group.cpus <= room else 0,
             "num_gpus": gpus,

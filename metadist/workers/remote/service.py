@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -22,7 +23,7 @@ from metadist.workers.remote.codec import (
     one_line,
     terms_message,
 )
-from metadist.workers.remote.messages import Computed, Configure, Dismissal, DismissedError, Fetch, Lease
+from metadist.workers.remote.messages import Computed, Configure, Dismissal, DismissedError, Fetch, Lease, Message
 from metadist.workers.remote.server import Server
 from metadist.workers.remote.session import OUTPUT_BYTES, Session
 
@@ -53,9 +54,10 @@ class Leases(work_pb2_grpc.WorkServicer):
         reader.start()
         context.add_callback(lambda: session.left("its connection broke", guilty=True))
         yield pb.ToWorker(terms=terms_message(session.terms))
+        later = deque[Message]()
         while context.is_active():
             ended = not reader.is_alive()  # before the look at ``problems``, which the reader fills last
-            message = session.next(0.25)
+            message = later.popleft() if later else session.next(0.25)
             if problems:
                 raise problems[0]
             if message is None and ended:
@@ -68,7 +70,7 @@ class Leases(work_pb2_grpc.WorkServicer):
             elif isinstance(message, Fetch):
                 yield pb.ToWorker(fetch=pb.Fetch(token=message.token))
             elif isinstance(message, Lease):
-                yield from _sent(message, session)
+                yield from _sent(message, session, later)
 
     def _read(self, requests: Iterator[pb.FromWorker], session: Session, problems: list[Refused]) -> None:
         try:
@@ -85,13 +87,29 @@ class Leases(work_pb2_grpc.WorkServicer):
             session.left("its connection ended without a goodbye", guilty=True)
 
 
-def _sent(lease: Lease, session: Session) -> Iterator[pb.ToWorker]:
+def _sent(lease: Lease, session: Session, later: deque[Message]) -> Iterator[pb.ToWorker]:
     """Yield the messages of a lease and of its frames.
 
-    The frames are fetched first. Where one can't be fetched, the lease is reported as unsent.
+    The frames are fetched first. Where one can't be fetched, the lease is reported as unsent. Meanwhile the worker is
+    asked for outputs that others wait for: two workers may need each other's. ``later`` receives other messages.
     """
     theta = None if lease.theta is None else lease.theta()
-    outputs = []
+    outputs: list[Sequence[Any] | None] = []
+    fetching = threading.Thread(target=_fetch, args=(lease, session, outputs), name="output-reader", daemon=True)
+    fetching.start()
+    fetching.join(0.001)
+    while fetching.is_alive():
+        message = session.next(0.01)
+        if isinstance(message, Fetch):
+            yield pb.ToWorker(fetch=pb.Fetch(token=message.token))
+        elif message is not None:
+            later.append(message)
+    if len(outputs) == len(lease.outputs):
+        yield from lease_messages(lease.call, theta, outputs)
+
+
+def _fetch(lease: Lease, session: Session, outputs: list[Sequence[Any] | None]) -> None:
+    """Append the frames of the outputs that the lease needs to ``outputs``, or report the lease as unsent."""
     for position, content in enumerate(lease.outputs):
         try:
             outputs.append(None if content is None else content())
@@ -99,7 +117,6 @@ def _sent(lease: Lease, session: Session) -> Iterator[pb.ToWorker]:
             reason = f"an output that it needs can't be fetched ({type(error).__name__})"
             session.unsent(lease.call.token, position, reason)
             return
-    yield from lease_messages(lease.call, theta, outputs)
 
 
 def _listen(requests: Iterator[pb.FromWorker], session: Session) -> None:
