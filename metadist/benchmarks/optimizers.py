@@ -77,29 +77,30 @@ def run(
 ) -> dict[str, Any]:
     """Train on the first ``tasks`` test tasks of the run, or of its config with ``overrides``, for ``steps`` steps."""
     torch.set_num_threads(threads)
-    learner, theta, seed = _loaded(run_dir, overrides)
+    learner, learned, theta, seed = _loaded(run_dir, overrides)
     marks = [m for m in MARKS if m < steps] + [steps]
     found: dict[str, list[Mapping[str, Tensor]]] = {}
     for group in _groups(learner, theta, seed, tasks):
-        for name, curves in _contestants(learner.algorithm, theta, group, marks).items():
+        for name, curves in _contestants(learned, theta, group, marks).items():
             found.setdefault(name, []).append(curves)
     whole = {name: {n: torch.cat([p[n] for p in parts]) for n in parts[0]} for name, parts in found.items()}
     settings = {"run": run_dir, "overrides": list(overrides), "tasks": tasks, "steps": steps, "seed": seed}
     return {"settings": settings, "cases": {f"loss after {steps} steps, {tasks} test tasks": _case(whole, marks)}}
 
 
-def _loaded(run_dir: str, overrides: Sequence[str]) -> tuple[CarriedLearner, Theta, int]:
+def _loaded(run_dir: str, overrides: Sequence[str]) -> tuple[CarriedLearner, LearnedOptimizer, Theta, int]:
     text = RunDirectory(run_dir).read("config.yaml")
     if text is None:
         raise ConfigError(f"run directory '{run_dir}' has no config.yaml; is it the folder that train printed?")
     document = override(parse_document(text, f"{run_dir}/config.yaml"), overrides)
     experiment = build_foreign(document, f"run directory '{run_dir}'")
     learner = experiment.learner
-    if not isinstance(learner, CarriedLearner) or not isinstance(learner.algorithm, LearnedOptimizer):
+    learned = experiment.algorithm.made
+    if not isinstance(learner, CarriedLearner) or not isinstance(learned, LearnedOptimizer):
         raise ConfigError(f"bench optimizers: the run '{run_dir}' learned no optimiser; use metadist evaluate")
     result = load_run(run_dir, experiment)
     learner.prepare(torch.device("cpu"))
-    return learner, result.state.theta(learner.slots), experiment.evaluation_seed
+    return learner, learned, result.state.theta(learner.slots), experiment.evaluation_seed
 
 
 def _groups(learner: CarriedLearner, theta: Theta, seed: int, tasks: int) -> list[_Group]:
