@@ -24,6 +24,7 @@ _WHERE = {
     "metadist.core.carried": ("CarriedAlgorithm", "CarriedContext", "CarriedContribution"),
     "metadist.core.engine": ("Engine",),
     "metadist.core.errors": ("MetadistError",),
+    "metadist.engine.estimators": ("Unrolled",),
     "metadist.core.inner_loop": ("Descent", "InnerLoop", "InnerState", "Moments"),
     "metadist.experiment.interruption": ("TrainingInterrupted",),
     "metadist.learners": ("Learner",),
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from metadist.core.random import TaskKey
     from metadist.core.state import Records, Slot, State
     from metadist.core.task import Classification, Examples, Task, TaskFamily
+    from metadist.engine.estimators import Unrolled
     from metadist.experiment.interruption import TrainingInterrupted
     from metadist.learners import Learner
     from metadist.learners.trials import TrialLearner

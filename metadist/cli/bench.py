@@ -264,6 +264,21 @@ def serve(
     )
 
 
+@app.command(epilog="Example:  metadist bench optimizers runs/optimizer-mlp tasks.image_size=8 --tasks 100")
+def optimizers(
+    run_dir: Annotated[str, typer.Argument(help="The run directory of a learned optimiser.")],
+    overrides: Overrides = None,
+    tasks: Annotated[int, typer.Option(help="Test tasks.", min=2)] = 100,
+    steps: Annotated[int, typer.Option(help="Steps of training on each task.", min=1)] = 1000,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a learned optimiser with Adam and with SGD with momentum, at seven rates each, on its test tasks."""
+    measure(
+        "optimizers", as_json, run_dir=run_dir, overrides=overrides or [], tasks=tasks, steps=steps, threads=threads
+    )
+
+
 @app.command("driver-memory", epilog="Example:  metadist bench driver-memory sinusoid_maml --steps 2000")
 def driver_memory(
     config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False

@@ -49,6 +49,12 @@ def show_result(result: Result) -> None:
         )
 
 
+def _shown_steps(last: int) -> list[int]:
+    """Return the steps from 0 to ``last`` that a table shows: all, or of a long training a few, ever further apart."""
+    marks = [m * 10**power for power in range(len(str(last))) for m in (1, 2, 5)]
+    return list(range(last + 1)) if last <= 30 else [0, *(m for m in marks if m < last), last]
+
+
 def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | None = None) -> None:
     """Print a table of the scores after each number of adaptation steps, and the protocol of the scores."""
     if isinstance(evaluation, TrialEvaluation):
@@ -58,7 +64,7 @@ def show_evaluation(evaluation: Evaluation, published: Mapping[int, float] | Non
     table = Table()
     for heading in ("adaptation steps", "mean", "95 % CI", "median", *(("published",) if published else ())):
         table.add_column(heading, justify="right")
-    for step in range(len(evaluation.mean)):
+    for step in _shown_steps(len(evaluation.mean) - 1):
         row = [
             str(step),
             f"{evaluation.mean[step]:.4f}",

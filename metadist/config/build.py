@@ -16,6 +16,7 @@ from metadist.config.trust import allowed_modules, check_trust
 from metadist.core.algorithm import Algorithm
 from metadist.core.carried import CarriedAlgorithm
 from metadist.core.errors import ConfigError, nearest
+from metadist.core.model import Variants
 from metadist.core.task import TaskFamily
 from metadist.learners.base import AnyAlgorithm
 from metadist.rl.algorithm import TrialAlgorithm
@@ -119,4 +120,6 @@ def _owner(factory: Any) -> Any:
     """Return the model config whose method builds the module, or the factory itself."""
     if isinstance(factory, functools.partial) and inspect.ismethod(factory.func):
         return factory.func.__self__
+    if isinstance(factory, Variants):
+        return factory.owner
     return factory

@@ -15,12 +15,13 @@ from metadist.config.catalog import resolve
 from metadist.config.plugins import Kind
 from metadist.config.schema import Document, explained, settings, typed
 from metadist.config.settings import MetricSettings
+from metadist.core.carried import CarriedAlgorithm
 from metadist.core.errors import ConfigError
 from metadist.core.imports import author, home_of, import_path, split_path, within
 from metadist.core.task import TaskFamily
 from metadist.core.task_metrics import BUILT_IN
 from metadist.learners.base import AnyAlgorithm
-from metadist.models import MODELS, ModelConfig, PolicyConfig
+from metadist.models import MODELS, ModelConfig, PolicyConfig, VariantsConfig
 from metadist.rl.algorithm import TrialAlgorithm
 from metadist.rl.environment import Continuous, MetaEnvironment
 
@@ -142,7 +143,15 @@ def model_factory(
             raise ConfigError(
                 f"tasks: {type(tasks).__name__} must state its input_shape for model '{type(model).__name__}'"
             )
-        return functools.partial(model.build, tuple(tasks.input_shape), algorithm.outputs(tasks))
+        shape, outputs = tuple(tasks.input_shape), algorithm.outputs(tasks)
+        if not isinstance(model, VariantsConfig):
+            return functools.partial(model.build, shape, outputs)
+        if isinstance(algorithm, CarriedAlgorithm):
+            return model.variants(shape, outputs)
+        raise ConfigError(
+            f"model.name: '{type(model).__name__}' has another shape for each task, and algorithm "
+            f"'{type(algorithm).__name__}' learns one network for all; use a learned optimiser, or model mlp"
+        )
     if isinstance(model, PolicyConfig):
         raise ConfigError(
             f"model.name: '{type(model).__name__}' is a policy, which goes with environment, not with tasks"

@@ -14,7 +14,8 @@ class EngineSettings:
     """The computation of shards.
 
     For ``compile``, ``differentiation`` and ``chunk`` (number of tasks in memory at a time), ``auto`` lets metadist
-    choose; `metadist plan` shows the choice and its reasons. ``precision``: ``tf32`` for the matrix products of a GPU,
+    choose; `metadist plan` shows the choice and its reasons. ``truncated``, ``es`` and ``pes`` are for algorithms with
+    carried state, ``unrolled`` and ``mixed`` for all others. ``precision``: ``tf32`` for the matrix products of a GPU,
     ``bfloat16`` for autocast in the inner loop. ``deterministic: false`` allows GPU kernels whose bits vary, which
     ``exact`` forbids. ``wire: bfloat16`` halves the bytes that workers send, with error feedback.
 
@@ -27,7 +28,7 @@ class EngineSettings:
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "auto"
     compile: Literal["auto", "always", "never"] = "auto"
-    differentiation: Literal["auto", "unrolled", "mixed"] = "auto"
+    differentiation: Literal["auto", "unrolled", "mixed", "truncated", "es", "pes"] = "auto"
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     chunk: Union[int, Literal["auto"]] = "auto"
     deterministic: bool = True

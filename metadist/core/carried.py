@@ -7,10 +7,11 @@ the next meta-step. ``outer.meta_batch_size`` is the size of the population.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Union
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -87,6 +88,8 @@ class CarriedAlgorithm:
     vectorized: ClassVar[bool] = True
     #: whether the particles of meta-step 0 start at random ages, so that later starts are spread over the meta-steps
     staggered: ClassVar[bool] = True
+    #: whether ``engine.differentiation`` chooses how ``advance`` estimates its gradient (``engine/estimators.py``)
+    estimated: ClassVar[bool] = False
     #: inner steps of an evaluation: more than in training, because a learned optimiser must go on beyond its window
     evaluation_steps: int = 100
 
@@ -108,6 +111,10 @@ class CarriedAlgorithm:
     def compatible(self, family: TaskFamily, model: Model) -> str | None:
         """Return the reason why this algorithm cannot learn these tasks with this model, or None."""
         return None if model.has_forward else "the model has no forward(x)"
+
+    def optimizer(self, theta: Theta, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        """Return the learned optimiser of the parameters of a user's own network. ConfigError where there is none."""
+        raise ConfigError(f"optimizer: algorithm '{type(self).__name__}' learns no optimiser")
 
     def lifetime(self, context: CarriedContext) -> int:
         """Return after how many meta-steps, 1 or more, the particle that starts now starts afresh, with another task.

@@ -90,6 +90,22 @@ class _ReplacedFunctions(TorchFunctionMode):
         return input * mask / (1 - p)
 
 
+@dataclass(frozen=True)
+class Variants:
+    """Modules of several shapes: ``chosen(split, index)`` is the number of the factory for the network of a task.
+
+    Only algorithms with carried state train a network of its own shape for each task; all others use the first.
+    """
+
+    factories: tuple[Callable[[], nn.Module], ...]
+    chosen: Callable[[str, int], int]
+    #: the config of the modules
+    owner: object = None
+
+    def __call__(self) -> nn.Module:
+        return self.factories[0]()
+
+
 class _Call(nn.Module):
     """Lets ``functional_call`` call any method of a module, not only ``forward``."""
 
@@ -158,6 +174,7 @@ class Model:
         output: str | int | None = None,
     ) -> None:
         self.factory, self.dtype, self.freeze, self.output = factory, dtype, freeze, output
+        self._variants: dict[int, Model] = {}
         self._call = _Call(self._build(0))
         self.device = torch.device("cpu")
         self.frozen = self._frozen()
@@ -235,8 +252,20 @@ class Model:
         buffers.update({n: p for n, p in frozen.items() if p.dtype != self.dtype})
         return learned, Parameters({n: p for n, p in frozen.items() if p.dtype == self.dtype}), Parameters(buffers)
 
+    def variant(self, split: str, index: int) -> Model:
+        """Return the model of task ``index``: one of ``Variants``, an object for each shape, or itself."""
+        if not isinstance(self.factory, Variants):
+            return self
+        number = self.factory.chosen(split, index)
+        if number not in self._variants:
+            made = Model(self.factory.factories[number], dtype=self.dtype, freeze=self.freeze)
+            self._variants[number] = made.to(self.device)
+        return self._variants[number]
+
     def to(self, device: torch.device) -> Model:
         """Move the module to ``device``, in place; return the model."""
+        for other in self._variants.values():
+            other.to(device)
         self._call.to(device)
         self.device = device
         return self

@@ -13,6 +13,7 @@ from metadist.core.engine import Differentiation, Engine, Hessian
 from metadist.core.errors import ConfigError
 from metadist.engine.agreement import mixed_disagrees
 from metadist.engine.buckets import MOST
+from metadist.engine.estimators import ESTIMATORS
 from metadist.engine.memory import Footprint, allocated_bytes, footprint
 from metadist.engine.subject import Subject
 
@@ -37,7 +38,7 @@ class EngineRequest(Protocol):
     def compile(self) -> Literal["auto", "always", "never"]: ...
 
     @property
-    def differentiation(self) -> Literal["auto", "unrolled", "mixed"]: ...
+    def differentiation(self) -> Literal["auto", "unrolled", "mixed", "truncated", "es", "pes"]: ...
 
     @property
     def chunk(self) -> int | Literal["auto"]: ...
@@ -118,17 +119,36 @@ def plan_shards(subject: Subject, request: EngineRequest, device: Device, sharin
 
 def plan_eager(request: EngineRequest, device: Device) -> Plan:
     """Plan for learners without inner-loop graphs: policies of meta-environments run eagerly, in whole shards."""
-    allowed = (
-        ("compile", request.compile, "never"),
-        ("differentiation", request.differentiation, "auto"),
-        ("chunk", request.chunk, "auto"),
-        ("precision", request.precision, "float32"),
-    )
-    for name, chosen, default in allowed:
-        if chosen not in (default, "auto"):
-            raise ConfigError(f"engine.{name}: {chosen} is for supervised tasks; with a meta-environment use {default}")
+    _refuse_graphs(request, ("auto",), "supervised tasks; with a meta-environment")
     reasons = {"compile": "not: policies of meta-environments run eagerly"}
     return Plan(Engine(deterministic=request.deterministic), device, reasons)
+
+
+def plan_carried(estimated: bool, request: EngineRequest, device: Device) -> Plan:
+    """Plan for algorithms with carried state, which run eagerly; ``estimated``: by one of ``ESTIMATORS``."""
+    allowed = ("auto", *ESTIMATORS) if estimated else ("auto",)
+    _refuse_graphs(request, allowed, "adaptation within a meta-step; with an algorithm with carried state")
+    reasons = {"compile": "not: particles advance eagerly"}
+    if not estimated:
+        return Plan(Engine(deterministic=request.deterministic), device, reasons)
+    chosen: Differentiation = "truncated"
+    if request.differentiation != "auto":
+        chosen = request.differentiation
+    reasons["differentiation"] = ESTIMATORS[chosen]
+    return Plan(Engine(differentiation=chosen, deterministic=request.deterministic), device, reasons)
+
+
+def _refuse_graphs(request: EngineRequest, differentiations: tuple[str, ...], is_for: str) -> None:
+    """Raise ConfigError where a request needs the graphs of an inner loop, or a differentiation that is not allowed."""
+    allowed = (
+        ("compile", request.compile, ("never", "auto")),
+        ("differentiation", request.differentiation, differentiations),
+        ("chunk", request.chunk, ("auto",)),
+        ("precision", request.precision, ("float32",)),
+    )
+    for name, chosen, values in allowed:
+        if chosen not in values:
+            raise ConfigError(f"engine.{name}: {chosen} is for {is_for} use {' or '.join(values)}")
 
 
 class _Memory:
@@ -214,6 +234,11 @@ def _chosen_differentiation(
     impossible = subject.meta_gradient.cannot_walk_back
     steps = subject.algorithm.inner_steps
     tasks, budget = memory.chunk, size(memory.budget)
+    if request.differentiation in ESTIMATORS:
+        raise ConfigError(
+            f"engine.differentiation: {request.differentiation} estimates the gradient of an algorithm with carried "
+            f"state, and {type(subject.algorithm).__name__} has none; use unrolled, mixed or auto"
+        )
     if request.differentiation == "mixed" and impossible:
         raise ConfigError(f"engine.differentiation: mixed, but {impossible}; use unrolled or auto")
     if request.differentiation != "auto":

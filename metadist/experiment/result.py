@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -135,6 +135,13 @@ class Result:
         with self.signature.judged_by_model():
             prediction = learner.predict(self.state, adapted.phi, queries, adapted.support)
         return self.signature.logits(prediction, self.signature.ways(adapted.support.y))
+
+    def optimizer(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        """Return the learned optimiser as a ``torch.optim.Optimizer`` of ``parameters``, those of any ``nn.Module``.
+
+        ConfigError where the algorithm learns no optimiser.
+        """
+        return self.experiment.learner.optimizer(self.state, parameters)
 
     def evaluate(self, *overrides: str, **options: Any) -> Evaluation:
         """Judge the best parameters again, and record the scores in the run directory and in MLflow.

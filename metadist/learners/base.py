@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar, Union
@@ -175,6 +175,10 @@ class Learner(ABC):
     def predict(self, state: State, phi: Phi, x: Tensor, support: Examples) -> Tensor:
         """Return predictions for x [N, …] with φ. ConfigError where the learner is not ``servable``."""
         raise ConfigError(f"predict: {self.servable()}")
+
+    def optimizer(self, state: State, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        """Return the learned optimiser of ``parameters`` of any network. ConfigError where none is learned."""
+        raise ConfigError(f"optimizer: algorithm '{type(self.algorithm).__name__}' learns no optimiser")
 
     def normalize(self, normalization: str) -> None:
         """Normalise query sets in evaluation as ``normalization`` says. ConfigError where there are none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,8 +23,8 @@ from metadist.core.state import Contribution, Records, State
 from metadist.core.task import Task, TaskFamily, stack
 from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
 from metadist.engine.functions import kept_sum
-from metadist.engine.plan import Device, EngineRequest, Plan, plan_eager
-from metadist.learners.base import Learner
+from metadist.engine.plan import Device, EngineRequest, Plan, plan_carried
+from metadist.learners.base import Learner, Surround
 from metadist.learners.dry_run_carried import particle_hashes, try_particles
 from metadist.learners.evaluation import Evaluation, score_tasks, sources_of
 from metadist.learners.particles import Contexts, Particles, by_particle, first_lifetime, stacked
@@ -63,10 +63,16 @@ class CarriedLearner(Learner):
         self.slots = {name: slot for name, (slot, _) in self._declare(0).items()}
         self.device = torch.device("cpu")
         self._prepared = False
-        self._structure: pytree.TreeSpec | None = None
+        self._structures: dict[Model, pytree.TreeSpec] = {}
+        for shard in self._advancing(MetaStepKey("check", 0, 0)):
+            self._network(_keys(shard))
+
+    def set_engine(self, engine: Engine, around: Surround | None = None) -> None:
+        super().set_engine(engine)
+        self._structures = {}  # the state of a particle depends on the estimator
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": False, "_structure": None}
+        return {**self.__dict__, "_prepared": False, "_structures": {}}
 
     def _check_outer(self, outer: OuterLoop) -> None:
         if outer.meta_batch_size != self.outer.meta_batch_size:
@@ -128,7 +134,7 @@ class CarriedLearner(Learner):
         return min(2, self.outer.shard_size, self.outer.meta_batch_size)
 
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
-        return plan_eager(request, device)
+        return plan_carried(self.algorithm.estimated, request, device)
 
     def servable(self) -> str | None:
         return f"'{type(self.algorithm).__name__}' trains networks over many steps, and has no step of adaptation"
@@ -137,13 +143,30 @@ class CarriedLearner(Learner):
 
     def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result | WithOutput:
         """Compute a shard: advance particles from the states in ``inputs``, or evaluate θ with particles of its own."""
-        keys = TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count))
+        keys = _keys(shard)
         named = {name: self.slots[name].layout.unflatten(vector) for name, vector in theta.items()}
         if isinstance(shard.computation, Advance):
             return self.advance(named, keys, inputs[0] if inputs else None)
         if isinstance(shard.computation, Evaluate):
             return self.evaluate(named, keys, self._evaluation_steps(shard.computation.inner_steps))
         raise ValueError(f"unknown function '{shard.function}'; expected advance or evaluate")
+
+    def _contexts(self, theta: Theta, keys: TaskKey) -> Contexts:
+        return Contexts(self._network(keys), self.tasks, theta, self.device, self.engine)
+
+    def _network(self, keys: TaskKey) -> Model:
+        """Return the network that the particles of a shard train. ConfigError where they are of several shapes."""
+        numbers = keys.tasks.tolist()
+        first = self.model.variant(keys.split, numbers[0])
+        if any(self.model.variant(keys.split, number) is not first for number in numbers):
+            raise ConfigError(
+                f"outer.shard_size: {self.outer.shard_size}, but {keys.split} tasks {numbers[0]} to {numbers[-1]} of "
+                "one shard have networks of several shapes; let model.each be a multiple of outer.shard_size"
+            )
+        return first
+
+    def optimizer(self, state: State, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        return self.algorithm.optimizer(state.theta(self.slots), parameters)
 
     def sample(self, keys: TaskKey) -> Task:
         """Return the tasks of ``keys`` on the learner's device. The keys stay on the CPU."""
@@ -165,7 +188,7 @@ class CarriedLearner(Learner):
     def advance(self, theta: Theta, keys: TaskKey, before: Records | None) -> WithOutput:
         """Advance the particles of ``keys`` from their states ``before`` (None: all start now)."""
         meta_step = int(keys.meta_step)
-        contexts = Contexts(self.model, self.tasks, theta, self.device)
+        contexts = self._contexts(theta, keys)
         particles, tasks = self._continued(contexts, keys, before)
 
         def single(state: ParticleState, task: Task, index: Tensor, started: Tensor) -> Any:
@@ -201,15 +224,16 @@ class CarriedLearner(Learner):
             started.append(meta_step)
             ends.append(meta_step + life)
             states.append(self.algorithm.start(contexts.theta, context))
-        self._structure = self._structure or pytree.tree_structure(states[0])
+        self._structures.setdefault(contexts.model, pytree.tree_structure(states[0]))
         return Particles(torch.tensor(started), torch.tensor(ends), stacked(states)), stack(tasks)
 
     def _known_structure(self, contexts: Contexts, key: TaskKey) -> pytree.TreeSpec:
         """Return the structure of a state: that of any start."""
-        if self._structure is None:
+        if contexts.model not in self._structures:
             context = contexts.starting(key, int(key.meta_step), self._task(key))
-            self._structure = pytree.tree_structure(self.algorithm.start(contexts.theta, context))
-        return self._structure
+            state = self.algorithm.start(contexts.theta, context)
+            self._structures[contexts.model] = pytree.tree_structure(state)
+        return self._structures[contexts.model]
 
     def _check_structure(self, before: ParticleState, after: ParticleState) -> None:
         """Refuse a state whose structure, shapes or dtypes ``advance`` changes: the next meta-step expects the same."""
@@ -255,7 +279,7 @@ class CarriedLearner(Learner):
 
         Columns [T, steps + 1] in float64 (tables [T, steps + 1, …]), and the index of each task [T].
         """
-        contexts = Contexts(self.model, self.tasks, theta, self.device)
+        contexts = self._contexts(theta, keys)
         tasks, index = self.sample(keys), keys.tasks.to(self.device)
         zero, each = torch.zeros_like(index), keys.each()
         rows = [pytree.tree_map(lambda t, i=i: t[i], tasks) for i in range(len(each))]
@@ -287,6 +311,10 @@ class CarriedLearner(Learner):
                     )(state, tasks, index, zero)
         sources = {} if (found_in := sources_of(self.tasks, keys)) is None else {"source": found_in}
         return Records({"task": keys.tasks, **sources, **{n: torch.stack(c, 1) for n, c in columns.items()}})
+
+
+def _keys(shard: Shard) -> TaskKey:
+    return TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count))
 
 
 def _finite(tree: Any, count: int) -> Tensor:

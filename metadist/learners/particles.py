@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metadist.core.algorithm import Theta
 from metadist.core.carried import CarriedContext, ParticleState
+from metadist.core.engine import Engine
 from metadist.core.model import Model
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
@@ -66,6 +67,7 @@ class Contexts:
     family: TaskFamily
     theta: Theta
     device: torch.device
+    engine: Engine = Engine()
 
     def of(self, key: TaskKey, started: int | Tensor, meta_step: int, task: Task) -> CarriedContext:
         """Return the context of the single particle of ``key``; tensors may be those of a ``vmap``."""
@@ -79,7 +81,7 @@ class Contexts:
             life=life,
             age=meta_step - started,
             task=task,
-            model=self.model.bind(fixed(self.theta), key, training),
+            model=self.model.bind(fixed(self.theta), key, training, self.engine),
         )
 
     def starting(self, key: TaskKey, meta_step: int, task: Task) -> CarriedContext:

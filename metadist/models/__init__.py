@@ -10,10 +10,12 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from metadist.core.model import Variants
 from metadist.models.causal_transformer import CausalTransformer
 from metadist.models.cnp import ConditionalNeuralProcess
 from metadist.models.conv4 import Conv4
 from metadist.models.mlp import MLP
+from metadist.models.mlps import MLPs
 from metadist.models.reactive import Reactive
 from metadist.models.recurrent import GRU, LSTM
 from metadist.models.transformer import Transformer
@@ -26,6 +28,15 @@ class ModelConfig(Protocol):
     def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
         """Build a module: inputs [N, *input_shape] → [N, outputs], or embeddings of any size where ``outputs`` is
         None."""
+        ...
+
+
+@runtime_checkable
+class VariantsConfig(ModelConfig, Protocol):
+    """The settings of a model whose shape depends on the task: with algorithms that carry a network for each task."""
+
+    def variants(self, input_shape: tuple[int, ...], outputs: int | None) -> Variants:
+        """Return the modules of all shapes, and the choice for a task."""
         ...
 
 
@@ -45,6 +56,7 @@ MODELS: dict[str, type[ModelConfig] | type[PolicyConfig]] = {
     "gru": GRU,
     "lstm": LSTM,
     "mlp": MLP,
+    "mlps": MLPs,
     "reactive": Reactive,
     "transformer": Transformer,
 }

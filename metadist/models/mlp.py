@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from metadist.core.errors import ConfigError, one_of
+from metadist.core.errors import ConfigError, at_least, one_of
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class MLP:
     """A multilayer perceptron; it flattens inputs of any shape. Without ``outputs`` it ends with the last hidden layer.
 
     ``init: maml`` is that of MAML's reference code: weights from a normal distribution with σ = 0.01, truncated at 2σ,
-    and biases of zero. ``torch`` is PyTorch's default.
+    and biases of zero. ``torch`` is PyTorch's default. ``pool`` makes images of pool × pool pixels by means over areas.
     """
 
     hidden: tuple[int, ...] = (40, 40)
@@ -24,6 +24,7 @@ class MLP:
     norm: Literal["none", "layer"] = "none"
     dropout: float = 0.0
     init: Literal["torch", "maml"] = "torch"
+    pool: int | None = None
 
     def __post_init__(self) -> None:
         one_of("model.activation", self.activation, ("relu", "tanh", "gelu"))
@@ -31,12 +32,16 @@ class MLP:
         one_of("model.init", self.init, ("torch", "maml"))
         if any(width < 1 for width in self.hidden):
             raise ConfigError(f"model.hidden: {list(self.hidden)}: every width must be at least 1")
+        at_least(1, **{"model.pool": self.pool})
 
     def build(self, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
         activation = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}[self.activation]
         if outputs is None and not self.hidden:
             raise ConfigError("model.hidden: an embedding needs at least one hidden layer")
         layers: list[nn.Module] = [nn.Flatten()]
+        if self.pool is not None:
+            layers.insert(0, nn.AdaptiveAvgPool2d(self.pool))
+            input_shape = (*input_shape[:-2], self.pool, self.pool)
         width = math.prod(input_shape)
         for size in self.hidden:
             layers.append(nn.Linear(width, size))

@@ -9,6 +9,7 @@ from metadist.tasks.cifar import CifarFS
 from metadist.tasks.image_folder import ImageFolder
 from metadist.tasks.omniglot import Omniglot
 from metadist.tasks.sinusoid import Sinusoid
+from metadist.tasks.small_images import SmallImages
 from metadist.tasks.table import TableClassification, TableRegression
 
 TASKS: dict[str, type[TaskFamily]] = {
@@ -16,6 +17,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "omniglot": Omniglot,
     "image_folder": ImageFolder,
     "cifar_fs": CifarFS,
+    "small_images": SmallImages,
     "table_regression": TableRegression,
     "table_classification": TableClassification,
 }

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from metadist.core.algorithm import Theta
 from metadist.core.carried import CarriedAlgorithm, CarriedContext, CarriedContribution
+from metadist.core.engine import Engine
 from metadist.core.model import InnerStep, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import TaskKey
@@ -34,8 +35,16 @@ class Population:
     """Particles 0 … ``size`` − 1 of ``algorithm``, which advance one after another: no vmap, no shards, no driver."""
 
     def __init__(
-        self, algorithm: CarriedAlgorithm, model: Model, family: TaskFamily, *, size: int = 1, seed: int = 0
+        self,
+        algorithm: CarriedAlgorithm,
+        model: Model,
+        family: TaskFamily,
+        *,
+        size: int = 1,
+        seed: int = 0,
+        engine: Engine = Engine(),
     ) -> None:
+        self.engine = engine
         self.algorithm, self.model, self.family, self.size, self.seed = algorithm, model, family, size, seed
         self.particles: dict[int, Particle] = {}
 
@@ -47,6 +56,7 @@ class Population:
         alone = TaskKey.of(self.seed, split, started, [particle])
         task: Task = pytree.tree_map(lambda t: t[0], self.family.sample(alone, split))
         task = task.to(torch.device("cpu"), self.model.dtype)
+        model = self.model.variant(split, particle)
         return CarriedContext(
             key,
             meta_step,
@@ -55,8 +65,8 @@ class Population:
             life=alone.each()[0],
             age=meta_step - started,
             task=Task(task.support.cleared(), task.query.cleared()),
-            model=self.model.bind(fixed(theta), key, split == "train"),
-            fresh=partial(fresh_parameters, self.model, alone.each()[0]),
+            model=model.bind(fixed(theta), key, split == "train", self.engine),
+            fresh=partial(fresh_parameters, model, alone.each()[0]),
         )
 
     def advance(self, theta: Theta, meta_step: int) -> list[CarriedContribution]:

@@ -78,9 +78,7 @@ def numerics_fingerprint(
         "threads": threads,
         "dtype": str(dtype).removeprefix("torch."),
         "compile": engine.compile,
-        "differentiation": engine.differentiation
-        if engine.differentiation == "unrolled"
-        else f"mixed, {engine.hessian}",
+        "differentiation": f"mixed, {engine.hessian}" if engine.differentiation == "mixed" else engine.differentiation,
         "precision": engine.precision,
     }
     if engine.chunk is not None:  # libraries may choose other kernels for other batches

@@ -1,0 +1,130 @@
+"""Learned optimisers in the carried learner, with networks of several shapes: against particles in plain Python."""
+
+import pytest
+import torch
+from tiny import train
+
+import metadist
+from metadist.algorithms.lstm_optimizer import LSTMOptimizer
+from metadist.algorithms.mlp_optimizer import MLPOptimizer
+from metadist.config.build import build
+from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError
+from metadist.core.model import Model
+from metadist.core.outer import OuterLoop
+from metadist.core.random import TaskKey
+from metadist.core.round import MetaStepKey
+from metadist.learners.carried import CarriedLearner
+from metadist.models.mlps import MLPs
+from metadist.testing.carried import LearnedRate, Population
+from metadist.testing.quadratics import Linear, Quadratics
+
+NETWORKS = MLPs(networks=((3,), (2, 2)), test_networks=((4,),), each=2)
+OUTER = OuterLoop(meta_batch_size=4, shard_size=2)
+
+
+def learner(algorithm, networks=NETWORKS, outer=OUTER, dtype=torch.float64):
+    return CarriedLearner(algorithm, Model(networks.variants((3,), 1), dtype=dtype), Quadratics(), outer)
+
+
+def advanced(subject, theta, meta_steps):
+    """The contributions of the shards of each meta-step, with the states handed on as an executor does."""
+    kept, found = {}, []
+    for meta_step in range(meta_steps):
+        rounds = subject.meta_step(MetaStepKey("run", meta_step, 0), subject.initial(0))
+        shards = next(rounds).shards
+        done = [subject.compute(shard, theta, [kept[key] for key in shard.needs]) for shard in shards]
+        kept = {shard.key: one.output for shard, one in zip(shards, done)}
+        found.append([one.result for one in done])
+    return found
+
+
+@pytest.mark.parametrize("estimator", ["truncated", "es", "pes"])
+@pytest.mark.parametrize("kind", [LSTMOptimizer, MLPOptimizer])
+def test_shards_are_particles_in_plain_python(kind, estimator):
+    algorithm = kind(window=2, unroll=(2, 6), batch_size=3, scales=(0.5, 2.0))
+    subject, engine = learner(algorithm), Engine(differentiation=estimator)
+    subject.set_engine(engine)
+    state = subject.initial(0)
+    theta = state.theta(subject.slots)
+    plain = Population(algorithm, subject.model, Quadratics(), size=4, engine=engine)
+    for meta_step, shards in enumerate(advanced(subject, state.slots, 4)):
+        each = plain.advance(theta, meta_step)
+        for number, shard in enumerate(shards):
+            pair = each[2 * number : 2 * number + 2]
+            vectors = [subject.slots["optimizer"].layout.flatten(c.slots["optimizer"]) for c in pair]
+            expected = vectors[0] + vectors[1]
+            assert shard.slots.keys() == {"optimizer"}
+            assert (shard.slots["optimizer"] - expected).abs().max() < 1e-8 * (1e-3 + expected.abs().max())
+
+
+def test_tasks_have_networks_of_their_split():
+    subject = learner(MLPOptimizer(evaluation_steps=2))
+    shapes = {
+        split: [tuple(p.shape for p in subject.model.variant(split, i).module.parameters())[0] for i in range(5)]
+        for split in ("train", "validation", "test")
+    }
+    assert shapes["train"] == shapes["validation"] == [(3, 3), (3, 3), (2, 3), (2, 3), (3, 3)]
+    assert shapes["test"] == [(4, 3)] * 5
+    records = subject.evaluate(subject.initial(0).theta(subject.slots), TaskKey.of(0, "test", 0, range(3)), 2)
+    assert records.columns["loss"].shape == (3, 3)
+
+
+def test_a_shard_of_several_shapes_is_refused():
+    with pytest.raises(ConfigError, match=r"outer.shard_size: 4, .* let model.each be a multiple of outer.shard_size"):
+        learner(MLPOptimizer(), outer=OuterLoop(meta_batch_size=4, shard_size=4))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("estimator", ["truncated", "pes"])
+def test_training_makes_an_optimizer_that_lowers_the_loss(estimator):
+    """The loss of the networks after 30 steps, before and after meta-training, on test tasks."""
+    # Few weights: the noise of an estimate by differences grows with their number.
+    small = {"hidden": 4, "layers": 1, "batch_size": None, "step_size": 0.05}
+    algorithm = MLPOptimizer(window=10, unroll=(10, 30), sigma=0.03, **small)
+    networks = MLPs(networks=((4,),), each=16)
+    outer = OuterLoop(meta_batch_size=16, shard_size=16, lr=0.02, clip_norm=1.0)
+    subject = learner(algorithm, networks, outer, torch.float32)
+    subject.set_engine(Engine(differentiation=estimator))
+    state, kept = subject.initial(0), {}
+
+    def loss(state):
+        records = subject.evaluate(state.theta(subject.slots), TaskKey.of(0, "test", 0, range(16)), 30)
+        return float(records.columns["loss"][:, -1].mean())
+
+    before = loss(state)
+    for meta_step in range(60):
+        rounds = subject.meta_step(MetaStepKey("run", meta_step, 0), state)
+        (shard,) = next(rounds).shards
+        done = subject.compute(shard, state.slots, [kept[key] for key in shard.needs])
+        kept = {shard.key: done.output}
+        try:
+            rounds.send(done.result)
+        except StopIteration as end:
+            state, _ = end.value
+    assert loss(state) < 0.8 * before
+
+
+def test_result_optimizer_trains_a_network_of_the_user_s(tmp_path):
+    document = {
+        "name": "optimizer",
+        "tasks": {"name": "metadist.testing.quadratics:Quadratics"},
+        "model": {"name": "mlps", "networks": [[2]], "each": 2},
+        "algorithm": {"name": "mlp_optimizer", "window": 2, "unroll": 4, "batch_size": 3, "evaluation_steps": 2},
+        "engine": {"differentiation": "pes"},
+        "outer": {"meta_batch_size": 2, "shard_size": 2, "meta_steps": 2},
+        "evaluate": {"every": 2, "tasks": 2, "test_tasks": 2},
+        "workers": [{"min": 0, "max": 0}],
+        "tracking": {"uri": "none"},
+    }
+    train(build(document), run_dir=str(tmp_path / "run"), plots=False)
+    result = metadist.load(str(tmp_path / "run"))
+    network = torch.nn.Linear(3, 2)
+    start = network.weight.detach().clone()
+    optimizer = result.optimizer(network.parameters())
+    network(torch.ones(4, 3)).square().mean().backward()
+    optimizer.step()
+    assert isinstance(optimizer, torch.optim.Optimizer) and not torch.equal(network.weight, start)
+    bare = CarriedLearner(LearnedRate(), Model(lambda: Linear().build((3,), 1)), Quadratics(), OUTER)
+    with pytest.raises(ConfigError, match="algorithm 'LearnedRate' learns no optimiser"):
+        bare.optimizer(bare.initial(0), network.parameters())
