@@ -115,8 +115,8 @@ def _show_task_metrics(evaluation: Evaluation) -> None:
         ways = Table(title=f"by number of classes, after {last} adaptation steps", title_justify="left")
         for heading in ("classes", "tasks", "chance", "mean"):
             ways.add_column(heading, justify="right")
-        for row in evaluation.by_ways:
-            ways.add_row(f"{row['ways']:.0f}", f"{row['tasks']:.0f}", f"{row['chance']:.4f}", f"{row['mean']:.4f}")
+        for by in evaluation.by_ways:
+            ways.add_row(f"{by['ways']:.0f}", f"{by['tasks']:.0f}", f"{by['chance']:.4f}", f"{by['mean']:.4f}")
         PlainConsole(file=sys.stdout, width=100, highlight=False).print(ways)
     for name, counts in evaluation.tables.items():
         print(f"{name}: rows are classes, columns predicted classes, after {last} adaptation steps")

@@ -258,7 +258,7 @@ class Model:
             return self
         number = self.factory.chosen(split, index)
         if number not in self._variants:
-            made = Model(self.factory.factories[number], dtype=self.dtype, freeze=self.freeze)
+            made = Model(self.factory.factories[number], dtype=self.dtype, freeze=self.freeze, output=self.output)
             self._variants[number] = made.to(self.device)
         return self._variants[number]
 

@@ -153,8 +153,9 @@ def with_rows(tasks: Task, support: int, query: int) -> Task:
             missing = rows - t.shape[1]
             return torch.cat([t, t.new_zeros(len(t), missing, *t.shape[2:])], 1) if missing else t
 
-        mask = torch.ones(e.y.shape[:2], dtype=torch.bool, device=e.y.device) if e.mask is None else e.mask.bool()
-        return Examples(pad(e.x), pad(e.y), pad(mask))
+        y = first(e.y)
+        mask = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device) if e.mask is None else e.mask.bool()
+        return Examples(mapped(pad, e.x), mapped(pad, e.y), pad(mask))
 
     return Task(padded(tasks.support, support), padded(tasks.query, query), tasks.ways)
 

@@ -106,9 +106,7 @@ class TaskMetric:
         if not self.built_in:
             counts = [None] * len(first(prediction)) if ways is None else ways.tolist()
             each = zip(self._each(prediction, query), counts)
-            return torch.stack(
-                [self._by_step(mapped(lambda t, n=n: t[..., :n], p) if n else p, real) for (p, real), n in each]
-            )
+            return torch.stack([self._by_step(_logits(p, count), real) for (p, real), count in each])
         if not isinstance(prediction, Tensor) or not isinstance(query.y, Tensor):
             raise ConfigError(
                 f"task_metrics: '{self.name}' judges one tensor, and the model predicts {shown(prediction)} for "
@@ -282,3 +280,8 @@ BUILT_IN = {
     )
     for function in functions
 }
+
+
+def _logits(prediction: Tree, count: int | None) -> Tree:
+    """Return the logits of the first ``count`` classes; None for all."""
+    return prediction if count is None else mapped(lambda t: t[..., :count], prediction)

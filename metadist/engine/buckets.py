@@ -93,6 +93,6 @@ def _chosen(possible: Sequence[tuple[int, int]], cost: int) -> tuple[tuple[int, 
 
 def _some(rows: Tensor) -> Tensor:
     """Return at most ``CANDIDATES`` of the different numbers of rows, the largest one among them."""
-    different: Tensor = rows.unique()  # type: ignore[no-untyped-call]
+    different: Tensor = rows.unique()
     count = min(CANDIDATES, len(different))
     return different[torch.linspace(0, len(different) - 1, count).round().long()]

@@ -379,7 +379,7 @@ class FewShotLearner(Learner):
         tasks = self.sample(keys)
         with torch.no_grad():
             losses, predictions = self._explained(lambda: torch.func.vmap(single)(tasks, keys.tasks.to(self.device)))
-            by_step = [mapped(lambda t, s=step: t[:, s].contiguous(), predictions) for step in range(losses.shape[1])]
+            by_step = [_after(predictions, step) for step in range(losses.shape[1])]
             metrics = torch.stack([metric_of_tasks(self.tasks, p, tasks.query) for p in by_step], 1)
             columns = {"loss": losses, self.tasks.metric_name: metrics}
             columns |= {m.name: m.of_tasks(predictions, tasks.query, tasks.ways) for m in self.task_metrics}
@@ -431,3 +431,8 @@ class FewShotLearner(Learner):
         """
         with torch.no_grad():
             return self._judge(self.algorithm, self.bind(state.theta(self.slots), None, False), phi, support.x, x)
+
+
+def _after(predictions: Tree, step: int) -> Tree:
+    """Return predictions [T, N, …] after ``step`` adaptation steps, from [T, steps, N, …]."""
+    return mapped(lambda t: t[:, step].contiguous(), predictions)

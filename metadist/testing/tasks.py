@@ -64,9 +64,9 @@ def shapes(family: TaskFamily, split: str) -> None:
         _inputs(family, split, name, e)
         _targets(family, split, name, e)
     stated = family.sizes(split)
-    found = (first(task.support.x).shape[1], first(task.query.x).shape[1])
-    if stated is not None and tuple(stated) != found:
-        values = f"sizes('{split}') is {tuple(stated)} and the tasks have {found} rows"
+    rows = (first(task.support.x).shape[1], first(task.query.x).shape[1])
+    if stated is not None and tuple(stated) != rows:
+        values = f"sizes('{split}') is {tuple(stated)} and the tasks have {rows} rows"
         raise ShapeError(
             family, "sizes(split) states the rows of every task", values, "correct sizes(), or return None"
         )
