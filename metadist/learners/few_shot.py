@@ -25,7 +25,7 @@ from metadist.core.signature import Signature
 from metadist.core.state import Contribution, Records, State, TreeSum
 from metadist.core.task import Examples, Task, TaskFamily
 from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
-from metadist.core.tree import Tree, joined, mapped, stacked
+from metadist.core.tree import Tree, at, joined, mapped, stacked
 from metadist.engine.agreement import compiled_disagrees
 from metadist.engine.compiled import Compiled
 from metadist.engine.functions import TensorCall, directly
@@ -323,9 +323,10 @@ class FewShotLearner(Learner):
         tasks = self.sample(keys)
         with torch.no_grad():
             losses, predictions = self._explained(lambda: torch.func.vmap(single)(tasks, keys.tasks.to(self.device)))
-            by_step = [mapped(lambda t, s=step: t[:, s].contiguous(), predictions) for step in range(losses.shape[1])]
-            metrics = torch.stack([metric_of_tasks(self.tasks, p, tasks.query) for p in by_step], 1)
-            columns = {"loss": losses, self.tasks.metric_name: metrics}
+            steps = mapped(lambda t: t.movedim(1, 0), predictions)
+            by_step = [mapped(Tensor.contiguous, at(steps, step)) for step in range(losses.shape[1])]
+            metrics = [metric_of_tasks(self.tasks, p, tasks.query) for p in by_step]
+            columns = {"loss": losses, self.tasks.metric_name: torch.stack(metrics, 1)}
             columns |= {m.name: m.of_tasks(predictions, tasks.query) for m in self.task_metrics}
         sources = {} if (found := self._sources(keys)) is None else {"source": found}
         return Records({"task": keys.tasks, **sources, **{n: column.double().cpu() for n, column in columns.items()}})
