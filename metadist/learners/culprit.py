@@ -29,7 +29,8 @@ def failed(learner: Subject, state: State, task: Task, split: str, error: Except
     prediction = None if judging is None else judging.f_locals.get("prediction")
     shapes = f"inputs {shown(task.support.x)} and targets {shown(task.support.y)}"
     about = f"{first_line(error)}{place(error)}"
-    if judging is not None and prediction is not None:
+    takes_trees = learner.tasks.kind != "classification" and prediction is not None
+    if judging is not None and (takes_trees or isinstance(prediction, Tensor)):
         target = judging.f_locals["examples"].y
         return ConfigError(
             f"tasks: the {judging.f_code.co_name} of '{type(learner.tasks).__name__}' fails on {split} tasks with "
