@@ -265,7 +265,8 @@ class ServedModel:
         parts = _parts(list(zip(adapted, queries)), self.together(queries[0].numel()))
         with self._lock:
             found = [prediction for some in parts for prediction in self._predict(some)]
-        return [self.signature.logits(p, how[1]) for p, ((how, *_), *_) in zip(found, (a.made_by for a in adapted))]
+        ways = [how[1] for how, *_ in (a.made_by for a in adapted)]
+        return [self.signature.logits(prediction, count) for prediction, count in zip(found, ways)]
 
     def _predict(self, pairs: Sequence[tuple[ServedAdaptation, Tensor]]) -> list[Tensor]:
         if len(pairs) == 1:
