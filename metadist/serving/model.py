@@ -281,7 +281,8 @@ class ServedModel:
         parts = _parts(list(zip(adapted, queries)), self.together(_elements(queries[0])))
         with self._lock:
             found = [prediction for some in parts for prediction in self._predict(some)]
-        return [self.signature.logits(p, how[1]) for p, ((how, *_), *_) in zip(found, (a.made_by for a in adapted))]
+        ways = [how[1] for how, *_ in (a.made_by for a in adapted)]
+        return [self.signature.logits(prediction, count) for prediction, count in zip(found, ways)]
 
     def _predict(self, pairs: Sequence[tuple[ServedAdaptation, Tree]]) -> list[Tree]:
         if len(pairs) == 1:
