@@ -33,7 +33,7 @@ TRAVELS = (
 )
 
 
-class Subject(Protocol):
+class ParticleSubject(Protocol):
     """A learner of particles, as this module tries it."""
 
     algorithm: CarriedAlgorithm
@@ -48,7 +48,7 @@ class Subject(Protocol):
     def evaluate(self, theta: Theta, keys: TaskKey, steps: int) -> Records: ...
 
 
-def try_particles(learner: Subject, seed: int, count: int) -> None:
+def try_particles(learner: ParticleSubject, seed: int, count: int) -> None:
     """Advance ``count`` particles twice and evaluate θ on a task of every split.
 
     ConfigError where tasks, contributions or states are no pure function of their keys, where a contribution lacks a
@@ -69,7 +69,7 @@ def try_particles(learner: Subject, seed: int, count: int) -> None:
         _explained(learner, "evaluated", partial(learner.evaluate, theta, keys, STEPS))
 
 
-def particle_hashes(learner: Subject, seed: int, count: int) -> dict[str, str]:
+def particle_hashes(learner: ParticleSubject, seed: int, count: int) -> dict[str, str]:
     """Return the SHA-256 of the first tasks of each split and of the first states, by name."""
     named = {
         f"{split} tasks ({n})": t
@@ -82,11 +82,11 @@ def particle_hashes(learner: Subject, seed: int, count: int) -> dict[str, str]:
     return {n: hashlib.sha256(t.contiguous().cpu().view(-1).numpy().tobytes()).hexdigest() for n, t in named.items()}
 
 
-def _name(learner: Subject) -> str:
+def _name(learner: ParticleSubject) -> str:
     return type(learner.algorithm).__name__
 
 
-def _try_tasks(learner: Subject, keys: TaskKey) -> None:
+def _try_tasks(learner: ParticleSubject, keys: TaskKey) -> None:
     name = f"tasks: '{type(learner.tasks).__name__}'"
     try:
         first = by_name(learner.sample(keys))
@@ -101,7 +101,7 @@ def _try_tasks(learner: Subject, keys: TaskKey) -> None:
         )
 
 
-def _advanced(learner: Subject, shard: Shard, seed: int, before: Records | None) -> WithOutput | None:
+def _advanced(learner: ParticleSubject, shard: Shard, seed: int, before: Records | None) -> WithOutput | None:
     """Advance the particles of ``shard`` twice, and return the result; None where the run skips one with NaN."""
     vectors = learner.initial(seed).slots
     inputs = [] if before is None else [before]
@@ -129,7 +129,7 @@ def _advanced(learner: Subject, shard: Shard, seed: int, before: Records | None)
     return found[0]
 
 
-def _check_contribution(learner: Subject, found: WithOutput) -> None:
+def _check_contribution(learner: ParticleSubject, found: WithOutput) -> None:
     wanted = {n for n, slot in learner.slots.items() if slot.rule != "constant"}
     given = set(found.result.slots)
     if given != wanted:
@@ -139,7 +139,7 @@ def _check_contribution(learner: Subject, found: WithOutput) -> None:
         )
 
 
-def _check_states(learner: Subject, states: Records) -> None:
+def _check_states(learner: ParticleSubject, states: Records) -> None:
     for name, column in states.columns.items():
         if column.dtype not in TRAVELS:
             raise ConfigError(
@@ -148,7 +148,7 @@ def _check_states(learner: Subject, states: Records) -> None:
             )
 
 
-def _explained(learner: Subject, doing: str, compute: Callable[[], T]) -> T:
+def _explained(learner: ParticleSubject, doing: str, compute: Callable[[], T]) -> T:
     """Call ``compute``, and explain an error of the user's own code."""
     try:
         return compute()

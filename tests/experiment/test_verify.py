@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import families
+import particles
 import pytest
 import tiny
+import yaml
 from typer.testing import CliRunner
 
 SHORT = ["evaluate.every=100", "outer.meta_steps=12"]
@@ -92,3 +94,14 @@ def test_a_kill_at_every_meta_step(cluster, tmp_path):
     result = verify(tiny.write(tmp_path, *SHORT), "--workers", "0,2,4", "--kill", "12")
     assert result.exit_code == 0, result.output
     assert all(row["workers"] == "0" or len(set(row["killed"])) == 12 for row in tiny.last_json(result.stdout)["rows"])
+
+
+@pytest.mark.long
+def test_particles_end_in_the_same_parameters_whoever_holds_their_states_and_is_killed(cluster, tmp_path):
+    config = tmp_path / "particles.yaml"
+    config.write_text(yaml.safe_dump(particles.document("outer.meta_steps=12", "outer.shard_size=1")))
+    result = verify(config, "--workers", "0,1,2", "--kill", "1")
+    assert result.exit_code == 0, result.output
+    rows = tiny.last_json(result.stdout)["rows"]
+    assert [len(row["killed"]) for row in rows] == [0, 1, 1]
+    assert len({row["params_sha256"] for row in rows}) == 1

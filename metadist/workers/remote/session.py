@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Union
 
 from metadist.config.groups import WorkerGroup
 from metadist.core.round import Shard
@@ -46,8 +47,10 @@ class Session:
     failed_at: set[Shard] = field(default_factory=set)
     #: whether the session has ended
     ended: bool = False
-    #: token → where the fetched output is expected
-    _fetches: dict[int, queue.SimpleQueue[Sequence[Any] | None]] = field(default_factory=dict)
+    #: token → where each answer to a fetch is expected
+    _fetches: defaultdict[int, deque[queue.SimpleQueue[Sequence[Any] | None]]] = field(
+        default_factory=lambda: defaultdict(deque)
+    )
 
     @property
     def name(self) -> str:
@@ -62,7 +65,8 @@ class Session:
 
         Raises LookupError where the worker has left, is silent, or does not hold the output.
         """
-        answer = self._fetches.setdefault(token, queue.SimpleQueue())
+        answer = queue.SimpleQueue[Union[Sequence[Any], None]]()
+        self._fetches[token].append(answer)
         self.messages.put(Fetch(token))
         while not self.ended and time.monotonic() - self.last_heard < self.terms.lease_seconds:
             try:
@@ -103,11 +107,13 @@ class Session:
 
     def expects(self, token: int) -> bool:
         """Return whether the output ``token`` was asked for."""
-        return token in self._fetches
+        return bool(self._fetches.get(token))
 
     def brought(self, token: int, frame: Sequence[Any] | None) -> None:
         """Pass on an output that was fetched; None where the worker does not hold it."""
-        self._fetches[token].put(frame)
+        self._fetches[token].popleft().put(frame)
+        if not self._fetches[token]:
+            del self._fetches[token]
 
     def failed(self, token: int, failure: Failure) -> None:
         self.report(self, "failed", (token, failure))
