@@ -23,7 +23,7 @@ class MetaLSTM(Algorithm):
     """The LSTM meta-learner (Ravi & Larochelle 2017, section 3): the inner loop c_t = f_t · c_{t−1} − i_t · ∇L_t.
 
     The network's parameters are the cell state c of an LSTM; the slot ``model`` is c_0, which is learned. A first LSTM
-    of ``hidden`` units, shared by all coordinates, reads log-and-sign(∇L) and log-and-sign(L) and gives x_t; then
+    of ``units`` units, shared by all coordinates, reads log-and-sign(∇L) and log-and-sign(L) and gives x_t; then
     i_t = σ(W_I [x_t, c_{t−1}, i_{t−1}] + b_I), and f_t likewise (eq. 2 and 3). The slot ``meta_lstm`` holds all these
     weights. b_F starts in [4, 6] and b_I in [−5, −4], so that c starts as gradient descent with a small rate; all other
     weights start within ±0.01. Losses and gradients count as constants (``first_order``; section 3.4). Deviation: every
@@ -31,22 +31,22 @@ class MetaLSTM(Algorithm):
     """
 
     inner_steps: int = 8
-    hidden: int = 20
+    units: int = 20
     first_order: bool = True
 
     def __post_init__(self) -> None:
         at_least(0, **{"algorithm.inner_steps": self.inner_steps})
-        at_least(1, **{"algorithm.hidden": self.hidden})
+        at_least(1, **{"algorithm.units": self.units})
 
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
-        shapes = {"lstm.weight": (4 * self.hidden, 4 + self.hidden), "gates.weight": (2, self.hidden + 2)}
+        shapes = {"lstm.weight": (4 * self.units, 4 + self.units), "gates.weight": (2, self.units + 2)}
         drawn = initial_weights("meta_lstm", shapes, next(iter(parameters.values())).dtype)
         # Within two deviations: at most ±0.01.
         weights = drawn.map(lambda t: t * t.shape[-1] ** 0.5 * 0.005)
         like = drawn["gates.weight"]
         weights = weights.replace(
             {
-                "lstm.bias": like.new_zeros(4 * self.hidden),
+                "lstm.bias": like.new_zeros(4 * self.units),
                 "input": like.new_tensor(-4.5),
                 "forget": like.new_tensor(5.0),
             }
@@ -57,7 +57,7 @@ class MetaLSTM(Algorithm):
         weights, phi = theta["meta_lstm"], theta["model"]
         layout = Layout.of(phi)
         c = layout.flatten(Parameters(dict(phi)))
-        memory = c.new_zeros(c.numel(), 2 * self.hidden)
+        memory = c.new_zeros(c.numel(), 2 * self.units)
         i, f = torch.zeros_like(c), torch.ones_like(c)
         trajectory = [phi]
         for step in range(self.inner_steps):

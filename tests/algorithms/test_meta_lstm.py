@@ -18,8 +18,8 @@ def descend(subject, theta, task):
     layout = Layout.of(theta["model"])
     c = layout.flatten(dict(theta["model"]))
     i, f = torch.zeros_like(c), torch.ones_like(c)
-    state = (c.new_zeros(len(c), algorithm.hidden), c.new_zeros(len(c), algorithm.hidden))
-    w_x, w_h = weights["lstm.weight"].split((4, algorithm.hidden), 1)
+    state = (c.new_zeros(len(c), algorithm.units), c.new_zeros(len(c), algorithm.units))
+    w_x, w_h = weights["lstm.weight"].split((4, algorithm.units), 1)
     bias = weights["lstm.bias"]
     for _ in range(algorithm.inner_steps):
         leaf = c.detach().requires_grad_() if algorithm.first_order or not c.requires_grad else c
@@ -45,7 +45,7 @@ def objective(subject, theta, key, task):
 
 @pytest.mark.parametrize("first_order", [True, False])
 def test_the_meta_gradient_is_that_of_a_plain_loop(first_order):
-    subject = make(MetaLSTM(inner_steps=3, hidden=5, first_order=first_order), "mlp")
+    subject = make(MetaLSTM(inner_steps=3, units=5, first_order=first_order), "mlp")
     theta, shard = somewhere(subject), keys(0, 2)
     got, (expected, loss) = subject.contribute(theta, shard, 0), plain_contribution(subject, theta, shard, objective)
     assert got.metrics["loss"] == pytest.approx(loss, rel=1e-12)
