@@ -27,6 +27,7 @@ from metadist.core.task import Examples, Task, TaskFamily
 from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
 from metadist.engine.agreement import compiled_disagrees
 from metadist.engine.compiled import Compiled
+from metadist.engine.contributions import given_slots, receivers
 from metadist.engine.functions import TensorCall, directly
 from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
@@ -208,15 +209,21 @@ class FewShotLearner(Learner):
         return self._meta
 
     def meta_gradient_under(self, engine: Engine) -> MetaGradient:
-        learned = tuple(n for n, slot in self.slots.items() if slot.rule == "gradient")
+        receiving = receivers(self.algorithm, self.slots)
+        learned = tuple(n for n, slot in self.slots.items() if n in receiving and slot.rule == "gradient")
         layouts = {n: slot.layout for n, slot in self.slots.items()}
         gradient = MetaGradient(self.algorithm, self.model, self.tasks, learned, layouts, engine)
-        if not gradient.walks_back:
+        averages = len(learned) < len(receiving)
+        if self.algorithm.contribution == "gradient" and not averages and not gradient.walks_back:
             return gradient
-        keys = TaskKey.of(0, "train", 0, [0])
-        task = torch.utils._pytree.tree_map(lambda t: t[0], self.sample(keys))
+        key = TaskKey.of(0, "train", 0, [0]).each()[0].to(self.device)
+        task = torch.utils._pytree.tree_map(lambda t: t[0], self.sample(TaskKey.of(0, "train", 0, [0])))
         theta = {n: p.map(lambda t: t.to(self.device)) for n, p in self.initial(0).theta(self.slots).items()}
-        return replace(gradient, held=held_by_steps(gradient, theta, task, keys.each()[0].to(self.device)))
+        context = TaskContext(key, 0, True, self.tasks)
+        bound = gradient.bind(theta, key, True)
+        given = given_slots(self.algorithm, self.slots, bound, theta, task, context)
+        gradient = replace(gradient, learned=tuple(n for n in learned if n not in given), given=given)
+        return replace(gradient, held=held_by_steps(gradient, theta, task, key)) if gradient.walks_back else gradient
 
     def contribute(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int) -> Contribution:
         """Return the sum of the tasks' gradients (or deltas), with loss and metric on the query sets."""
