@@ -13,8 +13,11 @@ from metadist.algorithms.cnp import CNP
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.maml_rl import MAMLRL
 from metadist.algorithms.meta_sgd import MetaSGD
+from metadist.algorithms.meta_weight_net import MetaWeightNet
+from metadist.algorithms.plain import Plain
 from metadist.algorithms.protonet import ProtoNet
 from metadist.algorithms.reptile import Reptile
+from metadist.algorithms.reweight import Reweight
 from metadist.algorithms.rl2 import RL2
 from metadist.core.algorithm import Algorithm
 from metadist.rl.algorithm import TrialAlgorithm
@@ -25,7 +28,10 @@ ALGORITHMS: dict[str, type[Algorithm] | type[TrialAlgorithm]] = {
     "maml": MAML,
     "maml_rl": MAMLRL,
     "meta_sgd": MetaSGD,
+    "meta_weight_net": MetaWeightNet,
+    "plain": Plain,
     "protonet": ProtoNet,
     "reptile": Reptile,
+    "reweight": Reweight,
     "rl2": RL2,
 }

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, Union
 
 from torch import Tensor
 
 from metadist.core.engine import RELEASE, Engine
+from metadist.core.meta_step import MetaStep
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
-from metadist.core.state import Slot
+from metadist.core.round import Round
+from metadist.core.state import Contribution, Slot
 from metadist.core.task import Examples, Task, TaskFamily
 
 Theta = Mapping[str, Parameters]
@@ -86,6 +88,17 @@ class Algorithm:
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         """Return the slots besides ``model``: name → (slot, initial values)."""
         return {}
+
+    def stages(self) -> Mapping[str, Algorithm]:
+        """Return the stages of ``rounds`` by name, each an algorithm with the same slots (``core/stages.py: Stage``).
+
+        The first one should need the most memory: it decides about the engine.
+        """
+        return {}
+
+    def rounds(self, step: MetaStep) -> Generator[Round, Contribution, None]:
+        """Make one meta-step on the driver; by default, sum the contributions of all tasks, and update θ by the sum."""
+        step.update((yield from step.sum()))
 
     def outputs(self, family: TaskFamily) -> int | None:
         """Return the number of outputs that the model needs, or None for an embedding of any size."""

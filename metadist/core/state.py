@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -100,6 +100,14 @@ class Contribution:
             self.tasks + other.tasks,
             {n: v + other.metrics[n] for n, v in self.metrics.items()},
         )
+
+    def mean(self, slot: str) -> Tensor:
+        """Return the mean of a slot's vectors: their sum divided by the weight."""
+        return self.slots[slot] / self.weight
+
+    def scaled(self, factor: float) -> Contribution:
+        """Return the contribution with every slot vector multiplied by ``factor``."""
+        return replace(self, slots={n: v * factor for n, v in self.slots.items()})
 
     def is_finite(self) -> bool:
         """Return whether all slot vectors are free of NaN and Inf."""

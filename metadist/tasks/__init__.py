@@ -6,6 +6,7 @@ an entry point (``docs/extend.md``).
 
 from metadist.core.task import TaskFamily
 from metadist.tasks.image_folder import ImageFolder
+from metadist.tasks.noisy_labels import NoisyLabels
 from metadist.tasks.omniglot import Omniglot
 from metadist.tasks.sinusoid import Sinusoid
 from metadist.tasks.table import TableClassification, TableRegression
@@ -14,6 +15,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "sinusoid": Sinusoid,
     "omniglot": Omniglot,
     "image_folder": ImageFolder,
+    "noisy_labels": NoisyLabels,
     "table_regression": TableRegression,
     "table_classification": TableClassification,
 }
