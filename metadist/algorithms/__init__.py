@@ -14,6 +14,7 @@ from metadist.algorithms.maml import MAML
 from metadist.algorithms.maml_rl import MAMLRL
 from metadist.algorithms.meta_sgd import MetaSGD
 from metadist.algorithms.meta_weight_net import MetaWeightNet
+from metadist.algorithms.metanas import MetaNAS
 from metadist.algorithms.plain import Plain
 from metadist.algorithms.protonet import ProtoNet
 from metadist.algorithms.reptile import Reptile
@@ -29,6 +30,7 @@ ALGORITHMS: dict[str, type[Algorithm] | type[TrialAlgorithm]] = {
     "maml_rl": MAMLRL,
     "meta_sgd": MetaSGD,
     "meta_weight_net": MetaWeightNet,
+    "metanas": MetaNAS,
     "plain": Plain,
     "protonet": ProtoNet,
     "reptile": Reptile,

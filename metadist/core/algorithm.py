@@ -141,6 +141,10 @@ class Algorithm:
         """
         return {} if type(self).delta is Algorithm.delta else self.delta(theta, trajectory[-1])
 
+    def discretised(self, theta: Theta) -> Mapping[str, Any] | None:
+        """Return the options of the model that fix the learned architecture; None where the architecture is fixed."""
+        return None
+
     def delta(self, theta: Theta, phi: Phi) -> Mapping[str, Parameters]:
         """Return ``contribute``'s result where it depends on θ and ``phi`` = φ_k alone (Reptile: θ − φ_k)."""
         raise NotImplementedError

@@ -16,6 +16,7 @@ from metadist.models.conv4 import Conv4
 from metadist.models.mlp import MLP
 from metadist.models.reactive import Reactive
 from metadist.models.recurrent import GRU, LSTM
+from metadist.models.supernet import Supernet
 from metadist.models.transformer import Transformer
 
 
@@ -46,5 +47,6 @@ MODELS: dict[str, type[ModelConfig] | type[PolicyConfig]] = {
     "lstm": LSTM,
     "mlp": MLP,
     "reactive": Reactive,
+    "supernet": Supernet,
     "transformer": Transformer,
 }

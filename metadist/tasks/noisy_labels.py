@@ -194,10 +194,3 @@ class NoisyLabels(Classification):
     def protocol(self, split: str) -> dict[str, Any]:
         names = ("source", "classes", "noise", "imbalance", "clean_per_class", "data_seed")
         return {**{name: getattr(self, name) for name in names}, "data_sha256": self.data_sha256}
-
-    def data_notes(self) -> Sequence[str]:
-        train, clean = self._ready().train.labels, self._ready().clean.labels
-        counts = train.bincount(minlength=self.classes).tolist()
-        return (
-            f"{len(train):,} training images ({min(counts)} to {max(counts)} by label) and {len(clean)} clean ones",
-        )
