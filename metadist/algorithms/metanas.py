@@ -17,7 +17,6 @@ from metadist.core.model import QUERY, BoundModel, InnerStep, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.state import Slot
 from metadist.core.task import Examples, Task, TaskFamily
-from metadist.models.supernet import OPERATIONS
 
 ARCHITECTURE = "architecture"
 
@@ -47,10 +46,10 @@ class MetaNAS(InnerLoop):
                 raise ConfigError(f"algorithm.{name}: {getattr(self, name)} is not above 0")
 
     def compatible(self, family: TaskFamily, model: Model) -> str | None:
-        if model.missing("mixture_shape"):
+        if model.missing("mixture_shape", "operations"):
             return "the model has no mixture of operations; use model: {name: supernet}"
         shape: Any = model.module.mixture_shape
-        if shape[1] != len(OPERATIONS):
+        if shape[1] == 1:
             return "model.operations fixes the architecture; leave it out, or learn by reptile"
         return super().compatible(family, model)
 
@@ -108,9 +107,9 @@ class MetaNAS(InnerLoop):
             "temperature": Parameters({"value": following.to(logits.dtype)}),
         }
 
-    def discretised(self, theta: Theta) -> dict[str, Any]:
-        chosen = theta[ARCHITECTURE]["logits"].argmax(1).tolist()
-        return {"operations": [OPERATIONS[i] for i in chosen]}
+    def discretised(self, model: Model, theta: Theta) -> dict[str, Any]:
+        names: Any = model.module.operations
+        return {"operations": [names[i] for i in theta[ARCHITECTURE]["logits"].argmax(1).tolist()]}
 
 
 def _outputs(

@@ -141,7 +141,7 @@ class Algorithm:
         """
         return {} if type(self).delta is Algorithm.delta else self.delta(theta, trajectory[-1])
 
-    def discretised(self, theta: Theta) -> Mapping[str, Any] | None:
+    def discretised(self, model: Model, theta: Theta) -> Mapping[str, Any] | None:
         """Return the options of the model that fix the learned architecture; None where the architecture is fixed."""
         return None
 

@@ -40,13 +40,16 @@ class Cell(nn.Module):
 
 
 class Network(nn.Module):
-    """A stem, the cells, and a head. ``mixture_shape`` is [cells, operations]; (cells, 1) for one network."""
+    """A stem, the cells, and a head. ``mixture_shape`` is [cells, operations]; (cells, 1) for one network.
+
+    ``operations`` names the columns of a mixture.
+    """
 
     def __init__(self, input_shape: tuple[int, ...], outputs: int | None, filters: int, cells: list[Cell]) -> None:
         super().__init__()
         self.stem = nn.Conv2d(input_shape[0], filters, 3, stride=2, padding=1)
         self.cells = nn.ModuleList(cells)
-        self.mixture_shape = (len(cells), len(cells[0].operations))
+        self.mixture_shape, self.operations = (len(cells), len(cells[0].operations)), cells[0].operations
         features = self._features(torch.zeros(2, *input_shape), self._even()).shape[1]
         self.head = nn.Identity() if outputs is None else nn.Linear(features, outputs)
 

@@ -54,8 +54,8 @@ def test_the_temperature_falls_geometrically_and_one_operation_remains():
     values = [float(train(subject, n).slots["temperature"]) for n in range(6)]
     assert values == pytest.approx([0.05 ** (min(n, 4) / 4) for n in range(6)])
     theta = {"architecture": {"logits": torch.tensor([[0.0, 0.0, 0.1, 0.0, 0.0], [0.2, 0.0, 0.1, 0.0, 0.0]])}}
-    assert SEARCH.discretised(theta) == {"operations": ["pool", "conv3"]}
-    assert MAML().discretised(theta) is None
+    assert SEARCH.discretised(subject.model, theta) == {"operations": ["pool", "conv3"]}
+    assert MAML().discretised(subject.model, theta) is None
 
 
 def test_the_architecture_is_fixed_in_evaluation():
