@@ -17,8 +17,12 @@ from metadist.algorithms.maml_rl import MAMLRL
 from metadist.algorithms.meta_lstm import MetaLSTM
 from metadist.algorithms.meta_sgd import MetaSGD
 from metadist.algorithms.mlp_optimizer import MLPOptimizer
+from metadist.algorithms.meta_weight_net import MetaWeightNet
+from metadist.algorithms.metanas import MetaNAS
+from metadist.algorithms.plain import Plain
 from metadist.algorithms.protonet import ProtoNet
 from metadist.algorithms.reptile import Reptile
+from metadist.algorithms.reweight import Reweight
 from metadist.algorithms.rl2 import RL2
 from metadist.core.algorithm import Algorithm
 from metadist.core.carried import CarriedAlgorithm
@@ -33,7 +37,11 @@ ALGORITHMS: dict[str, type[Algorithm] | type[CarriedAlgorithm] | type[TrialAlgor
     "meta_lstm": MetaLSTM,
     "meta_sgd": MetaSGD,
     "mlp_optimizer": MLPOptimizer,
+    "meta_weight_net": MetaWeightNet,
+    "metanas": MetaNAS,
+    "plain": Plain,
     "protonet": ProtoNet,
     "reptile": Reptile,
+    "reweight": Reweight,
     "rl2": RL2,
 }

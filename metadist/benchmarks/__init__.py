@@ -22,6 +22,8 @@ BENCHMARKS = {
     "rl2": "environment steps and end-to-end steps of RL² against a plain Gymnasium vector environment",
     "serve": "adaptations over gRPC from 1, 8 and 64 callers: batched against one at a time",
     "optimizers": "a learned optimiser against Adam and SGD with momentum at seven rates each, on held-out tasks",
+    "weighting": "training on wrong labels and rare classes: plain, Meta-Weight-Net, learning to reweight, by seed",
+    "nas": "architecture search: the discretised network against random ones of its space, on held-out tasks",
     "driver-memory": "resident memory of the driver over meta-steps, through one Ray actor",
 }
 

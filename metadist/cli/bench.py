@@ -279,6 +279,43 @@ def optimizers(
     )
 
 
+@app.command(epilog="Example:  metadist bench weighting tasks.noise=0 tasks.imbalance=100 --seeds 5")
+def weighting(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="A YAML file or the name of a shipped config.")] = (
+        "meta_weight_net_cifar100"
+    ),
+    seeds: Annotated[int, typer.Option(help="Seeds of data and model, each with every method.", min=2)] = 5,
+    workers: Annotated[str, typer.Option(metavar="N", help="Number of workers; 0: this process.")] = "0",
+    as_json: AsJson = False,
+) -> None:
+    """Compare plain training, Meta-Weight-Net and learning to reweight on wrong labels and rare classes."""
+    with clean_errors():
+        from metadist.config.document import requested
+
+        document = requested(config, overrides)
+    measure("weighting", as_json, document=document, seeds=seeds, workers=workers)
+
+
+@app.command(epilog="Example:  metadist bench nas --config nas_omniglot_5w5s --networks 20")
+def nas(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="A YAML file or the name of a shipped config.")] = "nas_omniglot_5w1s",
+    networks: Annotated[int, typer.Option(help="Random networks of the space.", min=1)] = 20,
+    train_steps: Annotated[
+        int | None, typer.Option(help="Meta-steps of each network; default: as many as the search.", min=1)
+    ] = None,
+    workers: Annotated[str, typer.Option(metavar="N", help="Number of workers; 0: this process.")] = "0",
+    as_json: AsJson = False,
+) -> None:
+    """Search an architecture; compare its network with random networks of its space on held-out tasks."""
+    with clean_errors():
+        from metadist.config.document import requested
+
+        document = requested(config, overrides)
+    measure("nas", as_json, document=document, networks=networks, train_steps=train_steps, workers=workers)
+
+
 @app.command("driver-memory", epilog="Example:  metadist bench driver-memory sinusoid_maml --steps 2000")
 def driver_memory(
     config: Config = "sinusoid_maml", overrides: Overrides = None, steps: Steps = 200, as_json: AsJson = False

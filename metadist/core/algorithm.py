@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, Union
 
 from torch import Tensor
 
 from metadist.core.engine import RELEASE, Engine
+from metadist.core.meta_step import MetaStep
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
 from metadist.core.random import TaskKey
-from metadist.core.state import Slot
+from metadist.core.round import Round
+from metadist.core.state import Contribution, Slot
 from metadist.core.task import Examples, Task, TaskFamily, possible
 from metadist.core.tree import Tree
 
@@ -62,22 +64,28 @@ class Algorithm:
     """Subclass as a frozen dataclass (its fields are its config) and write ``adapt`` and ``predict``, for one task.
 
     All methods run under ``torch.func.vmap`` over the tasks of a shard, and must not branch in Python on values of
-    tensors. The contribution of a task is the gradient of ``objective`` with respect to every slot with rule
-    ``gradient``, or, where the algorithm overrides ``delta``, the result of ``delta``.
+    tensors. The contribution of a task to a slot is what ``contribute`` gives for it (a delta, a statistic, a gradient
+    of the algorithm's own). A slot that ``contribute`` leaves out receives the gradient of ``objective`` where its rule
+    is ``gradient``, and nothing where it is ``constant``; a slot with rule ``average`` must be given.
     """
 
     #: whether ``objective`` reads φ_0 … φ_{k-1} too; the derivatives with respect to them then stay in memory
     whole_trajectory: ClassVar[bool] = False
     #: whether ``adapt`` takes any number of classes, which ``context.ways`` gives: metric methods
     any_ways: ClassVar[bool] = False
+    #: the slots that contributions go to, where they are not all whose rule is ``gradient`` or ``average``
+    receivers: ClassVar[Union[tuple[str, ...], None]] = None
     #: gradient steps of the inner loop; 0 where there is no such loop
     inner_steps: int = 0
     #: whether the meta-gradient treats the gradients of the inner loop as constants
     first_order: bool = False
 
     @property
-    def contribution(self) -> Literal["gradient", "delta"]:
-        """The kind of a task's contribution: ``delta`` where the algorithm overrides the method ``delta``."""
+    def contribution(self) -> Literal["gradient", "delta", "by slot"]:
+        """The kind of a task's contribution: ``by slot`` where the algorithm overrides ``contribute``, ``delta`` where
+        it overrides ``delta`` alone."""
+        if type(self).contribute is not Algorithm.contribute:
+            return "by slot"
         return "gradient" if type(self).delta is Algorithm.delta else "delta"
 
     @property
@@ -92,6 +100,17 @@ class Algorithm:
     def slots(self, model: Model, parameters: Parameters) -> dict[str, tuple[Slot, Parameters]]:
         """Return the slots besides ``model``: name → (slot, initial values)."""
         return {}
+
+    def stages(self) -> Mapping[str, Algorithm]:
+        """Return the stages of ``rounds`` by name, each an algorithm with the same slots (``core/stages.py: Stage``).
+
+        The first one should need the most memory: it decides about the engine.
+        """
+        return {}
+
+    def rounds(self, step: MetaStep) -> Generator[Round, Contribution, None]:
+        """Make one meta-step on the driver; by default, sum the contributions of all tasks, and update θ by the sum."""
+        step.update((yield from step.sum()))
 
     def outputs(self, family: TaskFamily) -> int | None:
         """Return the number of outputs that the model needs, or None for an embedding of any size."""
@@ -112,15 +131,34 @@ class Algorithm:
     def objective(
         self, model: BoundModel, theta: Theta, trajectory: Sequence[Phi], task: Task, context: TaskContext
     ) -> tuple[Tensor, Tree]:
-        """Return the scalar meta-loss and the prediction on the query set; by default, the query loss at φ_k.
+        """Return the scalar meta-loss and the prediction for ``judged``; by default, the query loss at φ_k.
 
         ``trajectory`` is φ_0 … φ_k. An algorithm that reads more than its last element sets ``whole_trajectory``.
         """
         prediction = self.predict(model, trajectory[-1], task.query.x)
         return context.loss(prediction, task.query), prediction
 
-    def delta(self, theta: Theta, phi: Phi) -> dict[str, Parameters]:
-        """Return the contribution by slot in place of a gradient (Reptile: θ − φ_k). ``phi`` is φ_k."""
+    def judged(self, task: Task) -> Examples:
+        """Return the examples of ``task`` (or of stacked tasks) that ``objective`` predicts: the query set."""
+        return task.query
+
+    def contribute(
+        self, model: BoundModel, theta: Theta, trajectory: Sequence[Phi], task: Task, context: TaskContext
+    ) -> Mapping[str, Parameters]:
+        """Return the contributions that are no gradients of ``objective``: slot → a tensor for each of its parameters.
+
+        ``trajectory`` is that of ``objective``, as constants. The outer optimiser takes the mean over tasks for a
+        gradient where the rule of the slot is ``gradient``; the mean replaces the value where it is ``average``. The
+        names are the same for every task. By default, the result of ``delta`` where the algorithm overrides it.
+        """
+        return {} if type(self).delta is Algorithm.delta else self.delta(theta, trajectory[-1])
+
+    def discretised(self, model: Model, theta: Theta) -> Mapping[str, Any] | None:
+        """Return the options of the model that fix the learned architecture; None where the architecture is fixed."""
+        return None
+
+    def delta(self, theta: Theta, phi: Phi) -> Mapping[str, Parameters]:
+        """Return ``contribute``'s result where it depends on θ and ``phi`` = φ_k alone (Reptile: θ − φ_k)."""
         raise NotImplementedError
 
 

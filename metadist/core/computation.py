@@ -42,6 +42,14 @@ class Gradient(Computation):
 
 
 @dataclass(frozen=True)
+class StageSum(Computation):
+    """Sum the contributions of tasks in one stage of an algorithm whose meta-step has several rounds."""
+
+    name = "stage"
+    stage: str
+
+
+@dataclass(frozen=True)
 class Evaluate(Computation):
     """Judge θ on tasks after ``inner_steps`` adaptation steps; None: as many as the algorithm makes in training."""
 

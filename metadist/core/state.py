@@ -124,6 +124,14 @@ class Contribution:
             {n: v + other.metrics[n] for n, v in self.metrics.items()},
         )
 
+    def mean(self, slot: str) -> Tensor:
+        """Return the mean of a slot's vectors: their sum divided by the weight."""
+        return self.slots[slot] / self.weight
+
+    def scaled(self, factor: float) -> Contribution:
+        """Return the contribution with every slot vector multiplied by ``factor``."""
+        return replace(self, slots={n: v * factor for n, v in self.slots.items()})
+
     def is_finite(self) -> bool:
         """Return whether all slot vectors are free of NaN and Inf."""
         return all(map(is_finite, self.slots.values()))

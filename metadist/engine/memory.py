@@ -59,7 +59,8 @@ def footprint(subject: Subject, engine: Engine) -> Footprint:
     steps = subject.algorithm.inner_steps
     peak = _traced_peak if engine.compile else _measured_peak
     one, two = (peak(subject, engine, min(k, steps)) for k in (1, 2))
-    shared = sum(_bytes(v) for n, v in subject.initial(0).slots.items() if n in subject.meta_gradient.learned)
+    received = {*subject.meta_gradient.learned, *subject.meta_gradient.given}
+    shared = sum(_bytes(v) for n, v in subject.initial(0).slots.items() if n in received)
     return Footprint(shared, one, max(0, two - one), steps, _state_bytes(subject))
 
 

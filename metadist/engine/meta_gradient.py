@@ -6,7 +6,7 @@ Unrolled differentiation records the inner loop; mixed differentiation goes back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, Union
 
@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import grad, vmap
 
-from metadist.core.algorithm import Algorithm, TaskContext, Theta
+from metadist.core.algorithm import Algorithm, Phi, TaskContext, Theta
 from metadist.core.engine import Engine
 from metadist.core.inner_loop import Descent, InnerLoop, InnerState, Moments
 from metadist.core.model import BoundModel, Model
@@ -28,7 +28,7 @@ from metadist.engine.functions import TensorCall, added, apart, directly, jvp, k
 
 T = TypeVar("T")
 Values = dict[str, Parameters]
-"""Slot → gradient or delta."""
+"""Slot → contribution."""
 Metrics = dict[str, Any]
 """Loss and metric of each task; where query sets are padded, ``PREDICTION`` in place of the metric, which then reads
 the real rows of each task outside ``vmap`` and the graph."""
@@ -52,8 +52,9 @@ def fixed(theta: Theta) -> dict[str, Tensor]:
 class MetaGradient:
     """Compute the contributions of tasks for one algorithm under one engine.
 
-    ``learned`` names the slots whose rule is ``gradient``. ``held`` names the tensors of θ that an inner step depends
-    on besides φ (``held_by_steps``): mixed differentiation follows no other dependence of a step on θ.
+    ``learned`` names the slots that receive the gradient of the objective, and ``given`` those that the algorithm's
+    ``contribute`` gives (``given_slots``). ``held`` names the tensors of θ that an inner step depends on besides φ
+    (``held_by_steps``): mixed differentiation follows no other dependence of a step on θ.
     """
 
     algorithm: Algorithm
@@ -63,6 +64,7 @@ class MetaGradient:
     layouts: Mapping[str, Layout]
     engine: Engine = Engine()
     held: Names = frozenset()
+    given: frozenset[str] = frozenset()
 
     def bind(self, theta: Theta, key: TaskKey | None, training: bool) -> BoundModel:
         """Return the model with θ's frozen parameters and buffers, for one task."""
@@ -70,7 +72,7 @@ class MetaGradient:
         return self.model.bind(fixed(theta), key, training, self.engine, replaced)
 
     def values(self, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
-        """Compute every task's gradient (or delta) and its ``Metrics``, stacked [T, …]; never compiled."""
+        """Compute every task's contribution and its ``Metrics``, stacked [T, …]; never compiled."""
         if self.walks_back:
             return self._mixed(_Shard(self, directly, self.flat(theta), tasks, keys, meta_step))
         values, metrics = vmap(self._single(theta, keys, meta_step))(tasks, keys.tasks)
@@ -82,7 +84,7 @@ class MetaGradient:
         """Sum ``values`` over the tasks that ``keep`` [T] selects: slot vectors, and loss and metric [2] in float64."""
         slots, totals, predictions = self._summed(run, theta, tasks, keys, meta_step, keep)
         for prediction in predictions:
-            metric = metric_of_tasks(self.family, prediction, tasks.query)
+            metric = metric_of_tasks(self.family, prediction, self.algorithm.judged(tasks))
             totals = torch.cat([totals, kept_sum(keep, metric.double()).unsqueeze(0)])
         return slots, totals
 
@@ -116,7 +118,7 @@ class MetaGradient:
     @property
     def cannot_walk_back(self) -> str | None:
         """Return the reason why mixed differentiation is impossible, or None."""
-        if self.algorithm.contribution == "delta":
+        if not self.learned:
             return "the algorithm contributes a delta, and differentiates through nothing"
         name = type(self.algorithm).__name__
         if not isinstance(self.algorithm, InnerLoop):
@@ -146,9 +148,10 @@ class MetaGradient:
         return {n: theta[n] for n in self.learned}
 
     def _metrics(self, context: TaskContext, loss: Tensor, prediction: Tree, task: Task) -> Metrics:
-        if task.query.mask is not None:
+        judged = self.algorithm.judged(task)
+        if judged.mask is not None:
             return {"loss": loss, PREDICTION: context.possible(prediction)}
-        return {"loss": loss, self.family.metric_name: context.metric(prediction, task.query)}
+        return {"loss": loss, self.family.metric_name: context.metric(prediction, judged)}
 
     # Unrolled: through the recorded inner loop ------------------------------------------------------------------------
 
@@ -158,22 +161,31 @@ class MetaGradient:
         def single(task: Task, index: Tensor) -> tuple[Values, Metrics]:
             context = self.context(keys, index, meta_step, task)
             model = self.bind(theta, context.key, True)
-            if self.algorithm.contribution == "delta":
-                phi = self.algorithm.adapt(model, theta, task.support, context)[-1]
-                prediction = self.algorithm.predict(model, phi, task.query.x)
-                delta = dict(self.algorithm.delta(theta, phi))
-                return delta, self._metrics(context, context.loss(prediction, task.query), prediction, task)
+            if not self.learned:
+                trajectory = self.algorithm.adapt(model, theta, task.support, context)
+                prediction = self.algorithm.predict(model, trajectory[-1], task.query.x)
+                values = self._given(model, theta, trajectory, task, context)
+                return values, self._metrics(context, context.loss(prediction, task.query), prediction, task)
 
-            def objective(learned: Values) -> tuple[Tensor, tuple[Tensor, Tree]]:
+            def objective(learned: Values) -> tuple[Tensor, tuple[Values, Tensor, Tree]]:
                 given = {**theta, **learned}
                 trajectory = self.algorithm.adapt(model, given, task.support, context)
                 loss, prediction = self.algorithm.objective(model, given, trajectory, task, context)
-                return loss, (loss.detach(), mapped(Tensor.detach, prediction))
+                own = self._given(model, theta, trajectory, task, context)
+                return loss, (own, loss.detach(), mapped(Tensor.detach, prediction))
 
-            gradient, (loss, prediction) = grad(objective, has_aux=True)(self._learned(theta))
-            return gradient, self._metrics(context, loss, prediction, task)
+            gradient, (own, loss, prediction) = grad(objective, has_aux=True)(self._learned(theta))
+            return {**gradient, **own}, self._metrics(context, loss, prediction, task)
 
         return single
+
+    def _given(
+        self, model: BoundModel, theta: Theta, trajectory: Sequence[Phi], task: Task, context: TaskContext
+    ) -> Values:
+        if not self.given:
+            return {}
+        constant = mapped(Tensor.detach, list(trajectory))
+        return {n: Parameters(p) for n, p in self.algorithm.contribute(model, theta, constant, task, context).items()}
 
     # Mixed: back over the inner steps ---------------------------------------------------------------------------------
 
@@ -187,7 +199,7 @@ class MetaGradient:
         for step in range(steps):
             states.append(shard.piece("step", self._step, (states[-1],), (step,)))
         judged = states if self.algorithm.whole_trajectory else states[-1:]
-        gradient, cotangents, pulled, metrics = shard.piece("outer", self._outer, (judged,))
+        gradient, cotangents, pulled, own, metrics = shard.piece("outer", self._outer, (judged,))
         cotangents = [*[()] * (len(states) - len(judged)), *cotangents]
         cotangent = cotangents.pop()
         for step in reversed(range(steps)):
@@ -196,7 +208,7 @@ class MetaGradient:
                 "back", self._back, (states[step], cotangent, pulled, cotangents.pop()), (step,)
             )
             states.pop()
-        return shard.piece("end", self._end, (gradient, cotangent, pulled)), metrics
+        return {**shard.piece("end", self._end, (gradient, cotangent, pulled)), **own}, metrics
 
     def descent(self, context: TaskContext, theta: Theta, task: Task) -> Descent:
         """Return the inner loop of one task. The algorithm must be an ``InnerLoop`` (``cannot_walk_back`` is None)."""
@@ -218,22 +230,28 @@ class MetaGradient:
     def _step(self, bound: _BoundTask, state: InnerState, step: StepIndex) -> InnerState:
         return self._inner_loop.step(bound.descent(), state, step)
 
-    def _outer(self, bound: _BoundTask, states: list[InnerState]) -> tuple[Values, list[Cotangent], Values, Metrics]:
-        """Differentiate the objective: by θ directly, by the states, and zeros, where the steps' gradients add up."""
+    def _outer(
+        self, bound: _BoundTask, states: list[InnerState]
+    ) -> tuple[Values, list[Cotangent], Values, Values, Metrics]:
+        """Differentiate the objective: by θ directly, by the states, and zeros, where the steps' gradients add up.
 
-        def objective(learned: Values, states: list[InnerState]) -> tuple[Tensor, tuple[Tensor, Tree]]:
+        Return what ``contribute`` gives, too.
+        """
+
+        def objective(learned: Values, states: list[InnerState]) -> tuple[Tensor, tuple[Values, Tensor, Tree]]:
             given = {**bound.theta, **learned}
             descent = bound.descent(given)
             trajectory = [descent.finish(*state) for state in states]
             model = self.bind(bound.theta, bound.context.key, True)
             loss, prediction = self.algorithm.objective(model, given, trajectory, bound.task, bound.context)
-            return loss, (loss.detach(), mapped(Tensor.detach, prediction))
+            own = self._given(model, bound.theta, trajectory, bound.task, bound.context)
+            return loss, (own, loss.detach(), mapped(Tensor.detach, prediction))
 
-        (direct, cotangents), (loss, prediction) = grad(objective, argnums=(0, 1), has_aux=True)(
+        (direct, cotangents), (own, loss, prediction) = grad(objective, argnums=(0, 1), has_aux=True)(
             self._learned(bound.theta), states
         )
         zeros = mapped(torch.zeros_like, self._held(bound.theta))
-        return direct, cotangents, zeros, self._metrics(bound.context, loss, prediction, bound.task)
+        return direct, cotangents, zeros, own, self._metrics(bound.context, loss, prediction, bound.task)
 
     def _held(self, theta: Theta) -> Values:
         slots = sorted({slot for slot, _ in self.held})

@@ -22,6 +22,7 @@ from metadist.core.task import Examples
 from metadist.core.tree import Tree, arrays
 from metadist.experiment.evaluation_record import recording_of
 from metadist.experiment.judging import EvaluationOptions, Judgement, Trained
+from metadist.learners import supervised
 from metadist.learners.evaluation import Evaluation, as_json
 from metadist.storage.checkpoints import export_parameters
 from metadist.training.progress import Outcome
@@ -185,6 +186,18 @@ class Result:
                 "or optimizer: schedule_free"
             )
         return self.outcome.best.trained() if weights == "trained" else self.state
+
+    def discretised(self) -> dict[str, Any]:
+        """Return ``model`` of a config with the architecture that the run has found.
+
+        ConfigError where the algorithm learns none.
+        """
+        learner = supervised(self.experiment.learner)
+        found = learner.algorithm.discretised(learner.model, self.state.theta(learner.slots))
+        if found is None:
+            name = self.experiment.algorithm.document["name"]
+            raise ConfigError(f"discretised: algorithm '{name}' learns no architecture; train with metanas")
+        return {**self.experiment.model.document, **found}
 
     def export(self, path: str | Path, weights: str | None = None) -> None:
         """Write a safetensors file that can be served.

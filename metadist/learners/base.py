@@ -150,6 +150,12 @@ class Learner(ABC):
         """Whether a contribution may lack tasks that failed."""
         return "skip" in (self.non_finite, self.tasks.on_error)
 
+    def receivers(self, computation: Computation) -> frozenset[str]:
+        """Return the slots that the sums of ``computation`` have."""
+        if computation.name not in self.gradients:
+            return frozenset()
+        return frozenset(name for name, slot in self.slots.items() if slot.rule != "constant")
+
     # After a run ------------------------------------------------------------------------------------------------------
 
     def exported_tasks(self) -> dict[str, Any]:

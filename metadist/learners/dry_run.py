@@ -257,15 +257,11 @@ def _environment_first(rolled: WithOutput) -> dict[str, Tensor]:
 
 def _check_participation(learner: Subject, state: State, task: Task) -> None:
     """Refuse learned parameters without a gradient. Autograd distinguishes None from zero; torch.func does not."""
-    if learner.algorithm.contribution == "delta":
+    names = learner.meta_gradient.learned
+    if not names:
         return
     theta = {slot: p.map(torch.clone) for slot, p in state.theta(learner.slots).items()}
-    learned = {
-        (s, n): t.requires_grad_()
-        for s, p in theta.items()
-        if learner.slots[s].rule == "gradient"
-        for n, t in p.items()
-    }
+    learned = {(s, n): t.requires_grad_() for s in names for n, t in theta[s].items()}
     key = TaskKey.of(0, "train", 0, [0]).each()[0].to(learner.device)
     model = learner.bind(theta, key, True)
     context = TaskContext(key, 0, True, learner.tasks, task_ways=task.ways)

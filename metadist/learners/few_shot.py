@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm, Phi, TaskContext, with_inner_steps
-from metadist.core.computation import Evaluate, Gradient
+from metadist.core.computation import Computation, Evaluate, Gradient, StageSum
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError, one_of
+from metadist.core.meta_step import MetaStep
 from metadist.core.model import BoundModel, Model
 from metadist.core.outer import OuterLoop
 from metadist.core.parameters import Parameters
@@ -29,6 +30,7 @@ from metadist.core.tree import Tree, joined, mapped, stacked
 from metadist.engine.agreement import compiled_disagrees
 from metadist.engine.buckets import Buckets
 from metadist.engine.compiled import Compiled
+from metadist.engine.contributions import given_slots, receivers
 from metadist.engine.functions import TensorCall, directly
 from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
@@ -53,6 +55,8 @@ class FewShotLearner(Learner):
     statistics) or ``inductive`` (each query in one batch with the support set). ``non_finite`` says what becomes of a
     task whose contribution has NaN or Inf: ``error``, or ``skip`` (it is left out of the sum and of the weight).
     """
+
+    gradients = ("gradient", "stage")
 
     algorithm: Algorithm
     model: Model
@@ -85,19 +89,44 @@ class FewShotLearner(Learner):
     def set_engine(self, engine: Engine, around: Surround | None = None) -> None:
         super().set_engine(engine)
         self._meta: MetaGradient | None = None
+        self._around, self._stages = around, dict[str, FewShotLearner]()
         self._compiled = Compiled(self.device, around or (lambda name: nullcontext()))
         self._sizes: Buckets | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": False, "_meta": None, "_compiled": None, "_sizes": None}
+        made = dict.fromkeys(("_meta", "_around", "_compiled", "_sizes"))
+        return {**self.__dict__, **made, "_prepared": False, "_stages": {}}
 
     # What a shard is --------------------------------------------------------------------------------------------------
 
     def meta_step(self, key: MetaStepKey, state: State) -> Rounds:
-        """θ ← outer(θ, Σ contributions / Σ weights), in a single round of gradient (or delta) shards."""
-        total = yield Round(0, state, self.shards(key, Gradient(), tasks=self.outer.meta_batch_size))
-        new, norms = self.outer.update(self.slots, state, total, key.meta_step)
-        return new, {**{n: v / total.weight for n, v in total.metrics.items()}, **norms}
+        """Make the rounds of the algorithm: a single one, unless it has stages."""
+
+        def shards(computation: Computation) -> list[Shard]:
+            return self.shards(key, computation, tasks=self.outer.meta_batch_size)
+
+        step = MetaStep(key.meta_step, state, self.slots, self.outer, shards)
+        yield from self.algorithm.rounds(step)
+        return step.state, step.report
+
+    def receivers(self, computation: Computation) -> frozenset[str]:
+        stage = computation.stage if isinstance(computation, StageSum) else None
+        algorithm = self.algorithm if stage is None else self.algorithm.stages()[stage]
+        return receivers(algorithm, self.slots) if computation.name in self.gradients else frozenset()
+
+    def at(self, stage: str) -> FewShotLearner:
+        """Return the learner of a stage of the algorithm, on the same device and data, under the same engine."""
+        if stage not in self._stages:
+            other = copy.copy(self)
+            other.algorithm, other._prepared = self.algorithm.stages()[stage], self._prepared
+            other.set_engine(self.engine, self._around)
+            self._stages[stage] = other
+        return self._stages[stage]
+
+    @property
+    def parts(self) -> list[FewShotLearner]:
+        """The learners whose contributions make a meta-step: one for each stage, or this one alone."""
+        return [self.at(stage) for stage in self.algorithm.stages()] or [self]
 
     def evaluation(self, request: EvaluationRequest, state: State) -> Round:
         """Return the round that judges θ. Its records have one row per task."""
@@ -123,19 +152,20 @@ class FewShotLearner(Learner):
 
     def dry_run(self, seed: int) -> None:
         self.splits()  # refuses splits that share classes
-        try_tasks(self, seed)
-        try_paths(self, seed)
-        try_metrics(self, seed)
-        try_twice(self, seed)
+        for part in self.parts:
+            try_tasks(part, seed)
+            try_paths(part, seed)
+            try_metrics(part, seed)
+            try_twice(part, seed)
 
     def sampled_hashes(self, seed: int) -> dict[str, str]:
         return task_hashes(self, seed)
 
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
-        return plan_shards(self, request, device, sharing)
+        return plan_shards(self.parts[0], request, device, sharing)
 
     def miscompiled(self, seed: int, memory_bytes: int | None = None) -> str | None:
-        return compiled_disagrees(self, seed, memory_bytes)
+        return next((text for p in self.parts if (text := compiled_disagrees(p, seed, memory_bytes))), None)
 
     def servable(self) -> str | None:
         return None
@@ -164,10 +194,11 @@ class FewShotLearner(Learner):
 
     def warm_up(self, seed: int) -> float:
         theta = {n: p.map(lambda t: t.to(self.device)) for n, p in self.initial(seed).theta(self.slots).items()}
-        for keys in self.keys_of_graphs(seed):
-            with suppress(NonFiniteError):
-                self.contribute(theta, keys, 0)
-        return self._compiled.seconds
+        for part in self.parts:
+            for keys in part.keys_of_graphs(seed):
+                with suppress(NonFiniteError):
+                    part.contribute(theta, keys, 0)
+        return sum(part._compiled.seconds for part in self.parts)
 
     def several_graphs(self) -> str | None:
         if self.tasks.group_size("train") is not None:
@@ -229,9 +260,11 @@ class FewShotLearner(Learner):
         named = {name: self.slots[name].layout.unflatten(vector) for name, vector in theta.items()}
         if isinstance(shard.computation, Gradient):
             return self.contribute(named, keys, shard.meta_step)
+        if isinstance(shard.computation, StageSum):
+            return self.at(shard.computation.stage).contribute(named, keys, shard.meta_step)
         if isinstance(shard.computation, Evaluate):
             return self.evaluate(named, keys, shard.meta_step, shard.computation.inner_steps)
-        raise ValueError(f"unknown function '{shard.function}'; expected gradient or evaluate")
+        raise ValueError(f"unknown function '{shard.function}'; expected gradient, stage or evaluate")
 
     # The mathematics --------------------------------------------------------------------------------------------------
 
@@ -246,15 +279,22 @@ class FewShotLearner(Learner):
         return self._meta
 
     def meta_gradient_under(self, engine: Engine) -> MetaGradient:
-        learned = tuple(n for n, slot in self.slots.items() if slot.rule == "gradient")
+        receiving = receivers(self.algorithm, self.slots)
+        learned = tuple(n for n, slot in self.slots.items() if n in receiving and slot.rule == "gradient")
         layouts = {n: slot.layout for n, slot in self.slots.items()}
         gradient = MetaGradient(self.algorithm, self.model, self.tasks, learned, layouts, engine)
-        if not gradient.walks_back:
+        averages = len(learned) < len(receiving)
+        if self.algorithm.contribution == "gradient" and not averages and not gradient.walks_back:
             return gradient
-        keys = TaskKey.of(0, "train", 0, [0])
+        keys = TaskKey.of(0, "train", 0, range(self.outer.shard_size))  # one task alone would not be padded
         task = torch.utils._pytree.tree_map(lambda t: t[0], self.sample(keys))
+        key = keys.each()[0].to(self.device)
         theta = {n: p.map(lambda t: t.to(self.device)) for n, p in self.initial(0).theta(self.slots).items()}
-        return replace(gradient, held=held_by_steps(gradient, theta, task, keys.each()[0].to(self.device)))
+        context = TaskContext(key, 0, True, self.tasks, task_ways=task.ways)
+        bound = gradient.bind(theta, key, True)
+        given = given_slots(self.algorithm, self.slots, bound, theta, task, context)
+        gradient = replace(gradient, learned=tuple(n for n in learned if n not in given), given=given)
+        return replace(gradient, held=held_by_steps(gradient, theta, task, key)) if gradient.walks_back else gradient
 
     def contribute(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int) -> Contribution:
         """Return the sum of the tasks' gradients (or deltas), with loss and metric on the query sets.

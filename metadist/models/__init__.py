@@ -18,6 +18,7 @@ from metadist.models.mlp import MLP
 from metadist.models.mlps import MLPs
 from metadist.models.reactive import Reactive
 from metadist.models.recurrent import GRU, LSTM
+from metadist.models.supernet import Supernet
 from metadist.models.transformer import Transformer
 
 
@@ -58,5 +59,6 @@ MODELS: dict[str, type[ModelConfig] | type[PolicyConfig]] = {
     "mlp": MLP,
     "mlps": MLPs,
     "reactive": Reactive,
+    "supernet": Supernet,
     "transformer": Transformer,
 }

@@ -7,6 +7,7 @@ an entry point (``docs/extend.md``).
 from metadist.core.task import TaskFamily
 from metadist.tasks.cifar import CifarFS
 from metadist.tasks.image_folder import ImageFolder
+from metadist.tasks.noisy_labels import NoisyLabels
 from metadist.tasks.omniglot import Omniglot
 from metadist.tasks.sinusoid import Sinusoid
 from metadist.tasks.small_images import SmallImages
@@ -18,6 +19,7 @@ TASKS: dict[str, type[TaskFamily]] = {
     "image_folder": ImageFolder,
     "cifar_fs": CifarFS,
     "small_images": SmallImages,
+    "noisy_labels": NoisyLabels,
     "table_regression": TableRegression,
     "table_classification": TableClassification,
 }

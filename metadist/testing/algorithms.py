@@ -57,14 +57,20 @@ def check_algorithm(
         return
     learner = _first(algorithm, families, [model] if model is not None else [_SMOOTH, ConditionalNeuralProcess(8, 8)])
     with usable(learner, "shards can be computed"):
-        for name, property in few_shot.FEW_SHOT_PROPERTIES.items():
-            if name != "right_gradient":
-                property(learner)
-        check_autograd(learner)
-        if is_exact(learner) if exact_gradient is None else exact_gradient:
-            check_finite_differences(learner)
+        for part in learner.parts:
+            _check_part(part, exact_gradient)
         if algorithm.contribution == "delta" and (quadratic := _on_quadratics(algorithm)):
             few_shot.points_downhill(quadratic)
+
+
+def _check_part(learner: FewShotLearner, exact_gradient: bool | None) -> None:
+    """Check the learner of one stage, or the whole learner where the algorithm has no stages."""
+    for name, property in few_shot.FEW_SHOT_PROPERTIES.items():
+        if name != "right_gradient":
+            property(learner)
+    check_autograd(learner)
+    if is_exact(learner) if exact_gradient is None else exact_gradient:
+        check_finite_differences(learner)
 
 
 def _first(algorithm: Any, families: Sequence[Any], models: Sequence[Any]) -> Any:

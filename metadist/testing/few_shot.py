@@ -33,9 +33,9 @@ def begins(learner: FewShotLearner) -> None:
 
 def fits(learner: FewShotLearner) -> None:
     """Check that a contribution has the metrics, and a finite vector in the layout of every learned slot."""
-    slots = {n: slot for n, slot in learner.slots.items() if slot.rule != "constant"}
     state = learner.initial(0)
     for shard in shards(learner):
+        slots = {n: learner.slots[n] for n in learner.receivers(shard.computation)}
         with usable(learner, "a shard can be computed"):
             got = learner.compute(shard, state.slots)
         assert isinstance(got, Contribution)
@@ -55,7 +55,7 @@ def fits(learner: FewShotLearner) -> None:
                 )
         if name := not_finite(got.slots):
             raise ShapeError(learner, "contributions are finite", f"slot {name} has NaN or Inf", _BOUNDED)
-        if not got.slots["model"].any():
+        if not any(vector.any() for vector in got.slots.values()):
             raise ShapeError(learner, "the model learns", "its contribution is zero everywhere", _BOUNDED)
 
 
@@ -173,7 +173,7 @@ def comes_back(learner: FewShotLearner) -> None:
     round_trips.config(learner.algorithm)
     state, shard = learner.initial(0), shards(learner)[0]
     total = _contribution(learner, shard, state.slots)
-    state, _ = learner.outer.update(learner.slots, state, total, 0)
+    state, _ = learner.outer.update({n: learner.slots[n] for n in total.slots}, state, total, 0)
     round_trips.state(learner, state)
     round_trips.result(learner, shard, total)
     judging = shards(learner, Evaluate(), "test")[0]

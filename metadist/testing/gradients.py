@@ -35,8 +35,8 @@ def states_descent(learner: FewShotLearner) -> bool:
 
 
 def is_exact(learner: FewShotLearner) -> bool:
-    """Return whether contributions are the gradient of the loss: neither a delta nor a first-order approximation."""
-    return learner.algorithm.contribution == "gradient" and not learner.algorithm.first_order
+    """Return whether the contributions to some slots are gradients of the loss, and no first-order approximation."""
+    return bool(learner.meta_gradient.learned) and not learner.algorithm.first_order
 
 
 def by_autograd(learner: FewShotLearner, theta: Theta, some: TaskKey) -> tuple[dict[str, Tensor], float]:
@@ -58,21 +58,22 @@ def by_autograd(learner: FewShotLearner, theta: Theta, some: TaskKey) -> tuple[d
 def _one(learner: FewShotLearner, theta: Theta, key: TaskKey, task: Task) -> tuple[dict[str, Parameters], float]:
     algorithm = learner.algorithm
     context = TaskContext(key, META_STEP, True, learner.tasks, task_ways=task.ways)
-    learned = [n for n, slot in learner.slots.items() if slot.rule == "gradient"]
+    learned = learner.meta_gradient.learned
     leaves = {n: p.map(lambda t: t.detach().clone()) for n, p in theta.items()}
     for name in learned:
         leaves[name].map(Tensor.requires_grad_)
     model = learner.bind(leaves, key, True)
     trajectory = _trajectory(learner, model, leaves, context, task)
-    if algorithm.contribution == "delta":
-        phi: Phi = trajectory[-1]
-        values: dict[str, Parameters] = algorithm.delta(theta, pytree.tree_map(_detached, phi))
-        loss = context.loss(algorithm.predict(model, phi, task.query.x), task.query)
-        return values, float(loss.detach())
+    constant = pytree.tree_map(_detached, list(trajectory))
+    own = {n: Parameters(p) for n, p in algorithm.contribute(model, theta, constant, task, context).items()}
+    if not learned:
+        loss = context.loss(algorithm.predict(model, trajectory[-1], task.query.x), task.query)
+        return own, float(loss.detach())
     loss, _ = algorithm.objective(model, leaves, trajectory, task, context)
     tensors = [t for name in learned for t in leaves[name].values()]
     found = iter(torch.autograd.grad(loss, tensors))
-    return {n: Parameters({name: next(found) for name in leaves[n]}) for n in learned}, float(loss.detach())
+    gradients = {n: Parameters({name: next(found) for name in leaves[n]}) for n in learned}
+    return {**gradients, **own}, float(loss.detach())
 
 
 def _detached(value: Any) -> Any:
@@ -136,9 +137,7 @@ def check_finite_differences(learner: FewShotLearner) -> None:
     theta, some = general_position(exact), keys(0, COUNT)
     gradient = exact.contribute(theta, some, META_STEP).slots
     generator = seeded(0, "directions")
-    for name in gradient:
-        if exact.slots[name].rule != "gradient":
-            continue
+    for name in exact.meta_gradient.learned:
         size = float(gradient[name].norm())
         random = [torch.randn(gradient[name].shape, generator=generator).double() for _ in range(DIRECTIONS)]
         for direction in [gradient[name], *random]:

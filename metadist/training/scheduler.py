@@ -325,8 +325,8 @@ class Scheduler:
 def fault_of(result: Result, shard: Shard, learner: Learner, reduce: bool) -> str | None:
     """Return why a result must not enter the sum, or None. The check is the same for every executor.
 
-    A gradient has all slots. The sums of other functions (the statistics of a rollout) have none, and their metrics
-    enter θ.
+    A gradient has all slots that receive it. The sums of other functions (the statistics of a rollout) have none, and
+    their metrics enter θ.
     """
     if isinstance(result, Records) == reduce:
         return f"{type(result).__name__.lower()} where {'a contribution' if reduce else 'records'} should be"
@@ -341,11 +341,10 @@ def fault_of(result: Result, shard: Shard, learner: Learner, reduce: bool) -> st
             return f"slot '{name}' is {tuple(vector.shape)} {vector.dtype}, expected {expected}"
         if not is_finite(vector):
             return f"slot '{name}' has NaN or Inf"
-    gradient = shard.function in learner.gradients
-    names = {n for n, s in learner.slots.items() if gradient and s.rule != "constant"}
-    if set(result.slots) != names:
+    names = learner.receivers(shard.computation)
+    if result.slots.keys() != names:
         return f"slots {sorted(result.slots)}, expected {sorted(names)}"
-    wrong = [] if gradient else [n for n, value in result.metrics.items() if not math.isfinite(value)]
+    wrong = [] if names else [n for n, value in result.metrics.items() if not math.isfinite(value)]
     if wrong:
         return f"'{wrong[0]}' is {result.metrics[wrong[0]]}"
     skipped = learner.leaves_out_tasks and result.tasks == result.weight == 0

@@ -141,8 +141,16 @@ class Replacing(Reptile):
 
 @dataclass(frozen=True)
 class Partial(Reptile):
+    """Leaves out the moments that it carries."""
+
     def delta(self, theta, phi):
-        return {}
+        return {"model": theta["model"] - phi[0]}
+
+
+@dataclass(frozen=True)
+class Elsewhere(Reptile):
+    def contribute(self, model, theta, trajectory, task, context):
+        return {"modle": theta["model"] - trajectory[-1][0]}
 
 
 @dataclass(frozen=True)
@@ -208,8 +216,9 @@ class Growing(MAML):
             "minus its delta points downhill on quadratic tasks; found: at θ = 0.5 the cosine",
         ),
         (Replacing(), WrongGradientError, "return θ − φ_k (Reptile)"),
-        (Partial(), ShapeError, "found: it has {}"),
-        (Reshaped(), ShapeError, "contribute one tensor for each parameter of every slot"),
+        (Partial(inner_momentum=0.9, moments="carried"), UnusableError, "leaves out slot 'inner_count'"),
+        (Elsewhere(), UnusableError, "gives slot 'modle', which takes no contribution; expected some of model"),
+        (Reshaped(), UnusableError, "contribute one tensor for each parameter of a slot"),
         (Unlearned(), UnusableError, "the loss does not depend on"),
         (Explosive(), UnusableError, "NaN or Inf"),
         (TooFew(inner_steps=2), ShapeError, "return φ_0 … φ_k from adapt(), one for each step of inner_steps"),
