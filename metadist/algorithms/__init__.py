@@ -16,9 +16,9 @@ from metadist.algorithms.maml import MAML
 from metadist.algorithms.maml_rl import MAMLRL
 from metadist.algorithms.meta_lstm import MetaLSTM
 from metadist.algorithms.meta_sgd import MetaSGD
-from metadist.algorithms.mlp_optimizer import MLPOptimizer
 from metadist.algorithms.meta_weight_net import MetaWeightNet
 from metadist.algorithms.metanas import MetaNAS
+from metadist.algorithms.mlp_optimizer import MLPOptimizer
 from metadist.algorithms.plain import Plain
 from metadist.algorithms.protonet import ProtoNet
 from metadist.algorithms.reptile import Reptile

@@ -63,4 +63,5 @@ class MetaStep:
 
     def rate(self, slot: str) -> float:
         """Return the outer rate of ``slot`` at this meta-step."""
-        return self.outer.rate(self.outer.group(self.slots[slot]).lr, self.meta_step)
+        settings = self.outer.settings(slot, self.slots[slot])
+        return settings.schedule.rate(settings.group.lr, self.meta_step)

@@ -40,9 +40,8 @@ class Stage(SharedModel):
     """One kind of round of ``whole``: another objective, and the slots (``receivers``) that its sums go to.
 
     A stage is an algorithm with the slots of ``whole``; a bare one is the query loss of the model. A subclass writes
-    ``objective``; ``judged`` where it
-    predicts other examples than the query set, and ``contribute`` for sums that are no gradients. It sets
-    ``first_order`` where the objective treats a part of its value as a constant on purpose.
+    ``objective``; ``judged`` where it predicts other examples than the query set, and ``contribute`` for sums that are
+    no gradients. It sets ``first_order`` where the objective treats a part of its value as a constant on purpose.
     """
 
     receivers: ClassVar[tuple[str, ...]] = ("model",)
