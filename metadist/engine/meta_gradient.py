@@ -24,6 +24,7 @@ from metadist.core.random import TaskKey
 from metadist.core.task import Task, TaskFamily
 from metadist.core.task_metrics import metric_of_tasks
 from metadist.core.tree import Tree
+from metadist.engine.convolution import REPLACEMENTS
 from metadist.engine.functions import TensorCall, added, apart, directly, jvp, kept_sum, mapped, vjp
 
 T = TypeVar("T")
@@ -67,8 +68,9 @@ class MetaGradient:
     given: frozenset[str] = frozenset()
 
     def bind(self, theta: Theta, key: TaskKey | None, training: bool) -> BoundModel:
-        """Return the model with θ's frozen parameters and buffers, for one task."""
-        replaced = self.model.differentiable(training, self.algorithm.second_order)
+        """Return the model with θ's frozen parameters and buffers, for one task; compiled, with our convolutions."""
+        replaced = dict(REPLACEMENTS) if self.engine.compile else {}
+        replaced |= self.model.differentiable(training, self.algorithm.second_order)
         return self.model.bind(fixed(theta), key, training, self.engine, replaced)
 
     def values(self, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
