@@ -19,7 +19,7 @@ from metadist.serving import adapt_pb2 as pb
 from metadist.wire.codec import RejectedError
 from metadist.wire.plain import decode_plain, encode_plain
 
-_DTYPES = {"float32": "<f4", "float64": "<f8", "int64": "<i8", "int32": "<i4", "uint8": "|u1"}
+_DTYPES = {"float32": "<f4", "float64": "<f8", "int64": "<i8", "int32": "<i4", "uint8": "|u1", "bool": "|b1"}
 CheckShape = Callable[[list[int]], None]
 """Raises ``InvalidInput`` for a wrong shape."""
 CheckPart = Callable[[str, list[int]], None]
@@ -38,9 +38,8 @@ def from_message(name: str, message: pb.Tensor, check: CheckShape) -> Tensor:
 def to_message(tensor: Tensor, arrow: bool = False) -> pb.Tensor:
     """Return a tensor as a message: packed, or as an Arrow IPC stream."""
     tensor = tensor.detach().cpu().contiguous()
-    tensor = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
     if arrow:
-        return pb.Tensor(arrow=encode_plain(tensor))
+        return pb.Tensor(arrow=encode_plain(tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor))
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise InvalidInput(f"dtype {dtype} cannot be sent; expected one of {', '.join(_DTYPES)}")
@@ -154,6 +153,8 @@ def _packed(name: str, shape: list[int], dtype: str, data: bytes, check: CheckSh
         raise InvalidInput(
             f"{name}: shape {shape} of {dtype} takes {math.prod(shape) * kind.itemsize} bytes, but data has {len(data)}"
         )
+    if dtype == "bool" and not set(data) <= {0, 1}:
+        raise InvalidInput(f"{name}: a truth value is neither 0 nor 1")
     return torch.from_numpy(np.frombuffer(data, kind).astype(kind.newbyteorder("=")).reshape(shape))
 
 
