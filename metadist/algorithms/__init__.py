@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from metadist.algorithms.anil import ANIL
 from metadist.algorithms.cnp import CNP
+from metadist.algorithms.imaml import IMAML
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.maml_rl import MAMLRL
 from metadist.algorithms.meta_sgd import MetaSGD
@@ -22,6 +23,7 @@ from metadist.rl.algorithm import TrialAlgorithm
 ALGORITHMS: dict[str, type[Algorithm] | type[TrialAlgorithm]] = {
     "anil": ANIL,
     "cnp": CNP,
+    "imaml": IMAML,
     "maml": MAML,
     "maml_rl": MAMLRL,
     "meta_sgd": MetaSGD,

@@ -211,7 +211,7 @@ class FewShotLearner(Learner):
         learned = tuple(n for n, slot in self.slots.items() if slot.rule == "gradient")
         layouts = {n: slot.layout for n, slot in self.slots.items()}
         gradient = MetaGradient(self.algorithm, self.model, self.tasks, learned, layouts, engine)
-        if not gradient.walks_back:
+        if not gradient.in_pieces:
             return gradient
         keys = TaskKey.of(0, "train", 0, [0])
         task = torch.utils._pytree.tree_map(lambda t: t[0], self.sample(keys))

@@ -80,7 +80,7 @@ def numerics_fingerprint(
         "compile": engine.compile,
         "differentiation": engine.differentiation
         if engine.differentiation == "unrolled"
-        else f"mixed, {engine.hessian}",
+        else f"{engine.differentiation}, {engine.hessian}",
         "precision": engine.precision,
     }
     if engine.chunk is not None:  # libraries may choose other kernels for other batches
