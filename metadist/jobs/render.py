@@ -24,7 +24,7 @@ from metadist.config.groups import ROLES, WorkerGroup
 from metadist.core.errors import ConfigError
 from metadist.core.text import has_password
 from metadist.jobs.modules import own_names
-from metadist.storage.run_directory import new_run_id
+from metadist.storage.run_directory import new_run_id, refuse_password
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ def render(target: str, document: dict[str, Any], wanted: Rendering, folder: Pat
     ):
         if found := re.search(r"[\s\"'`$\\;&|<>]", value):
             raise ConfigError(f"{key} '{value}': the character {found[0]!r} has a meaning in shells; leave it out")
+    refuse_password(wanted.run_dir)
     if has_password(wanted.mlflow):
         raise ConfigError(
             "--mlflow: a password would stand in the files; put MLFLOW_TRACKING_URI into the Secret of "

@@ -26,7 +26,7 @@ from metadist.core.text import has_password
 from metadist.jobs.links import JOB_ID, JOB_URL
 from metadist.jobs.modules import shipment
 from metadist.jobs.ray_jobs import WORKING_DIRECTORY_LIMIT, Job, JobRequest, RayJobs
-from metadist.storage.run_directory import RunDirectory, new_run_id, runs_root
+from metadist.storage.run_directory import RunDirectory, new_run_id, refuse_password, runs_root
 
 #: keys of a job's metadata
 RUN_ID, RUN_DIR, CONFIG, ATTEMPT = "metadist.run_id", "metadist.run_dir", "metadist.config_sha256", "metadist.attempt"
@@ -145,6 +145,7 @@ def _which_run(request: Request, name: str, jobs: Sequence[Job]) -> tuple[str, s
 
 
 def _reachable(run_dir: str) -> str:
+    refuse_password(run_dir)
     if "://" not in run_dir and not os.path.isabs(run_dir):
         raise ConfigError(
             f"run_dir '{run_dir}' is relative, and a job has no lasting working directory; give --run-dir (or "

@@ -47,9 +47,12 @@ def provide_home() -> None:
 
 
 @functools.cache
-def private_folder() -> Path:
-    """Return a folder for temporary files that only this user can enter, the same one in every process."""
-    path = Path(tempfile.gettempdir()) / f"metadist-{os.getuid()}"
+def private_folder(parent: str | None = None) -> Path:
+    """Return a folder in ``parent`` that only this user can enter, the same one in every process.
+
+    ``parent`` is the folder of temporary files by default.
+    """
+    path = Path(parent or tempfile.gettempdir()) / f"metadist-{os.getuid()}"
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()
@@ -57,7 +60,7 @@ def private_folder() -> Path:
             return path
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="metadist-"))  # somebody else has the name
+    return Path(tempfile.mkdtemp(prefix="metadist-", dir=parent))  # somebody else has the name
 
 
 def writable(path: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.core.errors import ConfigError, MetadistError
+from metadist.core.text import has_password, without_passwords
 from metadist.storage.places import cache_root
 from metadist.storage.store import Store, why
 
@@ -18,6 +19,16 @@ from metadist.storage.store import Store, why
 def runs_root() -> str:
     """Return the directory that holds all runs: ``METADIST_RUNS``, or ``runs``."""
     return os.environ.get("METADIST_RUNS") or "runs"
+
+
+def refuse_password(location: str) -> None:
+    """Raise ConfigError where the URL of a run contains a password: logs, tags and the metadata of jobs show it."""
+    if has_password(location):
+        kind = location.partition("://")[0]
+        raise ConfigError(
+            f"run_dir '{without_passwords(location)}': a password in a location would stand in logs, in MLflow and in "
+            f"the metadata of jobs; give the location without it, and the password as FSSPEC_{kind.upper()}_PASSWORD"
+        )
 
 
 class RunDirectory:
@@ -28,6 +39,7 @@ class RunDirectory:
     """
 
     def __init__(self, location: str) -> None:
+        refuse_password(location)
         try:
             self._store = Store(location)
         except (ValueError, ImportError) as error:

@@ -114,7 +114,7 @@ def place(tmp_path):
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.getuid() and folder != Path("/tmp") and Path("/tmp") in folder.parents:
             folder.chmod(0o755)
-    made = tmp_path / "place"
+    made = tmp_path / "the-temporary-folder-of-a-job-on-a-cluster"  # too long for the sockets of Ray
     made.mkdir()
     return made
 

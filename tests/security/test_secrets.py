@@ -165,3 +165,16 @@ def test_files_for_clusters_have_no_secret(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--mlflow: a password would stand in the files") as caught:
         render("slurm", yaml.safe_load(yaml.safe_dump(tiny.document("workers=[{max: 1}]"))), wanted, tmp_path)
     assert PASSWORD not in str(caught.value)
+
+
+def test_the_location_of_a_run_has_no_password(tmp_path: Path) -> None:
+    """It stands in tags of MLflow, in links and in the metadata of jobs."""
+    place, expected = f"ftp://me:{PASSWORD}@127.0.0.1/r", r"run_dir 'ftp://me:\*\*\*@.*FSSPEC_FTP_PASSWORD"
+    with pytest.raises(ConfigError, match=expected) as trained:
+        tiny.train(tiny.experiment(), run_dir=place)
+    with pytest.raises(ConfigError, match=expected):
+        jobs.submit(Cluster(), tiny.document(), jobs.Request(run_dir=place))  # type: ignore[arg-type]
+    wanted = Rendering(run_dir=place, image="r/metadist:1", mlflow="http://m")
+    with pytest.raises(ConfigError, match=expected):
+        render("slurm", yaml.safe_load(yaml.safe_dump(tiny.document("workers=[{max: 1}]"))), wanted, tmp_path)
+    assert PASSWORD not in str(trained.value)

@@ -49,6 +49,11 @@ if "ray" not in sys.modules and (ADDRESS is None or _has_token):
 if ADDRESS is None and not _has_token and not writable(_token):
     os.environ["RAY_AUTH_TOKEN_PATH"] = _new_token(private_folder() / "ray_auth_token")
 
+# The path of a Unix socket has at most 107 bytes, and Ray's sockets lie below its temporary folder.
+_SOCKET = "/ray/session_2026-01-31_23-59-59_999999_9999999/sockets/plasma_store"
+if "RAY_TMPDIR" not in os.environ and len(os.fsencode(os.environ.get("TMPDIR", "") + _SOCKET)) > 107:
+    os.environ["RAY_TMPDIR"] = str(private_folder("/tmp"))
+
 # Otherwise Ray tries for a quarter of an hour to join a server at the address that is not Ray's.
 if ADDRESS is not None:
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
