@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "metadist.api": ("compose", "load", "train"),
-    "metadist.algorithms": ("ANIL", "CNP", "MAML", "MetaSGD", "ProtoNet", "RL2", "Reptile"),
+    "metadist.algorithms": ("ANIL", "CNP", "IMAML", "MAML", "MetaSGD", "ProtoNet", "RL2", "Reptile"),
     "metadist.config.engine": ("EngineSettings",),
     "metadist.config.groups": ("WorkerGroup",),
     "metadist.config.settings": ("CheckpointSettings", "ControlSettings", "EvaluateSettings", "TrackingSettings"),
@@ -87,7 +87,7 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 sys.meta_path.insert(0, _Moved())
 
 if TYPE_CHECKING:
-    from metadist.algorithms import ANIL, CNP, MAML, RL2, MetaSGD, ProtoNet, Reptile
+    from metadist.algorithms import ANIL, CNP, IMAML, MAML, RL2, MetaSGD, ProtoNet, Reptile
     from metadist.api import compose, load, train
     from metadist.config.engine import EngineSettings
     from metadist.config.groups import WorkerGroup

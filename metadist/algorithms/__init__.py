@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from metadist.algorithms.anil import ANIL
 from metadist.algorithms.cnp import CNP
+from metadist.algorithms.imaml import IMAML
 from metadist.algorithms.lstm_optimizer import LSTMOptimizer
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.maml_rl import MAMLRL
@@ -32,6 +33,7 @@ ALGORITHMS: dict[str, type[Algorithm] | type[CarriedAlgorithm] | type[TrialAlgor
     "anil": ANIL,
     "cnp": CNP,
     "lstm_optimizer": LSTMOptimizer,
+    "imaml": IMAML,
     "maml": MAML,
     "maml_rl": MAMLRL,
     "meta_lstm": MetaLSTM,

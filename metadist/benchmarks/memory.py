@@ -23,7 +23,7 @@ from metadist.benchmarks.timing import compare, interleaved
 from metadist.config.build import build
 from metadist.config.schema import Document
 from metadist.core.algorithm import with_inner_steps
-from metadist.core.engine import DIFFERENTIATIONS, Engine, Hessian
+from metadist.core.engine import Engine, Hessian
 from metadist.core.errors import ConfigError, MetadistError, one_of
 from metadist.core.random import TaskKey
 from metadist.core.state import Contribution
@@ -34,7 +34,7 @@ from metadist.workers.worker import keep_freed_memory, resolve_device
 
 MODELS = ("conv4", "transformer")
 STEPS = (1, 5, 20, 50)
-UNROLLED, MIXED = DIFFERENTIATIONS[:2]
+WAYS = UNROLLED, MIXED = ("unrolled", "mixed")
 BLOCK = 2
 MIB = 2**20
 #: A small rate: fifty steps neither diverge nor magnify rounding errors.
@@ -88,7 +88,7 @@ def run(**given: Any) -> dict[str, Any]:
     for k in steps:
         document = document_of(model, "omniglot", k, options.tasks, INNER_LR, {})
         agree(document, device)
-        for way in DIFFERENTIATIONS:
+        for way in WAYS:
             _say(f"{k} inner steps, {way}: memory")
             measured[k, way] = _in_a_process(document, _engine(way, compiled), device, threads)
         _say(f"{k} inner steps: time")
@@ -173,7 +173,7 @@ def agree(document: Document, device: str) -> None:
         "float64",
     )
     vectors = {}
-    for way in DIFFERENTIATIONS:
+    for way in WAYS:
         learner.set_engine(_engine(way, False))
         vectors[way] = FirstShard(learner).contribute().slots["model"]
     off = float((vectors[MIXED] - vectors[UNROLLED]).norm() / vectors[UNROLLED].norm())
@@ -186,7 +186,7 @@ def agree(document: Document, device: str) -> None:
 def _times(document: Document, compiled: bool, device: str, rounds: int) -> dict[str, list[float]]:
     keep_freed_memory()
     contestants = {}
-    for way in DIFFERENTIATIONS:
+    for way in WAYS:
         learner = learner_of(document, resolve_device(device, 1.0))
         learner.set_engine(_engine(way, compiled))
         contestants[way] = FirstShard(learner).contribute

@@ -261,10 +261,14 @@ def show_plan(report: Mapping[str, Any]) -> None:
         title_justify="left",
     )
     table.add_column("differentiation")
-    table.add_column("predicted peak", justify="right")
-    for kind, count in report["predicted_peak_bytes"].items():
-        table.add_row(kind, size(count))
-    table.add_row("usable", size(report["usable_bytes"]))
+    for column in ("predicted peak", "one task, eager"):
+        table.add_column(column, justify="right")
+    table.add_column("bias", ratio=1)
+    for way in report["estimators"]:
+        peak = report["predicted_peak_bytes"][way["name"]]
+        seconds = "" if way["seconds"] is None else f"{way['seconds'] * 1e3:.3g} ms"
+        table.add_row(way["name"], size(peak), seconds, way["bias"])
+    table.add_row("usable", size(report["usable_bytes"]), "", "")
     PlainConsole(file=sys.stdout, width=120, highlight=False).print(table)
 
 

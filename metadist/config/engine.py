@@ -28,7 +28,7 @@ class EngineSettings:
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "auto"
     compile: Literal["auto", "always", "never"] = "auto"
-    differentiation: Literal["auto", "unrolled", "mixed", "truncated", "es", "pes"] = "auto"
+    differentiation: Literal["auto", "unrolled", "mixed", "implicit", "truncated", "es", "pes"] = "auto"
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     chunk: Union[int, Literal["auto"]] = "auto"
     deterministic: bool = True

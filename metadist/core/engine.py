@@ -7,7 +7,7 @@ from typing import Literal
 
 from metadist.core.errors import ConfigError, one_of
 
-DIFFERENTIATIONS = ("unrolled", "mixed", "truncated", "es", "pes")
+DIFFERENTIATIONS = ("unrolled", "mixed", "implicit", "truncated", "es", "pes")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 #: The release of metadist's own arithmetic, a fact of the numerics fingerprint. Raise it with a change after which all
@@ -16,7 +16,7 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 #: fingerprints do not state it.
 RELEASE = 1
 
-Differentiation = Literal["unrolled", "mixed", "truncated", "es", "pes"]
+Differentiation = Literal["unrolled", "mixed", "implicit", "truncated", "es", "pes"]
 Hessian = Literal["forward", "reverse"]
 
 
@@ -27,10 +27,11 @@ class Engine:
     ``compile``: run shards as compiled graphs.
     ``differentiation``: ``unrolled`` differentiates through the recorded inner loop. ``mixed`` goes back over the
     inner steps and computes each of them a second time, so that a step adds only φ and the moments to the memory
-    (Kemaev et al. 2025). ``truncated``, ``es`` and ``pes`` estimate the gradient of an unroll that is longer than a
-    meta-step (``engine/estimators.py``).
-    ``hessian``: how ``mixed`` multiplies by the inner Hessian: ``forward`` over reverse, or ``reverse`` over reverse
-    where the forward derivative of an operator is missing or wrong.
+    (Kemaev et al. 2025). ``implicit`` takes φ_k for the minimum of the inner loss and differentiates the condition of
+    a minimum, with the solver that the algorithm states (Rajeswaran et al. 2019). ``truncated``, ``es`` and ``pes``
+    estimate the gradient of an unroll that is longer than a meta-step (``engine/estimators.py``).
+    ``hessian``: how ``mixed`` and ``implicit`` multiply by the inner Hessian: ``forward`` over reverse, or ``reverse``
+    over reverse where the forward derivative of an operator is missing or wrong.
     ``precision``: ``tf32`` lets a GPU round the inputs of matrix products to 10 bits of mantissa; ``bfloat16`` runs
     the model's passes in the inner loop under autocast.
     ``deterministic``: allow only GPU kernels that give the same bits every time.

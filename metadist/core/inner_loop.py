@@ -91,6 +91,20 @@ class Descent:
 
 
 @dataclass(frozen=True)
+class Implicit:
+    """Solve A x = v at the minimum of the inner loss g, A = ∇²g + ``damping`` I, by ``iterations`` products with A.
+
+    ``cg`` is the method of conjugate gradients, which needs a positive definite A. ``neumann`` sums the first terms of
+    the Neumann series step · Σ_i (I − step A)^i v, which converges where 0 < ``step`` < 2 / (largest eigenvalue of A).
+    """
+
+    solver: Literal["cg", "neumann"] = "cg"
+    iterations: int = 5
+    damping: float = 0.0
+    step: float = 0.0
+
+
+@dataclass(frozen=True)
 class InnerLoop(Algorithm):
     """The base of all algorithms that adapt by gradient steps. A subclass defines ``descent``.
 
@@ -154,6 +168,15 @@ class InnerLoop(Algorithm):
         """Whether the class that defines ``update`` declares it linear under ``inner_optimizer``."""
         defined_by = next(cls for cls in type(self).__mro__ if "update" in vars(cls))
         return self.inner_optimizer in vars(defined_by).get("linear_optimizers", ())
+
+    @property
+    def implicit(self) -> Implicit | None:
+        """How implicit differentiation solves its linear system; None where it is not defined for the algorithm.
+
+        An algorithm that returns settings states that its steps minimise one loss (``descent().loss``), that the
+        minimum depends on θ, and that the minimum is unique: the start φ_0 and the rate then have no gradient.
+        """
+        return None
 
     @property
     def overridden(self) -> str | None:

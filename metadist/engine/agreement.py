@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ def perturbed_theta(subject: Subject, seed: int, distance: float) -> Theta:
 def compiled_disagrees(subject: Subject, seed: int, memory_bytes: int | None = None) -> str | None:
     """Compare a compiled shard with the unrolled shard in float64: return the difference as text, or None.
 
+    An implicit shard is compared with the implicit one that is not compiled.
+
     Compilers have bugs, and a wrong gradient raises no error. The rounding error of the unrolled shard without
     compilation gives the scale; θ is as far from θ_0 as this error allows. None too where no gradient is finite:
     training reports such tasks itself. Mixed differentiation is compared over as many inner steps as unrolled ones fit
@@ -62,9 +65,12 @@ def compiled_disagrees(subject: Subject, seed: int, memory_bytes: int | None = N
     if subject.engine.differentiation == "mixed":
         subject = subject.with_algorithm(with_inner_steps(subject.algorithm, steps))
     exact, eager = subject.in_float64(subject.algorithm), subject.eager()
-    exact.set_engine(Engine(chunk=chunk))
     # Unrolled too: an eager shard in mixed mode would be wrong in the same way, and its error would pass for rounding.
-    eager.set_engine(Engine(precision=subject.engine.precision, chunk=chunk))
+    reference = Engine(chunk=chunk)
+    if subject.engine.differentiation == "implicit":
+        reference = replace(reference, differentiation="implicit", hessian=subject.engine.hessian)
+    exact.set_engine(reference)
+    eager.set_engine(replace(reference, precision=subject.engine.precision))
     for keys in subject.keys_of_graphs(seed):
         for distance in DISTANCES:
             theta = perturbed_theta(subject, seed, distance)

@@ -175,6 +175,7 @@ def _traced_peak(subject: Subject, engine: Engine, steps: int) -> int:
     theta, tasks, keys, keep = _one_task(subject)
     most = 0
     held: list[tuple[weakref.ref[Tensor], int]] = []
+    peaks: dict[tuple[str, pytree.TreeSpec], int] = {}  # a piece has one graph, whichever inner step it computes
 
     def run(name: str, function: Callable[..., T], *arguments: object) -> T:
         """Trace one piece; the results of earlier pieces that later ones need are alive while this one runs."""
@@ -182,9 +183,11 @@ def _traced_peak(subject: Subject, engine: Engine, steps: int) -> int:
         leaves, spec = pytree.tree_flatten(arguments)
         tensors = [t if isinstance(t, Tensor) else torch.tensor(t, device=subject.device) for t in leaves]
         given = set(map(id, tensors))
-        graph, returned = trace(function, spec, tensors)
+        if (name, spec) not in peaks:
+            graph, _ = trace(function, spec, tensors)
+            peaks[name, spec] = peak_bytes(graph, skip=_count(arguments[:5]))
         between = sum(size for ref, size in held if (t := ref()) is not None and id(t) not in given)
-        most = max(most, between + peak_bytes(graph, skip=_count(arguments[:5])))
+        most = max(most, between + peaks[name, spec])
         with torch.no_grad():
             result = function(*arguments)
         held.extend((weakref.ref(t), _bytes(t)) for t in pytree.tree_leaves(result))

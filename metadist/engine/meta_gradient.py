@@ -1,7 +1,8 @@
 """Compute the contribution of one task, and its sum over the tasks of a shard.
 
-Unrolled differentiation records the inner loop; mixed differentiation goes back over its steps. ``vmap`` is of the
-*per-task* gradient throughout: the gradient of a vmapped loss is wrong for batch norm's second order.
+Unrolled differentiation records the inner loop, mixed differentiation goes back over its steps, and implicit
+differentiation takes its end for a minimum. ``vmap`` is of the *per-task* gradient throughout: the gradient of a
+vmapped loss is wrong for batch norm's second order.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, Union
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import grad, vmap
 
 from metadist.core.algorithm import Algorithm, Phi, TaskContext, Theta
 from metadist.core.engine import Engine
+from metadist.core.errors import ConfigError
 from metadist.core.inner_loop import Descent, InnerLoop, InnerState, Moments
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
@@ -26,6 +27,7 @@ from metadist.core.task_metrics import metric_of_tasks
 from metadist.core.tree import Tree
 from metadist.engine.convolution import REPLACEMENTS
 from metadist.engine.functions import TensorCall, added, apart, directly, jvp, kept_sum, mapped, vjp
+from metadist.engine.implicit import Solver, why_unsolvable
 
 T = TypeVar("T")
 Values = dict[str, Parameters]
@@ -75,8 +77,8 @@ class MetaGradient:
 
     def values(self, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
         """Compute every task's contribution and its ``Metrics``, stacked [T, …]; never compiled."""
-        if self.walks_back:
-            return self._mixed(_Shard(self, directly, self.flat(theta), tasks, keys, meta_step))
+        if self.in_pieces:
+            return self.pieces(directly, theta, tasks, keys, meta_step).values()
         values, metrics = vmap(self._single(theta, keys, meta_step))(tasks, keys.tasks)
         return values, metrics
 
@@ -100,8 +102,8 @@ class MetaGradient:
             totals = torch.stack([kept_sum(keep, v.double()) for n, v in metrics.items() if n != PREDICTION])
             return slots, totals, [v for n, v in metrics.items() if n == PREDICTION]
 
-        if self.walks_back:
-            values, metrics = self._mixed(_Shard(self, run, self.flat(theta), tasks, keys, meta_step))
+        if self.in_pieces:
+            values, metrics = self.pieces(run, theta, tasks, keys, meta_step).values()
             return run("sum", reduce, values, metrics, keep)
 
         def whole(
@@ -120,9 +122,9 @@ class MetaGradient:
     @property
     def cannot_walk_back(self) -> str | None:
         """Return the reason why mixed differentiation is impossible, or None."""
-        if not self.learned:
-            return "the algorithm contributes a delta, and differentiates through nothing"
         name = type(self.algorithm).__name__
+        if not self.learned:
+            return f"{name} contributes a delta, and differentiates through nothing"
         if not isinstance(self.algorithm, InnerLoop):
             return f"{name} has no inner loop stated by descent()"
         if overridden := self.algorithm.overridden:
@@ -130,9 +132,23 @@ class MetaGradient:
         return None
 
     @property
-    def walks_back(self) -> bool:
-        """Whether differentiation is mixed: back over the inner steps."""
-        return self.engine.differentiation == "mixed" and self.cannot_walk_back is None
+    def cannot_solve(self) -> str | None:
+        """Return the reason why implicit differentiation is impossible, or None."""
+        return self.cannot_walk_back or why_unsolvable(self._inner_loop)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether differentiation is mixed or implicit, by separate functions for the parts of the inner loop.
+
+        Mixed becomes unrolled where it is impossible; ConfigError where implicit is.
+        """
+        if self.engine.differentiation == "implicit" and self.cannot_solve:
+            raise ConfigError(f"engine.differentiation: implicit, but {self.cannot_solve}; use unrolled or auto")
+        return self.engine.differentiation != "unrolled" and self.cannot_walk_back is None
+
+    def pieces(self, run: TensorCall, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> _Shard:
+        """Return the shard of ``tasks``, to be computed in pieces."""
+        return _Shard(self, run, self.flat(theta), tasks, keys, meta_step)
 
     def context(self, keys: TaskKey, index: Tensor, meta_step: StepIndex, task: Task) -> TaskContext:
         """Return the training context of ``task``, with ``index``, a scalar."""
@@ -191,7 +207,7 @@ class MetaGradient:
 
     # Mixed: back over the inner steps ---------------------------------------------------------------------------------
 
-    def _mixed(self, shard: _Shard) -> tuple[Values, Metrics]:
+    def mixed(self, shard: _Shard) -> tuple[Values, Metrics]:
         """Compute ∇θ by the reverse recursion λ_t = ∂U/∂φᵀ λ_{t+1} + ∇²L c over the inner steps U.
 
         Only the states (φ_t, moments) stay in memory; the way back recomputes each step (Kemaev et al. 2025, sec. 3).
@@ -335,6 +351,24 @@ class MetaGradient:
             total[slot] = total[slot].replace({n: total[slot][n] + t for n, t in values.items()})
         return total
 
+    # Implicit: from the end of the inner loop -------------------------------------------------------------------------
+
+    def ending(self, shard: _Shard) -> tuple[Parameters, Values, Parameters, Values, Metrics]:
+        """Return φ_k, the objective's gradient by θ and by φ_k, what ``contribute`` gives, and the metrics."""
+        state = shard.piece("start", self._start)
+        for step in range(self.algorithm.inner_steps):
+            state = shard.piece("step", self._step, (state,), (step,))
+        gradient, (cotangent,), _, own, metrics = shard.piece("outer", self._outer, ([state],))
+        assert cotangent
+        return state[0], gradient, cotangent[0], own, metrics
+
+    @property
+    def solver(self) -> Solver:
+        """The solver of the linear system at φ_k. The algorithm must state one (``cannot_solve`` is None)."""
+        settings = self._inner_loop.implicit
+        assert settings is not None
+        return Solver(settings, self.engine.hessian, self._held, max(0, self.algorithm.inner_steps - 1))
+
 
 @dataclass(frozen=True)
 class _BoundTask:
@@ -352,7 +386,7 @@ class _BoundTask:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Run the pieces of a shard's mixed gradient over its tasks; ``vectors`` is θ.
+    """Run the pieces of a shard's mixed or implicit gradient over its tasks; ``vectors`` is θ.
 
     Each piece is a separate function, so that compilation takes as long for fifty inner steps as for one.
     """
@@ -363,6 +397,15 @@ class _Shard:
     tasks: Task
     keys: TaskKey
     meta_step: int
+
+    def values(self) -> tuple[Values, Metrics]:
+        """Compute every task's gradient and metrics, as the engine differentiates."""
+        if self.gradient.engine.differentiation == "mixed":
+            return self.gradient.mixed(self)
+        phi, gradient, cotangent, own, metrics = self.gradient.ending(self)
+        solver = self.gradient.solver
+        x, _, _ = solver.solution(self.piece, phi, cotangent)
+        return {**self.piece("pull", solver.pull, (phi, gradient, x), (solver.step,)), **own}, metrics
 
     def piece(
         self, name: str, single: Callable[..., T], each: tuple[object, ...] = (), shared: tuple[StepIndex, ...] = ()
@@ -392,25 +435,3 @@ class _Shard:
         return self.run(
             name, whole, self.vectors, self.tasks, keys.tasks, keys.meta_step, self.meta_step, *each, *shared
         )
-
-
-def held_by_steps(gradient: MetaGradient, theta: Theta, task: Task, key: TaskKey) -> Names:
-    """Find the tensors of θ that an inner step depends on besides its state.
-
-    Ordinary autograd finds them: it distinguishes None (no dependence) from zero, which ``torch.func`` does not.
-    """
-    leaves = {
-        (slot, n): t.detach().clone().requires_grad_() for slot in gradient.learned for n, t in theta[slot].items()
-    }
-    with torch.enable_grad():
-        given = {**theta, **{slot: Parameters({n: leaves[slot, n] for n in theta[slot]}) for slot in gradient.learned}}
-        context = gradient.context(key, key.tasks, 0, task)
-        descent = gradient.descent(context, given, task)
-        phi = descent.phi.map(lambda t: t.detach().clone().requires_grad_())
-        outputs = [descent.loss(phi, step) for step in range(gradient.algorithm.inner_steps)]
-        outputs += [t.sum() for t in pytree.tree_leaves(descent.rate) if isinstance(t, Tensor)]
-        outputs = [o for o in outputs if o.requires_grad]
-        if not outputs:
-            return frozenset()
-        found = torch.autograd.grad(sum(outputs[1:], outputs[0]), list(leaves.values()), allow_unused=True)
-    return frozenset(name for name, g in zip(leaves, found) if g is not None)

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, Protocol
 
+from metadist.core.algorithm import with_inner_steps
 from metadist.core.engine import Differentiation, Engine, Hessian
 from metadist.core.errors import ConfigError
 from metadist.engine.agreement import mixed_disagrees
 from metadist.engine.buckets import MOST
+from metadist.engine.comparison import Estimator, estimators
 from metadist.engine.estimators import ESTIMATORS
 from metadist.engine.memory import Footprint, allocated_bytes, footprint
 from metadist.engine.subject import Subject
@@ -38,7 +40,7 @@ class EngineRequest(Protocol):
     def compile(self) -> Literal["auto", "always", "never"]: ...
 
     @property
-    def differentiation(self) -> Literal["auto", "unrolled", "mixed", "truncated", "es", "pes"]: ...
+    def differentiation(self) -> Literal["auto", "unrolled", "mixed", "implicit", "truncated", "es", "pes"]: ...
 
     @property
     def chunk(self) -> int | Literal["auto"]: ...
@@ -79,7 +81,8 @@ class Plan:
         return cls(Engine(), device)
 
     def as_dict(self) -> dict[str, object]:
-        """Return plain data, with the predicted peaks of a chunk in bytes where they are known."""
+        """Return plain data, with the predicted peaks of a chunk in bytes and the measured ``estimators`` where there
+        are tasks to measure them on."""
         memory = self.memory
         if memory is None:
             return {"engine": asdict(self.engine), "reasons": self.reasons, "device": asdict(self.device)}
@@ -92,6 +95,7 @@ class Plan:
             "shard_size": memory.shard,
             "tasks_at_once": tasks,
             "predicted_peak_bytes": peaks,
+            "estimators": [asdict(e) for e in memory.estimators(self.engine)],
             "usable_bytes": memory.budget,
         }
 
@@ -158,9 +162,13 @@ class _Memory:
         self.budget, self._subject, self._compile, self._precision = budget, subject, compile, request.precision
         self.shard = min(subject.outer.shard_size, subject.outer.meta_batch_size)
         self.chunk = min(self.shard, request.chunk) if isinstance(request.chunk, int) else self.shard
-        self.kinds: tuple[Differentiation, ...] = (
-            ("unrolled", "mixed") if subject.meta_gradient.cannot_walk_back is None else ("unrolled",)
-        )
+        gradient = subject.meta_gradient_under(Engine())
+        kinds: dict[Differentiation, str | None] = {
+            "unrolled": None,
+            "mixed": gradient.cannot_walk_back,
+            "implicit": gradient.cannot_solve,
+        }
+        self.kinds = tuple(kind for kind, impossible in kinds.items() if impossible is None)
         self._footprints: dict[str, Footprint] = {}
         self._allocated: int | None = None
 
@@ -169,6 +177,13 @@ class _Memory:
         if self._allocated is None:
             self._allocated = allocated_bytes(self._subject)
         return tasks * self._allocated <= budget
+
+    def estimators(self, engine: Engine) -> list[Estimator]:
+        """Measure time and bias of every way of differentiating, with the order of differentiation of ``engine``."""
+        engine = replace(engine, compile=False, chunk=None)
+        hessian: Hessian = engine.hessian if engine.differentiation != "unrolled" else "reverse"
+        kinds = {kind: replace(engine, differentiation=kind, hessian=hessian) for kind in self.kinds}
+        return estimators(self._subject, kinds, self.budget)
 
     def peak(self, differentiation: Differentiation, tasks: int) -> int:
         if differentiation not in self._footprints:
@@ -231,7 +246,8 @@ def _chosen_differentiation(
     subject: Subject, request: EngineRequest, compile: bool, memory: _Memory
 ) -> tuple[Differentiation, str]:
     """Return the mode and the reason for it."""
-    impossible = subject.meta_gradient.cannot_walk_back
+    gradient = subject.meta_gradient_under(Engine())
+    impossible = gradient.cannot_solve if request.differentiation == "implicit" else gradient.cannot_walk_back
     steps = subject.algorithm.inner_steps
     tasks, budget = memory.chunk, size(memory.budget)
     if request.differentiation in ESTIMATORS:
@@ -239,12 +255,14 @@ def _chosen_differentiation(
             f"engine.differentiation: {request.differentiation} estimates the gradient of an algorithm with carried "
             f"state, and {type(subject.algorithm).__name__} has none; use unrolled, mixed or auto"
         )
-    if request.differentiation == "mixed" and impossible:
-        raise ConfigError(f"engine.differentiation: mixed, but {impossible}; use unrolled or auto")
+    if request.differentiation in ("mixed", "implicit") and impossible:
+        raise ConfigError(f"engine.differentiation: {request.differentiation}, but {impossible}; use unrolled or auto")
     if request.differentiation != "auto":
         return request.differentiation, "as configured"
     if impossible:
         return "unrolled", impossible
+    if gradient.cannot_solve is None:
+        return "implicit", "the algorithm states that its inner loop ends in a minimum"
     if subject.algorithm.first_order or steps < 2:
         return "unrolled", f"{steps} inner steps" + (", first order" if steps > 1 else "") + ": nothing to save"
     if not memory.surely_fits(tasks, memory.budget) and memory.peak("unrolled", tasks) > memory.budget:
@@ -259,24 +277,32 @@ def _chosen_differentiation(
 
 
 def _hessian(subject: Subject, request: EngineRequest, engine: Engine, budget: int, reasons: dict[str, str]) -> Engine:
-    """Choose the order of differentiation for mixed mode, by a comparison in float64 within ``budget`` bytes."""
+    """Choose the order of differentiation for mixed and implicit mode, by a comparison in float64.
+
+    It may take ``budget`` bytes. Implicit differentiation takes the derivatives of mixed, of one step at a time: two
+    steps of the latter, which unrolled differentiation is a reference for, show whether they are right.
+    """
+    if engine.differentiation == "implicit":
+        subject = subject.with_algorithm(with_inner_steps(subject.algorithm, min(2, subject.algorithm.inner_steps)))
     # Eagerly, forward mode lacks the fused kernels and holds tangents of all tensors: 1.6 times the time of unrolled
     # on a transformer against 1.3 in reverse. A compiled forward graph needs one pass less.
+    chosen = engine.differentiation
     first: Hessian
     second: Hessian
     first, second = ("forward", "reverse") if engine.compile else ("reverse", "forward")
-    trials = {kind: replace(engine, compile=False, precision="float32", hessian=kind) for kind in (first, second)}
+    trial = replace(engine, compile=False, precision="float32", differentiation="mixed")
+    trials = {kind: replace(trial, hessian=kind) for kind in (first, second)}
     reason = mixed_disagrees(subject, trials[first], budget)
     if reason is None:
         reasons["hessian"] = f"{first} over reverse, found right in float64"
         return replace(engine, hessian=first)
     other = mixed_disagrees(subject, trials[second], budget)
     if other is not None and request.differentiation == "auto":
-        reasons["differentiation"] = f"mixed is wrong for this model and algorithm in float64: {other}"
+        reasons["differentiation"] = f"{chosen} is wrong for this model and algorithm in float64: {other}"
         return replace(engine, differentiation="unrolled")
     if other is not None:
         raise ConfigError(
-            f"engine.differentiation: mixed is wrong for this model and algorithm in float64: {other}; use unrolled"
+            f"engine.differentiation: {chosen} is wrong for this model and algorithm in float64: {other}; use unrolled"
         )
     reasons["hessian"] = f"{second} over reverse, because {first} over reverse {reason}"
     return replace(engine, hessian=second)

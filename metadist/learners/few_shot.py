@@ -24,27 +24,25 @@ from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard
 from metadist.core.signature import Signature
 from metadist.core.state import Contribution, Records, State, TreeSum
-from metadist.core.task import Examples, Task, TaskFamily, with_rows
+from metadist.core.task import Examples, Task, TaskFamily
 from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
 from metadist.core.tree import Tree, joined, mapped, stacked
 from metadist.engine.agreement import compiled_disagrees
-from metadist.engine.buckets import Buckets
 from metadist.engine.compiled import Compiled
 from metadist.engine.contributions import given_slots, receivers
+from metadist.engine.dependences import held_by_steps
 from metadist.engine.functions import TensorCall, directly
-from metadist.engine.meta_gradient import MetaGradient, fixed, held_by_steps
+from metadist.engine.meta_gradient import MetaGradient, fixed
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_shards
 from metadist.learners.base import Learner, Surround
 from metadist.learners.dry_run import task_hashes, try_metrics, try_tasks, try_twice
 from metadist.learners.dry_run_paths import try_paths
 from metadist.learners.evaluation import Evaluation, score_tasks, sources_of
 from metadist.learners.signature import describe, describe_earlier
+from metadist.learners.sizes import Sizes
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-#: groups of tasks of drawn sizes that are looked at for one of each size of a compiled graph
-GROUPS_SEARCHED = 64
 
 
 @dataclass
@@ -91,7 +89,7 @@ class FewShotLearner(Learner):
         self._meta: MetaGradient | None = None
         self._around, self._stages = around, dict[str, FewShotLearner]()
         self._compiled = Compiled(self.device, around or (lambda name: nullcontext()))
-        self._sizes: Buckets | None = None
+        self._sizes = Sizes(self.tasks, self.algorithm, self.sample, self.outer.shard_size)
 
     def __getstate__(self) -> dict[str, Any]:
         made = dict.fromkeys(("_meta", "_around", "_compiled", "_sizes"))
@@ -201,39 +199,13 @@ class FewShotLearner(Learner):
         return sum(part._compiled.seconds for part in self.parts)
 
     def several_graphs(self) -> str | None:
-        if self.tasks.group_size("train") is not None:
-            unknown = f"'{type(self.tasks).__name__}' does not state possible_sizes(), from which few graphs are chosen"
-            return None if self.tasks.possible_sizes("train") else unknown
-        size = self.outer.shard_size  # two shards tell
-        first, second = (self.sample(TaskKey.of(0, "train", 0, range(i * size, i * size + size))) for i in (0, 1))
-        shapes = [[t.shape for t in torch.utils._pytree.tree_leaves(task)] for task in (first, second)]
-        alike = shapes[0] == shapes[1] and first.support.mask is None and first.query.mask is None
-        return None if alike else "tasks differ in size, and each size would be compiled"
+        return self._sizes.several_graphs()
 
     def keys_of_graphs(self, seed: int) -> list[TaskKey]:
-        size = self.tasks.group_size("train")
-        if size is None:
-            return [TaskKey.of(seed, "train", 0, range(self.outer.shard_size))]
-        found = dict[tuple[int, int], TaskKey]()
-        for index in range(GROUPS_SEARCHED):
-            keys = TaskKey.of(seed, "train", 0, [index * size])
-            task = self.sample(keys)
-            found.setdefault(self._buckets.rows(task.support.y.shape[1], task.query.y.shape[1]), keys)
-            if len(found) == len(self._buckets.sizes):
-                break
-        return list(found.values())
-
-    @property
-    def _buckets(self) -> Buckets:
-        if self._sizes is None:
-            self._sizes = Buckets.of(self.tasks, self.algorithm)
-        return self._sizes
+        return self._sizes.keys_of_graphs(seed)
 
     def sample_largest(self, keys: TaskKey) -> Task:
-        tasks = self.sample(keys)
-        if self.tasks.group_size(keys.split) is None or (largest := self._buckets.largest) is None:
-            return tasks
-        return with_rows(tasks, *largest)
+        return self._sizes.largest(keys)
 
     def sample(self, keys: TaskKey) -> Task:
         """Return the tasks of ``keys`` on the learner's device. The keys stay on the CPU."""
@@ -284,7 +256,7 @@ class FewShotLearner(Learner):
         layouts = {n: slot.layout for n, slot in self.slots.items()}
         gradient = MetaGradient(self.algorithm, self.model, self.tasks, learned, layouts, engine)
         averages = len(learned) < len(receiving)
-        if self.algorithm.contribution == "gradient" and not averages and not gradient.walks_back:
+        if self.algorithm.contribution == "gradient" and not averages and not gradient.in_pieces:
             return gradient
         keys = TaskKey.of(0, "train", 0, range(self.outer.shard_size))  # one task alone would not be padded
         task = torch.utils._pytree.tree_map(lambda t: t[0], self.sample(keys))
@@ -294,7 +266,7 @@ class FewShotLearner(Learner):
         bound = gradient.bind(theta, key, True)
         given = given_slots(self.algorithm, self.slots, bound, theta, task, context)
         gradient = replace(gradient, learned=tuple(n for n in learned if n not in given), given=given)
-        return replace(gradient, held=held_by_steps(gradient, theta, task, key)) if gradient.walks_back else gradient
+        return replace(gradient, held=held_by_steps(gradient, theta, task, key)) if gradient.in_pieces else gradient
 
     def contribute(self, theta: Mapping[str, Parameters], keys: TaskKey, meta_step: int) -> Contribution:
         """Return the sum of the tasks' gradients (or deltas), with loss and metric on the query sets.
@@ -306,7 +278,7 @@ class FewShotLearner(Learner):
         for index, group in enumerate(groups):
             tasks = self.sample(group)
             if self.engine.compile and self.tasks.group_size(keys.split) is not None:
-                tasks = self._buckets.pad(tasks)
+                tasks = self._sizes.buckets.pad(tasks)
             total.add(index, self.contribute_tasks(theta, tasks, group, meta_step))
         return total.result()
 

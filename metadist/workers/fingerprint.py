@@ -78,7 +78,9 @@ def numerics_fingerprint(
         "threads": threads,
         "dtype": str(dtype).removeprefix("torch."),
         "compile": engine.compile,
-        "differentiation": f"mixed, {engine.hessian}" if engine.differentiation == "mixed" else engine.differentiation,
+        "differentiation": f"{engine.differentiation}, {engine.hessian}"
+        if engine.differentiation in ("mixed", "implicit")
+        else engine.differentiation,
         "precision": engine.precision,
     }
     if engine.chunk is not None:  # libraries may choose other kernels for other batches

@@ -27,7 +27,7 @@ KINDS = [(name, "transductive") for name in SUPERVISED] + [("maml", "inductive")
 
 
 def test_the_table_of_algorithms_is_complete():
-    assert set(SUPERVISED) == {"anil", "cnp", "maml", "meta_sgd", "protonet", "reptile"}
+    assert set(SUPERVISED) == {"anil", "cnp", "imaml", "maml", "meta_sgd", "protonet", "reptile"}
 
 
 @pytest.mark.parametrize(("algorithm", "normalization"), KINDS)

@@ -291,7 +291,7 @@ def test_a_manifest_s_engine_is_obeyed():
     assert recorded_engine({})(CPU).engine == Engine()
 
 
-@pytest.mark.parametrize("recorded", [{"compiler": "xla"}, {"differentiation": "implicit"}, {"chunk": 3}])
+@pytest.mark.parametrize("recorded", [{"compiler": "xla"}, {"differentiation": "backwards"}, {"chunk": 3}])
 def test_a_manifest_of_an_unknown_engine(recorded):
     with pytest.raises(ConfigError, match="manifest states an engine that this version doesn't know"):
         recorded_engine(recorded)
