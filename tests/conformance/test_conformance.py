@@ -48,7 +48,9 @@ OUTER = OuterLoop(meta_batch_size=6, shard_size=4, lr=3e-3)
 
 
 def built(cls):
-    return cls(**{f.name: SETTINGS[f.name] for f in dataclasses.fields(cls) if f.name in SETTINGS})
+    # ``hidden`` is a tuple for networks alone
+    given = {n: v for n, v in SETTINGS.items() if n != "hidden" or issubclass(cls, ModelConfig)}
+    return cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given})
 
 
 @cache
