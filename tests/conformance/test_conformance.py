@@ -70,15 +70,11 @@ def refusal(*triple) -> str | None:
 
 
 def covering(triples):
-    """Few of ``triples`` that hold every pair which any of them holds."""
-
-    def pairs(triple):
-        return set(itertools.combinations(enumerate(triple), 2))
-
-    missing, chosen = set().union(*map(pairs, triples)), []
+    """Few of ``triples`` that hold every algorithm, family and model which any of them holds."""
+    missing, chosen = {place for triple in triples for place in enumerate(triple)}, []
     while missing:
-        chosen.append(max(triples, key=lambda t: len(pairs(t) & missing)))
-        missing -= pairs(chosen[-1])
+        chosen.append(max(triples, key=lambda t: len(set(enumerate(t)) & missing)))
+        missing -= set(enumerate(chosen[-1]))
     return chosen
 
 
