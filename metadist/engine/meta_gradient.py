@@ -23,6 +23,7 @@ from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import TaskKey
 from metadist.core.task import Task, TaskFamily
 from metadist.core.task_metrics import metric_of_tasks
+from metadist.engine.convolution import REPLACEMENTS
 from metadist.engine.functions import TensorCall, added, apart, directly, jvp, kept_sum, mapped, vjp
 
 T = TypeVar("T")
@@ -64,8 +65,9 @@ class MetaGradient:
     held: Names = frozenset()
 
     def bind(self, theta: Theta, key: TaskKey | None, training: bool) -> BoundModel:
-        """Return the model with θ's frozen parameters and buffers, for one task."""
-        return self.model.bind(fixed(theta), key, training, self.engine)
+        """Return the model with θ's frozen parameters and buffers, for one task; compiled, with our convolutions."""
+        replaced = REPLACEMENTS if self.engine.compile else {}
+        return self.model.bind(fixed(theta), key, training, self.engine, replaced)
 
     def values(self, theta: Theta, tasks: Task, keys: TaskKey, meta_step: int) -> tuple[Values, Metrics]:
         """Compute every task's gradient (or delta) and its ``Metrics``, stacked [T, …]; never compiled."""

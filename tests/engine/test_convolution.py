@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import test_engines as engines
 import torch
@@ -16,6 +18,7 @@ import metadist.engine.convolution as convolution
 from metadist.engine.block_sums import DECOMPOSITIONS
 from metadist.engine.channels_last import channels_last
 from metadist.engine.convolution import conv2d
+from metadist.engine.functions import directly
 from metadist.models import Conv4
 
 aten = torch.ops.aten
@@ -138,7 +141,32 @@ def test_compiled_by_the_library(model, engine, choose, monkeypatch):
     choose("library")
     config = Conv4(filters=4, blocks=2, pooling="stride", norm="batch", features="mean")
     monkeypatch.setitem(MODELS, "conv2-stride-batch", (Blobs(input_shape=(1, 8, 8)), config))
+    calls = []
+    monkeypatch.setitem(convolution.REPLACEMENTS, F.conv2d, lambda *a, **k: calls.append(a) or conv2d(*a, **k))
     engines.check(make(ALGORITHMS["maml-1"], model, outer=engines.SHARD), engine, keys(0, 1, 5))
+    assert calls
+
+
+@pytest.mark.lane("numerics")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_compiled_shard_has_no_grouped_convolution(compiled):
+    """Under vmap, torch's convolution with a kernel of each task is one with a group for each task, which is slow."""
+    config = Conv4(filters=4, blocks=2, pooling="stride", norm="batch", features="mean")
+    MODELS["conv2"] = (Blobs(input_shape=(1, 8, 8)), config)
+    learner = make(ALGORITHMS["maml-1"], "conv2", outer=engines.SHARD)
+    del MODELS["conv2"]
+    gradient = learner.meta_gradient_under(replace(learner.engine, compile=compiled))
+    theta = learner.initial(0).theta(learner.slots)
+    some = keys(0, 1, 5)
+    tasks = learner.sample(some)
+    vectors = gradient.flat(theta)
+
+    def whole(vectors):
+        return gradient.sums(directly, gradient.named(vectors), tasks, some, 0, torch.ones(3, dtype=torch.bool))
+
+    graph = make_fx(whole, decomposition_table=DECOMPOSITIONS)(vectors).graph
+    groups = [node.args[-1] for node in graph.nodes if node.target is aten.convolution.default]
+    assert (max(groups, default=1) == 1) == compiled
 
 
 # The layout of graphs -------------------------------------------------------------------------------------------------
