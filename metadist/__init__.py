@@ -32,11 +32,13 @@ _WHERE = {
     "metadist.rl.policy": ("Policy",),
     "metadist.rl.trial": ("Trials", "advantages", "rollout"),
     "metadist.rl.environment": ("Continuous", "Discrete", "MetaEnvironment", "Step"),
+    "metadist.core.meta_step": ("MetaStep",),
     "metadist.core.model": ("BoundModel", "Model", "use_batch_statistics"),
     "metadist.core.outer": ("OuterLoop", "SlotOptimizer"),
     "metadist.core.parameters": ("Layout", "Parameters"),
     "metadist.core.random": ("TaskKey",),
-    "metadist.core.state": ("Records", "Slot", "State"),
+    "metadist.core.round": ("Round",),
+    "metadist.core.state": ("Contribution", "Records", "Slot", "State"),
     "metadist.core.task": ("Classification", "Examples", "Task", "TaskFamily"),
     "metadist.learners.trials": ("TrialLearner",),
     "metadist.models": ("Conv4", "GRU", "LSTM", "MLP", "Reactive"),
@@ -97,11 +99,13 @@ if TYPE_CHECKING:
     from metadist.core.engine import Engine
     from metadist.core.errors import MetadistError
     from metadist.core.inner_loop import Descent, InnerLoop, InnerState, Moments
+    from metadist.core.meta_step import MetaStep
     from metadist.core.model import BoundModel, Model, use_batch_statistics
     from metadist.core.outer import OuterLoop, SlotOptimizer
     from metadist.core.parameters import Layout, Parameters
     from metadist.core.random import TaskKey
-    from metadist.core.state import Records, Slot, State
+    from metadist.core.round import Round
+    from metadist.core.state import Contribution, Records, Slot, State
     from metadist.core.task import Classification, Examples, Task, TaskFamily
     from metadist.engine.estimators import Unrolled
     from metadist.experiment.interruption import TrainingInterrupted

@@ -162,12 +162,13 @@ def _alone(connection: Any, document: Document, index: int, count: int, nice: in
     experiment = experiment_with(document, "0")
     learner, state = experiment.learner, experiment.learner.initial(experiment.seed)
     with start_workers(experiment, "bench") as scheduler:
-        executor = scheduler.executor
-        executor.publish(0, 0, state)
+        executor, published = scheduler.executor, -1
         connection.send(None)
         while (first := connection.recv()) is not None:
             keys = (MetaStepKey("bench", m, experiment.seed) for m in range(first, first + TURN))
             for shard in [s for key in keys for s in next(learner.meta_step(key, state)).shards][index::count]:
+                if shard.meta_step != published:
+                    executor.publish(published := shard.meta_step, 0, state)
                 executor.submit(shard, 1)
                 (event,) = executor.wait(0.0)
                 if not isinstance(event, Finished):

@@ -224,7 +224,7 @@ class Signature:
             "classes": self.classes,
             "any_classes": self.any_classes,
             "finite": self.finite,
-            "fewer_classes": self.fewer_classes,
+            **({"fewer_classes": True} if self.fewer_classes else {}),
             **more,
         }
 

@@ -84,6 +84,11 @@ def at(tree: Tree, index: int) -> Tree:
     return mapped(lambda t: t[index], tree)
 
 
+def column(tree: Tree, index: int) -> Tree:
+    """Return column ``index`` of every tensor [rows, columns, …], contiguous in memory."""
+    return mapped(lambda t: t[:, index].contiguous(), tree)
+
+
 def joined(function: Callable[[list[Tensor]], Tensor], trees: Sequence[Tree]) -> Tree:
     """Apply ``function`` to the lists of corresponding tensors of trees of one structure."""
     return pytree.tree_map(lambda *tensors: function(list(tensors)), *trees)

@@ -24,7 +24,7 @@ from metadist.training.observers import Observer
 NOTEBOOK_SECONDS = 0.5
 
 
-class Plain(Observer):
+class PlainLines(Observer):
     """Print a line to stderr every few seconds, for logs."""
 
     def __init__(self, meta_steps: int | None = None, every: float = 10.0) -> None:
@@ -56,7 +56,7 @@ class Plain(Observer):
         print(message, file=sys.stderr, flush=True)
 
 
-class Notebook(Plain):
+class Notebook(PlainLines):
     """Show one line below the cell of a notebook, and replace it. Notes are printed."""
 
     def __init__(self, meta_steps: int, display: Any) -> None:
@@ -116,7 +116,7 @@ class Bar(Observer):
 
 def plain() -> Observer:
     """Return a display that prints only notes and validation scores."""
-    return Plain()
+    return PlainLines()
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def live(experiment: Experiment) -> Iterator[Observer]:
     if display := _notebook():
         yield Notebook(meta_steps, display)
     elif not console.is_terminal:
-        yield Plain(meta_steps)
+        yield PlainLines(meta_steps)
     else:
         with bar(console) as progress:
             yield Bar(progress, meta_steps)

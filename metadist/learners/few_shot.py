@@ -26,7 +26,7 @@ from metadist.core.signature import Signature
 from metadist.core.state import Contribution, Records, State, TreeSum
 from metadist.core.task import Examples, Task, TaskFamily
 from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
-from metadist.core.tree import Tree, joined, mapped, stacked
+from metadist.core.tree import Tree, column, joined, mapped, stacked
 from metadist.engine.agreement import compiled_disagrees
 from metadist.engine.compiled import Compiled
 from metadist.engine.contributions import given_slots, receivers
@@ -89,10 +89,10 @@ class FewShotLearner(Learner):
         self._meta: MetaGradient | None = None
         self._around, self._stages = around, dict[str, FewShotLearner]()
         self._compiled = Compiled(self.device, around or (lambda name: nullcontext()))
-        self._sizes = Sizes(self.tasks, self.algorithm, self.sample, self.outer.shard_size)
+        self._sizes_found: Sizes | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        made = dict.fromkeys(("_meta", "_around", "_compiled", "_sizes"))
+        made = dict.fromkeys(("_meta", "_around", "_compiled", "_sizes_found"))
         return {**self.__dict__, **made, "_prepared": False, "_stages": {}}
 
     # What a shard is --------------------------------------------------------------------------------------------------
@@ -198,6 +198,12 @@ class FewShotLearner(Learner):
                     part.contribute(theta, keys, 0)
         return sum(part._compiled.seconds for part in self.parts)
 
+    @property
+    def _sizes(self) -> Sizes:
+        if self._sizes_found is None:
+            self._sizes_found = Sizes(self.tasks, self.algorithm, self.sample, self.outer.shard_size)
+        return self._sizes_found
+
     def several_graphs(self) -> str | None:
         return self._sizes.several_graphs()
 
@@ -222,8 +228,7 @@ class FewShotLearner(Learner):
         if padded and self.model.normalises_over_batch and together:
             raise ConfigError(
                 "model: batch normalisation over padded rows would mix padding into the statistics; these tasks "
-                "differ in "
-                "size, so use norm: group or layer (or a task family whose tasks are of one size)"
+                "differ in size, so use norm: group or layer (or a task family whose tasks are of one size)"
             )
         return Task(task.support.cleared(), task.query.cleared(), task.ways)
 
@@ -391,7 +396,7 @@ class FewShotLearner(Learner):
         tasks = self.sample(keys)
         with torch.no_grad():
             losses, predictions = self._explained(lambda: torch.func.vmap(single)(tasks, keys.tasks.to(self.device)))
-            by_step = [_after(predictions, step) for step in range(losses.shape[1])]
+            by_step = [column(predictions, step) for step in range(losses.shape[1])]
             metrics = torch.stack([metric_of_tasks(self.tasks, p, tasks.query) for p in by_step], 1)
             columns = {"loss": losses, self.tasks.metric_name: metrics}
             columns |= {m.name: m.of_tasks(predictions, tasks.query, tasks.ways) for m in self.task_metrics}
@@ -443,8 +448,3 @@ class FewShotLearner(Learner):
         """
         with torch.no_grad():
             return self._judge(self.algorithm, self.bind(state.theta(self.slots), None, False), phi, support.x, x)
-
-
-def _after(predictions: Tree, step: int) -> Tree:
-    """Return predictions [T, N, …] after ``step`` adaptation steps, from [T, steps, N, …]."""
-    return mapped(lambda t: t[:, step].contiguous(), predictions)

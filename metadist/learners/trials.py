@@ -28,7 +28,7 @@ from metadist.learners.evaluation import TrialEvaluation, counted_trials, summar
 from metadist.rl.algorithm import EPISODES_SHOWN, Theta, TrialAlgorithm, TrialContext
 from metadist.rl.environment import MetaEnvironment
 from metadist.rl.trust_region import DIRECTION, trust_region_rounds
-from metadist.rl.updates import UPDATES, MetaStep
+from metadist.rl.updates import UPDATES, TrialMetaStep
 
 #: replaces sums of a surrogate that are not finite: the line search then refuses the step
 REFUSED = {"improvement": -1e100, "kl": 1e100}
@@ -103,7 +103,7 @@ class TrialLearner(Learner):
         algorithm = self.algorithm.at(key.meta_step)
         broadcast = tuple(sorted(algorithm.settings_of(statistics).items()))
         report = {**self._described(statistics), "steps": statistics["steps"]}
-        step = MetaStep(key.meta_step, key.seed, rolled, broadcast, state, self.slots, self.outer, report)
+        step = TrialMetaStep(key.meta_step, key.seed, rolled, broadcast, state, self.slots, self.outer, report)
         if left_out := statistics.get("left_out"):
             report["left_out"] = left_out * statistics["steps"]
         if algorithm.trust_region is None:

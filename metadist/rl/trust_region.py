@@ -12,7 +12,7 @@ from torch import Tensor
 from metadist.core.computation import FisherProduct, Gradient, Surrogate
 from metadist.core.round import Round
 from metadist.core.state import Contribution, State
-from metadist.rl.updates import MetaStep
+from metadist.rl.updates import TrialMetaStep
 
 #: the slot that carries a direction in parameter space to the workers
 DIRECTION = "direction"
@@ -34,7 +34,7 @@ class TrustRegion:
     backtracks: int
 
 
-def trust_region_rounds(step: MetaStep, region: TrustRegion) -> Generator[Round, Contribution, None]:
+def trust_region_rounds(step: TrialMetaStep, region: TrustRegion) -> Generator[Round, Contribution, None]:
     """Yield a gradient round, a round of Fisher-vector products per conjugate-gradient step, and line-search rounds.
 
     Every sum is the canonical sum, and the driver's own arithmetic is float64 in blocks: the bits are the same for any
@@ -78,7 +78,7 @@ def conjugate_gradient(
     return x, b - residual
 
 
-def _line_search(step: MetaStep, region: TrustRegion, whole: Tensor) -> Generator[Round, Contribution, None]:
+def _line_search(step: TrialMetaStep, region: TrustRegion, whole: Tensor) -> Generator[Round, Contribution, None]:
     """Set θ ← θ + fraction · ``whole`` for the first fraction that improves the surrogate within the bound.
 
     θ does not change if no fraction does (appendix C). Each round publishes θ and ``whole``, and the workers add them,

@@ -18,7 +18,7 @@ UPDATES = "updates"
 
 
 @dataclass
-class MetaStep:
+class TrialMetaStep:
     """A meta-step in progress: its trials, its current state, and its update rounds.
 
     ``rolled`` are the shards of round 0, whose outputs later rounds need. ``statistics`` are the global rollout

@@ -101,7 +101,7 @@ def test_an_unknown_key_is_named_with_the_nearest_spelling(assignment, key, near
         ("workers=[3]", "workers.0: expected keys and values"),
         (
             "tasks.name=sinusoids",
-            "'sinusoids' is not one of image_folder, omniglot, sinusoid, table_classification, table_regression",
+            "'sinusoids' is not one of cifar_fs, image_folder, noisy_labels, omniglot, sinusoid, small_images",
         ),
         ("algorithm.name=mmal", "did you mean 'maml'?"),
         ("model.name=conv", "did you mean 'conv4'?"),

@@ -326,7 +326,7 @@ def test_a_loss_that_reads_absent_classes_is_refused():
 def test_the_signature_says_that_classes_vary():
     whole = subject(ALGORITHMS["maml"])
     signature = whole.describe(0)
-    assert signature.classes == 5 and signature.fewer_classes and signature.prediction_shape == (None,)
+    assert signature.classes == 5 and signature.fewer_classes and signature.prediction[""].shape == (None,)
     assert replace(signature).of_dict(signature.as_dict()) == signature
     assert signature.ways(torch.tensor([0, 1, 2, 0])) == 3
     with pytest.raises(ConfigError, match="y holds class 2, and not every class below it"):
