@@ -25,7 +25,7 @@ JUDGED = Evaluation("validation", "mse", 6, [2.0, 1.0], [0.2, 0.1], [1.5, 0.9], 
 def test_plain_lines_say_step_loss_rate_and_what_is_left(capsys, monkeypatch):
     clock = iter([0.0, 1.0, 20.0, 21.0, 40.0, 41.0])
     monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
-    plain = display.Plain(100)
+    plain = display.PlainLines(100)
     plain.step(11, {"loss": 0.5, "gradient_norm": 9.0}, 123.4)
     plain.step(31, {"loss": 0.25, "mse": 0.25, "lr": 1.0}, 123.4)
     plain.step(32, {"loss": 0.25}, 123.4)
@@ -61,7 +61,7 @@ def test_left_out_tasks_stand_wherever_the_number_stands(capsys):
     assert re.search(r"r2 +│ 0.1000 │ 0.5000 │ ± 0.0200 │ 0.6000 │ 12 of 500 │", shown)
     assert "over 7 sources (Student's t); with all tasks taken as independent ± 0.0500" in shown
     assert "confusion_matrix: rows are classes" in shown and "\n      7       1\n      0      12\n" in shown
-    display.Plain(10).evaluated(3, SOME)
+    display.PlainLines(10).evaluated(3, SOME)
     assert "validation mse 1.0000 ± 0.1000 (8 of 500 left out: not finite)" in capsys.readouterr().err
     assert SOME.metrics()["eval/test/mse/left_out"] == 8.0
     assert json.loads(json.dumps(SOME.as_dict()))["left_out"] == 8
@@ -104,7 +104,7 @@ def test_the_final_test_names_its_phase(capsys):
     bar.testing(10000)
     progress.console.print(progress.get_renderable())
     assert "test on 10000 tasks" in shown.getvalue()
-    display.Plain(100).testing(10000)
+    display.PlainLines(100).testing(10000)
     assert "test on 10000 tasks" in capsys.readouterr().err
 
 

@@ -18,7 +18,7 @@ from metadist.cli.display import show_predictions
 from metadist.cli.terminal import LogFormatter, say
 from metadist.core.text import printable, show
 from metadist.experiment.console import PlainConsole
-from metadist.experiment.live import Plain
+from metadist.experiment.live import PlainLines
 from metadist.workers.remote import work_pb2 as pb
 from metadist.workers.remote.codec import applicant_of, facts, failure_of
 
@@ -41,7 +41,7 @@ def test_control_characters_become_escapes_and_all_others_stay() -> None:
 def test_messages_and_results(capsys: pytest.CaptureFixture[str]) -> None:
     say(f"error: {EVIL}")
     show(f"result {EVIL}\n  second line")
-    Plain().note(f"worker {EVIL}")
+    PlainLines().note(f"worker {EVIL}")
     captured = capsys.readouterr()
     assert captured.err == f"error: {SAFE}\nworker {SAFE}\n" and captured.out == f"result {SAFE}\n  second line\n"
 

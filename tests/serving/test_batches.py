@@ -27,7 +27,20 @@ KINDS = [(name, "transductive") for name in SUPERVISED] + [("maml", "inductive")
 
 
 def test_the_table_of_algorithms_is_complete():
-    assert set(SUPERVISED) == {"anil", "cnp", "imaml", "maml", "meta_sgd", "protonet", "reptile"}
+    assert set(SUPERVISED) == {
+        "anil",
+        "cnp",
+        "imaml",
+        "maml",
+        "meta_lstm",
+        "meta_sgd",
+        "meta_weight_net",
+        "metanas",
+        "plain",
+        "protonet",
+        "reptile",
+        "reweight",
+    }
 
 
 @pytest.mark.parametrize(("algorithm", "normalization"), KINDS)
