@@ -13,6 +13,7 @@ from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
 from metadist.learners.few_shot import FewShotLearner
 from metadist.models.cnp import ConditionalNeuralProcess
+from metadist.models.supernet import Supernet
 from metadist.serving.model import Limits, ServedModel
 
 SUPERVISED = sorted(name for name, kind in ALGORITHMS.items() if issubclass(kind, Algorithm))
@@ -38,6 +39,9 @@ def learner(algorithm="maml", normalization="transductive"):
     if algorithm == "cnp":
         family = Curves()
         return FewShotLearner(made, Model(lambda: ConditionalNeuralProcess(8, 8).build((2,), 2)), family, outer)
+    if algorithm == "metanas":
+        config = Supernet(filters=4, cells=2)
+        return FewShotLearner(made, Model(lambda: config.build((1, 16, 16), 3)), Blobs(input_shape=(1, 16, 16)), outer)
     if algorithm in ("protonet", "anil"):
         return FewShotLearner(made, Model(network(4, 3)), Blobs(), outer)
     if normalization == "inductive" or algorithm == "meta_sgd":

@@ -23,6 +23,8 @@ from metadist.serving.model import ServedAdaptation, ServedModel
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
+#: about the size of a handle, its entry and its objects
+HANDLE_BYTES = 1024
 
 TimeLeft = Callable[[], float]
 """Returns the seconds until the caller's deadline."""
@@ -85,14 +87,15 @@ class AdaptationService:
     def adapt(self, model: ServedModel, support: Examples, inner_steps: int | None, left: TimeLeft) -> tuple[str, int]:
         """Adapt to a support set; return a handle and the bytes that it occupies in the cache."""
         adapted = self._adapted(model, support, inner_steps, left)
-        handle = self.cache.put((model, adapted), adapted.bytes)
+        occupied = _occupied(adapted)
+        handle = self.cache.put((model, adapted), occupied)
         if handle is None:
             raise Refused(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"one adaptation of '{model.name}' needs {adapted.bytes / MIB:.1f} MiB, but the server's budget is "
+                f"one adaptation of '{model.name}' needs {occupied / MIB:.1f} MiB, but the server's budget is "
                 f"{self.cache.budget / MIB:.1f} MiB; use AdaptPredict, or serve with a larger --budget-mib",
             )
-        return handle, adapted.bytes
+        return handle, occupied
 
     def find(self, handle: str) -> tuple[ServedModel, ServedAdaptation]:
         """Return the model and the adapted parameters of a handle."""
@@ -144,7 +147,7 @@ class AdaptationService:
     def _unpack(self, packed: Any) -> tuple[tuple[ServedModel, ServedAdaptation], int]:
         name, parts = packed
         adapted = self.models[name].unpack(parts)
-        return (self.models[name], adapted), adapted.bytes
+        return (self.models[name], adapted), _occupied(adapted)
 
     # Computation ------------------------------------------------------------------------------------------------------
 
@@ -161,6 +164,11 @@ class AdaptationService:
         if call == "adapt":
             return self.models[name].adapt(items, key[-1])
         return self.models[name].predict(*zip(*items))
+
+
+def _occupied(adapted: ServedAdaptation) -> int:
+    """Return the bytes of a handle in the cache: an algorithm that returns θ itself still costs an entry."""
+    return max(adapted.bytes, HANDLE_BYTES)
 
 
 def _within(left: TimeLeft, future: Future[Any]) -> Any:
