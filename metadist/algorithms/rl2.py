@@ -15,7 +15,8 @@ from metadist.core.parameters import Parameters
 from metadist.core.state import Records
 from metadist.rl.algorithm import EPISODES_SHOWN, PolicySearch, Settings, Sums, TrialContext
 from metadist.rl.policy import Policy, Seen
-from metadist.rl.trial import VALID, Trials, advantages, rollout
+from metadist.rl.trial import TRIAL_END, VALID, Trials, advantages, rollout
+from metadist.rl.windows import roll_window
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class RL2(PolicySearch):
 
     ``bptt``: gradients reach back over this number of steps; the memory continues from one such window to the next.
     With ``bptt_together`` the windows are rows of one batch, which takes less time, and memory for whole trials.
+
+    ``window``: a meta-step plays and learns from this number of steps; a longer trial goes on in the next meta-step,
+    with its memory, under the parameters of then. Gradients do not reach back over the border, and the value of the
+    next observation stands for the steps beyond.
     """
 
     entropy: float = 0.01
@@ -56,6 +61,7 @@ class RL2(PolicySearch):
     reward_scale: float = 1.0
     bptt: int | None = None
     bptt_together: bool = False
+    window: int | None = None
 
     fits_value: ClassVar[bool] = True
 
@@ -63,7 +69,7 @@ class RL2(PolicySearch):
         super().__post_init__()
         self._within("above 0", lambda v: v > 0, "reward_scale", "value_clip")
         self._within("0 or more", lambda v: v >= 0, "value")
-        self._within("1 or more", lambda v: v >= 1, "bptt")
+        self._within("1 or more", lambda v: v >= 1, "bptt", "window")
         if self.bptt_together and self.bptt is None:
             raise ConfigError("algorithm.bptt_together: true needs algorithm.bptt; set it to the length of the windows")
 
@@ -74,14 +80,21 @@ class RL2(PolicySearch):
         return {"mean": mean, "deviation": max(statistics["advantage_squared"] - mean * mean, 0.0) ** 0.5 + 1e-8}
 
     def rollout(self, theta: Theta, context: TrialContext) -> tuple[Records, Sums, float]:
-        environment = context.environment
-        trials = rollout(environment, context.policy(theta), context.keys)
+        environment, policy = context.environment, context.policy(theta)
+        if self.window is None:
+            trials = rollout(environment, policy, context.keys)
+            records, returns, ended = trials.records(), trials.by_episode(environment.episodes), {}
+        else:
+            trials, going = roll_window(environment, policy, context.keys, self.window, context.before)
+            over = trials.flag(TRIAL_END).any(1)
+            records, returns, ended = going.records(trials), going.returns[over], {"finished": over.sum()}
         estimate, valid = advantages(trials, self.discount, self.gae_lambda, self.reward_scale), trials.flag(VALID)
-        returns, target = trials.by_episode(environment.episodes), estimate + trials.value
+        target = estimate + trials.value
         sums = {
             "advantage": _sum(estimate, valid),
             "advantage_squared": _sum(estimate.double().square(), valid),
             "return": returns.sum(),
+            **ended,
         }
         episode = trials.episode()
         sums |= _moments(target, trials.value, valid, "")
@@ -89,7 +102,7 @@ class RL2(PolicySearch):
             sums |= _moments(target, trials.value, valid & (episode == number - 1), f"/{number}")
             sums[f"return/{number}"] = returns[:, number - 1].sum()
         sums["left_out"] = (~trials.counted()).sum()
-        return trials.records(), _floats(sums), float(valid.sum())
+        return records, _floats(sums), float(valid.sum())
 
     def gradient(
         self, theta: Theta, trials: Records, settings: Settings, context: TrialContext
@@ -156,7 +169,7 @@ class RL2(PolicySearch):
             batch.flag(VALID),
         )
         features = policy.features(batch.observation, batch.seen(policy))
-        memory, length = policy.start(len(features), features.device), features.shape[1]
+        memory, length = batch.memory(policy), features.shape[1]
         width = min(self.bptt or length, length)
         if self.bptt_together and length > width:
             columns, features, memory = self._as_rows(policy, features, memory, columns, width)

@@ -48,6 +48,11 @@ pytree.register_pytree_node(
 )
 
 
+def first_lifetimes(longest: int, keys: TaskKey) -> Tensor:
+    """Return the lengths of the first lives of particles, 1 … ``longest``, so that later starts are spread."""
+    return 1 + keys.stream("phase").integers(longest, 1).squeeze(-1)
+
+
 def _not_here() -> Parameters:
     raise ConfigError("algorithm: context.fresh() builds a network and cannot run under vmap; call it in start")
 

@@ -65,6 +65,14 @@ class Rollout(Computation):
 
 
 @dataclass(frozen=True)
+class RolloutWindow(Rollout):
+    """Play the next steps of trials under θ. They, and the trials as they then are, are the output of the shard."""
+
+    name = "rollout_window"
+    carries = True
+
+
+@dataclass(frozen=True)
 class ValueGradient(Computation):
     """Sum the gradients of the value function's loss on the trials of a rollout."""
 
@@ -107,7 +115,7 @@ class SaveStates(Computation):
 
 @dataclass(frozen=True)
 class LoadStates(Computation):
-    """Read the states of an ``Advance`` shard from the folder ``place``, and keep them as the output of the shard."""
+    """Read the states of a shard that ``carries`` from the folder ``place``, and keep them as its output."""
 
     name = "load"
     carries = True

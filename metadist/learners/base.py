@@ -51,8 +51,6 @@ class Learner(ABC):
 
     #: functions of shards whose sums have slots: gradients and sums of the same layout
     gradients: ClassVar[tuple[str, ...]] = ("gradient",)
-    #: whether a meta-step needs states of the one before (``carried``)
-    has_states: ClassVar[bool] = False
 
     algorithm: AnyAlgorithm
     model: Model
@@ -108,6 +106,11 @@ class Learner(ABC):
     @abstractmethod
     def meta_step(self, key: MetaStepKey, state: State) -> Rounds:
         """Yield the rounds of one meta-step, receive the sum of each, and return the new state and a report."""
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a meta-step needs states of the one before (``carried``)."""
+        return False
 
     def carried(self, key: MetaStepKey) -> Sequence[Shard]:
         """Return the shards whose states the meta-step of ``key`` needs; none where the learner carries no states."""
@@ -317,3 +320,12 @@ class Learner(ABC):
             )
             for index, start in enumerate(range(0, tasks, size))
         ]
+
+
+def refuse_another_population(known: OuterLoop, outer: OuterLoop, name: str) -> None:
+    """Refuse another ``meta_batch_size``, for learners whose shards hand on the states of a population."""
+    if outer.meta_batch_size != known.meta_batch_size:
+        raise ConfigError(
+            f"outer.meta_batch_size: {outer.meta_batch_size}; the run has a population of {known.meta_batch_size} "
+            f"{name}, whose states go on; start another run for another number"
+        )

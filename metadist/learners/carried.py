@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from metadist.core.algorithm import Theta
-from metadist.core.carried import CarriedAlgorithm, CarriedContext, CarriedContribution, ParticleState
+from metadist.core.carried import CarriedAlgorithm, CarriedContext, CarriedContribution, ParticleState, first_lifetimes
 from metadist.core.computation import Advance, Evaluate
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError, one_of
@@ -24,10 +24,10 @@ from metadist.core.task import Task, TaskFamily, stack
 from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
 from metadist.engine.functions import kept_sum
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_carried
-from metadist.learners.base import Learner, Surround
+from metadist.learners.base import Learner, Surround, refuse_another_population
 from metadist.learners.dry_run_carried import particle_hashes, try_particles
 from metadist.learners.evaluation import Evaluation, score_tasks, sources_of
-from metadist.learners.particles import Contexts, Particles, by_particle, first_lifetime, stacked
+from metadist.learners.particles import Contexts, Particles, by_particle, stacked
 
 
 @dataclass
@@ -40,7 +40,6 @@ class CarriedLearner(Learner):
     """
 
     gradients = ("advance",)
-    has_states = True
 
     algorithm: CarriedAlgorithm
     model: Model
@@ -74,12 +73,12 @@ class CarriedLearner(Learner):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": False, "_structures": {}}
 
+    @property
+    def has_states(self) -> bool:
+        return True
+
     def _check_outer(self, outer: OuterLoop) -> None:
-        if outer.meta_batch_size != self.outer.meta_batch_size:
-            raise ConfigError(
-                f"outer.meta_batch_size: {outer.meta_batch_size}; the run has a population of "
-                f"{self.outer.meta_batch_size} particles, whose states go on; start another run for another number"
-            )
+        refuse_another_population(self.outer, outer, "particles")
 
     # The rounds of a meta-step ----------------------------------------------------------------------------------------
 
@@ -220,7 +219,7 @@ class CarriedLearner(Learner):
             context = contexts.starting(key, meta_step, tasks[-1])
             life = self.algorithm.lifetime(context)
             if before is None and self.algorithm.staggered:
-                life = first_lifetime(life, key)
+                life = int(first_lifetimes(life, key))
             started.append(meta_step)
             ends.append(meta_step + life)
             states.append(self.algorithm.start(contexts.theta, context))

@@ -96,11 +96,6 @@ def fresh_parameters(model: Model, life: TaskKey) -> Parameters:
     return model.initial(low | (high & 0x7FFFFFFF) << 32)[0]
 
 
-def first_lifetime(lifetime: int, key: TaskKey) -> int:
-    """Return the length of a particle's first life, 1 … ``lifetime``, so that later starts are spread."""
-    return 1 + int(key.stream("phase").integers(lifetime, 1))
-
-
 def stacked(states: Sequence[ParticleState]) -> ParticleState:
     """Stack the states of single particles; ValueError where they differ in structure, shapes or dtypes."""
     spec = pytree.tree_structure(states[0])

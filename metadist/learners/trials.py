@@ -12,7 +12,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from metadist.core.computation import Evaluate, FisherProduct, Gradient, Rollout, Surrogate, ValueGradient
+from metadist.core.computation import (
+    Evaluate,
+    FisherProduct,
+    Gradient,
+    Rollout,
+    RolloutWindow,
+    Surrogate,
+    ValueGradient,
+)
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, WorkerError
 from metadist.core.model import Model
@@ -22,7 +30,7 @@ from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard, WithOutput
 from metadist.core.state import Contribution, Records, State
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_eager
-from metadist.learners.base import Learner
+from metadist.learners.base import Learner, refuse_another_population
 from metadist.learners.dry_run import trial_hashes, try_trials
 from metadist.learners.evaluation import TrialEvaluation, counted_trials, summary_of, with_task_list
 from metadist.rl.algorithm import EPISODES_SHOWN, Theta, TrialAlgorithm, TrialContext
@@ -66,7 +74,13 @@ class TrialLearner(Learner):
         self.device = torch.device("cpu")
         self._prepared = False
 
+    @property
+    def has_states(self) -> bool:
+        return self.algorithm.window is not None
+
     def _check_outer(self, outer: OuterLoop) -> None:
+        if self.has_states:
+            refuse_another_population(self.outer, outer, "trials")
         shards = math.ceil(outer.meta_batch_size / outer.shard_size)
         if self.algorithm.minibatches > shards:
             raise ConfigError(
@@ -93,8 +107,7 @@ class TrialLearner(Learner):
 
     def meta_step(self, key: MetaStepKey, state: State) -> Rounds:
         """Roll out under θ, then update θ on those trials: by minibatches, or by one step within a trust region."""
-        rolled = self.shards(key, Rollout(), tasks=self.outer.meta_batch_size)
-        rolled = [replace(s, role=self.rollout_role, keeps=True) for s in rolled]
+        rolled = self._rolling(key)
         total = yield Round(0, state, rolled)
         if not total.weight:
             raise WorkerError(f"meta-step {key.meta_step}: every trial was left out (environment.on_error: skip)")
@@ -119,18 +132,36 @@ class TrialLearner(Learner):
         report.update(updates=float(step.updates))
         return step.state, report
 
+    def _rolling(self, key: MetaStepKey) -> list[Shard]:
+        """Return the shards of round 0. Windows need those of the meta-step before."""
+        windows, before = self.has_states, key.meta_step - 1
+        shards = self.shards(key, RolloutWindow() if windows else Rollout(), tasks=self.outer.meta_batch_size)
+        return [
+            replace(
+                s,
+                role=self.rollout_role,
+                keeps=True,
+                needs=((before, 0, s.index),) if windows and key.meta_step else (),
+            )
+            for s in shards
+        ]
+
+    def carried(self, key: MetaStepKey) -> Sequence[Shard]:
+        there = self.has_states and key.meta_step > 0
+        return self._rolling(replace(key, meta_step=key.meta_step - 1)) if there else ()
+
     def _described(self, statistics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of the rollouts: returns and explained variances, per trial and by episode."""
-        per_trial = statistics["steps"] / statistics["trials"]
-        found = {"return": statistics["return"] * per_trial}
+        # A window may end no trial; a window's trials count once they end.
+        ended = statistics.get("finished", statistics["trials"] / statistics["steps"])
+        found = {"return": statistics["return"] / ended} if ended else {}
         episodes = self.algorithm.episodes(self.tasks)
         shown = [n for n in EPISODES_SHOWN if n < episodes] + [episodes]
         for number in shown:
-            if f"return/{number}" in statistics:
-                found[f"return/episode_{number}"] = statistics[f"return/{number}"] * per_trial
+            if f"return/{number}" in statistics and ended:
+                found[f"return/episode_{number}"] = statistics[f"return/{number}"] / ended
         for suffix in ("", *(f"/{n}" for n in shown)):
-            if f"target_squared{suffix}" in statistics:
-                count = statistics[f"target_count{suffix}"]
+            if count := statistics.get(f"target_count{suffix}", 0.0):
                 variance = statistics[f"target_squared{suffix}"] / count - (statistics[f"target{suffix}"] / count) ** 2
                 error = statistics[f"error_squared{suffix}"] / count - (statistics[f"error{suffix}"] / count) ** 2
                 found["explained_variance" + suffix.replace("/", "/episode_")] = (
@@ -195,11 +226,13 @@ class TrialLearner(Learner):
             self.device
         )
         named = {name: self.slots[name].layout.unflatten(vector) for name, vector in theta.items()}
-        context = TrialContext(self.tasks, self.model, keys, shard.meta_step)
+        rolls = isinstance(shard.computation, Rollout)
+        before = inputs[0] if rolls and inputs else None
+        context = TrialContext(self.tasks, self.model, keys, shard.meta_step, before)
         # Every function of a meta-step has the settings of this meta-step: sums of a rollout describe the advantages
         # that the update rounds compute.
         algorithm = self.algorithm.at(shard.meta_step)
-        if isinstance(shard.computation, Rollout):
+        if rolls:
             trials, sums, weight = algorithm.rollout(named, context)
             return WithOutput(Contribution({}, weight, shard.count - int(sums.get("left_out", 0)), sums), trials)
         if isinstance(shard.computation, Evaluate):

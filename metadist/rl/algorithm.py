@@ -34,6 +34,8 @@ class TrialContext:
     model: Model
     keys: TaskKey
     meta_step: int
+    #: the output of the shard's rollout in the meta-step before, for algorithms with a ``window``
+    before: Records | None = None
 
     def policy(self, theta: Theta, parameters: Mapping[str, Tensor] | None = None) -> Policy:
         """Return the policy under θ, or under ``parameters`` in place of θ's."""
@@ -56,6 +58,8 @@ class TrialAlgorithm:
     epochs: int
     minibatches: int
     kl_limit: float | None
+    #: the steps of a trial in one meta-step; longer trials go on in the next one. None: whole trials
+    window: int | None = None
 
     @property
     def trust_region(self) -> TrustRegion | None:
@@ -103,7 +107,9 @@ class TrialAlgorithm:
     def rollout(self, theta: Theta, context: TrialContext) -> tuple[Records, Sums, float]:
         """Roll out the shard's trials; return them, sums over them, and the number of valid steps.
 
-        The sums are float64 and include ``return`` and ``return/1``, ``return/2``, …
+        The sums are float64 and include ``return`` and ``return/1``, ``return/2``, … With a ``window``, these are of
+        the trials that end, whose number is ``finished``; and the records go to the next meta-step as
+        ``context.before``.
         """
         raise NotImplementedError
 
