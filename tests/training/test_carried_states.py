@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import long_trials
 import particles
 import pytest
 import tiny
 from faults import everywhere
 
+from metadist.config.build import build
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.core.round import MetaStepKey, run_rounds
 from metadist.training.observers import Observer
@@ -108,10 +111,10 @@ class Notes(Observer):
         self.lines.append(message)
 
 
-def run(folder, *overrides, **request):
+def run(folder, *overrides, document=particles.document, **request):
     notes = Notes()
     result = tiny.train(
-        particles.experiment(*overrides), run_dir=str(folder), plots=False, test=False, display=notes, **request
+        build(document(*overrides)), run_dir=str(folder), plots=False, test=False, display=notes, **request
     )
     return result.params_sha256, result, notes.lines
 
@@ -133,6 +136,19 @@ def test_a_resumed_run_goes_on_from_the_states_of_its_checkpoint(whole, tmp_path
     sha256, result, _ = run(tmp_path / "run", resume=True)
     assert sha256 == whole
     assert not result.retried
+
+
+@numerics
+def test_long_trials_go_on_in_a_resumed_run(tmp_path):
+    """The states are trials here: environments, memories, returns so far."""
+    of_trials = partial(run, document=long_trials.document)
+    expected = of_trials(tmp_path / "whole")[0]
+    of_trials(tmp_path / "run", "outer.meta_steps=6")
+    sha256, result, _ = of_trials(tmp_path / "run", resume=True)
+    assert sha256 == expected
+    assert not result.retried
+    with pytest.raises(ConfigError, match="outer.meta_batch_size is 6, the run began with 5"):
+        of_trials(tmp_path / "run", "outer.meta_batch_size=6", "outer.meta_steps=12", resume=True)
 
 
 @numerics

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import long_trials
 import particles
 import pytest
 from outsiders import HERE, OUTSIDE, Hand, hands, train, wait_for
@@ -20,10 +23,10 @@ pytestmark = pytest.mark.lane("services")
 STEPS = "outer.meta_steps=6"
 
 
-def experiment(*groups, overrides=()):
+def experiment(*groups, overrides=(), document=particles.document):
     listen = [f"outside={{listen: '127.0.0.1:{free_port()}'}}"] if any(g.get("outside") for g in groups) else []
-    document = particles.document(STEPS, "outer.shard_size=1", *overrides, *listen)
-    return build({**document, "workers": [dict(g) for g in groups]})
+    found = document(STEPS, "outer.shard_size=1", *overrides, *listen)
+    return build({**found, "workers": [dict(g) for g in groups]})
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,26 @@ def test_the_bits_of_this_process(expected, groups):
         sha256, scheduler = train(run)
     assert sha256 == expected
     assert set(scheduler.retried) <= {"missing"}, "at most for states that one side lacked"
+
+
+def test_long_trials_go_on_elsewhere():
+    """A worker plays a trial's next steps, another learns from them, and a third takes over where one leaves."""
+    run = partial(experiment, document=long_trials.document)
+    expected, left = train(run(HERE))[0], []
+    there = run({**OUTSIDE, "min": 2})
+    with hands(there, "learner", "learner") as working:
+
+        def leave(step, scheduler):
+            if step == 3:
+                working[0].stop()
+                working[0].join()
+                wait_for(lambda: len(scheduler.executor.workers()) == 1, scheduler)
+                left.append(step)
+
+        sha256, scheduler = train(there, each=leave)
+    assert left
+    assert sha256 == expected
+    assert scheduler.retried["missing"] >= 1
 
 
 def test_a_holder_leaves_and_its_states_are_computed_again(expected):
