@@ -17,6 +17,7 @@ from metadist.core.model import QUERY, BoundModel, InnerStep, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.state import Slot
 from metadist.core.task import Examples, Task, TaskFamily
+from metadist.core.tree import mapped
 
 ARCHITECTURE = "architecture"
 
@@ -25,8 +26,8 @@ ARCHITECTURE = "architecture"
 class MetaNAS(InnerLoop):
     """Reptile on the weights w and the architecture α of a supernet (Elsken et al., CVPR 2020).
 
-    An inner step is one of first-order DARTS (Liu et al. 2019) on a task: w by the loss on the first half of the
-    support set (or of a minibatch), α, at ``architecture_lr``, by the loss on the second half. The weights of the
+    An inner step is one of first-order DARTS (Liu et al. 2019) on a task: w by the loss on a random half of the
+    support set (or of a minibatch), α, at ``architecture_lr``, by the loss on the other half. The weights of the
     operations are softmax(α / T); T falls geometrically from ``temperature`` to ``final_temperature`` over
     ``temperature_steps`` meta-steps, so that one operation of each cell remains. Contributions: w − w_k and α − α_k,
     and the next T as a statistic. In evaluation α is fixed, and w adapts on the whole support set.
@@ -74,7 +75,7 @@ class MetaNAS(InnerLoop):
             rows = self.minibatch(support, context.key, step)
             if not context.training:
                 return context.loss(_outputs(model, phi, phi.detach(), temperature, rows.x, step), rows)
-            first, second = _halves(rows)
+            first, second = _halves(rows, context.key.stream("halves", step).bits(rows.rows))
             weights = _outputs(model, phi, phi.detach(), temperature, first.x, step)
             architecture = _outputs(model, phi.detach(), phi, temperature, second.x, step)
             return context.loss(weights, first) + context.loss(architecture, second)
@@ -125,8 +126,13 @@ def _outputs(
     return prediction
 
 
-def _halves(rows: Examples) -> tuple[Examples, Examples]:
-    middle = rows.x.shape[0] // 2
-    parts = [slice(None, middle), slice(middle, None)] if middle else [slice(None)] * 2
-    first, second = (Examples(rows.x[p], rows.y[p], None if rows.mask is None else rows.mask[p]) for p in parts)
-    return first, second
+def _halves(rows: Examples, words: Tensor) -> tuple[Examples, Examples]:
+    """Return two halves in the order of ``words``: rows are sorted by class, and a half may have few of the classes."""
+    order = words.argsort(dim=-1, stable=True)
+    middle = rows.rows // 2
+    return (_chosen(rows, order[:middle]), _chosen(rows, order[middle:])) if middle else (rows, rows)
+
+
+def _chosen(rows: Examples, order: Tensor) -> Examples:
+    x, y = (mapped(lambda t: t[order], part) for part in (rows.x, rows.y))
+    return Examples(x, y, None if rows.mask is None else rows.mask[order])

@@ -28,17 +28,18 @@ def test_it_is_reptile_around_first_order_darts():
     tasks = subject.sample(shard)
     for i in range(3):
         x, y = tasks.support.x[i], tasks.support.y[i]
-        half = len(y) // 2
+        half, key = len(y) // 2, shard.each()[i]
         w, alpha = dict(theta["model"]), theta["architecture"]["logits"]
-        for _ in range(2):
+        for step in range(2):
+            order = key.stream("halves", step).bits(len(y)).argsort()
             leaves, logits = {n: t.clone().requires_grad_() for n, t in w.items()}, alpha.clone().requires_grad_()
 
             def loss(w, alpha, rows, x=x, y=y):
                 mixture = torch.softmax(alpha / 1.0, 1)
                 return F.cross_entropy(torch.func.functional_call(subject.model.module, w, (x[rows], mixture)), y[rows])
 
-            for_w = torch.autograd.grad(loss(leaves, alpha, slice(0, half)), list(leaves.values()))
-            (for_alpha,) = torch.autograd.grad(loss(w, logits, slice(half, None)), logits)
+            for_w = torch.autograd.grad(loss(leaves, alpha, order[:half]), list(leaves.values()))
+            (for_alpha,) = torch.autograd.grad(loss(w, logits, order[half:]), logits)
             w, alpha = {n: t - 0.1 * g for (n, t), g in zip(w.items(), for_w)}, alpha - 0.5 * for_alpha
         expected["model"] += torch.cat([(theta["model"][n] - w[n]).flatten() for n in w])
         expected["architecture"] += (theta["architecture"]["logits"] - alpha).flatten()

@@ -314,7 +314,7 @@ def test_an_earlier_run_is_described_by_its_tasks(flat, three, tokens):
     for result in (flat, three, tokens):
         earlier = Result(*(getattr(result, n) for n in ("run_id", "run_dir", "experiment", "outcome")), [], "", {}, 0.0)
         assert earlier.recorded is None and earlier.signature == result.signature
-    assert tiny_learner().describe_earlier(0).target_shape == (1,)
+    assert tiny_learner().describe_earlier(0).y[""].shape == (1,)
 
 
 class NoData(Curves):

@@ -694,7 +694,7 @@ def test_shards_are_the_same_after_the_way(computation):
 @pytest.mark.parametrize(
     ("function", "arguments", "says"),
     [
-        ("halt", "[]", "computation 'halt'; expected one of evaluate"),
+        ("halt", "[]", "computation 'halt'; expected one of advance, evaluate"),
         ("fisher", '[["mean", 0.1]]', "computation 'fisher' has no argument mean"),
         ("surrogate", '[["mean", 0.1]]', "computation 'surrogate': .*fraction"),
         ("gradient", "[[", "shard 0: "),
