@@ -602,6 +602,7 @@ def test_every_shipped_config_trains(name, tmp_path, request):
         "evaluate.test_tasks=2",
         "tracking.uri=none",
         *(["environment.horizon=4"] if "horizon" in resolved.get("environment", {}) else []),
+        *(["evaluate.inner_steps=3"] if (resolved["evaluate"]["inner_steps"] or 0) > 10 else []),
         *(["model.filters=8"] if "filters" in resolved["model"] else []),
     ]
     result = train(build(set_workers(override(document, small), "0")), run_dir=str(tmp_path / "run"), plots=False)
