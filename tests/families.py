@@ -29,7 +29,7 @@ class Mischief(Sinusoid):
             return task
         deed, index = file.read_text().split()
         if deed == "lag" and int(index) == os.getpid():
-            time.sleep(0.05)
+            time.sleep(0.25)  # far more than a shard takes on a busy machine
         if int(index) not in keys.tasks.tolist():
             return task
         if deed == "raise":
