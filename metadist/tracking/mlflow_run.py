@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from metadist.tracking.mlflow_uri import artifact_location, prepare_environment, prepare_sqlite
+from metadist.tracking.mlflow_uri import artifact_location, client_of, prepare_environment, prepare_sqlite
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ class RunStore:
     def __init__(self, uri: str, experiment: str, runs_root: Path) -> None:
         prepare_environment()
         prepare_sqlite(uri, runs_root)
-        from mlflow.tracking import MlflowClient
-
         self.uri = uri
         self.experiment = experiment
         self.runs_root = Path(runs_root)
@@ -39,7 +37,7 @@ class RunStore:
         self.experiment_id = ""
         self.params: dict[str, str] = {}
         self.adopted = False  # the run has points that the position file does not count
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client = client_of(uri)
 
     def open(self, identity: Mapping[str, Any], known: str | None) -> str:
         """Find or create the run, and return its MLflow id.

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -30,6 +31,16 @@ def resolve_uri(uri: str | None, runs_root: Path) -> str:
     if uri and uri != "auto":
         return uri
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runs_root).resolve()}/mlflow.db"
+
+
+def client_of(store: str) -> Any:
+    """Return an MLflow client of ``store`` and its registry: ``MLFLOW_REGISTRY_URI``, or the store itself.
+
+    MLflow's own default is the registry that any code in this process set last: models would go to another store.
+    """
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=store, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or store)
 
 
 def require_mlflow() -> None:

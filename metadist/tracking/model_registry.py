@@ -6,6 +6,7 @@ A saved model has all that a new environment needs.
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +18,7 @@ import numpy as np
 import metadist
 from metadist.core.errors import CheckpointError, ConfigError
 from metadist.core.text import without_passwords
-from metadist.tracking.mlflow_uri import prepare_environment, require_mlflow, resolve_uri
+from metadist.tracking.mlflow_uri import client_of, prepare_environment, require_mlflow, resolve_uri
 from metadist.tracking.spool import read_json
 
 logger = logging.getLogger(__name__)
@@ -178,11 +179,10 @@ def register_now(spool: Path, uri: str | None, runs_root: Path, source: Path, ab
         raise ConfigError(f"register: MLflow does not have run {about['run_id']}; deliver it first with metadist ui")
     prepare_environment()
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
 
     store = resolve_uri(uri, runs_root)
     try:
-        made = log_and_register(MlflowClient(tracking_uri=store), known, "model", source, about)
+        made = log_and_register(client_of(store), known, "model", source, about)
     except MlflowException as error:
         raise ConfigError(f"register: MLflow at {without_passwords(store)}: {_short(error)}") from None
     assert made is not None
@@ -193,6 +193,23 @@ def _short(error: Exception) -> str:
     return without_passwords(" ".join(str(error).split()))[:300]
 
 
+def _files_of(client: Any, uri: str) -> str:
+    """Return where the files of a registered model are; other URIs are returned as they are.
+
+    MLflow itself would look in the registry that any code in this process set last.
+    """
+    found = re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/(\d+|latest))", uri)
+    if found is None:
+        return uri
+    name, alias, version = found.groups()
+    if alias:
+        version = client.get_model_version_by_alias(name, alias).version
+    elif version == "latest":
+        version = max((int(v.version) for v in client.search_model_versions(f"name='{name}'")), default=0)
+    where: str = client.get_model_version_download_uri(name, str(version))
+    return where
+
+
 def fetch(uri: str, runs_root: Path, tracking_uri: str | None = None) -> Path:
     """Download ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``runs:/…``; return the path of the weights."""
     require_mlflow()
@@ -201,10 +218,9 @@ def fetch(uri: str, runs_root: Path, tracking_uri: str | None = None) -> Path:
     from mlflow.exceptions import MlflowException
 
     store = resolve_uri(tracking_uri, runs_root)
-    mlflow.set_tracking_uri(store)
-    mlflow.set_registry_uri(store)
     try:
-        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        where = _files_of(client_of(store), uri)
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=where, tracking_uri=store))
     except MlflowException as error:
         raise ConfigError(f"{uri}: {_short(error)} (MLflow at {without_passwords(store)})") from None
     except OSError as error:

@@ -169,7 +169,6 @@ def test_the_registry(name, cases, tmp_path, monkeypatch, empty_store):
     monkeypatch.setattr("metadist.experiment.train.compared_elsewhere", lambda experiment: contextlib.nullcontext())
     try:
         mlflow.set_tracking_uri(store)
-        mlflow.set_registry_uri(store)  # loading a registered model sets it for the whole process
         result = tiny.train(build(tracked), run_dir=str(tmp_path / "run"), plots=False)
         assert register_run(str(tmp_path / "run"), "wide", TRUST) == "1"
         model = mlflow.pyfunc.load_model("models:/wide@champion")

@@ -83,6 +83,27 @@ def test_the_best_run_is_champion_and_answers_as_it_does_in_process(root):
 
 
 @pytest.mark.lane("services")
+def test_a_model_goes_to_the_store_of_its_run_whatever_was_opened_before(root, empty_store, monkeypatch):
+    """MLflow keeps one registry for the whole process, and opening a model once set it."""
+    from metadist.serving.load import open_model
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # which MLflow's set_tracking_uri sets
+    first = trained(root / "a")
+    register_run(str(root / "a"), "sinus")
+    assert open_model("models:/sinus@candidate").source == first.run_id
+    (root / "other").mkdir()
+    empty_store(root / "other/mlflow.db")
+    monkeypatch.setenv("METADIST_RUNS", str(root / "other"))
+    second = trained(root / "other/b")
+    register_run(str(root / "other/b"), "waves")
+    assert open_model("models:/waves@candidate").source == second.run_id
+    with pytest.raises(ConfigError, match="models:/sinus@candidate"):
+        open_model("models:/sinus@candidate")
+    assert open_model("models:/waves/latest").source == open_model("models:/waves/1").source == second.run_id
+    assert mlflow.get_registry_uri() == mlflow.get_tracking_uri(), "nothing is set for the rest of the process"
+
+
+@pytest.mark.lane("services")
 @pytest.mark.parametrize(
     ("tasks", "model", "y", "query", "shape"),
     [
