@@ -11,7 +11,7 @@ from metadist.config.build import build
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
-from metadist.core.outer import OuterLoop
+from metadist.core.outer import OuterLoop, SlotOptimizer
 from metadist.core.random import TaskKey
 from metadist.core.round import MetaStepKey
 from metadist.learners.carried import CarriedLearner
@@ -128,3 +128,12 @@ def test_result_optimizer_trains_a_network_of_the_user_s(tmp_path):
     bare = CarriedLearner(LearnedRate(), Model(lambda: Linear().build((3,), 1)), Quadratics(), OUTER)
     with pytest.raises(ConfigError, match="algorithm 'LearnedRate' learns no optimiser"):
         bare.optimizer(bare.initial(0), network.parameters())
+
+
+def test_an_optimizer_of_a_slot_that_is_not_there_is_refused():
+    algorithm = MLPOptimizer(window=2, unroll=4, batch_size=3)
+    misspelt = OuterLoop(meta_batch_size=4, shard_size=2, optimizers={"optimiser": SlotOptimizer(lr=1.0)})
+    with pytest.raises(ConfigError, match="outer.optimizers.optimiser: slot 'optimiser' is not in this experiment"):
+        learner(algorithm, outer=misspelt)
+    with pytest.raises(ConfigError, match="muon, but slot 'optimizer' has no matrices"):
+        learner(algorithm, outer=OuterLoop(meta_batch_size=4, shard_size=2, optimizer="muon"))
