@@ -278,14 +278,14 @@ class CarriedLearner(Learner):
 
         Columns [T, steps + 1] in float64 (tables [T, steps + 1, …]), and the index of each task [T].
         """
-        contexts = self._contexts(theta, keys)
+        contexts, now = replace(self._contexts(theta, keys), judging=True), int(keys.meta_step)
         tasks, index = self.sample(keys), keys.tasks.to(self.device)
-        zero, each = torch.zeros_like(index), keys.each()
+        begun, each = torch.full_like(index, now), keys.each()
         rows = [pytree.tree_map(lambda t, i=i: t[i], tasks) for i in range(len(each))]
         columns: dict[str, list[Tensor]] = {}
 
         def at(place: Tensor, started: Tensor, task: Task) -> CarriedContext:
-            return contexts.of(replace(keys, tasks=place), started, 0, task)
+            return contexts.of(replace(keys, tasks=place), started, now, task)
 
         def judge(state: ParticleState, task: Task, place: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
             context = at(place, started, task)
@@ -294,11 +294,11 @@ class CarriedLearner(Learner):
 
         with torch.no_grad():
             state = stacked(
-                [self.algorithm.start(theta, contexts.starting(k, 0, t)) for k, t in zip(each, rows, strict=True)]
+                [self.algorithm.start(theta, contexts.starting(k, now, t)) for k, t in zip(each, rows, strict=True)]
             )
             judged = by_particle(judge, self.algorithm.vectorized)
             for number in range(steps + 1):
-                losses, predictions = judged(state, tasks, index, zero)
+                losses, predictions = judged(state, tasks, index, begun)
                 found = {"loss": losses, self.tasks.metric_name: metric_of_tasks(self.tasks, predictions, tasks.query)}
                 found |= {m.name: m.of_tasks(predictions.unsqueeze(1), tasks.query)[:, 0] for m in self.task_metrics}
                 for name, values in found.items():
@@ -307,7 +307,7 @@ class CarriedLearner(Learner):
                     state = by_particle(
                         lambda s, t, p, b, number=number: self.algorithm.step(theta, s, at(p, b, t), number),
                         self.algorithm.vectorized,
-                    )(state, tasks, index, zero)
+                    )(state, tasks, index, begun)
         sources = {} if (found_in := sources_of(self.tasks, keys)) is None else {"source": found_in}
         return Records({"task": keys.tasks, **sources, **{n: torch.stack(c, 1) for n, c in columns.items()}})
 

@@ -13,7 +13,7 @@ from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop, SlotOptimizer
 from metadist.core.random import TaskKey
-from metadist.core.round import MetaStepKey
+from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.learners.carried import CarriedLearner
 from metadist.models.mlps import MLPs
 from metadist.testing.carried import LearnedRate, Population
@@ -137,3 +137,20 @@ def test_an_optimizer_of_a_slot_that_is_not_there_is_refused():
         learner(algorithm, outer=misspelt)
     with pytest.raises(ConfigError, match="muon, but slot 'optimizer' has no matrices"):
         learner(algorithm, outer=OuterLoop(meta_batch_size=4, shard_size=2, optimizer="muon"))
+
+
+def test_an_evaluation_on_training_tasks_judges_the_network_of_one_life_without_an_estimator():
+    """The first loss is that of the fresh network: the factors of ``scales`` cancel, whatever the run's meta-step."""
+    algorithm = MLPOptimizer(window=2, unroll=4, batch_size=3, scales=(0.1, 10.0))
+    subject = learner(algorithm)
+    subject.set_engine(Engine(differentiation="pes"))
+    state = subject.initial(0)
+    request = EvaluationRequest(MetaStepKey("run", 3, 0), "train", 4, 2)
+    [*shards] = subject.evaluation(request, state).shards
+    found = torch.cat([subject.compute(shard, state.slots).columns["loss"] for shard in shards])
+    population = Population(algorithm, subject.model, Quadratics(), size=4)
+    for number in range(4):
+        context = population.context(state.theta(subject.slots), number, 3, 3)
+        query = context.task.query
+        expected = context.loss(context.model(context.fresh(), query.x), query)
+        assert float(found[number, 0]) == pytest.approx(float(expected), rel=1e-10)
