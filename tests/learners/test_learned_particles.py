@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from ragged import Shades
 from tiny import train
 
 import metadist
@@ -15,6 +17,7 @@ from metadist.core.outer import OuterLoop, SlotOptimizer
 from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.learners.carried import CarriedLearner
+from metadist.models.conv4 import Conv4
 from metadist.models.mlps import MLPs
 from metadist.testing.carried import LearnedRate, Population
 from metadist.testing.quadratics import Linear, Quadratics
@@ -154,3 +157,43 @@ def test_an_evaluation_on_training_tasks_judges_the_network_of_one_life_without_
         query = context.task.query
         expected = context.loss(context.model(context.fresh(), query.x), query)
         assert float(found[number, 0]) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_tasks_of_several_sizes_have_no_logits_of_classes_that_they_lack():
+    """Reference: cross-entropy over the first ``ways`` logits alone, in training and evaluation."""
+    family, networks = Shades(), MLPs(networks=((4,),), each=2)
+    algorithm = MLPOptimizer(window=1, unroll=3, batch_size=None)
+    model = Model(networks.variants(family.input_shape, family.outputs), dtype=torch.float64)
+    subject = CarriedLearner(algorithm, model, family, OUTER)
+    subject.prepare(torch.device("cpu"))
+    subject.set_engine(Engine(differentiation="pes"))
+    state = subject.initial(0)
+    theta = state.theta(subject.slots)
+
+    def loss_of(context, part):
+        examples = getattr(context.task, part)
+        logits = context.model(context.fresh(), examples.x)[:, : int(context.task.ways)]
+        return float(F.cross_entropy(logits, examples.y))
+
+    plain = Population(algorithm, subject.model, family, size=4)
+    begun = [plain.context(theta, number, 0, 0) for number in range(4)]
+    expected = sum(loss_of(context, "support") for context in begun)
+    found = sum(shard.metrics["loss"] for shard in advanced(subject, state.slots, 1)[0])
+    assert found == pytest.approx(expected, rel=1e-10)  # a window of one step: the loss before it
+    request = EvaluationRequest(MetaStepKey("run", 0, 0), "test", 6, 1)
+    shards = subject.evaluation(request, state).shards
+    records = [subject.compute(shard, state.slots).columns for shard in shards]
+    contexts = [plain.context(theta, number, 0, 0, "test") for number in range(6)]
+    losses = torch.cat([r["loss"] for r in records])[:, 0]
+    assert losses.tolist() == pytest.approx([loss_of(context, "query") for context in contexts], rel=1e-10)
+    ways = torch.cat([r["ways"] for r in records]).tolist()
+    assert ways == [int(context.task.ways) for context in contexts] and len(set(ways)) > 1
+
+
+def test_batch_norm_over_tasks_of_several_sizes_is_refused():
+    family = Shades()
+    model = Model(lambda: Conv4(filters=2, blocks=1, norm="batch").build(family.input_shape, family.outputs))
+    subject = CarriedLearner(MLPOptimizer(window=2, unroll=4), model, family, OUTER)
+    subject.prepare(torch.device("cpu"))
+    with pytest.raises(ConfigError, match="batch normalisation over padded rows"):
+        subject.dry_run(0)
