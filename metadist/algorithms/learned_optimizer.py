@@ -88,6 +88,12 @@ class LearnedOptimizer(Unrolled):
         return self._step(theta, inner, context, index, self._batch(context, self._rows(context, index, 1)[0]))
 
     def inner_steps_of(self, theta: Theta, inner: Inner, context: CarriedContext, count: int) -> tuple[Inner, Tensor]:
+        estimator = context.model.engine.differentiation
+        if count == 1 and estimator != "pes":
+            raise ConfigError(
+                f"algorithm.window: 1 with engine.differentiation: {estimator} learns nothing: the loss of a step is "
+                "that before its update; use 2 or more, or pes"
+            )
         losses = []
         for index, rows in enumerate(self._rows(context, 0, count)):
             inner, loss = self._step(theta, inner, context, index, self._batch(context, rows))

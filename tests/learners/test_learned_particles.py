@@ -197,3 +197,15 @@ def test_batch_norm_over_tasks_of_several_sizes_is_refused():
     subject.prepare(torch.device("cpu"))
     with pytest.raises(ConfigError, match="batch normalisation over padded rows"):
         subject.dry_run(0)
+
+
+@pytest.mark.parametrize("estimator", ["truncated", "es"])
+def test_a_window_of_one_step_whose_gradient_is_always_zero_is_refused(estimator):
+    subject = learner(MLPOptimizer(window=1, unroll=4, batch_size=3))
+    subject.set_engine(Engine(differentiation=estimator))
+    with pytest.raises(
+        ConfigError, match=f"algorithm.window: 1 with engine.differentiation: {estimator} learns nothing"
+    ):
+        subject.dry_run(0)
+    subject.set_engine(Engine(differentiation="pes"))
+    subject.dry_run(0)
