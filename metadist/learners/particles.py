@@ -77,6 +77,7 @@ class Contexts:
         """Return the context of the single particle of ``key``; tensors may be those of a ``vmap``."""
         training = key.split == "train" and not self.judging
         life = replace(key, meta_step=started)
+        replaced = self.model.differentiable(training, second_order=True)
         return CarriedContext(
             key,
             meta_step,
@@ -86,7 +87,7 @@ class Contexts:
             life=life,
             age=meta_step - started,
             task=task,
-            model=self.model.bind(fixed(self.theta), key, training, self.engine),
+            model=self.model.bind(fixed(self.theta), key, training, self.engine, replaced),
         )
 
     def starting(self, key: TaskKey, meta_step: int, task: Task) -> CarriedContext:

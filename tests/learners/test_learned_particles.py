@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from ragged import Shades
 from tiny import train
+from wide import Encoder, Gated, Recurrent, Sequences
 
 import metadist
 from metadist.algorithms.lstm_optimizer import LSTMOptimizer
@@ -209,3 +210,22 @@ def test_a_window_of_one_step_whose_gradient_is_always_zero_is_refused(estimator
         subject.dry_run(0)
     subject.set_engine(Engine(differentiation="pes"))
     subject.dry_run(0)
+
+
+@pytest.mark.parametrize("module", [Recurrent, Gated, Encoder])
+def test_second_order_particles_train_recurrent_layers_and_attention(module):
+    """Reference: central differences of the window's mean loss in float64."""
+    algorithm = MLPOptimizer(window=2, unroll=2, batch_size=3, first_order=False, evaluation_steps=2, step_size=1.0)
+    subject = CarriedLearner(algorithm, Model(module, dtype=torch.float64), Sequences(), OUTER)
+    subject.prepare(torch.device("cpu"))
+    subject.dry_run(0)
+    shard = next(subject.meta_step(MetaStepKey("run", 0, 0), subject.initial(0))).shards[0]
+    vectors = subject.initial(0).slots
+    direction = torch.sin(torch.arange(len(vectors["optimizer"]), dtype=torch.float64))
+
+    def loss_at(distance):
+        moved = {**vectors, "optimizer": vectors["optimizer"] + distance * direction}
+        return subject.compute(shard, moved).result.metrics["loss"]
+
+    slope = float(subject.compute(shard, vectors).result.slots["optimizer"] @ direction)
+    assert slope == pytest.approx((loss_at(1e-5) - loss_at(-1e-5)) / 2e-5, rel=1e-5) and abs(slope) > 1e-6
