@@ -20,6 +20,8 @@ from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import integers
 from metadist.core.state import Slot
 from metadist.core.task import Examples
+from metadist.core.tree import first as first_of
+from metadist.core.tree import mapped
 from metadist.engine.estimators import Inner, Unrolled
 
 Memory = Mapping[str, Tensor]
@@ -140,17 +142,19 @@ class LearnedOptimizer(Unrolled):
         support, size = context.task.support, self.batch_size
         if size is None:
             return [None] * count
-        steps = torch.arange(count, device=support.y.device).unsqueeze(-1) + first
+        steps = torch.arange(count, device=first_of(support.y).device).unsqueeze(-1) + first
         keys = replace(context.key, tasks=context.key.tasks.expand(count))
         words = keys.stream("minibatch", steps).bits(size)
         if support.mask is None:
-            return integers(words, support.y.shape[0]).unbind(0)
+            return integers(words, support.rows).unbind(0)
         return ((words * support.mask.sum()) >> 32).unbind(0)
 
     @staticmethod
     def _batch(context: CarriedContext, rows: Tensor | None) -> Examples:
         support = context.task.support
-        return support if rows is None else Examples(support.x[rows], support.y[rows])
+        if rows is None:
+            return support
+        return Examples(*(mapped(lambda t: t[rows], part) for part in (support.x, support.y)))
 
     # For a user's own network -----------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from ragged import Shades
 from tiny import train
-from wide import Encoder, Gated, Recurrent, Sequences
+from wide import Described, DictReader, Encoder, Gated, PairReader, Pairs, Recurrent, Sequences
 
 import metadist
 from metadist.algorithms.lstm_optimizer import LSTMOptimizer
@@ -229,3 +229,16 @@ def test_second_order_particles_train_recurrent_layers_and_attention(module):
 
     slope = float(subject.compute(shard, vectors).result.slots["optimizer"] @ direction)
     assert slope == pytest.approx((loss_at(1e-5) - loss_at(-1e-5)) / 2e-5, rel=1e-5) and abs(slope) > 1e-6
+
+
+@pytest.mark.parametrize(("family", "module"), [(Described(), DictReader), (Pairs(), PairReader)])
+def test_minibatches_of_dicts_and_tuples_have_the_drawn_rows(family, module):
+    algorithm = MLPOptimizer(window=2, unroll=2, batch_size=3, evaluation_steps=2)
+    subject = CarriedLearner(algorithm, Model(module, dtype=torch.float64), family, OUTER)
+    subject.prepare(torch.device("cpu"))
+    subject.dry_run(0)
+    task = subject.sample(TaskKey.of(0, "train", 0, [0]))
+    support = torch.utils._pytree.tree_map(lambda t: t[0], task.support)
+    batch = algorithm._batch(Population(algorithm, subject.model, family).context({}, 0, 0, 0), torch.tensor([4, 1, 4]))
+    for whole, part in zip(*(torch.utils._pytree.tree_leaves(e) for e in (support, batch))):
+        assert torch.equal(part, torch.stack([whole[4], whole[1], whole[4]]))
