@@ -242,3 +242,11 @@ def test_minibatches_of_dicts_and_tuples_have_the_drawn_rows(family, module):
     batch = algorithm._batch(Population(algorithm, subject.model, family).context({}, 0, 0, 0), torch.tensor([4, 1, 4]))
     for whole, part in zip(*(torch.utils._pytree.tree_leaves(e) for e in (support, batch))):
         assert torch.equal(part, torch.stack([whole[4], whole[1], whole[4]]))
+
+
+@pytest.mark.parametrize("algorithm", [MLPOptimizer(window=2, unroll=4), LearnedRate()])
+def test_init_from_is_refused_where_no_initial_parameters_are_learned(algorithm):
+    networks = MLPs(networks=((3,),), each=2)
+    subject = learner(algorithm, networks=networks)
+    with pytest.raises(ConfigError, match="init_from: algorithm '.*' learns no initial parameters of the model"):
+        subject.initial(0, dict(subject.model.initial(1)[0]))
