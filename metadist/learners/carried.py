@@ -15,7 +15,7 @@ from metadist.core.carried import CarriedAlgorithm, CarriedContext, CarriedContr
 from metadist.core.computation import Advance, Evaluate
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError, one_of
-from metadist.core.model import Model
+from metadist.core.model import Model, Variants
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard, WithOutput
@@ -58,6 +58,7 @@ class CarriedLearner(Learner):
                 f"algorithm '{type(self.algorithm).__name__}' does not suit tasks '{type(self.tasks).__name__}' with "
                 f"model '{type(self.model.module).__name__}': {reason}"
             )
+        self._check_constants()
         self.task_metrics = task_metrics_of(self.tasks)
         self.slots = self._declared_slots()
         self.device = torch.device("cpu")
@@ -65,6 +66,21 @@ class CarriedLearner(Learner):
         self._structures: dict[Model, pytree.TreeSpec] = {}
         for shard in self._advancing(MetaStepKey("check", 0, 0)):
             self._network(_keys(shard))
+
+    def _check_constants(self) -> None:
+        """Refuse frozen parameters and buffers that differ in shape between networks: θ has those of one network."""
+        factory, constants = self.model.factory, self.model.initial(0)[1:]
+        if not isinstance(factory, Variants) or not any(constants):
+            return
+        for build in factory.factories:
+            other = Model(build, dtype=self.model.dtype, freeze=self.model.freeze).initial(0)[1:]
+            mine, theirs = ({n: t.shape for part in parts for n, t in part.items()} for parts in (constants, other))
+            if mine != theirs:
+                name = next(n for n in (*mine, *theirs) if mine.get(n) != theirs.get(n))
+                raise ConfigError(
+                    f"model: '{name}' is frozen or a buffer, and differs in shape between the networks of the tasks; "
+                    "freeze nothing, or let all networks have one shape"
+                )
 
     def set_engine(self, engine: Engine, around: Surround | None = None) -> None:
         super().set_engine(engine)

@@ -250,3 +250,15 @@ def test_init_from_is_refused_where_no_initial_parameters_are_learned(algorithm)
     subject = learner(algorithm, networks=networks)
     with pytest.raises(ConfigError, match="init_from: algorithm '.*' learns no initial parameters of the model"):
         subject.initial(0, dict(subject.model.initial(1)[0]))
+
+
+def test_frozen_parameters_that_differ_between_networks_are_refused():
+    def frozen(networks):
+        model = Model(networks.variants((3,), 1), freeze=("1.*",))
+        return CarriedLearner(MLPOptimizer(window=2, unroll=4), model, Quadratics(), OUTER)
+
+    with pytest.raises(ConfigError, match="model: '1.weight' is frozen or a buffer, and differs in shape"):
+        frozen(MLPs(networks=((4,), (3,)), each=2))
+    subject = frozen(MLPs(networks=((4,),), each=2))
+    subject.prepare(torch.device("cpu"))
+    subject.dry_run(0)
