@@ -147,7 +147,9 @@ class LearnedOptimizer(Unrolled):
         words = keys.stream("minibatch", steps).bits(size)
         if support.mask is None:
             return integers(words, support.rows).unbind(0)
-        return ((words * support.mask.sum()) >> 32).unbind(0)
+        real = support.mask.bool()
+        order = real.logical_not().long().argsort(dim=-1, stable=True)  # the real rows come first
+        return order[(words * real.sum()) >> 32].unbind(0)
 
     @staticmethod
     def _batch(context: CarriedContext, rows: Tensor | None) -> Examples:

@@ -1,5 +1,7 @@
 """Learned optimisers in the carried learner, with networks of several shapes: against particles in plain Python."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from metadist.core.model import Model
 from metadist.core.outer import OuterLoop, SlotOptimizer
 from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest, MetaStepKey
+from metadist.core.task import Examples
 from metadist.learners.carried import CarriedLearner
 from metadist.models.conv4 import Conv4
 from metadist.models.mlps import MLPs
@@ -262,3 +265,19 @@ def test_frozen_parameters_that_differ_between_networks_are_refused():
     subject = frozen(MLPs(networks=((4,),), each=2))
     subject.prepare(torch.device("cpu"))
     subject.dry_run(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_minibatches_have_no_padded_rows_wherever_these_are(dtype):
+    """Reference: the minibatches of the real rows alone."""
+    algorithm = MLPOptimizer(window=2, unroll=2, batch_size=16)
+    subject = learner(algorithm)
+    context = Population(algorithm, subject.model, Quadratics()).context({}, 0, 0, 0)
+    x, real = torch.arange(6.0).unsqueeze(1), torch.tensor([False, True, True, False, True, False])
+    padded, alone = Examples(x, x, real.to(dtype)), Examples(x[real], x[real])
+    found, expected = (
+        algorithm._rows(replace(context, task=replace(context.task, support=support)), 0, 3)
+        for support in (padded, alone)
+    )
+    for mine, theirs in zip(found, expected):
+        assert torch.equal(padded.x[mine], alone.x[theirs])
