@@ -133,9 +133,9 @@ def _halves(rows: Examples, words: Tensor) -> tuple[Examples, Examples]:
     """
     if rows.mask is not None:
         real = rows.mask.bool()
-        middle = real.sum() // 2
+        half = real.sum() // 2
         place = torch.where(real, words, 1 << 32).argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
-        first, second = real & ((place < middle) | (middle == 0)), real & (place >= middle)
+        first, second = real & ((place < half) | (half == 0)), real & (place >= half)
         return Examples(rows.x, rows.y, first), Examples(rows.x, rows.y, second)
     order = words.argsort(dim=-1, stable=True)
     middle = rows.rows // 2
