@@ -221,7 +221,7 @@ class Learner(ABC):
         return State(values, self.outer.initial(self.slots, values))
 
     def _start_from(self, declared: dict[str, tuple[Slot, Parameters]], given: Mapping[str, Tensor]) -> None:
-        if declared["model"][0].rule == "constant":
+        if declared["model"][0].rule == "constant" and isinstance(self.algorithm, CarriedAlgorithm):
             raise ConfigError(
                 f"init_from: algorithm '{type(self.algorithm).__name__}' learns no initial parameters of the model, "
                 "which init_from would replace; leave it out"
