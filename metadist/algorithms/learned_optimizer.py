@@ -20,6 +20,8 @@ from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import integers
 from metadist.core.state import Slot
 from metadist.core.task import Examples
+from metadist.core.tree import first as first_of
+from metadist.core.tree import mapped
 from metadist.engine.estimators import Inner, Unrolled
 
 Memory = Mapping[str, Tensor]
@@ -88,6 +90,12 @@ class LearnedOptimizer(Unrolled):
         return self._step(theta, inner, context, index, self._batch(context, self._rows(context, index, 1)[0]))
 
     def inner_steps_of(self, theta: Theta, inner: Inner, context: CarriedContext, count: int) -> tuple[Inner, Tensor]:
+        estimator = context.model.engine.differentiation
+        if count == 1 and estimator != "pes":
+            raise ConfigError(
+                f"algorithm.window: 1 with engine.differentiation: {estimator} learns nothing: the loss of a step is "
+                "that before its update; use 2 or more, or pes"
+            )
         losses = []
         for index, rows in enumerate(self._rows(context, 0, count)):
             inner, loss = self._step(theta, inner, context, index, self._batch(context, rows))
@@ -134,17 +142,21 @@ class LearnedOptimizer(Unrolled):
         support, size = context.task.support, self.batch_size
         if size is None:
             return [None] * count
-        steps = torch.arange(count, device=support.y.device).unsqueeze(-1) + first
+        steps = torch.arange(count, device=first_of(support.y).device).unsqueeze(-1) + first
         keys = replace(context.key, tasks=context.key.tasks.expand(count))
         words = keys.stream("minibatch", steps).bits(size)
         if support.mask is None:
-            return integers(words, support.y.shape[0]).unbind(0)
-        return ((words * support.mask.sum()) >> 32).unbind(0)
+            return integers(words, support.rows).unbind(0)
+        real = support.mask.bool()
+        order = real.logical_not().long().argsort(dim=-1, stable=True)  # the real rows come first
+        return order[(words * real.sum()) >> 32].unbind(0)
 
     @staticmethod
     def _batch(context: CarriedContext, rows: Tensor | None) -> Examples:
         support = context.task.support
-        return support if rows is None else Examples(support.x[rows], support.y[rows])
+        if rows is None:
+            return support
+        return Examples(*(mapped(lambda t: t[rows], part) for part in (support.x, support.y)))
 
     # For a user's own network -----------------------------------------------------------------------------------------
 

@@ -127,7 +127,16 @@ def _outputs(
 
 
 def _halves(rows: Examples, words: Tensor) -> tuple[Examples, Examples]:
-    """Return two halves in the order of ``words``: rows are sorted by class, and a half may have few of the classes."""
+    """Return two halves in the order of ``words``: rows are sorted by class, and a half may have few of the classes.
+
+    Halves of padded rows are masks of real rows; they are the halves that the rows without padding have.
+    """
+    if rows.mask is not None:
+        real = rows.mask.bool()
+        half = real.sum() // 2
+        place = torch.where(real, words, 1 << 32).argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+        first, second = real & ((place < half) | (half == 0)), real & (place >= half)
+        return Examples(rows.x, rows.y, first), Examples(rows.x, rows.y, second)
     order = words.argsort(dim=-1, stable=True)
     middle = rows.rows // 2
     return (_chosen(rows, order[:middle]), _chosen(rows, order[middle:])) if middle else (rows, rows)
@@ -135,4 +144,4 @@ def _halves(rows: Examples, words: Tensor) -> tuple[Examples, Examples]:
 
 def _chosen(rows: Examples, order: Tensor) -> Examples:
     x, y = (mapped(lambda t: t[order], part) for part in (rows.x, rows.y))
-    return Examples(x, y, None if rows.mask is None else rows.mask[order])
+    return Examples(x, y)

@@ -38,6 +38,23 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.rule, self.weights = rule, weights.detach()
         self._converted: dict[tuple[torch.dtype, torch.device], Parameters] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rule": self.rule, "weights": self.weights, "_converted": {}}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if options := sorted(param_group.keys() - {"params", "param_names"}):
+            raise ValueError(f"a learned optimiser has no option '{options[0]}'; a parameter group has params alone")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` made. The memory keeps its dtype, where torch would give it the parameter's."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[parameter][name] = value.to(parameter.device, copy=True)
+
     def _weights(self, dtype: torch.dtype, device: torch.device) -> Parameters:
         if (dtype, device) not in self._converted:
             self._converted[dtype, device] = self.weights.map(lambda t: t.to(device=device, dtype=dtype))

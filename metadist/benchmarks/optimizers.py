@@ -171,7 +171,7 @@ def _judged(
     rule: LearnedOptimizer, theta: Theta, family: TaskFamily, context: Any, state: Any
 ) -> tuple[Tensor, Tensor]:
     query = context.task.query
-    prediction = rule.predict(theta, state, query.x, context)
+    prediction = context.possible(rule.predict(theta, state, query.x, context))
     return context.loss(prediction, query), query.mean(family.metric(prediction, query.y))
 
 

@@ -69,7 +69,7 @@ def example_losses(
     The masks of dropout are those of inner step 0.
     """
     prediction: Tensor = model(parameters, examples.x, step=0)
-    return context.family.loss(prediction, examples.y), prediction
+    return context.family.loss(context.possible(prediction), examples.y), prediction
 
 
 def slopes(

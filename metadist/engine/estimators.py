@@ -197,7 +197,9 @@ class Unrolled(CarriedAlgorithm):
     @final
     def start(self, theta: Theta, context: CarriedContext) -> ParticleState:
         inner = self.begin(theta, context)
-        if not context.training or context.model.engine.differentiation != "pes":
+        if not context.training:
+            return self.enter(theta, inner, context)
+        if context.model.engine.differentiation != "pes":
             return inner
         zeros = {slot: theta[slot].zeros() for slot in self.learned}
         return Pair(mapped(lambda t: torch.stack((t, t)), inner), zeros)

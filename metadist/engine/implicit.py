@@ -55,7 +55,7 @@ def why_unsolvable(algorithm: InnerLoop) -> str | None:
     if algorithm.implicit is None:
         return (
             f"{name} does not state, by `implicit`, that its inner loop ends in a minimum that depends on θ "
-            "(imaml does: it regularises the inner loss)"
+            "(imaml does where its regularization is above 0)"
         )
     if algorithm.inner_batch_size is not None:
         return f"algorithm.inner_batch_size: {algorithm.inner_batch_size} gives each inner step a loss of its own"

@@ -221,6 +221,11 @@ class Learner(ABC):
         return State(values, self.outer.initial(self.slots, values))
 
     def _start_from(self, declared: dict[str, tuple[Slot, Parameters]], given: Mapping[str, Tensor]) -> None:
+        if declared["model"][0].rule == "constant" and isinstance(self.algorithm, CarriedAlgorithm):
+            raise ConfigError(
+                f"init_from: algorithm '{type(self.algorithm).__name__}' learns no initial parameters of the model, "
+                "which init_from would replace; leave it out"
+            )
         known: set[str] = set()
         for slot_name in [n for n in declared if n in ("model", "frozen") or n.startswith(BUFFERS)]:
             slot, initial = declared[slot_name]

@@ -15,7 +15,7 @@ from metadist.core.carried import CarriedAlgorithm, CarriedContext, CarriedContr
 from metadist.core.computation import Advance, Evaluate
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError, NonFiniteError, one_of
-from metadist.core.model import Model
+from metadist.core.model import Model, Variants
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, Rounds, Shard, WithOutput
@@ -58,13 +58,29 @@ class CarriedLearner(Learner):
                 f"algorithm '{type(self.algorithm).__name__}' does not suit tasks '{type(self.tasks).__name__}' with "
                 f"model '{type(self.model.module).__name__}': {reason}"
             )
+        self._check_constants()
         self.task_metrics = task_metrics_of(self.tasks)
-        self.slots = {name: slot for name, (slot, _) in self._declare(0).items()}
+        self.slots = self._declared_slots()
         self.device = torch.device("cpu")
         self._prepared = False
         self._structures: dict[Model, pytree.TreeSpec] = {}
         for shard in self._advancing(MetaStepKey("check", 0, 0)):
             self._network(_keys(shard))
+
+    def _check_constants(self) -> None:
+        """Refuse frozen parameters and buffers that differ in shape between networks: θ has those of one network."""
+        factory, constants = self.model.factory, self.model.initial(0)[1:]
+        if not isinstance(factory, Variants) or not any(constants):
+            return
+        for build in factory.factories:
+            other = Model(build, dtype=self.model.dtype, freeze=self.model.freeze).initial(0)[1:]
+            mine, theirs = ({n: t.shape for part in parts for n, t in part.items()} for parts in (constants, other))
+            if mine != theirs:
+                name = next(n for n in (*mine, *theirs) if mine.get(n) != theirs.get(n))
+                raise ConfigError(
+                    f"model: '{name}' is frozen or a buffer, and differs in shape between the networks of the tasks; "
+                    "freeze nothing, or let all networks have one shape"
+                )
 
     def set_engine(self, engine: Engine, around: Surround | None = None) -> None:
         super().set_engine(engine)
@@ -176,7 +192,14 @@ class CarriedLearner(Learner):
                 "Task(Examples(x, y), Examples(x, y))"
             )
         task = task.to(self.device, self.model.dtype)
-        return Task(task.support.cleared(), task.query.cleared())
+        padded = task.support.mask is not None or task.query.mask is not None
+        # Particles that started in different meta-steps are padded to one size.
+        if (padded or self.tasks.group_size(keys.split) is not None) and self.model.normalises_over_batch:
+            raise ConfigError(
+                "model: batch normalisation over padded rows would mix padding into the statistics; these tasks "
+                "differ in size, so use norm: group or layer (or a task family whose tasks are of one size)"
+            )
+        return Task(task.support.cleared(), task.query.cleared(), task.ways)
 
     def _task(self, key: TaskKey) -> Task:
         """Return the task of the single particle of ``key``: sampled alone, it does not depend on the shard."""
@@ -276,40 +299,45 @@ class CarriedLearner(Learner):
     def evaluate(self, theta: Theta, keys: TaskKey, steps: int) -> Records:
         """Return loss and metrics of the query sets after 0, 1, …, ``steps`` inner steps from a fresh start.
 
-        Columns [T, steps + 1] in float64 (tables [T, steps + 1, …]), and the index of each task [T].
+        Columns [T, steps + 1] in float64 (tables [T, steps + 1, …]), the index of each task [T], and its number of
+        classes [T] where tasks differ in it.
         """
-        contexts = self._contexts(theta, keys)
+        contexts, now = replace(self._contexts(theta, keys), judging=True), int(keys.meta_step)
         tasks, index = self.sample(keys), keys.tasks.to(self.device)
-        zero, each = torch.zeros_like(index), keys.each()
+        begun, each = torch.full_like(index, now), keys.each()
         rows = [pytree.tree_map(lambda t, i=i: t[i], tasks) for i in range(len(each))]
         columns: dict[str, list[Tensor]] = {}
 
         def at(place: Tensor, started: Tensor, task: Task) -> CarriedContext:
-            return contexts.of(replace(keys, tasks=place), started, 0, task)
+            return contexts.of(replace(keys, tasks=place), started, now, task)
 
         def judge(state: ParticleState, task: Task, place: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
             context = at(place, started, task)
-            prediction = self.algorithm.predict(theta, state, task.query.x, context)
+            prediction = context.possible(self.algorithm.predict(theta, state, task.query.x, context))
             return context.loss(prediction, task.query), prediction
 
         with torch.no_grad():
             state = stacked(
-                [self.algorithm.start(theta, contexts.starting(k, 0, t)) for k, t in zip(each, rows, strict=True)]
+                [self.algorithm.start(theta, contexts.starting(k, now, t)) for k, t in zip(each, rows, strict=True)]
             )
             judged = by_particle(judge, self.algorithm.vectorized)
             for number in range(steps + 1):
-                losses, predictions = judged(state, tasks, index, zero)
+                losses, predictions = judged(state, tasks, index, begun)
                 found = {"loss": losses, self.tasks.metric_name: metric_of_tasks(self.tasks, predictions, tasks.query)}
-                found |= {m.name: m.of_tasks(predictions.unsqueeze(1), tasks.query)[:, 0] for m in self.task_metrics}
+                found |= {
+                    m.name: m.of_tasks(predictions.unsqueeze(1), tasks.query, tasks.ways)[:, 0]
+                    for m in self.task_metrics
+                }
                 for name, values in found.items():
                     columns.setdefault(name, []).append(values.double().cpu())
                 if number < steps:
                     state = by_particle(
                         lambda s, t, p, b, number=number: self.algorithm.step(theta, s, at(p, b, t), number),
                         self.algorithm.vectorized,
-                    )(state, tasks, index, zero)
-        sources = {} if (found_in := sources_of(self.tasks, keys)) is None else {"source": found_in}
-        return Records({"task": keys.tasks, **sources, **{n: torch.stack(c, 1) for n, c in columns.items()}})
+                    )(state, tasks, index, begun)
+        facts = {"task": keys.tasks, "source": sources_of(self.tasks, keys), "ways": tasks.ways}
+        known = {n: column.cpu() for n, column in facts.items() if column is not None}
+        return Records({**known, **{n: torch.stack(c, 1) for n, c in columns.items()}})
 
 
 def _keys(shard: Shard) -> TaskKey:

@@ -61,27 +61,33 @@ class Particles:
 
 @dataclass(frozen=True)
 class Contexts:
-    """Makes the contexts of particles: of one particle for ``start``, of stacked ones inside ``vmap``."""
+    """Makes the contexts of particles: of one particle for ``start``, of stacked ones inside ``vmap``.
+
+    An evaluation sets ``judging``: even tasks of the training split are then judged without dropout or an estimator.
+    """
 
     model: Model
     family: TaskFamily
     theta: Theta
     device: torch.device
     engine: Engine = Engine()
+    judging: bool = False
 
     def of(self, key: TaskKey, started: int | Tensor, meta_step: int, task: Task) -> CarriedContext:
         """Return the context of the single particle of ``key``; tensors may be those of a ``vmap``."""
-        training = key.split == "train"
+        training = key.split == "train" and not self.judging
         life = replace(key, meta_step=started)
+        replaced = self.model.differentiable(training, second_order=True)
         return CarriedContext(
             key,
             meta_step,
             training,
             self.family,
+            task_ways=task.ways,
             life=life,
             age=meta_step - started,
             task=task,
-            model=self.model.bind(fixed(self.theta), key, training, self.engine),
+            model=self.model.bind(fixed(self.theta), key, training, self.engine, replaced),
         )
 
     def starting(self, key: TaskKey, meta_step: int, task: Task) -> CarriedContext:

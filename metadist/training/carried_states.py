@@ -31,8 +31,8 @@ class CarriedStates:
     def __init__(self, run: Run, checkpoints: Checkpoints, workers: Scheduler) -> None:
         self._run, self._checkpoints, self._workers = run, checkpoints, workers
         self._folders = StateFolders(checkpoints.run_dir)
-        #: the meta-step of the last saved states
-        self._saved = 0
+        #: the meta-step of the last saved states, and that of the last attempt
+        self._saved = self._tried = 0
 
     def _needed(self, progress: Progress) -> Sequence[Shard]:
         return self._run.learner.carried(self._run.key(progress))
@@ -55,7 +55,7 @@ class CarriedStates:
         """Return whether the states must be saved although no checkpoint is due."""
         if not self._needed(progress):
             return False
-        since = progress.meta_step - self._saved
+        since = progress.meta_step - max(self._saved, self._tried)
         theta = sum(v.nbytes for v in progress.state.slots.values())
         return since >= self._run.checkpoint.states_every or since * theta > THETA_BYTES
 
@@ -69,6 +69,7 @@ class CarriedStates:
             return {}
         step = progress.meta_step
         if step != self._saved:
+            self._tried = step  # a store that fails is not asked again in every meta-step
             saving = SaveStates(self._folders.place(step))
             shards = [
                 replace(shard, meta_step=step, key_step=step, computation=saving, needs=(shard.key,), keeps=False)

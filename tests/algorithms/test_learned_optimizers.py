@@ -1,5 +1,6 @@
 """Learned optimisers against plain PyTorch in float64: their steps, their gradients, and their torch.optim form."""
 
+import copy
 import math
 
 import pytest
@@ -237,3 +238,35 @@ def test_the_torch_optimizer_skips_parameters_without_gradient_and_keeps_half_pr
     assert optimizer.step(lambda: 5.0) == 5.0
     assert half.dtype == torch.bfloat16 and torch.equal(still, torch.ones(2))
     assert optimizer.state[half]["momenta"].dtype == torch.float32
+
+
+def test_the_torch_optimizer_of_half_precision_continues_exactly_from_its_state_dict():
+    """In bfloat16, which torch would load the memory as, the count of 301 steps is 302."""
+    algorithm = BOTH[1]
+    weights = theta_of(algorithm, population(algorithm).model)["optimizer"].map(lambda t: t.float())
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = algorithm.optimizer({"optimizer": weights}, [parameter])
+    for step in range(301):
+        parameter.grad = vectors(3, step).to(torch.bfloat16)
+        optimizer.step()
+    again = algorithm.optimizer({"optimizer": weights}, [parameter])
+    again.load_state_dict(optimizer.state_dict())
+    assert float(again.state[parameter]["count"]) == 301
+    assert torch.equal(again.state[parameter]["momenta"], optimizer.state[parameter]["momenta"])
+    assert again.state[parameter]["momenta"] is not optimizer.state[parameter]["momenta"]
+
+
+def test_a_copy_of_the_torch_optimizer_takes_the_same_steps():
+    algorithm = BOTH[1]
+    network = convolutional()
+    optimizer = algorithm.optimizer(theta_of(algorithm, population(algorithm).model), network.parameters())
+    trained(network, optimizer, 2)
+    other, copied = copy.deepcopy((network, optimizer))
+    assert torch.equal(trained(other, copied, 2, first=2), trained(network, optimizer, 2, first=2))
+
+
+def test_the_torch_optimizer_refuses_options_of_a_parameter_group():
+    algorithm = BOTH[1]
+    theta = theta_of(algorithm, population(algorithm).model)
+    with pytest.raises(ValueError, match="no option 'lr'"):
+        algorithm.optimizer(theta, [{"params": [nn.Parameter(torch.ones(2))], "lr": 1e-3}])

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from toys import Blobs, keys, learner, somewhere, train
 
 from metadist.algorithms import MAML, MetaNAS, Reptile
+from metadist.algorithms.metanas import _halves
 from metadist.core.errors import ConfigError
 from metadist.core.outer import OuterLoop
+from metadist.core.task import Examples
 from metadist.models import MLP
 from metadist.models.supernet import OPERATIONS, Supernet
 
@@ -95,3 +97,14 @@ def test_what_does_not_fit_is_refused():
         learner(SEARCH, lambda: MLP().build(IMAGES.input_shape, 3), IMAGES)
     with pytest.raises(ConfigError, match="model.cells: 3 cells leave no pixel"):
         Supernet(cells=3).build((1, 8, 8), 3)
+
+
+@pytest.mark.parametrize("real", [1, 2, 5])
+def test_the_halves_of_padded_rows_are_those_without_padding(real):
+    words = keys(0, 0, 1).each()[0].stream("halves", 0).bits(16)
+    values = torch.arange(16.0)
+    plain = _halves(Examples(values[:real], values[:real]), words[:real])
+    padded = _halves(Examples(values, values, torch.arange(16) < real), words)
+    for expected, found in zip(plain, padded):
+        assert sorted(found.real(found.y).tolist()) == sorted(expected.y.tolist())
+        assert float(found.mean(values)) == pytest.approx(float(expected.y.mean()))

@@ -5,16 +5,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from ragged import Shades
 from toys import Blobs, learner, train
 
 from metadist.algorithms import MetaWeightNet, Plain, Reweight
+from metadist.core.algorithm import TaskContext
 from metadist.core.computation import StageSum, computation_of
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
 from metadist.core.round import MetaStepKey, run_rounds
+from metadist.core.stages import example_losses, slopes
 from metadist.core.state import State, TreeSum
+from metadist.core.task import Examples
 from metadist.learners.few_shot import FewShotLearner
 from metadist.models import MLP, Conv4
 from metadist.testing import check_algorithm
@@ -201,3 +205,21 @@ def test_settings_are_checked():
 @pytest.mark.parametrize("algorithm", [MetaWeightNet(hidden=5), Reweight()], ids=["meta_weight_net", "reweight"])
 def test_each_stage_passes_the_check_of_algorithms(algorithm):
     check_algorithm(algorithm)
+
+
+def test_weighted_tasks_of_several_sizes_have_no_logits_of_classes_that_they_lack():
+    """Reference: the losses of examples over the first ``ways`` logits alone."""
+    family, config = Shades(), MLP(hidden=(4,))
+    subject = learner(MetaWeightNet(), lambda: config.build(family.input_shape, 5), family, outer=OuterLoop())
+    state = subject.initial(0)
+    theta = state.theta(subject.slots)
+    keys, singles = TaskKey.of(0, "train", 0, range(8)), [TaskKey.of(0, "train", 0, [i]) for i in range(8)]
+    task = next(t for t in (subject.sample(key) for key in singles) if int(t.ways) < 5)
+    x, y, ways = task.support.x[0], task.support.y[0], task.ways[0]
+    context = TaskContext(keys.each()[0], 0, True, family, task_ways=ways)
+    model = subject.bind(theta, keys.each()[0], True)
+    losses, _ = example_losses(model, theta["model"], Examples(x, y), context)
+    logits = torch.func.functional_call(subject.model.module, dict(theta["model"]), (x,))
+    assert torch.allclose(losses, F.cross_entropy(logits[:, : int(ways)], y, reduction="none"), rtol=1e-10)
+    _, along, _ = slopes(model, theta["model"], theta["model"] * 0.5, Examples(x, y), context)
+    assert bool(torch.isfinite(along).all())

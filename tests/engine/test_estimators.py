@@ -179,3 +179,14 @@ def test_lifetimes_are_log_uniform_in_windows():
 def test_settings_that_make_no_unroll_are_refused(wrong):
     with pytest.raises(ConfigError, match=f"algorithm.{next(iter(wrong))}"):
         Delayed(**{"window": 20, **wrong})
+
+
+def test_an_evaluation_begins_from_the_learned_state():
+    """Reference: the recurrence in plain Python from x_0, as training has it; ``begin`` alone is zero."""
+    theta = {"model": Parameters({"w": torch.eye(SIZE).double() / 2, "x0": torch.full((SIZE,), 0.7).double()})}
+    key = TaskKey(0, "test", 0, torch.tensor(0))
+    context = replace(context_of(key, key, 0, "pes"), training=False)
+    algorithm = Recurrent(window=2, unroll=4)
+    state = algorithm.step(theta, algorithm.start(theta, context), context, 0)
+    u = key.stream("u", step=0).normal(SIZE).double()
+    assert torch.equal(state, torch.tanh(theta["model"]["w"] @ theta["model"]["x0"] + u))

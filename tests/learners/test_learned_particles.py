@@ -1,8 +1,13 @@
 """Learned optimisers in the carried learner, with networks of several shapes: against particles in plain Python."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
+from ragged import Shades
 from tiny import train
+from wide import Described, DictReader, Encoder, Gated, PairReader, Pairs, Recurrent, Sequences
 
 import metadist
 from metadist.algorithms.lstm_optimizer import LSTMOptimizer
@@ -11,10 +16,12 @@ from metadist.config.build import build
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
-from metadist.core.outer import OuterLoop
+from metadist.core.outer import OuterLoop, SlotOptimizer
 from metadist.core.random import TaskKey
-from metadist.core.round import MetaStepKey
+from metadist.core.round import EvaluationRequest, MetaStepKey
+from metadist.core.task import Examples
 from metadist.learners.carried import CarriedLearner
+from metadist.models.conv4 import Conv4
 from metadist.models.mlps import MLPs
 from metadist.testing.carried import LearnedRate, Population
 from metadist.testing.quadratics import Linear, Quadratics
@@ -128,3 +135,149 @@ def test_result_optimizer_trains_a_network_of_the_user_s(tmp_path):
     bare = CarriedLearner(LearnedRate(), Model(lambda: Linear().build((3,), 1)), Quadratics(), OUTER)
     with pytest.raises(ConfigError, match="algorithm 'LearnedRate' learns no optimiser"):
         bare.optimizer(bare.initial(0), network.parameters())
+
+
+def test_an_optimizer_of_a_slot_that_is_not_there_is_refused():
+    algorithm = MLPOptimizer(window=2, unroll=4, batch_size=3)
+    misspelt = OuterLoop(meta_batch_size=4, shard_size=2, optimizers={"optimiser": SlotOptimizer(lr=1.0)})
+    with pytest.raises(ConfigError, match="outer.optimizers.optimiser: slot 'optimiser' is not in this experiment"):
+        learner(algorithm, outer=misspelt)
+    with pytest.raises(ConfigError, match="muon, but slot 'optimizer' has no matrices"):
+        learner(algorithm, outer=OuterLoop(meta_batch_size=4, shard_size=2, optimizer="muon"))
+
+
+def test_an_evaluation_on_training_tasks_judges_the_network_of_one_life_without_an_estimator():
+    """The first loss is that of the fresh network: the factors of ``scales`` cancel, whatever the run's meta-step."""
+    algorithm = MLPOptimizer(window=2, unroll=4, batch_size=3, scales=(0.1, 10.0))
+    subject = learner(algorithm)
+    subject.set_engine(Engine(differentiation="pes"))
+    state = subject.initial(0)
+    request = EvaluationRequest(MetaStepKey("run", 3, 0), "train", 4, 2)
+    [*shards] = subject.evaluation(request, state).shards
+    found = torch.cat([subject.compute(shard, state.slots).columns["loss"] for shard in shards])
+    population = Population(algorithm, subject.model, Quadratics(), size=4)
+    for number in range(4):
+        context = population.context(state.theta(subject.slots), number, 3, 3)
+        query = context.task.query
+        expected = context.loss(context.model(context.fresh(), query.x), query)
+        assert float(found[number, 0]) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_tasks_of_several_sizes_have_no_logits_of_classes_that_they_lack():
+    """Reference: cross-entropy over the first ``ways`` logits alone, in training and evaluation."""
+    family, networks = Shades(), MLPs(networks=((4,),), each=2)
+    algorithm = MLPOptimizer(window=1, unroll=3, batch_size=None)
+    model = Model(networks.variants(family.input_shape, family.outputs), dtype=torch.float64)
+    subject = CarriedLearner(algorithm, model, family, OUTER)
+    subject.prepare(torch.device("cpu"))
+    subject.set_engine(Engine(differentiation="pes"))
+    state = subject.initial(0)
+    theta = state.theta(subject.slots)
+
+    def loss_of(context, part):
+        examples = getattr(context.task, part)
+        logits = context.model(context.fresh(), examples.x)[:, : int(context.task.ways)]
+        return float(F.cross_entropy(logits, examples.y))
+
+    plain = Population(algorithm, subject.model, family, size=4)
+    begun = [plain.context(theta, number, 0, 0) for number in range(4)]
+    expected = sum(loss_of(context, "support") for context in begun)
+    found = sum(shard.metrics["loss"] for shard in advanced(subject, state.slots, 1)[0])
+    assert found == pytest.approx(expected, rel=1e-10)  # a window of one step: the loss before it
+    request = EvaluationRequest(MetaStepKey("run", 0, 0), "test", 6, 1)
+    shards = subject.evaluation(request, state).shards
+    records = [subject.compute(shard, state.slots).columns for shard in shards]
+    contexts = [plain.context(theta, number, 0, 0, "test") for number in range(6)]
+    losses = torch.cat([r["loss"] for r in records])[:, 0]
+    assert losses.tolist() == pytest.approx([loss_of(context, "query") for context in contexts], rel=1e-10)
+    ways = torch.cat([r["ways"] for r in records]).tolist()
+    assert ways == [int(context.task.ways) for context in contexts] and len(set(ways)) > 1
+
+
+def test_batch_norm_over_tasks_of_several_sizes_is_refused():
+    family = Shades()
+    model = Model(lambda: Conv4(filters=2, blocks=1, norm="batch").build(family.input_shape, family.outputs))
+    subject = CarriedLearner(MLPOptimizer(window=2, unroll=4), model, family, OUTER)
+    subject.prepare(torch.device("cpu"))
+    with pytest.raises(ConfigError, match="batch normalisation over padded rows"):
+        subject.dry_run(0)
+
+
+@pytest.mark.parametrize("estimator", ["truncated", "es"])
+def test_a_window_of_one_step_whose_gradient_is_always_zero_is_refused(estimator):
+    subject = learner(MLPOptimizer(window=1, unroll=4, batch_size=3))
+    subject.set_engine(Engine(differentiation=estimator))
+    with pytest.raises(
+        ConfigError, match=f"algorithm.window: 1 with engine.differentiation: {estimator} learns nothing"
+    ):
+        subject.dry_run(0)
+    subject.set_engine(Engine(differentiation="pes"))
+    subject.dry_run(0)
+
+
+@pytest.mark.parametrize("module", [Recurrent, Gated, Encoder])
+def test_second_order_particles_train_recurrent_layers_and_attention(module):
+    """Reference: central differences of the window's mean loss in float64."""
+    algorithm = MLPOptimizer(window=2, unroll=2, batch_size=3, first_order=False, evaluation_steps=2, step_size=1.0)
+    subject = CarriedLearner(algorithm, Model(module, dtype=torch.float64), Sequences(), OUTER)
+    subject.prepare(torch.device("cpu"))
+    subject.dry_run(0)
+    shard = next(subject.meta_step(MetaStepKey("run", 0, 0), subject.initial(0))).shards[0]
+    vectors = subject.initial(0).slots
+    direction = torch.sin(torch.arange(len(vectors["optimizer"]), dtype=torch.float64))
+
+    def loss_at(distance):
+        moved = {**vectors, "optimizer": vectors["optimizer"] + distance * direction}
+        return subject.compute(shard, moved).result.metrics["loss"]
+
+    slope = float(subject.compute(shard, vectors).result.slots["optimizer"] @ direction)
+    assert slope == pytest.approx((loss_at(1e-5) - loss_at(-1e-5)) / 2e-5, rel=1e-5) and abs(slope) > 1e-6
+
+
+@pytest.mark.parametrize(("family", "module"), [(Described(), DictReader), (Pairs(), PairReader)])
+def test_minibatches_of_dicts_and_tuples_have_the_drawn_rows(family, module):
+    algorithm = MLPOptimizer(window=2, unroll=2, batch_size=3, evaluation_steps=2)
+    subject = CarriedLearner(algorithm, Model(module, dtype=torch.float64), family, OUTER)
+    subject.prepare(torch.device("cpu"))
+    subject.dry_run(0)
+    task = subject.sample(TaskKey.of(0, "train", 0, [0]))
+    support = torch.utils._pytree.tree_map(lambda t: t[0], task.support)
+    batch = algorithm._batch(Population(algorithm, subject.model, family).context({}, 0, 0, 0), torch.tensor([4, 1, 4]))
+    for whole, part in zip(*(torch.utils._pytree.tree_leaves(e) for e in (support, batch))):
+        assert torch.equal(part, torch.stack([whole[4], whole[1], whole[4]]))
+
+
+@pytest.mark.parametrize("algorithm", [MLPOptimizer(window=2, unroll=4), LearnedRate()])
+def test_init_from_is_refused_where_no_initial_parameters_are_learned(algorithm):
+    networks = MLPs(networks=((3,),), each=2)
+    subject = learner(algorithm, networks=networks)
+    with pytest.raises(ConfigError, match="init_from: algorithm '.*' learns no initial parameters of the model"):
+        subject.initial(0, dict(subject.model.initial(1)[0]))
+
+
+def test_frozen_parameters_that_differ_between_networks_are_refused():
+    def frozen(networks):
+        model = Model(networks.variants((3,), 1), freeze=("1.*",))
+        return CarriedLearner(MLPOptimizer(window=2, unroll=4), model, Quadratics(), OUTER)
+
+    with pytest.raises(ConfigError, match="model: '1.weight' is frozen or a buffer, and differs in shape"):
+        frozen(MLPs(networks=((4,), (3,)), each=2))
+    subject = frozen(MLPs(networks=((4,),), each=2))
+    subject.prepare(torch.device("cpu"))
+    subject.dry_run(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_minibatches_have_no_padded_rows_wherever_these_are(dtype):
+    """Reference: the minibatches of the real rows alone."""
+    algorithm = MLPOptimizer(window=2, unroll=2, batch_size=16)
+    subject = learner(algorithm)
+    context = Population(algorithm, subject.model, Quadratics()).context({}, 0, 0, 0)
+    x, real = torch.arange(6.0).unsqueeze(1), torch.tensor([False, True, True, False, True, False])
+    padded, alone = Examples(x, x, real.to(dtype)), Examples(x[real], x[real])
+    found, expected = (
+        algorithm._rows(replace(context, task=replace(context.task, support=support)), 0, 3)
+        for support in (padded, alone)
+    )
+    for mine, theirs in zip(found, expected):
+        assert torch.equal(padded.x[mine], alone.x[theirs])

@@ -202,10 +202,11 @@ def test_lost_states_of_a_run_with_saved_ones_go_back_no_further(whole, tmp_path
 def test_a_store_that_is_full_costs_checkpoints_and_not_the_run(whole, tmp_path, monkeypatch):
     from metadist.storage.store import Store
 
-    original = Store.write
+    original, asked = Store.write, []
 
     def write(self, name, data):
         if name.endswith(".frame"):
+            asked.append(self.root)
             raise OSError(28, "No space left on device")
         original(self, name, data)
 
@@ -214,6 +215,8 @@ def test_a_store_that_is_full_costs_checkpoints_and_not_the_run(whole, tmp_path,
     assert sha256 == whole
     assert any("no checkpoint of meta-step 4: the states of 3 of 3 shards could not be written" in n for n in notes)
     assert not Path(tmp_path / "run" / "checkpoints").exists()
+    steps = sorted({int(str(root).rpartition("-")[2]) for root in asked})
+    assert steps == [3, 4, 7, 8, 9], "the store is asked when states are due, and not in every meta-step"
 
 
 @numerics
