@@ -64,12 +64,12 @@ class Stage(SharedModel):
 def example_losses(
     model: BoundModel, parameters: Mapping[str, Tensor], examples: Examples, context: TaskContext
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of each example [N] under ``parameters``, and the predictions.
+    """Return the loss of each example [N] under ``parameters``, over the classes of the task, and the predictions.
 
     The masks of dropout are those of inner step 0.
     """
     prediction: Tensor = model(parameters, examples.x, step=0)
-    return context.family.loss(prediction, examples.y), prediction
+    return context.family.loss(context.possible(prediction), examples.y), prediction
 
 
 def slopes(

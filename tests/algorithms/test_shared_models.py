@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from ragged import Shades
+from torch import nn
 from toys import Blobs, learner, train
 
 from metadist.algorithms import MetaWeightNet, Plain, Reweight
@@ -201,3 +203,26 @@ def test_settings_are_checked():
 @pytest.mark.parametrize("algorithm", [MetaWeightNet(hidden=5), Reweight()], ids=["meta_weight_net", "reweight"])
 def test_each_stage_passes_the_check_of_algorithms(algorithm):
     check_algorithm(algorithm)
+
+
+@pytest.mark.parametrize("algorithm", [MetaWeightNet(hidden=5), Reweight()], ids=["meta_weight_net", "reweight"])
+def test_classes_that_a_task_lacks_are_in_no_training_loss(algorithm):
+    """The training stage of a task with two classes, against autograd over its own two of the model's five logits."""
+    family = Shades()
+    subject = learner(algorithm, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), family)
+    drawn = (TaskKey.of(0, "train", 0, [start]) for start in range(0, 100, 2))
+    keys = next(key for key in drawn if family.shape_of(key, "train")[0] == 2)
+    state = subject.initial(0)
+    support = subject.sample(keys).support
+    theta = leaves(subject, state, "model")
+    logits = torch.func.functional_call(subject.model.module, theta, (support.x[0],))[:, :2]
+    losses = F.cross_entropy(logits, support.y[0], reduction="none")
+    if isinstance(algorithm, MetaWeightNet):
+        weights = net(leaves(subject, state, "weight_net"), losses.detach()).detach()
+    else:  # the direction that nothing was published for is θ itself
+        slopes = [torch.autograd.grad(one, list(theta.values()), retain_graph=True) for one in losses]
+        direction = flat(t.detach() for t in theta.values())
+        weights = torch.stack([flat(slope) @ direction for slope in slopes]).clamp(min=0)
+    expected = flat(torch.autograd.grad((weights * losses).mean(), list(theta.values())))
+    got = subject.parts[0].contribute(state.theta(subject.slots), keys, 0).slots["model"]
+    assert float((got - expected).norm() / expected.norm()) < 1e-9
