@@ -20,6 +20,8 @@ from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import integers
 from metadist.core.state import Slot
 from metadist.core.task import Examples
+from metadist.core.tree import Tree, mapped
+from metadist.core.tree import first as first_of
 from metadist.engine.estimators import Inner, Unrolled
 
 Memory = Mapping[str, Tensor]
@@ -114,11 +116,10 @@ class LearnedOptimizer(Unrolled):
         after, memory = self.update(theta["optimizer"], parameters, gradient, inner["memory"], layout.sizes)
         return {"parameters": Parameters(dict(layout.unflatten(after))), "memory": dict(memory)}, loss
 
-    def predict(self, theta: Theta, state: Inner, x: Tensor, context: CarriedContext) -> Tensor:
+    def predict(self, theta: Theta, state: Inner, x: Tree, context: CarriedContext) -> Tree:
         layout = Layout.of(state["parameters"])
         vector = layout.flatten(Parameters(state["parameters"])) * self._factors(layout, context)
-        prediction: Tensor = context.model(layout.unflatten(vector), x)
-        return prediction
+        return context.model(layout.unflatten(vector), x)
 
     def _factors(self, layout: Layout, context: CarriedContext) -> Union[float, Tensor]:
         """Return the factor between the optimiser's view of each coordinate and the network's: [n], or 1."""
@@ -134,17 +135,17 @@ class LearnedOptimizer(Unrolled):
         support, size = context.task.support, self.batch_size
         if size is None:
             return [None] * count
-        steps = torch.arange(count, device=support.y.device).unsqueeze(-1) + first
+        steps = torch.arange(count, device=first_of(support.y).device).unsqueeze(-1) + first
         keys = replace(context.key, tasks=context.key.tasks.expand(count))
         words = keys.stream("minibatch", steps).bits(size)
         if support.mask is None:
-            return integers(words, support.y.shape[0]).unbind(0)
+            return integers(words, support.rows).unbind(0)
         return ((words * support.mask.sum()) >> 32).unbind(0)
 
     @staticmethod
     def _batch(context: CarriedContext, rows: Tensor | None) -> Examples:
         support = context.task.support
-        return support if rows is None else Examples(support.x[rows], support.y[rows])
+        return support if rows is None else Examples(*(mapped(lambda t: t[rows], e) for e in (support.x, support.y)))
 
     # For a user's own network -----------------------------------------------------------------------------------------
 

@@ -1,8 +1,12 @@
 """Learned optimisers in the carried learner, with networks of several shapes: against particles in plain Python."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import train
+from torch.utils._pytree import tree_leaves
+from wide import CASES
 
 import metadist
 from metadist.algorithms.lstm_optimizer import LSTMOptimizer
@@ -56,6 +60,21 @@ def test_shards_are_particles_in_plain_python(kind, estimator):
             expected = vectors[0] + vectors[1]
             assert shard.slots.keys() == {"optimizer"}
             assert (shard.slots["optimizer"] - expected).abs().max() < 1e-8 * (1e-3 + expected.abs().max())
+
+
+@pytest.mark.parametrize("name", ["dict", "tuple", "output"])
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_networks_with_inputs_of_several_tensors(name, batch_size):
+    """The minibatches of a window are rows of every tensor, as the ones of steps by hand are."""
+    family, module, _ = CASES[name]
+    algorithm = LSTMOptimizer(window=2, unroll=4, batch_size=batch_size)
+    subject = CarriedLearner(algorithm, Model(module, dtype=torch.float64), family(), OUTER)
+    subject.dry_run(0)
+    task = family().sample(TaskKey.of(0, "train", 0, [0]).each()[0], "train")
+    rows = torch.tensor([2, 0, 2])
+    batch = algorithm._batch(SimpleNamespace(task=task), rows)
+    for tensor, whole in zip(tree_leaves([batch.x, batch.y]), tree_leaves([task.support.x, task.support.y])):
+        assert torch.equal(tensor, whole[rows])
 
 
 def test_tasks_have_networks_of_their_split():
