@@ -22,6 +22,7 @@ from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, R
 from metadist.core.state import Contribution, Records, State
 from metadist.core.task import Task, TaskFamily, stack
 from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
+from metadist.core.tree import Tree, mapped
 from metadist.engine.functions import kept_sum
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_carried
 from metadist.learners.base import Learner, Surround, refuse_another_population
@@ -176,7 +177,13 @@ class CarriedLearner(Learner):
                 "Task(Examples(x, y), Examples(x, y))"
             )
         task = task.to(self.device, self.model.dtype)
-        return Task(task.support.cleared(), task.query.cleared())
+        padded = task.support.mask is not None or task.query.mask is not None
+        if padded and self.model.normalises_over_batch:
+            raise ConfigError(
+                "model: batch normalisation over padded rows would mix padding into the statistics; these tasks "
+                "differ in size, so use norm: group or layer (or a task family whose tasks are of one size)"
+            )
+        return Task(task.support.cleared(), task.query.cleared(), task.ways)
 
     def _task(self, key: TaskKey) -> Task:
         """Return the task of the single particle of ``key``: sampled alone, it does not depend on the shard."""
@@ -276,7 +283,8 @@ class CarriedLearner(Learner):
     def evaluate(self, theta: Theta, keys: TaskKey, steps: int) -> Records:
         """Return loss and metrics of the query sets after 0, 1, …, ``steps`` inner steps from a fresh start.
 
-        Columns [T, steps + 1] in float64 (tables [T, steps + 1, …]), and the index of each task [T].
+        Columns [T, steps + 1] in float64 (tables [T, steps + 1, …]), the index of each task [T], and its sources and
+        number of classes where they are known.
         """
         contexts = self._contexts(theta, keys)
         tasks, index = self.sample(keys), keys.tasks.to(self.device)
@@ -287,9 +295,9 @@ class CarriedLearner(Learner):
         def at(place: Tensor, started: Tensor, task: Task) -> CarriedContext:
             return contexts.of(replace(keys, tasks=place), started, 0, task)
 
-        def judge(state: ParticleState, task: Task, place: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
+        def judge(state: ParticleState, task: Task, place: Tensor, started: Tensor) -> tuple[Tensor, Tree]:
             context = at(place, started, task)
-            prediction = self.algorithm.predict(theta, state, task.query.x, context)
+            prediction = context.possible(self.algorithm.predict(theta, state, task.query.x, context))
             return context.loss(prediction, task.query), prediction
 
         with torch.no_grad():
@@ -300,7 +308,8 @@ class CarriedLearner(Learner):
             for number in range(steps + 1):
                 losses, predictions = judged(state, tasks, index, zero)
                 found = {"loss": losses, self.tasks.metric_name: metric_of_tasks(self.tasks, predictions, tasks.query)}
-                found |= {m.name: m.of_tasks(predictions.unsqueeze(1), tasks.query)[:, 0] for m in self.task_metrics}
+                one = mapped(lambda t: t.unsqueeze(1), predictions)
+                found |= {m.name: m.of_tasks(one, tasks.query, tasks.ways)[:, 0] for m in self.task_metrics}
                 for name, values in found.items():
                     columns.setdefault(name, []).append(values.double().cpu())
                 if number < steps:
@@ -308,8 +317,9 @@ class CarriedLearner(Learner):
                         lambda s, t, p, b, number=number: self.algorithm.step(theta, s, at(p, b, t), number),
                         self.algorithm.vectorized,
                     )(state, tasks, index, zero)
-        sources = {} if (found_in := sources_of(self.tasks, keys)) is None else {"source": found_in}
-        return Records({"task": keys.tasks, **sources, **{n: torch.stack(c, 1) for n, c in columns.items()}})
+        facts = {"task": keys.tasks, "source": sources_of(self.tasks, keys), "ways": tasks.ways}
+        known = {n: column.cpu() for n, column in facts.items() if column is not None}
+        return Records({**known, **{n: torch.stack(c, 1) for n, c in columns.items()}})
 
 
 def _keys(shard: Shard) -> TaskKey:

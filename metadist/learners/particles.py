@@ -78,6 +78,7 @@ class Contexts:
             meta_step,
             training,
             self.family,
+            task_ways=task.ways,
             life=life,
             age=meta_step - started,
             task=task,

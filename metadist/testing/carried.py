@@ -62,9 +62,10 @@ class Population:
             meta_step,
             split == "train",
             self.family,
+            task_ways=task.ways,
             life=alone.each()[0],
             age=meta_step - started,
-            task=Task(task.support.cleared(), task.query.cleared()),
+            task=Task(task.support.cleared(), task.query.cleared(), task.ways),
             model=model.bind(fixed(theta), key, split == "train", self.engine),
             fresh=partial(fresh_parameters, model, alone.each()[0]),
         )

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ragged import Shades
 from tiny import train
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from wide import CASES
 
@@ -14,7 +16,7 @@ from metadist.algorithms.mlp_optimizer import MLPOptimizer
 from metadist.config.build import build
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
-from metadist.core.model import Model
+from metadist.core.model import Model, use_batch_statistics
 from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
 from metadist.core.round import MetaStepKey
@@ -75,6 +77,42 @@ def test_networks_with_inputs_of_several_tensors(name, batch_size):
     batch = algorithm._batch(SimpleNamespace(task=task), rows)
     for tensor, whole in zip(tree_leaves([batch.x, batch.y]), tree_leaves([task.support.x, task.support.y])):
         assert torch.equal(tensor, whole[rows])
+
+
+def test_classes_and_rows_that_a_task_lacks_count_nowhere():
+    """Tasks of 2 to 5 classes: training against particles in plain Python, evaluation against a loop over real rows."""
+    family = Shades(same_size=1)
+    algorithm = LSTMOptimizer(window=2, unroll=4, batch_size=None, evaluation_steps=1)
+
+    def network(norm=False):
+        return lambda: nn.Sequential(nn.Flatten(), *[nn.BatchNorm1d(64)] * norm, nn.Linear(64, 5))
+
+    subject = CarriedLearner(algorithm, Model(network(), dtype=torch.float64), family, OUTER)
+    state = subject.initial(0)
+    theta = state.theta(subject.slots)
+    plain = Population(algorithm, subject.model, family, size=4)
+    (shards,) = advanced(subject, state.slots, 1)
+    each = plain.advance(theta, 0)
+    for number, shard in enumerate(shards):
+        pair = each[2 * number : 2 * number + 2]
+        expected = sum(subject.slots["optimizer"].layout.flatten(c.slots["optimizer"]) for c in pair)
+        assert (shard.slots["optimizer"] - expected).abs().max() < 1e-8 * (1e-3 + expected.abs().max())
+    keys = TaskKey.of(0, "test", 0, range(4))
+    found = subject.evaluate(theta, keys, 1).columns
+    assert len(set(found["ways"].tolist())) > 1
+    for number, key in enumerate(keys.each()):
+        task, context = family.sample(key, "test"), plain.context(theta, number, 0, 0, "test")
+        inner = algorithm.start(theta, context)
+        for step in range(2):
+            inner = algorithm.step(theta, inner, context, 0) if step else inner
+            logits = algorithm.predict(theta, inner, task.query.x.double(), context)[:, : int(task.ways)]
+            loss = torch.nn.functional.cross_entropy(logits, task.query.y)
+            assert found["loss"][number, step] == pytest.approx(float(loss), rel=1e-9)
+            right = float((logits.argmax(-1) == task.query.y).double().mean())
+            assert found["accuracy"][number, step] == pytest.approx(right)
+    normed = CarriedLearner(algorithm, Model(lambda: use_batch_statistics(network(True)())), family, OUTER)
+    with pytest.raises(ConfigError, match="batch normalisation over padded rows"):
+        normed.sample(keys)
 
 
 def test_tasks_have_networks_of_their_split():
