@@ -15,10 +15,10 @@ from wide import CASES, document
 import metadist
 from metadist.config.build import build
 from metadist.core.differences import flat
-from metadist.core.errors import DataError
+from metadist.core.errors import ConfigError, DataError
 from metadist.core.random import TaskKey
 from metadist.core.signature import InvalidInput, TensorKind
-from metadist.core.tree import as_lists, at, named
+from metadist.core.tree import arrays, as_lists, at, named
 from metadist.experiment.load import load_run
 from metadist.experiment.registration import fetch_registered, register_run
 from metadist.rpc.endpoint import Endpoint
@@ -87,6 +87,15 @@ def test_json_of_truth_values_and_of_large_numbers():
         read([[1, 0]], [1.5, True])
     with pytest.raises(InvalidInput, match="x.mask: a number is too large"):
         read([[2**70, 1]], [1.0])
+
+
+@pytest.mark.parametrize(
+    "given", ["text", None, {"a": "text"}, [torch.ones(2), torch.ones(3)], np.array([{}]), [[1, 2], [3]]]
+)
+def test_what_is_no_array_is_refused_in_one_line(given):
+    """``Result.adapt`` and the client convert what they are given."""
+    with pytest.raises(ConfigError, match="expected a tensor, an array of numbers, or a dict or tuple"):
+        arrays(given)
 
 
 def test_a_message_of_one_tensor_and_of_several():
