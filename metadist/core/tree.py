@@ -70,7 +70,7 @@ def of_names(tensors: Mapping[str, Any]) -> Tree:
         raise ValueError(f"no tree has the names {', '.join(map(repr, tensors))}")
     trees = {name: of_names(part) for name, part in parts.items()}
     if all(name.isdecimal() for name in trees):
-        if sorted(map(int, trees)) != list(range(len(trees))):
+        if trees.keys() != {str(place) for place in range(len(trees))}:
             raise ValueError(f"places {', '.join(trees)} of a tuple")
         return tuple(trees[str(place)] for place in range(len(trees)))
     return trees

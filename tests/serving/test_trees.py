@@ -18,7 +18,7 @@ from metadist.core.differences import flat
 from metadist.core.errors import ConfigError, DataError
 from metadist.core.random import TaskKey
 from metadist.core.signature import InvalidInput, TensorKind
-from metadist.core.tree import arrays, as_lists, at, named
+from metadist.core.tree import arrays, as_lists, at, named, of_names
 from metadist.experiment.load import load_run
 from metadist.experiment.registration import fetch_registered, register_run
 from metadist.rpc.endpoint import Endpoint
@@ -96,6 +96,12 @@ def test_what_is_no_array_is_refused_in_one_line(given):
     """``Result.adapt`` and the client convert what they are given."""
     with pytest.raises(ConfigError, match="expected a tensor, an array of numbers, or a dict or tuple"):
         arrays(given)
+
+
+def test_names_of_places_that_are_written_otherwise_are_no_tuple():
+    for names in (["00"], ["0", "01"], ["0", "2"], ["١"]):
+        with pytest.raises(ValueError, match="places"):
+            of_names(dict.fromkeys(names, torch.ones(1)))
 
 
 def test_a_message_of_one_tensor_and_of_several():
