@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from ragged import Shades
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from toys import Blobs, learner, train
 
 from metadist.algorithms import MetaWeightNet, Plain, Reweight
@@ -23,9 +24,28 @@ from metadist.testing import check_algorithm
 from metadist.training.scheduler import fault_of
 
 TASKS, LR = 5, 0.3
+
+
+class Attending(nn.Module):
+    """Attention over the two halves of x [N, 4]; ``build`` is that of a model config."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(2, 1, batch_first=True), nn.Linear(4, 3)
+
+    @staticmethod
+    def build(input_shape, outputs):
+        return Attending()
+
+    def forward(self, x):
+        parts = x.unflatten(-1, (2, 2))
+        return self.head(torch.tanh(self.attention(parts, parts, parts, need_weights=False)[0]).flatten(1))
+
+
 PICTURES = Blobs(input_shape=(1, 8, 8))
 MODELS = {
     "mlp": (Blobs(), MLP(hidden=(8,), activation="tanh")),
+    "attention": (Blobs(), Attending),
     "batch norm": (PICTURES, Conv4(filters=4, blocks=2, norm="batch", pooling="stride", features="mean")),
 }
 
@@ -43,7 +63,8 @@ def whole_batch(subject, meta_step=0):
 
     def losses(parameters, part):
         sets = [(part.x[i], part.y[i]) for i in range(TASKS)]
-        outputs = [torch.func.functional_call(module, parameters, (x,)) for x, _ in sets]
+        with sdpa_kernel(SDPBackend.MATH):  # the reference differentiates twice
+            outputs = [torch.func.functional_call(module, parameters, (x,)) for x, _ in sets]
         return torch.cat([F.cross_entropy(o, y, reduction="none") for o, (_, y) in zip(outputs, sets)])
 
     return lambda p: losses(p, tasks.support), lambda p: losses(p, tasks.query)
