@@ -60,7 +60,7 @@ class CarriedLearner(Learner):
                 f"model '{type(self.model.module).__name__}': {reason}"
             )
         self.task_metrics = task_metrics_of(self.tasks)
-        self.slots = {name: slot for name, (slot, _) in self._declare(0).items()}
+        self.slots = self._declared_slots()
         self.device = torch.device("cpu")
         self._prepared = False
         self._structures: dict[Model, pytree.TreeSpec] = {}

@@ -17,7 +17,7 @@ from metadist.config.build import build
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model, use_batch_statistics
-from metadist.core.outer import OuterLoop
+from metadist.core.outer import OuterLoop, SlotOptimizer
 from metadist.core.random import TaskKey
 from metadist.core.round import MetaStepKey
 from metadist.learners.carried import CarriedLearner
@@ -77,6 +77,19 @@ def test_networks_with_inputs_of_several_tensors(name, batch_size):
     batch = algorithm._batch(SimpleNamespace(task=task), rows)
     for tensor, whole in zip(tree_leaves([batch.x, batch.y]), tree_leaves([task.support.x, task.support.y])):
         assert torch.equal(tensor, whole[rows])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizers": {"optimiser": SlotOptimizer(lr=0.1)}}, "slot 'optimiser' is not in this experiment"),
+        ({"optimizers": {"model": SlotOptimizer(lr=0.1)}}, "slot 'model' is constant and has no optimiser"),
+        ({"optimizer": "muon"}, "muon, but slot 'optimizer' has no matrices"),
+    ],
+)
+def test_optimizers_of_slots_that_are_not_learned_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        learner(MLPOptimizer(), outer=OuterLoop(meta_batch_size=4, shard_size=2, **settings))
 
 
 def test_classes_and_rows_that_a_task_lacks_count_nowhere():
