@@ -31,6 +31,8 @@ class CNP(Algorithm):
             return "its Gaussian likelihood needs real-valued targets"
         if model.missing("encode", "decode"):
             return "the model needs encode(x, y, mask) and decode(r, x); model 'cnp' has them"
+        if model.output is not None:
+            return "model.output chooses a part of what forward returns, and encode and decode are called instead"
         return None
 
     def adapt(self, model: BoundModel, theta: Theta, support: Examples, context: TaskContext) -> Sequence[Encoded]:

@@ -20,8 +20,8 @@ from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import integers
 from metadist.core.state import Slot
 from metadist.core.task import Examples
+from metadist.core.tree import Tree, mapped
 from metadist.core.tree import first as first_of
-from metadist.core.tree import mapped
 from metadist.engine.estimators import Inner, Unrolled
 
 Memory = Mapping[str, Tensor]
@@ -122,11 +122,10 @@ class LearnedOptimizer(Unrolled):
         after, memory = self.update(theta["optimizer"], parameters, gradient, inner["memory"], layout.sizes)
         return {"parameters": Parameters(dict(layout.unflatten(after))), "memory": dict(memory)}, loss
 
-    def predict(self, theta: Theta, state: Inner, x: Tensor, context: CarriedContext) -> Tensor:
+    def predict(self, theta: Theta, state: Inner, x: Tree, context: CarriedContext) -> Tree:
         layout = Layout.of(state["parameters"])
         vector = layout.flatten(Parameters(state["parameters"])) * self._factors(layout, context)
-        prediction: Tensor = context.model(layout.unflatten(vector), x)
-        return prediction
+        return context.model(layout.unflatten(vector), x)
 
     def _factors(self, layout: Layout, context: CarriedContext) -> Union[float, Tensor]:
         """Return the factor between the optimiser's view of each coordinate and the network's: [n], or 1."""

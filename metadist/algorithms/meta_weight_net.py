@@ -117,6 +117,7 @@ class _Weights(Stage):
     """The mean of V(ℓ_i) (c · ∇ℓ_i) over a minibatch, for the weight net; c is the published direction."""
 
     receivers = (NET,)
+    second_order = True  # forward mode (``slopes``), which fused attention does not have either
 
     def judged(self, task: Task) -> Examples:
         return task.support

@@ -52,6 +52,7 @@ class _Weighted(Stage):
 
     receivers = ("model", TOTAL)
     first_order = True
+    second_order = True  # forward mode (``slopes``), which fused attention does not have either
 
     def judged(self, task: Task) -> Examples:
         return task.support

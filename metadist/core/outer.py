@@ -81,15 +81,15 @@ class OuterLoop:
 
     def __post_init__(self) -> None:
         at_least(1, **{f"outer.{n}": getattr(self, n) for n in ("meta_batch_size", "shard_size", "meta_steps")})
-        _check("outer", given := _given(self), self.optimizer, self.schedule)
-        momentum = {n: v for n, v in given.items() if n == "momentum"}
-        _refuse_without_effect("outer", momentum, self.optimizer, self.schedule)
+        _check("outer", _given(self), self.optimizer, self.schedule)
         for name, own in self.optimizers.items():
             if not isinstance(own, SlotOptimizer):  # from Python: a config builds them
                 raise ConfigError(f"outer.optimizers.{name}: expected a SlotOptimizer, got {own!r}")
             optimizer, schedule = own.optimizer or self.optimizer, own.schedule or self.schedule
             _check(f"outer.optimizers.{name}", given := _given(own), optimizer, schedule)
             _refuse_without_effect(f"outer.optimizers.{name}", given, optimizer, schedule)
+        momentum = {n: v for n, v in self._own_settings.items() if n == "momentum"}
+        _refuse_without_effect("outer", momentum, self.optimizer, self.schedule)
         within(0, 1, **{"outer.ema": self.ema})
         if self.tail is not None and not 0 < self.tail <= 1:
             raise ConfigError(f"outer.tail: {self.tail} is not a number in (0, 1]; it is a part of the meta-steps")
@@ -125,7 +125,18 @@ class OuterLoop:
 
     def refuse_without_effect(self) -> None:
         """Raise ConfigError for settings without an effect. For new runs: earlier versions ignored them in silence."""
-        _refuse_without_effect("outer", _given(self), self.optimizer, self.schedule)
+        _refuse_without_effect("outer", self._own_settings, self.optimizer, self.schedule)
+
+    @property
+    def _own_settings(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, without those that take effect through ``optimizers``."""
+        inherited = set[str]()
+        for own in self.optimizers.values():
+            uses = OPTIMIZERS[own.optimizer or self.optimizer].uses
+            scheduled = (own.schedule or self.schedule) != "constant"
+            names = [*uses, *(["final_lr"] if scheduled else [])]
+            inherited.update(n for n in names if getattr(own, n) is None)
+        return {n: v for n, v in _given(self).items() if n not in inherited}
 
     def check_slots(self, slots: Mapping[str, Slot]) -> None:
         """Raise ConfigError where ``optimizers`` names no learned slot, or an optimiser does not suit its slot."""

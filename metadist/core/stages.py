@@ -64,7 +64,7 @@ class Stage(SharedModel):
 def example_losses(
     model: BoundModel, parameters: Mapping[str, Tensor], examples: Examples, context: TaskContext
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of each example [N] under ``parameters``, and the predictions.
+    """Return the loss of each example [N] under ``parameters``, over the classes of the task, and the predictions.
 
     The masks of dropout are those of inner step 0.
     """

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from metadist.core.errors import ConfigError
+from metadist.core.errors import ConfigError, first_line
 
 Tree = Any
 """A tensor, or a dict, tuple or list of trees. A dict's keys are names of parameters of the model's ``forward``."""
@@ -41,10 +41,21 @@ def named(tree: Tree, where: str = "") -> dict[str, Tensor]:
 
 
 def arrays(tree: Tree) -> Tree:
-    """Return ``tree`` with tensors in place of arrays, and of whatever else ``torch.as_tensor`` takes."""
+    """Return ``tree`` with tensors in place of arrays, and of whatever else ``torch.as_tensor`` takes.
+
+    ConfigError for anything else within it.
+    """
     if isinstance(tree, Mapping):
         return {name: arrays(part) for name, part in tree.items()}
-    return tuple(map(arrays, tree)) if type(tree) is tuple else torch.as_tensor(tree)
+    if type(tree) is tuple:
+        return tuple(map(arrays, tree))
+    try:
+        return torch.as_tensor(tree)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"expected a tensor, an array of numbers, or a dict or tuple of such, got {type(tree).__name__} "
+            f"({first_line(error)})"
+        ) from None
 
 
 def of_names(tensors: Mapping[str, Any]) -> Tree:
@@ -59,7 +70,7 @@ def of_names(tensors: Mapping[str, Any]) -> Tree:
         raise ValueError(f"no tree has the names {', '.join(map(repr, tensors))}")
     trees = {name: of_names(part) for name, part in parts.items()}
     if all(name.isdecimal() for name in trees):
-        if sorted(map(int, trees)) != list(range(len(trees))):
+        if trees.keys() != {str(place) for place in range(len(trees))}:
             raise ValueError(f"places {', '.join(trees)} of a tuple")
         return tuple(trees[str(place)] for place in range(len(trees)))
     return trees

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metadist.core.algorithm import Algorithm
 from metadist.core.task import Task, TaskFamily, with_rows
+from metadist.core.tree import first
 
 #: graphs that the shards of one run may need
 MOST = 6
@@ -56,7 +57,8 @@ class Buckets:
 
     def pad(self, tasks: Task) -> Task:
         """Return stacked ``tasks`` of one size in their bucket, with masks."""
-        return with_rows(tasks, *self.rows(tasks.support.y.shape[1], tasks.query.y.shape[1]))
+        support, query = (first(e.y).shape[1] for e in (tasks.support, tasks.query))
+        return with_rows(tasks, *self.rows(support, query))
 
 
 def _chosen(possible: Sequence[tuple[int, int]], cost: int) -> tuple[tuple[int, int], ...]:

@@ -22,6 +22,7 @@ from metadist.core.round import EvaluationRequest, MetaStepKey, Result, Round, R
 from metadist.core.state import Contribution, Records, State
 from metadist.core.task import Task, TaskFamily, stack
 from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
+from metadist.core.tree import Tree, mapped
 from metadist.engine.functions import kept_sum
 from metadist.engine.plan import Device, EngineRequest, Plan, plan_carried
 from metadist.learners.base import Learner, Surround, refuse_another_population
@@ -311,7 +312,7 @@ class CarriedLearner(Learner):
         def at(place: Tensor, started: Tensor, task: Task) -> CarriedContext:
             return contexts.of(replace(keys, tasks=place), started, now, task)
 
-        def judge(state: ParticleState, task: Task, place: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
+        def judge(state: ParticleState, task: Task, place: Tensor, started: Tensor) -> tuple[Tensor, Tree]:
             context = at(place, started, task)
             prediction = context.possible(self.algorithm.predict(theta, state, task.query.x, context))
             return context.loss(prediction, task.query), prediction
@@ -324,10 +325,8 @@ class CarriedLearner(Learner):
             for number in range(steps + 1):
                 losses, predictions = judged(state, tasks, index, begun)
                 found = {"loss": losses, self.tasks.metric_name: metric_of_tasks(self.tasks, predictions, tasks.query)}
-                found |= {
-                    m.name: m.of_tasks(predictions.unsqueeze(1), tasks.query, tasks.ways)[:, 0]
-                    for m in self.task_metrics
-                }
+                one = mapped(lambda t: t.unsqueeze(1), predictions)
+                found |= {m.name: m.of_tasks(one, tasks.query, tasks.ways)[:, 0] for m in self.task_metrics}
                 for name, values in found.items():
                     columns.setdefault(name, []).append(values.double().cpu())
                 if number < steps:

@@ -111,8 +111,15 @@ def _explanation(model: Model, error: Exception) -> tuple[str, str] | None:
             "state inner_steps in the algorithm, whose model then computes it from products, or call it within "
             "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
         )
+    if "embedding_bag_backward" in text:
+        return "EmbeddingBag has no second derivative", "use torch.nn.Embedding, and sum or average its rows in forward"
     if failing is None:
         return None
+    if "forward AD" in text:
+        return (
+            f"the algorithm takes a derivative in forward mode, which an operator lacks ({first_line(error)})",
+            "compute it from other operators of torch",
+        )
     if text.startswith(PACKED):
         return (
             "its forward pass packs sequences, whose lengths would be read in Python",

@@ -91,6 +91,8 @@ def check_tasks(learner: Subject, tasks: Task, split: str) -> None:
     if family.kind == "classification":
         for part, e in (("support", tasks.support), ("query", tasks.query)):
             _check_classes(f"{name}: the {part} set of {split} tasks", e, _ways(learner, split))
+        if tasks.ways is not None:
+            _check_own_ways(f"{name}: {split} task", tasks, tasks.ways, _ways(learner, split))
 
 
 def _check_protocol(learner: Subject, split: str) -> None:
@@ -127,6 +129,22 @@ def _check_classes(where: str, examples: Examples, ways: int) -> None:
         refuse_classes(real, ways)
     except InvalidInput as error:
         raise ConfigError(f"{where}: {error}; outputs of the family, or ways(split), states their number") from None
+
+
+def _check_own_ways(where: str, tasks: Task, own: Tensor, ways: int) -> None:
+    """Refuse a number of classes that no task can have, and labels that a task lacks: the loss would be infinite."""
+    alone = own.shape == tasks.query.y.shape[:1] and not own.is_floating_point()
+    if not alone or bool(((own < 1) | (own > ways)).any()):
+        raise ConfigError(
+            f"{where}s have ways {str(own.tolist())[:80]}; expected one int64 number from 1 to {ways} for each"
+        )
+    for part, e in (("support", tasks.support), ("query", tasks.query)):
+        most = (e.y if e.mask is None else e.y.masked_fill(~e.mask.bool(), 0)).amax(1)
+        for index in (most >= own).nonzero().flatten().tolist()[:1]:
+            raise ConfigError(
+                f"{where} {index} has class {int(most[index])} in the {part} set, and {int(own[index])} ways; number "
+                f"its classes from 0 to {int(own[index]) - 1}, or give it more ways"
+            )
 
 
 def _reads_absent_classes(learner: Subject, task: Task) -> bool:

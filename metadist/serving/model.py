@@ -201,17 +201,16 @@ class ServedModel:
             try:
                 many = torch.func.vmap(lambda s: self.learner.adapt(self.state, s, *how))(together)
                 return self._split(many, supports, how)
-            except (
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:  # the φ of an algorithm may hold other objects than tensors
-                log.warning(
-                    "model '%s': adaptations cannot be computed together (%s); they are computed one by one",
-                    self.name,
-                    error,
-                )
-                self._stackable = False
+            except Exception as error:  # of one support set; or φ may hold other objects than tensors
+                alone = [self._alone(support, how) for support in supports]
+                if not any(isinstance(adapted, Exception) for adapted in alone):
+                    log.warning(
+                        "model '%s': adaptations cannot be computed together (%s); they are computed one by one",
+                        self.name,
+                        error,
+                    )
+                    self._stackable = False
+                return alone
         return [self._alone(support, how) for support in supports]
 
     def _alone(self, support: Examples, how: How) -> ServedAdaptation | Exception:
@@ -277,18 +276,38 @@ class ServedModel:
         return isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self._theta_memory
 
     def predict(self, adapted: Sequence[ServedAdaptation], queries: Sequence[Tree]) -> list[Tree]:
-        """Return predictions for queries [N, …], each with its adapted parameters of one structure."""
+        """Return predictions for queries [N, …], each with its adapted parameters of one structure.
+
+        Of several, one that fails has its exception in the list.
+        """
         parts = _parts(list(zip(adapted, queries)), self.together(_elements(queries[0])))
         with self._lock:
-            found = [prediction for some in parts for prediction in self._predict(some)]
+            if len(adapted) == 1:
+                found = [self._predict_alone(*parts[0][0])]
+            else:
+                found = [prediction for some in parts for prediction in self._predict(some)]
         ways = [how[1] for how, *_ in (a.made_by for a in adapted)]
-        return [self.signature.logits(prediction, count) for prediction, count in zip(found, ways)]
+        return [p if isinstance(p, Exception) else self.signature.logits(p, n) for p, n in zip(found, ways)]
 
     def _predict(self, pairs: Sequence[tuple[ServedAdaptation, Tree]]) -> list[Tree]:
-        if len(pairs) == 1:
-            ((adapted, x),) = pairs
-            support = x if adapted.support is None else adapted.support
-            return [self._compute(lambda: self.learner.predict(self.state, adapted.phi, x, Examples(support, support)))]
+        if len(pairs) > 1:
+            try:
+                return self._predict_together(pairs)
+            except Exception as error:  # of one query set: the others have an answer
+                log.debug("model '%s': predictions are computed one by one (%s)", self.name, error)
+        found = list[Tree]()
+        for adapted, x in pairs:
+            try:
+                found.append(self._predict_alone(adapted, x))
+            except Exception as error:
+                found.append(error)
+        return found
+
+    def _predict_alone(self, adapted: ServedAdaptation, x: Tree) -> Tree:
+        support = x if adapted.support is None else adapted.support
+        return self._compute(lambda: self.learner.predict(self.state, adapted.phi, x, Examples(support, support)))
+
+    def _predict_together(self, pairs: Sequence[tuple[ServedAdaptation, Tree]]) -> list[Tree]:
         x = stacked([x for _, x in pairs])
         support = stacked([x if a.support is None else a.support for a, x in pairs])
         leaves, specs = zip(*(pytree.tree_flatten(a.phi) for a, _ in pairs))

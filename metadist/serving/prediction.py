@@ -100,8 +100,8 @@ def predict_arrays(source: ModelSource, support: str, query: str, inner_steps: i
         "accuracy": None,
     }
     target = asked.get("y")
-    if target is not None and len(first(target)) != len(first(prediction)):
-        raise DataError(f"--query {query}: y has {len(first(target))} rows and x {len(first(prediction))}")
+    if target is not None:
+        _check_truths(query, target, len(first(prediction)), about["kind"] == "classification")
     if about["kind"] != "classification":
         rows = [{"row": i, "predicted": as_lists(at(prediction, i))} for i in range(len(first(prediction)))]
         return {**report, "predictions": rows, **_squared_error(prediction, target)}
@@ -112,6 +112,15 @@ def predict_arrays(source: ModelSource, support: str, query: str, inner_steps: i
     ]
     accuracy = None if target is None else float((which == target).double().mean())
     return {**report, "classes": sorted(set(given["y"].tolist())), "predictions": rows, "accuracy": accuracy}
+
+
+def _check_truths(query: str, target: Tree, rows: int, classes: bool) -> None:
+    """Raise ``DataError`` for targets that are not one for each of ``rows`` predictions: others would broadcast."""
+    shape = tuple(first(target).shape)
+    if shape[:1] != (rows,):
+        raise DataError(f"--query {query}: y has {shape[0] if shape else 'no'} rows and x {rows}")
+    if classes and (not isinstance(target, Tensor) or len(shape) > 1):
+        raise DataError(f"--query {query}: y has shape {list(shape)}; expected classes [{rows}]")
 
 
 def _squared_error(prediction: Tree, target: Tree) -> dict[str, float]:

@@ -51,6 +51,8 @@ def to_message(tensor: Tensor, arrow: bool = False) -> pb.Tensor:
 def tree_from_message(name: str, message: pb.Tensor, kinds: Kinds, check: CheckPart) -> Tree:
     """Return the tensors of a message, which must be those of ``kinds``. ``check`` is called with each shape first."""
     given = dict(message.tensors) or {"": message}
+    if message.tensors and (message.shape or message.dtype or message.data or message.arrow):
+        raise InvalidInput(f"{name}: give one tensor, or several as tensors, not both")
     return of_names(
         {
             part: from_message(f"{name}.{part}" if part else name, tensor, partial(check, part))
@@ -84,7 +86,8 @@ def tree_from_json(name: str, value: Any, kinds: Kinds, check: CheckPart) -> Tre
 
     def tensor(part: str, sent: Any) -> Tensor:
         found = from_json(f"{name}.{part}" if part else name, sent, partial(check, part))
-        return found.double() if kinds[part].dtype.is_floating_point and not isinstance(sent, dict) else found
+        written = kinds[part].dtype.is_floating_point and not isinstance(sent, dict) and found.dtype != torch.bool
+        return found.double() if written else found
 
     given = {"": value} if list(kinds) == [""] else _entries(name, value, list(kinds))
     return of_names({part: tensor(part, sent) for part, sent in parts_of(name, given, kinds).items()})
@@ -106,7 +109,7 @@ def _entries(name: str, value: Any, expected: Sequence[str]) -> dict[str, Any]:
 
 
 def from_json(name: str, value: Any, check: CheckShape) -> Tensor:
-    """Return a tensor from nested lists of numbers or from {"shape": […], "dtype": "float32", "data": base64}."""
+    """Return a tensor from nested lists of numbers or of truth values, or from a packed tensor in base64."""
     if isinstance(value, dict):
         shape, dtype, data = value.get("shape"), value.get("dtype", ""), value.get("data", "")
         if not (
@@ -133,13 +136,15 @@ def from_json(name: str, value: Any, check: CheckShape) -> Tensor:
             raise InvalidInput(f"{name}: the lists have different lengths")
         flat = [item for row in flat for item in row]
     kinds = {type(number) for number in flat}
+    if kinds == {bool}:
+        return torch.tensor(flat).view(shape)
     if not kinds <= {int, float}:
         raise InvalidInput(
             f"{name}: expected numbers, found {', '.join(sorted(k.__name__ for k in kinds - {int, float}))}"
         )
     try:
         return torch.tensor(flat, dtype=torch.int64 if kinds == {int} else torch.float64).view(shape)
-    except (OverflowError, RuntimeError):
+    except (OverflowError, RuntimeError, ValueError):
         raise InvalidInput(f"{name}: a number is too large") from None
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ragged import Shades
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from toys import Blobs, learner, train
 
 from metadist.algorithms import MetaWeightNet, Plain, Reweight
@@ -25,9 +27,28 @@ from metadist.testing import check_algorithm
 from metadist.training.scheduler import fault_of
 
 TASKS, LR = 5, 0.3
+
+
+class Attending(nn.Module):
+    """Attention over the two halves of x [N, 4]; ``build`` is that of a model config."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(2, 1, batch_first=True), nn.Linear(4, 3)
+
+    @staticmethod
+    def build(input_shape, outputs):
+        return Attending()
+
+    def forward(self, x):
+        parts = x.unflatten(-1, (2, 2))
+        return self.head(torch.tanh(self.attention(parts, parts, parts, need_weights=False)[0]).flatten(1))
+
+
 PICTURES = Blobs(input_shape=(1, 8, 8))
 MODELS = {
     "mlp": (Blobs(), MLP(hidden=(8,), activation="tanh")),
+    "attention": (Blobs(), Attending),
     "batch norm": (PICTURES, Conv4(filters=4, blocks=2, norm="batch", pooling="stride", features="mean")),
 }
 
@@ -45,7 +66,8 @@ def whole_batch(subject, meta_step=0):
 
     def losses(parameters, part):
         sets = [(part.x[i], part.y[i]) for i in range(TASKS)]
-        outputs = [torch.func.functional_call(module, parameters, (x,)) for x, _ in sets]
+        with sdpa_kernel(SDPBackend.MATH):  # the reference differentiates twice
+            outputs = [torch.func.functional_call(module, parameters, (x,)) for x, _ in sets]
         return torch.cat([F.cross_entropy(o, y, reduction="none") for o, (_, y) in zip(outputs, sets)])
 
     return lambda p: losses(p, tasks.support), lambda p: losses(p, tasks.query)
@@ -223,3 +245,26 @@ def test_weighted_tasks_of_several_sizes_have_no_logits_of_classes_that_they_lac
     assert torch.allclose(losses, F.cross_entropy(logits[:, : int(ways)], y, reduction="none"), rtol=1e-10)
     _, along, _ = slopes(model, theta["model"], theta["model"] * 0.5, Examples(x, y), context)
     assert bool(torch.isfinite(along).all())
+
+
+@pytest.mark.parametrize("algorithm", [MetaWeightNet(hidden=5), Reweight()], ids=["meta_weight_net", "reweight"])
+def test_classes_that_a_task_lacks_are_in_no_training_loss(algorithm):
+    """The training stage of a task with two classes, against autograd over its own two of the model's five logits."""
+    family = Shades()
+    subject = learner(algorithm, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), family)
+    drawn = (TaskKey.of(0, "train", 0, [start]) for start in range(0, 100, 2))
+    keys = next(key for key in drawn if family.shape_of(key, "train")[0] == 2)
+    state = subject.initial(0)
+    support = subject.sample(keys).support
+    theta = leaves(subject, state, "model")
+    logits = torch.func.functional_call(subject.model.module, theta, (support.x[0],))[:, :2]
+    losses = F.cross_entropy(logits, support.y[0], reduction="none")
+    if isinstance(algorithm, MetaWeightNet):
+        weights = net(leaves(subject, state, "weight_net"), losses.detach()).detach()
+    else:  # the direction that nothing was published for is θ itself
+        slopes = [torch.autograd.grad(one, list(theta.values()), retain_graph=True) for one in losses]
+        direction = flat(t.detach() for t in theta.values())
+        weights = torch.stack([flat(slope) @ direction for slope in slopes]).clamp(min=0)
+    expected = flat(torch.autograd.grad((weights * losses).mean(), list(theta.values())))
+    got = subject.parts[0].contribute(state.theta(subject.slots), keys, 0).slots["model"]
+    assert float((got - expected).norm() / expected.norm()) < 1e-9

@@ -319,3 +319,24 @@ def test_whether_more_meta_steps_continue_the_trajectory():
         {"optimizers": {"model": SlotOptimizer(schedule="cosine")}},
     ):
         assert not OuterLoop(**options).open_ended
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"final_lr": 0.01, "optimizers": {"rates": SlotOptimizer(schedule="linear")}},
+        {"optimizer": "sgd", "betas": (0.5, 0.6), "optimizers": {"rates": SlotOptimizer(optimizer="adam")}},
+        {"momentum": 0.5, "optimizers": {"rates": SlotOptimizer(optimizer="sgd")}},
+    ],
+)
+def test_a_setting_that_only_a_slot_inherits_has_an_effect(settings):
+    outer = OuterLoop(lr=0.1, meta_steps=10, **settings)
+    outer.refuse_without_effect()
+    (name,) = settings.keys() - {"optimizer", "optimizers"}
+    used = outer.settings("rates", slots()["rates"])
+    assert settings[name] == (used.schedule.final_lr if name == "final_lr" else getattr(used, name))
+    own = {"final_lr": 0.02, "betas": (0.7, 0.8), "momentum": 0.7}[name]
+    ((_, slot),) = settings["optimizers"].items()
+    overridden = {**settings, "optimizers": {"rates": replace(slot, **{name: own})}}
+    with pytest.raises(ConfigError, match=f"outer.{name}: "):  # nobody uses that of the outer loop now
+        OuterLoop(lr=0.1, meta_steps=10, **overridden).refuse_without_effect()

@@ -1,13 +1,16 @@
 """Learned optimisers in the carried learner, with networks of several shapes: against particles in plain Python."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from ragged import Shades
 from tiny import train
-from wide import Described, DictReader, Encoder, Gated, PairReader, Pairs, Recurrent, Sequences
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from wide import CASES, Described, DictReader, Encoder, Gated, PairReader, Pairs, Recurrent, Sequences
 
 import metadist
 from metadist.algorithms.lstm_optimizer import LSTMOptimizer
@@ -15,7 +18,7 @@ from metadist.algorithms.mlp_optimizer import MLPOptimizer
 from metadist.config.build import build
 from metadist.core.engine import Engine
 from metadist.core.errors import ConfigError
-from metadist.core.model import Model
+from metadist.core.model import Model, use_batch_statistics
 from metadist.core.outer import OuterLoop, SlotOptimizer
 from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest, MetaStepKey
@@ -63,6 +66,70 @@ def test_shards_are_particles_in_plain_python(kind, estimator):
             expected = vectors[0] + vectors[1]
             assert shard.slots.keys() == {"optimizer"}
             assert (shard.slots["optimizer"] - expected).abs().max() < 1e-8 * (1e-3 + expected.abs().max())
+
+
+@pytest.mark.parametrize("name", ["dict", "tuple", "output"])
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_networks_with_inputs_of_several_tensors(name, batch_size):
+    """The minibatches of a window are rows of every tensor, as the ones of steps by hand are."""
+    family, module, _ = CASES[name]
+    algorithm = LSTMOptimizer(window=2, unroll=4, batch_size=batch_size)
+    subject = CarriedLearner(algorithm, Model(module, dtype=torch.float64), family(), OUTER)
+    subject.dry_run(0)
+    task = family().sample(TaskKey.of(0, "train", 0, [0]).each()[0], "train")
+    rows = torch.tensor([2, 0, 2])
+    batch = algorithm._batch(SimpleNamespace(task=task), rows)
+    for tensor, whole in zip(tree_leaves([batch.x, batch.y]), tree_leaves([task.support.x, task.support.y])):
+        assert torch.equal(tensor, whole[rows])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizers": {"optimiser": SlotOptimizer(lr=0.1)}}, "slot 'optimiser' is not in this experiment"),
+        ({"optimizers": {"model": SlotOptimizer(lr=0.1)}}, "slot 'model' is constant and has no optimiser"),
+        ({"optimizer": "muon"}, "muon, but slot 'optimizer' has no matrices"),
+    ],
+)
+def test_optimizers_of_slots_that_are_not_learned_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        learner(MLPOptimizer(), outer=OuterLoop(meta_batch_size=4, shard_size=2, **settings))
+
+
+def test_classes_and_rows_that_a_task_lacks_count_nowhere():
+    """Tasks of 2 to 5 classes: training against particles in plain Python, evaluation against a loop over real rows."""
+    family = Shades(same_size=1)
+    algorithm = LSTMOptimizer(window=2, unroll=4, batch_size=None, evaluation_steps=1)
+
+    def network(norm=False):
+        return lambda: nn.Sequential(nn.Flatten(), *[nn.BatchNorm1d(64)] * norm, nn.Linear(64, 5))
+
+    subject = CarriedLearner(algorithm, Model(network(), dtype=torch.float64), family, OUTER)
+    state = subject.initial(0)
+    theta = state.theta(subject.slots)
+    plain = Population(algorithm, subject.model, family, size=4)
+    (shards,) = advanced(subject, state.slots, 1)
+    each = plain.advance(theta, 0)
+    for number, shard in enumerate(shards):
+        pair = each[2 * number : 2 * number + 2]
+        expected = sum(subject.slots["optimizer"].layout.flatten(c.slots["optimizer"]) for c in pair)
+        assert (shard.slots["optimizer"] - expected).abs().max() < 1e-8 * (1e-3 + expected.abs().max())
+    keys = TaskKey.of(0, "test", 0, range(4))
+    found = subject.evaluate(theta, keys, 1).columns
+    assert len(set(found["ways"].tolist())) > 1
+    for number, key in enumerate(keys.each()):
+        task, context = family.sample(key, "test"), plain.context(theta, number, 0, 0, "test")
+        inner = algorithm.start(theta, context)
+        for step in range(2):
+            inner = algorithm.step(theta, inner, context, 0) if step else inner
+            logits = algorithm.predict(theta, inner, task.query.x.double(), context)[:, : int(task.ways)]
+            loss = torch.nn.functional.cross_entropy(logits, task.query.y)
+            assert found["loss"][number, step] == pytest.approx(float(loss), rel=1e-9)
+            right = float((logits.argmax(-1) == task.query.y).double().mean())
+            assert found["accuracy"][number, step] == pytest.approx(right)
+    normed = CarriedLearner(algorithm, Model(lambda: use_batch_statistics(network(True)())), family, OUTER)
+    with pytest.raises(ConfigError, match="batch normalisation over padded rows"):
+        normed.sample(keys)
 
 
 def test_tasks_have_networks_of_their_split():

@@ -13,7 +13,8 @@ from metadist.core.errors import ConfigError
 from metadist.core.model import Model, use_batch_statistics
 from metadist.core.outer import OuterLoop
 from metadist.core.task import Examples, Task, TaskFamily
-from metadist.models import MLP, Conv4
+from metadist.learners.few_shot import FewShotLearner
+from metadist.models import MLP, ConditionalNeuralProcess, Conv4
 
 OWN = Blobs(input_shape=(1, 6, 6))
 
@@ -205,6 +206,8 @@ def test_incompatible_parts():
     refused(lambda: learner(ProtoNet(), mlp, Curves()), "'ProtoNet'", "'Curves'", "no classes")
     refused(lambda: learner(CNP(), mlp, Curves()), "'CNP'", "encode", "'cnp'")
     refused(lambda: learner(CNP(), Everything, OWN), "real-valued")
+    chosen = Model(lambda: ConditionalNeuralProcess(8, 8).build((2,), 2), output=0)
+    refused(lambda: FewShotLearner(CNP(), chosen, Curves(), OuterLoop()), "model.output chooses")
     refused(
         lambda: learner(ANIL(head="haed.*"), Everything, OWN), "'haed.*' matches no learned parameter", "head.weight"
     )

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from toys import Blobs, Curves, learner
 
-from metadist.algorithms import ANIL, MAML, ProtoNet, Reptile
+from metadist.algorithms import ANIL, MAML, ProtoNet, Reptile, Reweight
 from metadist.core.algorithm import Algorithm
 from metadist.core.errors import ConfigError
 from metadist.core.outer import OuterLoop
@@ -113,6 +113,15 @@ class Normed(nn.Module):
         return self.head(torch.tanh(self.body(x)))
 
 
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(4, 3), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(torch.cat([x, self.bag((x > 0).long())], 1))
+
+
 class Counting(nn.Module):
     """Counts its calls, or tracks a mean: in place, by assignment, in Python."""
 
@@ -154,6 +163,12 @@ REFUSED = [
         rf"\(_SpectralNorm\) can't be trained: {SPECTRAL}",
     ),
     (lambda: Normed(nn.utils.spectral_norm), REPTILE, rf"'body' \(Linear\) can't be trained: {SPECTRAL}"),
+    (Bag, SECOND, r"model: 'Bag' can't be trained: EmbeddingBag has no second derivative; use torch.nn.Embedding"),
+    (
+        lambda: Normed(nn.utils.parametrizations.weight_norm),
+        Reweight(),
+        r"can't be trained: the algorithm takes a derivative in forward mode, .*weight_norm.*; compute it from other",
+    ),
     (lambda: Counting("in place"), SECOND, r"'Counting' can't be trained: .* changes a buffer or parameter in place"),
     (lambda: Counting("in place"), REPTILE, r"'Counting' can't be trained: .* changes a buffer or parameter in place"),
     (lambda: Counting("assigned"), SECOND, r"forward pass of 'Counting' changes the buffer seen, .* would be lost"),

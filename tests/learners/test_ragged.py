@@ -17,7 +17,7 @@ from metadist.core.outer import OuterLoop
 from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.core.state import Records
-from metadist.core.task import Task, alone, with_rows
+from metadist.core.task import Examples, Task, alone, with_rows
 from metadist.engine.buckets import MOST, Buckets
 from metadist.models import ConditionalNeuralProcess, Conv4
 from metadist.testing import check_tasks
@@ -146,6 +146,21 @@ def test_a_bucket_is_a_function_of_the_rows_and_there_are_few():
     assert sum(2 * s + q for s, q in possible) > 0.75 * sum(2 * s + q for s, q in padded)
     assert Buckets.of(Shades(n_way=3, k_shot=2, query_shots=1), ProtoNet()).sizes == ((6, 3),)
     assert Buckets((), 1).rows(5, 8) == (8, 8)
+
+
+def test_a_bucket_holds_tasks_with_several_targets():
+    class Several(Lines):
+        def sample_task(self, key, split):
+            task = super().sample_task(key, split)
+            return Task(*(Examples({"x": e.x}, {"y": e.y, "twice": 2 * e.y}) for e in (task.support, task.query)))
+
+    family, shard = Several(), keys(0, 1)
+    tasks = family.sample(shard, "train")
+    padded = Buckets.of(family, MAML()).pad(tasks)
+    for part, real in ((padded.support, tasks.support), (padded.query, tasks.query)):
+        rows = real.y["y"].shape[1]
+        assert part.mask.sum(1).tolist() == [rows, rows]
+        assert torch.equal(part.y["twice"][:, :rows], real.y["twice"]) and not part.y["twice"][:, rows:].any()
 
 
 # The mathematics ------------------------------------------------------------------------------------------------------
@@ -321,6 +336,28 @@ def test_a_loss_that_reads_absent_classes_is_refused():
 
     with pytest.raises(ConfigError, match="logits of classes that a task does not have are −∞"):
         subject(MAML(), Smoothed()).dry_run(0)
+
+
+@pytest.mark.parametrize(
+    ("ways", "message"),
+    [
+        (lambda number: torch.tensor(5 - number % 2), "train task 1 has class 4 in the support set, and 4 ways"),
+        (lambda number: torch.tensor(9), r"have ways \[9, .*expected one int64 number from 1 to 5"),
+        (lambda number: torch.tensor(0), r"have ways \[0, "),
+        (lambda number: torch.tensor(5.0), r"have ways \[5.0, "),
+        (lambda number: torch.tensor([5]), r"have ways \[\[5\], "),
+    ],
+)
+def test_ways_that_do_not_fit_the_tasks_are_refused(ways, message):
+    """The label of a class that a task lacks has an infinite loss and a finite gradient: a run went on with it."""
+
+    class Own(Shades):
+        def sample(self, keys, split):
+            own = [ways(number) for number in keys.tasks.tolist()]
+            return replace(super().sample(keys, split), ways=torch.stack(own))
+
+    with pytest.raises(ConfigError, match=message):
+        subject(MAML(), Own(n_way=5, k_shot=1, query_shots=1)).dry_run(0)
 
 
 def test_the_signature_says_that_classes_vary():

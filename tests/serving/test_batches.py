@@ -9,11 +9,13 @@ import pytest
 import shaped
 import torch
 from serving_toys import SUPERVISED, close, expected, served, tasks
+from wide import Reader, Words
 
 from metadist.algorithms import MAML
 from metadist.core.errors import ConfigError
 from metadist.core.model import Model
 from metadist.core.outer import OuterLoop
+from metadist.core.random import TaskKey
 from metadist.core.signature import InvalidInput
 from metadist.core.task import Examples
 from metadist.learners.few_shot import FewShotLearner
@@ -99,6 +101,27 @@ def test_an_algorithm_that_vmap_cannot_return_is_computed_one_by_one(caplog):
     assert "one by one" in caplog.text
     for each, (x, y, query) in zip(adapted, given):
         assert torch.equal(model.predict([each], [query])[0], expected(model, x, y, query))
+
+
+def test_a_request_that_fails_leaves_the_others_of_its_batch_alone():
+    """A token that the embedding does not know stopped every request that was computed together with it."""
+    family = Words()
+    own = FewShotLearner(MAML(inner_steps=1), Model(Reader), family, OuterLoop(meta_steps=1))
+    model = ServedModel("words", own, own.initial(5))
+    drawn = family.sample(TaskKey.of(1, "test", 0, range(2)), "test")
+    supports = [model.support(drawn.support.x[i] + 100 * i, drawn.support.y[i]) for i in range(2)]
+    right, wrong = model.adapt(supports, None)
+    assert isinstance(wrong, InvalidInput) and "does not know" in str(wrong)
+    query = model.inputs("query", drawn.query.x[0])
+    found, refused = model.predict([right, right], [query, query + 100])
+    assert torch.equal(found, model.predict([right], [query])[0])
+    assert isinstance(refused, InvalidInput) and "does not know" in str(refused)
+    with pytest.raises(InvalidInput, match="does not know"):
+        model.adapt_predict(drawn.support.x[0], drawn.support.y[0], drawn.query.x[0] + 100)
+    calls = []
+    adapt, own.adapt = own.adapt, lambda *given: calls.append(given) or adapt(*given)
+    model.adapt([supports[0]] * 2, None)
+    assert len(calls) == 1  # later batches are computed together, as before
 
 
 # Batches and caches ---------------------------------------------------------------------------------------------------

@@ -15,14 +15,17 @@ from wide import CASES, document
 import metadist
 from metadist.config.build import build
 from metadist.core.differences import flat
+from metadist.core.errors import ConfigError, DataError
 from metadist.core.random import TaskKey
-from metadist.core.signature import InvalidInput
-from metadist.core.tree import as_lists, at, named
+from metadist.core.signature import InvalidInput, TensorKind
+from metadist.core.tree import arrays, as_lists, at, named, of_names
 from metadist.experiment.load import load_run
 from metadist.experiment.registration import fetch_registered, register_run
 from metadist.rpc.endpoint import Endpoint
+from metadist.serving import adapt_pb2 as pb
 from metadist.serving.load import Serving, build_service, open_model, serve
 from metadist.serving.prediction import ModelSource, predict_arrays
+from metadist.serving.tensors import to_message, tree_from_json, tree_from_message
 
 pytestmark = [pytest.mark.lane("services"), pytest.mark.filterwarnings("ignore")]
 TRUST = ("wide",)
@@ -70,6 +73,46 @@ def same(found, expected):
         torch.testing.assert_close(found[name].double(), tensor.double(), rtol=1e-5, atol=1e-6)
 
 
+def test_json_of_truth_values_and_of_large_numbers():
+    kinds = {"mask": TensorKind((2,), torch.bool), "scale": TensorKind((), torch.float32)}
+
+    def read(mask, scale):
+        return tree_from_json("x", {"mask": mask, "scale": scale}, kinds, lambda part, shape: None)
+
+    found = read([[True, False], [False, False]], [1, 2])
+    assert found["mask"].dtype == torch.bool and found["mask"].tolist() == [[True, False], [False, False]]
+    assert found["scale"].dtype == torch.float64
+    assert read([[1, 0]], [True])["scale"].dtype == torch.bool  # refused with all other wrong dtypes
+    with pytest.raises(InvalidInput, match="x.scale: expected numbers, found bool"):
+        read([[1, 0]], [1.5, True])
+    with pytest.raises(InvalidInput, match="x.mask: a number is too large"):
+        read([[2**70, 1]], [1.0])
+
+
+@pytest.mark.parametrize(
+    "given", ["text", None, {"a": "text"}, [torch.ones(2), torch.ones(3)], np.array([{}]), [[1, 2], [3]]]
+)
+def test_what_is_no_array_is_refused_in_one_line(given):
+    """``Result.adapt`` and the client convert what they are given."""
+    with pytest.raises(ConfigError, match="expected a tensor, an array of numbers, or a dict or tuple"):
+        arrays(given)
+
+
+def test_names_of_places_that_are_written_otherwise_are_no_tuple():
+    for names in (["00"], ["0", "01"], ["0", "2"], ["١"]):
+        with pytest.raises(ValueError, match="places"):
+            of_names(dict.fromkeys(names, torch.ones(1)))
+
+
+def test_a_message_of_one_tensor_and_of_several():
+    kinds = {"mask": TensorKind((2,), torch.bool)}
+    part = to_message(torch.ones(1, 2, dtype=torch.bool))
+    assert bool(tree_from_message("x", pb.Tensor(tensors={"mask": part}), kinds, lambda *_: None)["mask"].all())
+    for more in ({"shape": [1, 2]}, {"dtype": "bool"}, {"data": b"11"}, {"arrow": b"1"}):
+        with pytest.raises(InvalidInput, match="x: give one tensor, or several"):
+            tree_from_message("x", pb.Tensor(tensors={"mask": part}, **more), kinds, lambda *_: None)
+
+
 def post(running, call, body):
     request = urllib.request.Request(f"{running.http_address}/v1/{call}", json.dumps(body).encode())
     with urllib.request.urlopen(request, timeout=60) as reply:
@@ -91,7 +134,7 @@ def test_grpc(name, cases, running):
 @pytest.mark.parametrize("name", CASES)
 def test_http(name, cases, running):
     case = cases[name]
-    x, y, query = (numbers(tree) for tree in (case.x, case.y, case.query))
+    x, y, query = (as_lists(tree) for tree in (case.x, case.y, case.query))
     found = post(running, "adapt_predict", {"model": name, "x": x, "y": y, "query": query})["prediction"]
     handle = post(running, "adapt", {"model": name, "x": x, "y": y})["handle"]
     assert post(running, "predict", {"handle": handle, "x": query})["prediction"] == found
@@ -99,11 +142,6 @@ def test_http(name, cases, running):
     flatten = torch.utils._pytree.tree_leaves
     np.testing.assert_allclose(flatten(found), flatten(expected), rtol=1e-5, atol=1e-6)
     assert torch.utils._pytree.tree_structure(found) == torch.utils._pytree.tree_structure(expected)
-
-
-def numbers(tree):
-    """JSON of a tree, with truth values as 0 and 1."""
-    return as_lists(torch.utils._pytree.tree_map(lambda t: t.long() if t.dtype == torch.bool else t, tree))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -133,6 +171,26 @@ def test_arrays_of_files(name, cases, tmp_path):
         flatten = torch.utils._pytree.tree_leaves
         np.testing.assert_allclose(flatten(found["predicted"]), flatten(as_lists(at(case.expected, row))), rtol=1e-5)
     assert ("mse" in report) == (name != "tuple")
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (np.array([[0], [1], [0], [1]]), r"y has shape \[4, 1\]; expected classes \[4\]"),
+        (np.eye(2)[[0, 1, 0, 1]], r"y has shape \[4, 2\]"),
+        (np.array(1), "y has no rows and x 4"),
+        (np.array([0, 1]), "y has 2 rows and x 4"),
+    ],
+)
+def test_true_classes_of_another_shape_are_refused(y, message, cases, tmp_path):
+    """Those in a column were broadcast against the predicted ones, and gave a wrong accuracy."""
+    case = cases["output"]
+    np.savez(tmp_path / "support.npz", **{n: t.numpy() for n, t in flat({"x": case.x, "y": case.y}).items()})
+    np.savez(tmp_path / "query.npz", y=y, **{n: t.numpy() for n, t in flat({"x": case.query}).items()})
+    with pytest.raises(DataError, match=message):
+        predict_arrays(
+            ModelSource(case.exported, trust=TRUST), str(tmp_path / "support.npz"), str(tmp_path / "query.npz")
+        )
 
 
 def test_requests_that_do_not_fit(cases, running):
