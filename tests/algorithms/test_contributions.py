@@ -84,7 +84,10 @@ ENGINES = {
 COMPILED = pytest.mark.lane("compile")
 
 
-@pytest.mark.parametrize("engine", [pytest.param(e, marks=[COMPILED] if "compiled" in e else []) for e in ENGINES])
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(e, marks=[COMPILED] * ("compiled" in e) + [pytest.mark.long] * (e == "compiled")) for e in ENGINES],
+)
 def test_each_slot_has_its_own_contribution(engine):
     subject, shard = make(Mixture(inner_lr=0.1, inner_steps=2), "mlp"), keys(0, 1, 5)
     theta = somewhere(subject)

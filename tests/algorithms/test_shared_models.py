@@ -171,7 +171,11 @@ def test_plain_training_is_the_gradient_of_the_mean_loss(clean):
     assert float((got - change).norm() / change.norm()) < 1e-9
 
 
-@pytest.mark.parametrize("algorithm", [MetaWeightNet(hidden=5), Reweight()], ids=["meta_weight_net", "reweight"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [pytest.param(MetaWeightNet(hidden=5), marks=pytest.mark.long), Reweight()],
+    ids=["meta_weight_net", "reweight"],
+)
 @pytest.mark.lane("compile")
 def test_compiled_stages_are_the_eager_ones(algorithm):
     eager, compiled = shared(algorithm), shared(algorithm)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.lane("services")
 OFTEN = ["outer.meta_steps=30", "checkpoint={every: 4, states_every: 3}", "evaluate.every=1000", "outer.shard_size=5"]
 
 
+@pytest.mark.long
 def test_a_killed_driver_is_resumed_from_the_states_of_its_checkpoint(tmp_path):
     expected = tiny.train(particles.experiment(*OFTEN), run_dir=str(tmp_path / "whole"), plots=False, test=False)
     config, run, chance = tmp_path / "particles.yaml", tmp_path / "run", random.Random(0)

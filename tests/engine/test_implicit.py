@@ -271,7 +271,7 @@ def test_auto_is_implicit_where_the_algorithm_states_a_minimum():
 
 
 @pytest.mark.lane("numerics")
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_memory_does_not_grow_with_inner_steps(compile):
     found = footprint(small(IMAML(inner_steps=20)), replace(IMPLICIT, compile=compile))
     assert found.further <= found.first / 50
@@ -292,7 +292,7 @@ def test_vectorised_and_in_chunks(model, hessian):
 
 
 @pytest.mark.lane("compile")
-@pytest.mark.parametrize("hessian", HESSIANS)
+@pytest.mark.parametrize("hessian", ["forward", pytest.param("reverse", marks=pytest.mark.long)])
 def test_compiled_equals_eager_in_float64(hessian):
     """A shard that is shorter than the others too, by the same graphs, for any number of inner steps."""
     subject = make(IMAML(inner_lr=0.1, inner_steps=3), "mlp", outer=OuterLoop(meta_batch_size=6, shard_size=4))

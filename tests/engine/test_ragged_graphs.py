@@ -62,9 +62,9 @@ def subject(algorithm=ALGORITHMS["maml"], family=WIDE, norm=None, **options):
     [
         ("maml", "unrolled"),
         pytest.param("maml", "mixed", marks=pytest.mark.long),
-        ("minibatches", "unrolled"),
+        pytest.param("minibatches", "unrolled", marks=pytest.mark.long),
         pytest.param("minibatches", "mixed", marks=pytest.mark.long),
-        ("reptile", "unrolled"),
+        pytest.param("reptile", "unrolled", marks=pytest.mark.long),
         ("protonet", "unrolled"),
     ],
 )

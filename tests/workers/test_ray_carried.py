@@ -69,6 +69,7 @@ def test_the_bits_of_this_process_and_states_stay_where_they_are(actors, expecte
     assert len(moved) < len(calls) / 2, "a holder goes before an idle worker"
 
 
+@pytest.mark.long
 def test_holders_are_killed(actors, expected):
     faulty = FaultyExecutor(actors)
     for step in (1, 3, 5):
@@ -114,6 +115,7 @@ class Counting:
         return self.ray.put(parts)
 
 
+@pytest.mark.long
 def test_the_bytes_through_the_driver_do_not_grow_with_the_states(cluster, monkeypatch):
     """Measured at the driver's only ways in and out of the object store."""
     from metadist.workers.ray import executor as module
