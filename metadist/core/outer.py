@@ -185,7 +185,9 @@ class OuterLoop:
             matrices=slot.matrices,
             clip_norm=self.clip_norm if own.clip_norm is None else own.clip_norm,
             ema=self.ema,
-            tail_start=None if self.tail is None else self.meta_steps - math.ceil(self.tail * self.meta_steps),
+            tail_start=None
+            if self.tail is None
+            else self.meta_steps - math.ceil(round(self.tail * self.meta_steps, 9)),
         )
 
     def initial(self, slots: Mapping[str, Slot], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -208,7 +210,7 @@ class OuterLoop:
         """
         if not total.weight:
             raise NonFiniteError(
-                f"every task of meta-step {meta_step} gave NaN or Inf; lower algorithm.inner_lr or outer.lr"
+                f"every task of meta-step {meta_step} gave NaN or Inf; lower outer.lr, or the rate of the inner loop"
             )
         means = {n: v / total.weight for n, v in total.slots.items()}
         squares = {n: squared_norm(means[n]) for n in _learned(slots)}

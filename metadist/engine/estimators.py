@@ -152,6 +152,12 @@ class Unrolled(CarriedAlgorithm):
                 f"algorithm.unroll: {self.unroll} with algorithm.window: {self.window}; expected a number of inner "
                 "steps, or (low, high) with low ≤ high, of at least one window"
             )
+        if isinstance(self.unroll, int) and self.unroll % self.window:
+            nearest = self.unroll // self.window * self.window
+            raise ConfigError(
+                f"algorithm.unroll: {self.unroll} is no multiple of algorithm.window: {self.window}; use {nearest} or "
+                f"{nearest + self.window}"
+            )
         if not self.sigma > 0:
             raise ConfigError(f"algorithm.sigma: {self.sigma} is not above 0; 0.01 is usual")
 

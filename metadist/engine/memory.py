@@ -64,6 +64,14 @@ def footprint(subject: Subject, engine: Engine) -> Footprint:
     return Footprint(shared, one, max(0, two - one), steps, _state_bytes(subject))
 
 
+def peak_while(call: Callable[[], object], given: object) -> int:
+    """Return the most bytes of tensors alive at a time during ``call``, without those of the tree ``given``."""
+    alive = _Alive([t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)])
+    with alive:
+        call()
+    return alive.most
+
+
 def allocated_bytes(subject: Subject) -> int:
     """Return all bytes that one task's unrolled contribution allocates, more than its peak."""
     return _measured(subject, Engine(), subject.algorithm.inner_steps).total

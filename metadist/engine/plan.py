@@ -6,6 +6,7 @@ are alive at each operator are counted, and the peak is proportional to steps an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -74,6 +75,8 @@ class Plan:
     device: Device
     reasons: dict[str, str] = field(default_factory=dict)
     memory: _Memory | None = None
+    #: measures the ways that an algorithm with carried state admits, as ``as_dict`` shows them
+    measure: Callable[[], dict[str, object]] | None = None
 
     @classmethod
     def eager(cls, device: Device) -> Plan:
@@ -85,7 +88,8 @@ class Plan:
         are tasks to measure them on."""
         memory = self.memory
         if memory is None:
-            return {"engine": asdict(self.engine), "reasons": self.reasons, "device": asdict(self.device)}
+            known = {"engine": asdict(self.engine), "reasons": self.reasons, "device": asdict(self.device)}
+            return {**known, **(self.measure() if self.measure else {})}
         tasks = self.engine.chunk or memory.shard
         peaks = {kind: memory.peak(kind, tasks) for kind in memory.kinds}
         return {
@@ -128,8 +132,13 @@ def plan_eager(request: EngineRequest, device: Device) -> Plan:
     return Plan(Engine(deterministic=request.deterministic), device, reasons)
 
 
-def plan_carried(estimated: bool, request: EngineRequest, device: Device) -> Plan:
-    """Plan for algorithms with carried state, which run eagerly; ``estimated``: by one of ``ESTIMATORS``."""
+def plan_carried(
+    estimated: bool, request: EngineRequest, device: Device, measure: Callable[[], dict[str, object]] | None = None
+) -> Plan:
+    """Plan for algorithms with carried state, which run eagerly; ``estimated``: by one of ``ESTIMATORS``.
+
+    ``measure`` is for the plan that is shown.
+    """
     allowed = ("auto", *ESTIMATORS) if estimated else ("auto",)
     _refuse_graphs(request, allowed, "adaptation within a meta-step; with an algorithm with carried state")
     reasons = {"compile": "not: particles advance eagerly"}
@@ -139,7 +148,8 @@ def plan_carried(estimated: bool, request: EngineRequest, device: Device) -> Pla
     if request.differentiation != "auto":
         chosen = request.differentiation
     reasons["differentiation"] = ESTIMATORS[chosen]
-    return Plan(Engine(differentiation=chosen, deterministic=request.deterministic), device, reasons)
+    engine = Engine(differentiation=chosen, deterministic=request.deterministic)
+    return Plan(engine, device, reasons, measure=measure)
 
 
 def _refuse_graphs(request: EngineRequest, differentiations: tuple[str, ...], is_for: str) -> None:

@@ -24,9 +24,10 @@ from metadist.core.task import Task, TaskFamily, stack
 from metadist.core.task_metrics import TaskMetric, metric_of_tasks, task_metrics_of
 from metadist.core.tree import Tree, mapped
 from metadist.engine.functions import kept_sum
-from metadist.engine.plan import Device, EngineRequest, Plan, plan_carried
+from metadist.engine.plan import USABLE, Device, EngineRequest, Plan, plan_carried
 from metadist.learners.base import Learner, Surround, refuse_another_population
 from metadist.learners.dry_run_carried import particle_hashes, try_particles
+from metadist.learners.estimators import measured_estimators
 from metadist.learners.evaluation import Evaluation, score_tasks, sources_of
 from metadist.learners.particles import Contexts, Particles, by_particle, stacked
 
@@ -150,7 +151,8 @@ class CarriedLearner(Learner):
         return min(2, self.outer.shard_size, self.outer.meta_batch_size)
 
     def plan(self, request: EngineRequest, device: Device, sharing: float = 1.0) -> Plan:
-        return plan_carried(self.algorithm.estimated, request, device)
+        budget = int(device.memory_bytes * USABLE / sharing)
+        return plan_carried(self.algorithm.estimated, request, device, lambda: measured_estimators(self, budget))
 
     def servable(self) -> str | None:
         return f"'{type(self.algorithm).__name__}' trains networks over many steps, and has no step of adaptation"

@@ -112,6 +112,8 @@ def from_json(name: str, value: Any, check: CheckShape) -> Tensor:
     """Return a tensor from nested lists of numbers or of truth values, or from a packed tensor in base64."""
     if isinstance(value, dict):
         shape, dtype, data = value.get("shape"), value.get("dtype", ""), value.get("data", "")
+        if unknown := sorted(str(key)[:40] for key in value.keys() - {"shape", "dtype", "data"}):
+            raise InvalidInput(f"{name}: unknown key '{unknown[0]}'; a packed tensor has shape, dtype and data")
         if not (
             isinstance(shape, list)
             and all(type(n) is int for n in shape)

@@ -165,6 +165,7 @@ def check_interrupted(folder, code, out, err, left):
     return about
 
 
+@pytest.mark.long
 def test_ctrl_c_checkpoints_closes_mlflow_and_can_be_resumed(tmp_path, empty_store):
     empty_store(tmp_path / "runs/mlflow.db")
     about = check_interrupted(tmp_path, *interrupt(tmp_path, signal.SIGINT, "--workers", "0", TRACKED))

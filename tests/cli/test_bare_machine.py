@@ -148,6 +148,7 @@ def test_the_train_command_with_ray(place, tmp_path, home):
 
 
 @pytest.mark.lane("services")
+@pytest.mark.long
 def test_the_test_command(place):
     tests = [str(ROOT / "tests/core/test_tree_sum.py"), str(ROOT / "tests/config/test_config.py")]
     done = stranger(
@@ -160,7 +161,9 @@ def test_the_test_command(place):
 
 
 @pytest.mark.lane("services")
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", [*(pytest.param(c, marks=pytest.mark.long) for c in (">&-", "2>&-")), "<&- >&- 2>&-"]
+)
 def test_closed_streams(tmp_path, closed):
     command = f"{sys.executable} -m metadist train {tiny.write(tmp_path)} --run-dir run --json {closed}"
     done = subprocess.run(
@@ -171,6 +174,7 @@ def test_closed_streams(tmp_path, closed):
 
 
 @pytest.mark.lane("services")
+@pytest.mark.long
 def test_a_terminal_without_unicode(tmp_path):
     done = tiny.run(
         "train", tiny.write(tmp_path), "--run-dir", "run", folder=tmp_path, PYTHONIOENCODING="ascii", LC_ALL="C"

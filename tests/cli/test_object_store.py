@@ -72,6 +72,7 @@ def test_a_mistyped_bucket_is_not_made(bucket, tmp_path):
     assert fsspec.filesystem("s3", skip_instance_cache=True).ls("") == ["bucket"]
 
 
+@pytest.mark.long
 def test_a_store_that_is_not_there_is_one_line(tmp_path, monkeypatch, bucket):
     ended = tiny.run(
         "train",

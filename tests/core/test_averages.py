@@ -49,6 +49,12 @@ def test_an_exponential_average_is_that_of_torch():
         torch.testing.assert_close(averaged(state), reference.module.weight.detach()[0], rtol=1e-13, atol=1e-14)
 
 
+def test_a_tail_is_a_share_and_not_its_rounding_error():
+    """0.07 · 100 is 7.000000000000001 in floating point."""
+    slot = Slot(Layout(("w",), ((N,),), torch.float64))
+    assert OuterLoop(tail=0.07, meta_steps=100).settings("model", slot).tail_start == 93
+
+
 @pytest.mark.parametrize(("tail", "first"), [(0.25, 30), (0.02, 39), (1.0, 0)])
 def test_a_tail_average_is_that_of_torch(tail, first):
     got = states(OuterLoop(lr=0.05, tail=tail, meta_steps=STEPS))

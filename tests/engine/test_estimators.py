@@ -170,6 +170,10 @@ def test_lifetimes_are_log_uniform_in_windows():
     assert min(lives) >= 5 and max(lives) <= 100
     below = sum(life * 20 < (100 * 2000) ** 0.5 for life in lives)
     assert 80 < below < 120
+    with pytest.raises(
+        ConfigError, match="algorithm.unroll: 100 is no multiple of algorithm.window: 30; use 90 or 120"
+    ):
+        Delayed(window=30, unroll=100)
     assert (
         Delayed(window=20, unroll=100).lifetime(context_of(TaskKey(0, "train", 0, torch.tensor(0)), None, 0, "es")) == 5
     )

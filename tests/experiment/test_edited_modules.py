@@ -70,6 +70,7 @@ def test_the_hashes_stand_in_the_manifest_and_an_edited_module_is_refused(run, t
     assert result.outcome.progress.meta_step == 6 and result.inexact == []
 
 
+@pytest.mark.long
 def test_an_edit_that_the_user_allows_marks_the_run(run, tmp_path):
     run(1.0, 2)
     result = run(2.0, 4, "engine.same_code=false")

@@ -158,6 +158,7 @@ def test_a_signal_stops_a_program_with_a_checkpoint(tmp_path, empty_store, numbe
 
 
 @pytest.mark.lane("services")
+@pytest.mark.long
 def test_a_signal_during_the_final_test_ends_it(tmp_path, empty_store):
     empty_store(tmp_path / "runs/mlflow.db")
     process = program(tmp_path, 3, 10_000_000)
@@ -177,6 +178,7 @@ def test_a_signal_during_the_final_test_ends_it(tmp_path, empty_store):
 
 
 @pytest.mark.lane("services")
+@pytest.mark.long
 def test_a_notebook_shows_one_line_that_is_replaced(tmp_path):
     pytest.importorskip("ipykernel")
     from jupyter_client.manager import start_new_kernel

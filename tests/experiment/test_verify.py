@@ -34,6 +34,7 @@ def test_the_same_parameters_for_any_number_of_workers_and_whichever_are_killed(
     assert "raylet" not in result.stdout  # Ray's own reports of the dead
 
 
+@pytest.mark.long
 def test_different_parameters_exit_with_1(cluster, tmp_path):
     config = tiny.write(tmp_path, *SHORT, f"tasks={{name: '{families.__name__}:ByProcess'}}", "outer.meta_steps=2")
     result = verify(config, "--workers", "0,1")

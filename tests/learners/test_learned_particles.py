@@ -23,6 +23,7 @@ from metadist.core.outer import OuterLoop, SlotOptimizer
 from metadist.core.random import TaskKey
 from metadist.core.round import EvaluationRequest, MetaStepKey
 from metadist.core.task import Examples
+from metadist.engine.plan import Device
 from metadist.learners.carried import CarriedLearner
 from metadist.models.conv4 import Conv4
 from metadist.models.mlps import MLPs
@@ -348,3 +349,17 @@ def test_minibatches_have_no_padded_rows_wherever_these_are(dtype):
     )
     for mine, theirs in zip(found, expected):
         assert torch.equal(padded.x[mine], alone.x[theirs])
+
+
+def test_the_plan_measures_every_estimator():
+    """Time and memory of a shard: the tape of truncated backpropagation grows with the window, the others hold none."""
+    subject = learner(MLPOptimizer(window=20, unroll=40, batch_size=3, hidden=8))
+    request = SimpleNamespace(
+        compile="auto", differentiation="auto", chunk="auto", precision="float32", deterministic=True
+    )
+    found = subject.plan(request, Device("cpu", "here", 1 << 30, None)).as_dict()
+    assert [way["name"] for way in found["estimators"]] == ["truncated", "es", "pes"]
+    assert all(way["seconds"] > 0 and way["bias"] for way in found["estimators"])
+    peaks = found["predicted_peak_bytes"]
+    assert peaks["truncated"] > 4 * peaks["pes"] > 0
+    assert subject.engine == Engine(), "the learner itself is as it was"

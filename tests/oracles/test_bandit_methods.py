@@ -158,6 +158,7 @@ def test_too_large_problems_are_refused():
 
 
 @pytest.mark.lane("numerics")
+@pytest.mark.long
 def test_nothing_beats_the_optimum_and_the_known_arm_is_its_mean():
     rows = {r.name: r for r in compare(Bandit(), trials=20_000, batch=10_000)}
     assert list(rows)[0] == "optimal"

@@ -131,6 +131,7 @@ def check(episodes, names, trials, more=0.0):
 
 
 @pytest.mark.lane("numerics")
+@pytest.mark.long
 def test_the_published_table():
     check(10, ["random", "psrl", "opsrl", "ucrl2", "beb", "greedy"], 1000)
     check(10, ["epsilon_greedy"], 1000, more=4.0)  # the published value is below greedy

@@ -184,6 +184,7 @@ def test_a_creation_carried_out_late_leaves_no_second_run(tmp_path, query, empty
     assert active == [(tracker.mlflow_run_id,)]
 
 
+@pytest.mark.long
 def test_several_drivers_start_at_once_on_a_fresh_store(tmp_path, query):
     """Racing MLflow processes crash on a fresh SQLite file, and would each create the parent."""
     script = (

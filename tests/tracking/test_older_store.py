@@ -46,6 +46,7 @@ def older(tmp_path):
     return path
 
 
+@pytest.mark.long
 def test_an_older_store_is_upgraded_after_a_backup_and_takes_runs(older, tmp_path, empty_store, caplog):
     assert schema_of(older) == OLDER
     tracker = make_tracker(f"sqlite:///{older}", spool=tmp_path / "spool", experiment="e", runs_root=tmp_path)

@@ -83,6 +83,7 @@ def test_the_best_run_is_champion_and_answers_as_it_does_in_process(root):
 
 
 @pytest.mark.lane("services")
+@pytest.mark.long
 def test_a_model_goes_to_the_store_of_its_run_whatever_was_opened_before(root, empty_store, monkeypatch):
     """MLflow keeps one registry for the whole process, and opening a model once set it."""
     from metadist.serving.load import open_model

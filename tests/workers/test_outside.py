@@ -581,6 +581,7 @@ def test_a_worker_waits_for_a_driver_that_goes_on(tmp_path, expected):
     assert sum("ready" in line for line in hand.said) == 2
 
 
+@pytest.mark.long
 def test_a_worker_outlives_a_driver_that_was_killed(tmp_path):
     """SIGKILL: the driver sends no dismissal. The worker joins the driver that resumes the run, with the same bits."""
     steps = (

@@ -142,6 +142,7 @@ def test_killing_all_actors_at_once_changes_nothing(actors, mischief, expected):
     assert fleet.retried["lost"] >= 2
 
 
+@pytest.mark.long
 def test_a_stopped_actor_is_backed_up_then_recycled(actors, mischief, expected):
     settle(actors, 2)
     stopped = []
@@ -322,6 +323,7 @@ def test_another_fingerprint_than_the_runs_is_refused(cluster, mischief, actors)
     refused.close()
 
 
+@pytest.mark.long
 def test_another_copy_of_the_users_module_is_refused(cluster, mischief):
     code = code_hashes(["families"])
     assert list(code) == ["families"]
