@@ -30,6 +30,7 @@ from metadist.learners.dry_run_carried import particle_hashes, try_particles
 from metadist.learners.estimators import measured_estimators
 from metadist.learners.evaluation import Evaluation, score_tasks, sources_of
 from metadist.learners.particles import Contexts, Particles, by_particle, stacked
+from metadist.learners.sampling import is_padded, refuse_statistics_of_padding, sampled
 
 
 @dataclass
@@ -188,21 +189,11 @@ class CarriedLearner(Learner):
 
     def sample(self, keys: TaskKey) -> Task:
         """Return the tasks of ``keys`` on the learner's device. The keys stay on the CPU."""
-        task = self.tasks.sample(keys, keys.split)
-        if not isinstance(task, Task):
-            raise ConfigError(
-                f"tasks: sample of '{type(self.tasks).__name__}' returns {type(task).__name__}; expected "
-                "Task(Examples(x, y), Examples(x, y))"
-            )
-        task = task.to(self.device, self.model.dtype)
-        padded = task.support.mask is not None or task.query.mask is not None
+        task = sampled(self.tasks, keys, self.model, self.device)
         # Particles that started in different meta-steps are padded to one size.
-        if (padded or self.tasks.group_size(keys.split) is not None) and self.model.normalises_over_batch:
-            raise ConfigError(
-                "model: batch normalisation over padded rows would mix padding into the statistics; these tasks "
-                "differ in size, so use norm: group or layer (or a task family whose tasks are of one size)"
-            )
-        return Task(task.support.cleared(), task.query.cleared(), task.ways)
+        if is_padded(task) or self.tasks.group_size(keys.split) is not None:
+            refuse_statistics_of_padding(self.model)
+        return task
 
     def _task(self, key: TaskKey) -> Task:
         """Return the task of the single particle of ``key``: sampled alone, it does not depend on the shard."""

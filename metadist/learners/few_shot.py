@@ -38,6 +38,7 @@ from metadist.learners.base import Learner, Surround
 from metadist.learners.dry_run import task_hashes, try_metrics, try_tasks, try_twice
 from metadist.learners.dry_run_paths import try_paths
 from metadist.learners.evaluation import Evaluation, score_tasks, sources_of
+from metadist.learners.sampling import is_padded, refuse_statistics_of_padding, sampled
 from metadist.learners.signature import describe, describe_earlier
 from metadist.learners.sizes import Sizes
 
@@ -215,22 +216,11 @@ class FewShotLearner(Learner):
 
     def sample(self, keys: TaskKey) -> Task:
         """Return the tasks of ``keys`` on the learner's device. The keys stay on the CPU."""
-        task = self.tasks.sample(keys, keys.split)
-        if not isinstance(task, Task):
-            raise ConfigError(
-                f"tasks: sample of '{type(self.tasks).__name__}' returns {type(task).__name__}; expected "
-                "Task(Examples(x, y), Examples(x, y))"
-            )
-        task = task.to(self.device, self.model.dtype)
-        padded = task.support.mask is not None or task.query.mask is not None
+        task = sampled(self.tasks, keys, self.model, self.device)
         # Groups of one size are computed apart (``contribute``): tasks of several are sampled together for a look only.
-        together = len(keys.runs(self.tasks.group_size(keys.split))) == 1
-        if padded and self.model.normalises_over_batch and together:
-            raise ConfigError(
-                "model: batch normalisation over padded rows would mix padding into the statistics; these tasks "
-                "differ in size, so use norm: group or layer (or a task family whose tasks are of one size)"
-            )
-        return Task(task.support.cleared(), task.query.cleared(), task.ways)
+        if is_padded(task) and len(keys.runs(self.tasks.group_size(keys.split))) == 1:
+            refuse_statistics_of_padding(self.model)
+        return task
 
     def compute(self, shard: Shard, theta: Mapping[str, Tensor], inputs: Sequence[Records] = ()) -> Result:
         keys = TaskKey.of(shard.seed, shard.split, shard.key_step, range(shard.start, shard.start + shard.count))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import long_trials
 import particles
 import pytest
@@ -43,28 +41,10 @@ def test_the_bits_of_this_process(expected, groups):
     assert set(scheduler.retried) <= {"missing"}, "at most for states that one side lacked"
 
 
-def test_long_trials_go_on_elsewhere():
-    """A worker plays a trial's next steps, another learns from them, and a third takes over where one leaves."""
-    run = partial(experiment, document=long_trials.document)
-    expected, left = train(run(HERE))[0], []
-    there = run({**OUTSIDE, "min": 2})
-    with hands(there, "learner", "learner") as working:
-
-        def leave(step, scheduler):
-            if step == 3:
-                working[0].stop()
-                working[0].join()
-                wait_for(lambda: len(scheduler.executor.workers()) == 1, scheduler)
-                left.append(step)
-
-        sha256, scheduler = train(there, each=leave)
-    assert left
-    assert sha256 == expected
-    assert scheduler.retried["missing"] >= 1
-
-
-def test_a_holder_leaves_and_its_states_are_computed_again(expected):
-    run = experiment({**OUTSIDE, "min": 2})
+@pytest.mark.parametrize("document", [particles.document, long_trials.document], ids=["particles", "long trials"])
+def test_a_holder_leaves_and_its_states_are_computed_again(document):
+    """Of long trials: a worker plays the next steps, another one learns from them."""
+    alone, run = (experiment(group, document=document) for group in (HERE, {**OUTSIDE, "min": 2}))
     left = []
     with hands(run, "learner", "learner") as working:
 
@@ -77,7 +57,7 @@ def test_a_holder_leaves_and_its_states_are_computed_again(expected):
 
         sha256, scheduler = train(run, each=leave)
     assert left
-    assert sha256 == expected
+    assert sha256 == train(alone)[0]
     assert scheduler.retried["missing"] >= 1
 
 
