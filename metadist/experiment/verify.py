@@ -51,8 +51,9 @@ class Killer(FaultyExecutor):
 
     def submit(self, shard: Shard, attempt: int) -> None:
         super().submit(shard, attempt)
-        self._later_rounds |= bool(shard.needs)
-        turn = shard.split == "train" and (len(self._killed) % 2 == bool(shard.needs) or not self._later_rounds)
+        later = shard.round > 0
+        self._later_rounds |= later and shard.split == "train"
+        turn = shard.split == "train" and (len(self._killed) % 2 == later or not self._later_rounds)
         if not (turn and self._due and shard.meta_step >= self._due[0]):
             return
         # Until the executor has noticed the last death, it may choose the same victim again.
