@@ -101,8 +101,8 @@ def test_a_kill_at_every_meta_step(cluster, tmp_path):
 def test_particles_end_in_the_same_parameters_whoever_holds_their_states_and_is_killed(cluster, tmp_path):
     config = tmp_path / "particles.yaml"
     config.write_text(yaml.safe_dump(particles.document("outer.meta_steps=12", "outer.shard_size=1")))
-    result = verify(config, "--workers", "0,1,2", "--kill", "1")
+    result = verify(config, "--workers", "0,1,2", "--kill", "3")
     assert result.exit_code == 0, result.output
     rows = tiny.last_json(result.stdout)["rows"]
-    assert [len(row["killed"]) for row in rows] == [0, 1, 1]
+    assert [len(row["killed"]) for row in rows] == [0, 3, 3]
     assert len({row["params_sha256"] for row in rows}) == 1
