@@ -16,9 +16,9 @@ from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.random import seeded
 from metadist.core.round import Round
-from metadist.core.stages import SharedModel, Stage, example_losses, slopes
+from metadist.core.stages import SharedModel, Stage, TrainingStage, example_losses, slopes
 from metadist.core.state import Contribution, Slot
-from metadist.core.task import Examples, Task
+from metadist.core.task import Task
 
 NET, DIRECTION = "weight_net", "direction"
 
@@ -92,13 +92,10 @@ def _initial(hidden: int, dtype: torch.dtype) -> Parameters:
 
 
 @dataclass(frozen=True)
-class _Train(Stage):
+class _Train(TrainingStage):
     """The mean of V(ℓ_i) ℓ_i over a minibatch, for the model: the weights are constants."""
 
     first_order = True
-
-    def judged(self, task: Task) -> Examples:
-        return task.support
 
     def objective(
         self,
@@ -113,14 +110,11 @@ class _Train(Stage):
 
 
 @dataclass(frozen=True)
-class _Weights(Stage):
+class _Weights(TrainingStage):
     """The mean of V(ℓ_i) (c · ∇ℓ_i) over a minibatch, for the weight net; c is the published direction."""
 
     receivers = (NET,)
     second_order = True  # forward mode (``slopes``), which fused attention does not have either
-
-    def judged(self, task: Task) -> Examples:
-        return task.support
 
     def objective(
         self,

@@ -12,9 +12,9 @@ from metadist.core.meta_step import MetaStep
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Layout, Parameters
 from metadist.core.round import Round
-from metadist.core.stages import SharedModel, Stage, example_losses, slopes
+from metadist.core.stages import SharedModel, Stage, TrainingStage, example_losses, slopes
 from metadist.core.state import Contribution, Slot
-from metadist.core.task import Examples, Task
+from metadist.core.task import Task
 
 DIRECTION, TOTAL = "direction", "total"
 
@@ -47,15 +47,12 @@ class Reweight(SharedModel):
 
 
 @dataclass(frozen=True)
-class _Weighted(Stage):
+class _Weighted(TrainingStage):
     """The mean of w̃_i ℓ_i over a minibatch, for the model, with constant weights; and the mean of w̃_i."""
 
     receivers = ("model", TOTAL)
     first_order = True
     second_order = True  # forward mode (``slopes``), which fused attention does not have either
-
-    def judged(self, task: Task) -> Examples:
-        return task.support
 
     def objective(
         self,

@@ -50,9 +50,9 @@ class RL2(PolicySearch):
     ``bptt``: gradients reach back over this number of steps; the memory continues from one such window to the next.
     With ``bptt_together`` the windows are rows of one batch, which takes less time, and memory for whole trials.
 
-    ``window``: a meta-step plays and learns from this number of steps; a longer trial goes on in the next meta-step,
-    with its memory, under the parameters of then. Gradients do not reach back over the border, and the value of the
-    next observation stands for the steps beyond.
+    ``window`` is the number of steps that a meta-step plays and learns from. A longer trial continues in the next
+    meta-step with its memory, under the new parameters. Gradients do not cross the border, and the value of the next
+    observation replaces the returns beyond it.
     """
 
     entropy: float = 0.01

@@ -1,7 +1,7 @@
 """Averages of a slot's values over the updates: exponential, over the tail of a run, and of schedule-free learning.
 
-Each keeps the vector ``AVERAGE`` in the outer state. Training goes on with the values of the slot; evaluation, export
-and service use the average (``State.judged``). Averages of values within bounds leave these by rounding, so they are
+Each keeps the vector ``AVERAGE`` in the outer state. Training uses the values of the slot; evaluation, export and
+service use the average (``State.judged``). Averages of values within bounds leave these by rounding, so they are
 clamped.
 """
 

@@ -19,7 +19,7 @@ from metadist.core.engine import Engine
 from metadist.core.model import BoundModel, Model
 from metadist.core.parameters import Parameters
 from metadist.core.state import Slot
-from metadist.core.task import Examples, TaskFamily
+from metadist.core.task import Examples, Task, TaskFamily
 
 
 class SharedModel(Algorithm):
@@ -59,6 +59,14 @@ class Stage(SharedModel):
 
     def release(self, engine: Engine) -> int:
         return self.whole.release(engine)
+
+
+@dataclass(frozen=True)
+class TrainingStage(Stage):
+    """A stage whose objective is over the support set, a minibatch of training data."""
+
+    def judged(self, task: Task) -> Examples:
+        return task.support
 
 
 def example_losses(

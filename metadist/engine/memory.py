@@ -183,7 +183,7 @@ def _traced_peak(subject: Subject, engine: Engine, steps: int) -> int:
     theta, tasks, keys, keep = _one_task(subject)
     most = 0
     held: list[tuple[weakref.ref[Tensor], int]] = []
-    peaks: dict[tuple[str, pytree.TreeSpec], int] = {}  # a piece has one graph, whichever inner step it computes
+    peaks: dict[tuple[str, pytree.TreeSpec], int] = {}  # all inner steps share the graph of a piece
 
     def run(name: str, function: Callable[..., T], *arguments: object) -> T:
         """Trace one piece; the results of earlier pieces that later ones need are alive while this one runs."""

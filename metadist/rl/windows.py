@@ -1,4 +1,4 @@
-"""Roll out windows of trials that are longer than a meta-step: a trial goes on where the meta-step before left it."""
+"""Roll out windows of trials that are longer than a meta-step: each meta-step continues the trials of the last one."""
 
 from __future__ import annotations
 
@@ -56,20 +56,23 @@ def roll_window(
     which it began: under one θ, its windows are those of ``rollout``. The first trials are cut to 1, 2, … windows, so
     that later trials begin in different meta-steps.
     """
-    now, device = int(keys.meta_step), keys.tasks.device
+    now = int(keys.meta_step)
     here = torch.full_like(keys.tasks, now)
-    tasks, noise, moment = _begin(environment, policy, keys)
+    goes_on = torch.zeros_like(here, dtype=torch.bool)
+    if before is not None:
+        earlier_start, earlier_end = (before.columns[f"going/{n}"].to(here.device) for n in ("started", "ends"))
+        goes_on = earlier_end > now
+        here = torch.where(goes_on, earlier_start, here)
+    tasks, noise = _of_their_starts(environment, policy, keys, here)
+    # Of trials that go on, this is their first moment; ``_chosen`` drops it.
+    moment = Moment.first(environment, policy, keys, tasks, noise)
     _check_state(environment, moment)
     longest = -(-environment.steps // length)
-    ends = here + (first_lifetimes(longest, keys) if before is None else longest)
-    none = torch.zeros(len(here), environment.episodes, dtype=torch.float64, device=device)
+    ends = now + (first_lifetimes(longest, keys) if before is None else torch.full_like(here, longest))
+    none = torch.zeros(len(here), environment.episodes, dtype=torch.float64, device=here.device)
     going = Going(here, ends, torch.zeros_like(here), none, moment)
     if before is not None:
-        earlier = Going.of(before, moment)
-        goes_on = earlier.ends > now
-        going = _chosen(goes_on, earlier, going)
-        if bool(goes_on.any()):
-            tasks, noise = _of_their_starts(environment, policy, keys, going.started)
+        going = _chosen(goes_on, Going.of(before, moment), going)
     batch = Batch(environment, policy.held(), keys, tasks, _from(noise, going.step, length), going.moment)
     memory = going.moment.memory.clone()
     batch.play()
@@ -83,17 +86,8 @@ def roll_window(
     return trials, Going(going.started, ends, going.step + length, returns, after)
 
 
-Begun = tuple[Any, Noise, Moment]
-
-
-def _begin(environment: MetaEnvironment, policy: Policy, keys: TaskKey) -> Begun:
-    tasks = environment.sample(keys)
-    noise = Noise.of(environment, policy, keys, Repetition(environment.episodes))
-    return tasks, noise, Moment.first(environment, policy, keys, tasks, noise)
-
-
 def _of_their_starts(environment: MetaEnvironment, policy: Policy, keys: TaskKey, started: Tensor) -> tuple[Any, Noise]:
-    """Return tasks and noise of trials that began in several meta-steps."""
+    """Return tasks and noise of trials that began in the meta-steps ``started`` [B]."""
     order, found = [], []
     for start in started.unique().tolist():
         rows = (started == start).nonzero().squeeze(1)

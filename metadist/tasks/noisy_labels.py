@@ -54,7 +54,7 @@ class NoisyLabels(Classification):
     probability ``noise`` (which may be the class itself). Class c of C keeps the part imbalance^(−c/(C − 1)) of its
     training images. Each class gives ``clean_per_class`` images to the clean set and ``held_out_per_class`` to
     validation; Omniglot gives ``test_per_class`` to the test, CIFAR-100 has an official one. ``data_seed`` keys all of
-    this. ``pooled`` averages squares of so many pixels, for smaller images.
+    this. Images become smaller by the factor ``pooled``: a pixel is the mean of a square of ``pooled`` × ``pooled``.
 
     A validation or test task has one image of each class, all tasks together have each image once; its support set
     is one clean image of each class.
